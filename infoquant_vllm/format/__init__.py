@@ -1,0 +1,58 @@
+"""The InfoQuant checkpoint format, version 1: what `config.json` and the safetensors files must say.
+
+Both halves of the project read this package and nothing else of each other. It imports neither
+vllm nor triton. Everything that comes from a checkpoint is hostile input: numbers are bounded
+before anything is allocated, unknown fields are refused by name, and every error names file and
+tensor.
+"""
+
+from infoquant_vllm.format.checkpoint import INDEX_FILE, Checkpoint, check_values, read_json
+from infoquant_vllm.format.codes import pack_codes, unpack_codes
+from infoquant_vllm.format.errors import FormatError
+from infoquant_vllm.format.hadamard import hadamard, hadamard_factors
+from infoquant_vllm.format.schema import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    ActivationArgs,
+    ConfigGroup,
+    InputTransform,
+    KVCacheArgs,
+    LinearScheme,
+    QuantizationConfigData,
+    WeightArgs,
+    parse_config,
+)
+from infoquant_vllm.format.tensors import (
+    ModelShape,
+    TensorSpec,
+    activation_groups,
+    expected_tensors,
+    linear_tensors,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_FILE",
+    "QUANT_METHOD",
+    "ActivationArgs",
+    "Checkpoint",
+    "ConfigGroup",
+    "FormatError",
+    "InputTransform",
+    "KVCacheArgs",
+    "LinearScheme",
+    "ModelShape",
+    "QuantizationConfigData",
+    "TensorSpec",
+    "WeightArgs",
+    "activation_groups",
+    "check_values",
+    "expected_tensors",
+    "hadamard",
+    "hadamard_factors",
+    "linear_tensors",
+    "pack_codes",
+    "parse_config",
+    "read_json",
+    "unpack_codes",
+]

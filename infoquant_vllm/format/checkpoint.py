@@ -1,0 +1,119 @@
+"""Reading a checkpoint folder: headers against config, values against sense."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from infoquant_vllm.format.errors import FormatError
+from infoquant_vllm.format.schema import parse_config
+from infoquant_vllm.format.tensors import ModelShape, TensorSpec, expected_tensors
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A checkpoint folder whose headers agree with its config: every tensor there, none besides.
+
+    Opening reads config.json, the index and the headers of the shards, no tensor data.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        config_file = self.folder / "config.json"
+        self.hf_config = read_json(config_file)
+        if "quantization_config" not in self.hf_config:
+            raise FormatError(f"{config_file}: no quantization_config; run `infoquant quantize` on the model first")
+        self.config = parse_config(self.hf_config["quantization_config"], f"{config_file}: quantization_config")
+        self.shape = ModelShape.from_hf(self.hf_config, str(config_file))
+        self.weight_map: dict[str, str] = _read_weight_map(self.folder)
+        headers = {
+            name: header for shard in sorted(set(self.weight_map.values())) for name, header in self._headers(shard)
+        }
+        self._compare(headers)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Load one tensor; raises FormatError where its values cannot be right (see `check_values`)."""
+        file = self.folder / self.weight_map[name]
+        with safe_open(file, framework="pt") as shard:
+            tensor = shard.get_tensor(name)
+        check_values(tensor, name, str(file))
+        return tensor
+
+    def _headers(self, shard: str) -> list[tuple[str, TensorSpec]]:
+        file = self.folder / shard
+        try:
+            with safe_open(file, framework="pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+                found = [
+                    (n, TensorSpec(shape=tuple(s.get_shape()), dtype=str(s.get_dtype()))) for n, s in slices.items()
+                ]
+        except FileNotFoundError:
+            raise FormatError(f"{file}: the shard is missing, but {INDEX_FILE} lists it") from None
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{file}: not a whole safetensors file ({error}); copy or quantise it again") from None
+        stray = sorted(name for name, _ in found if self.weight_map.get(name) != shard)
+        if stray:
+            raise FormatError(
+                f"{file}: holds {stray[0]}, which {INDEX_FILE} does not place there ({len(stray)} such tensors)"
+            )
+        return found
+
+    def _compare(self, found: dict[str, TensorSpec]) -> None:
+        expected = expected_tensors(self.config, self.shape)
+        for name, spec in expected.items():
+            if name not in found:
+                raise FormatError(f"{self.folder}: tensor {name} {list(spec.shape)} is missing")
+            file, header = self.folder / self.weight_map[name], found[name]
+            if header.shape != spec.shape:
+                raise FormatError(f"{file}: {name} has shape {list(header.shape)}, expected {list(spec.shape)}")
+            if header.dtype not in ((spec.dtype,) if spec.dtype else ("BF16", "F16", "F32")):
+                raise FormatError(f"{file}: {name} is {header.dtype}, expected {spec.dtype or 'BF16, F16 or F32'}")
+        extra = sorted(set(found) - set(expected))
+        if extra:
+            file = self.folder / self.weight_map[extra[0]]
+            raise FormatError(f"{file}: unexpected tensor {extra[0]} ({len(extra)} such tensors)")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises FormatError naming the file."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{file}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{file}: a JSON object was expected, found {type(data).__name__}")
+    return data
+
+
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    file = folder / INDEX_FILE
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{file}: weight_map is missing or empty")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise FormatError(f"{file}: weight_map places {name} in {shard!r}, which is no safetensors file name")
+    return weight_map
+
+
+def check_values(tensor: torch.Tensor, name: str, source: str) -> None:
+    """Refuse values no quantiser writes: NaN and Inf anywhere, scales <= 0, clips outside (0, 1]."""
+    kind = name.rsplit(".", 1)[-1]
+    if not tensor.is_floating_point():
+        return
+    bad, expected = ~torch.isfinite(tensor), "finite numbers"
+    if kind == "weight_scale":
+        bad, expected = bad | (tensor <= 0), "scales above 0"
+    elif kind in ("input_clip", "key_clip", "value_clip"):
+        bad, expected = bad | (tensor <= 0) | (tensor > 1), "factors in (0, 1]"
+    if bad.any():
+        index = tuple(bad.nonzero()[0].tolist())
+        raise FormatError(
+            f"{source}: {name}[{', '.join(map(str, index))}] is {tensor[index].item():g}, "
+            f"expected {expected} ({int(bad.sum())} of {tensor.numel()} are wrong)"
+        )

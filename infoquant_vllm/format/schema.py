@@ -1,0 +1,156 @@
+"""`quantization_config` of config.json: what is quantised how, validated once at the edge."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infoquant_vllm.format.errors import FormatError
+
+QUANT_METHOD = "infoquant"
+FORMAT_VERSION = 1
+
+Bits = Literal[4, 8]
+Size = Annotated[int, Field(ge=1, le=2**17)]
+Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.]+$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class WeightArgs(_Strict):
+    """Weight codes: `weight_packed` with `weight_scale` [N, G] (and `weight_zero_point` [N, G])."""
+
+    num_bits: Bits
+    symmetric: bool = True
+    strategy: Literal["channel", "group"] = "channel"
+    group_size: Size | None = None
+
+    @model_validator(mode="after")
+    def _group_size_goes_with_strategy(self) -> "WeightArgs":
+        _check_group_size(self.strategy == "group", self.strategy, self.group_size)
+        return self
+
+
+class ActivationArgs(_Strict):
+    """Dynamic activation codes, one (scale, zero) per token or per group of a token's features.
+
+    The range is clipped by `input_clip` [activation groups, 2]: factors on (min, max). 16 bits
+    means that the input stays in the model's dtype; there is no `input_clip` then.
+    """
+
+    num_bits: Literal[4, 8, 16]
+    symmetric: bool = False
+    strategy: Literal["token", "head", "group"] = "token"
+    group_size: Size | None = None
+
+    @model_validator(mode="after")
+    def _group_size_goes_with_strategy(self) -> "ActivationArgs":
+        _check_group_size(self.strategy != "token", self.strategy, self.group_size)
+        return self
+
+
+class InputTransform(_Strict):
+    """What a linear's input is multiplied by before it is quantised: y = x @ R.
+
+    - hadamard: R = blocks of `hadamard(block_size)`, each of `block_size` features
+    - blocks: R = blocks `input_blocks` [K / block_size, block_size, block_size]
+    - kronecker: R = `input_left` [a, a] (x) `input_right` [b, b] with factors = (a, b), a * b = K
+    """
+
+    type: Literal["none", "hadamard", "blocks", "kronecker"] = "none"
+    block_size: Size | None = None
+    factors: tuple[Size, Size] | None = Field(default=None, strict=False)
+
+    @model_validator(mode="after")
+    def _sizes_go_with_type(self) -> "InputTransform":
+        if (self.type in ("hadamard", "blocks")) != (self.block_size is not None):
+            raise ValueError(f"block_size {self.block_size} does not go with type '{self.type}'")
+        if (self.type == "kronecker") != (self.factors is not None):
+            raise ValueError(f"factors {self.factors} do not go with type '{self.type}'")
+        return self
+
+
+class LinearScheme(_Strict):
+    """How one linear layer is quantised."""
+
+    weights: WeightArgs
+    input_activations: ActivationArgs
+    input_transform: InputTransform = InputTransform()
+
+
+class ConfigGroup(LinearScheme):
+    """A scheme and the linears it is for: full module names, or their ends ("mlp.down_proj")."""
+
+    targets: Annotated[list[Name], Field(min_length=1, max_length=100_000)]
+
+
+class KVCacheArgs(_Strict):
+    """The KV cache: asymmetric codes per token and kv-head, keys optionally through a Hadamard.
+
+    `self_attn.attn.key_clip` and `.value_clip` [num_kv_heads, 2] hold the factors on (min, max).
+    """
+
+    num_bits: Bits
+    key_transform: Literal["none", "hadamard"] = "none"
+
+
+class QuantizationConfigData(_Strict):
+    """`quantization_config` of config.json."""
+
+    quant_method: Literal["infoquant"]
+    format_version: int
+    config_groups: Annotated[dict[Name, ConfigGroup], Field(max_length=100_000)]
+    ignore: Annotated[list[Name], Field(max_length=100_000)] = []
+    kv_cache: KVCacheArgs | None = None
+    tied_residual_rotation: bool = False
+
+    def scheme(self, module: str) -> LinearScheme | None:
+        """The scheme of a linear by its Hugging Face name; None where `ignore` lists it.
+
+        The longest matching target wins. Raises FormatError for a linear that nothing names.
+        """
+        if any(_matches(module, target) for target in self.ignore):
+            return None
+        hits = [
+            (len(target), group)
+            for group in self.config_groups.values()
+            for target in group.targets
+            if _matches(module, target)
+        ]
+        if not hits:
+            raise FormatError(f"{module}: no target of config_groups names it, nor does ignore")
+        group = max(hits, key=lambda hit: hit[0])[1]
+        return LinearScheme(
+            weights=group.weights,
+            input_activations=group.input_activations,
+            input_transform=group.input_transform,
+        )
+
+
+def parse_config(data: dict[str, Any], source: str = "quantization_config") -> QuantizationConfigData:
+    """Validate `quantization_config`; raises FormatError naming every wrong field of `source`."""
+    method, version = data.get("quant_method"), data.get("format_version")
+    if method != QUANT_METHOD:
+        raise FormatError(f"{source}: quant_method is {method!r}, expected '{QUANT_METHOD}'")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{source}: format_version is {version!r}, this release reads {FORMAT_VERSION}; "
+            "install a release of infoquant-vllm that knows it, or quantise the model again"
+        )
+    try:
+        return QuantizationConfigData.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.80})" for e in error.errors()
+        )
+        raise FormatError(f"{source}: {problems}") from None
+
+
+def _matches(module: str, target: str) -> bool:
+    return module == target or module.endswith("." + target)
+
+
+def _check_group_size(wanted: bool, strategy: str, group_size: int | None) -> None:
+    if wanted != (group_size is not None):
+        raise ValueError(f"group_size {group_size} does not go with strategy '{strategy}'")

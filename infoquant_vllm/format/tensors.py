@@ -1,0 +1,151 @@
+"""Which tensors a checkpoint of a given config and model size holds, with shapes and dtypes."""
+
+import math
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infoquant_vllm.format.errors import FormatError
+from infoquant_vllm.format.schema import ActivationArgs, LinearScheme, QuantizationConfigData, Size
+
+
+class TensorSpec(BaseModel):
+    """Shape and safetensors dtype ("U8", "F32", ...; None: any floating one) of one tensor."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+
+class ModelShape(BaseModel):
+    """The sizes of a Llama-architecture model that the format depends on, from config.json."""
+
+    model_config = ConfigDict(frozen=True)
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1024)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> "ModelShape":
+        """Read the sizes out of a Hugging Face config; raises FormatError naming what is wrong."""
+        heads = config.get("num_attention_heads")
+        defaults: dict[str, Any] = {"num_key_value_heads": heads}
+        if isinstance(heads, int) and heads > 0 and isinstance(config.get("hidden_size"), int):
+            defaults["head_dim"] = config["hidden_size"] // heads
+        given = {key: value for key, value in config.items() if value is not None}
+        try:
+            return cls.model_validate(defaults | given)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{e['loc'][0]}: {e['msg']} (found {e['input']!r:.80})"
+                if e["type"] != "missing"
+                else f"{e['loc'][0]} is missing"
+                for e in error.errors()
+            )
+            raise FormatError(f"{source}: {problems}") from None
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Every linear of the decoder layers: Hugging Face name to (out_features, in_features)."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        shapes = {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        return {
+            f"model.layers.{layer}.{name}": shape
+            for layer in range(self.num_hidden_layers)
+            for name, shape in shapes.items()
+        }
+
+    def has_bias(self, module: str) -> bool:
+        """Whether the linear of that name carries a bias vector."""
+        return self.mlp_bias if ".mlp." in module else self.attention_bias
+
+
+def activation_groups(args: ActivationArgs, in_features: int) -> int:
+    """Number of (scale, zero) pairs per token for an input of `in_features`."""
+    return 1 if args.group_size is None else in_features // args.group_size
+
+
+def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    """Tensors of one quantised linear by their local names; raises FormatError for sizes that do not divide."""
+    weights, activations, transform = scheme.weights, scheme.input_activations, scheme.input_transform
+    for label, size in (
+        ("weight group_size", weights.group_size),
+        ("activation group_size", activations.group_size),
+        ("input_transform block_size", transform.block_size),
+        ("bytes per packed row times", 8 // weights.num_bits),
+    ):
+        if size is not None and in_features % size:
+            raise FormatError(f"{label} {size} does not divide its {in_features} input features")
+    if transform.factors is not None and math.prod(transform.factors) != in_features:
+        raise FormatError(f"input_transform factors {transform.factors} do not multiply to {in_features}")
+    groups = 1 if weights.group_size is None else in_features // weights.group_size
+    tensors = {
+        "weight_packed": TensorSpec(shape=(out_features, in_features * weights.num_bits // 8), dtype="U8"),
+        "weight_scale": TensorSpec(shape=(out_features, groups), dtype="F32"),
+    }
+    if not weights.symmetric:
+        tensors["weight_zero_point"] = TensorSpec(shape=(out_features, groups), dtype="U8")
+    if activations.num_bits != 16:
+        tensors["input_clip"] = TensorSpec(shape=(activation_groups(activations, in_features), 2), dtype="F32")
+    if transform.type == "blocks" and transform.block_size is not None:
+        block = transform.block_size
+        tensors["input_blocks"] = TensorSpec(shape=(in_features // block, block, block), dtype="F32")
+    if transform.factors is not None:
+        left, right = transform.factors
+        tensors["input_left"] = TensorSpec(shape=(left, left), dtype="F32")
+        tensors["input_right"] = TensorSpec(shape=(right, right), dtype="F32")
+    return tensors
+
+
+def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[str, TensorSpec]:
+    """Every tensor that a checkpoint of this config must hold, and no others."""
+    hidden, vocab = shape.hidden_size, shape.vocab_size
+    tensors = {
+        "model.embed_tokens.weight": TensorSpec(shape=(vocab, hidden)),
+        "model.norm.weight": TensorSpec(shape=(hidden,)),
+    }
+    if not shape.tie_word_embeddings:
+        tensors["lm_head.weight"] = TensorSpec(shape=(vocab, hidden))
+    if config.tied_residual_rotation:
+        if not shape.tie_word_embeddings:
+            raise FormatError("tied_residual_rotation is true but tie_word_embeddings is false")
+        tensors["model.embed_tokens.residual_rotation"] = TensorSpec(shape=(hidden, hidden), dtype="F32")
+        tensors["model.embed_tokens.final_norm_weight"] = TensorSpec(shape=(hidden,), dtype="F32")
+    for layer in range(shape.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = TensorSpec(shape=(hidden,))
+        if config.kv_cache is not None:
+            for clip in ("key_clip", "value_clip"):
+                spec = TensorSpec(shape=(shape.num_key_value_heads, 2), dtype="F32")
+                tensors[f"{prefix}.self_attn.attn.{clip}"] = spec
+    for module, (out_features, in_features) in shape.linears().items():
+        scheme = config.scheme(module)
+        if scheme is None:
+            tensors[f"{module}.weight"] = TensorSpec(shape=(out_features, in_features))
+        else:
+            try:
+                local = linear_tensors(scheme, out_features, in_features)
+            except FormatError as error:
+                raise FormatError(f"{module}: {error}") from None
+            tensors |= {f"{module}.{name}": spec for name, spec in local.items()}
+        if shape.has_bias(module):
+            tensors[f"{module}.bias"] = TensorSpec(shape=(out_features,))
+    return tensors
