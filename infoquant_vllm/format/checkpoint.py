@@ -12,6 +12,7 @@ from infoquant_vllm.format.schema import parse_config
 from infoquant_vllm.format.tensors import ModelShape, TensorSpec, expected_tensors
 
 INDEX_FILE = "model.safetensors.index.json"
+MAX_JSON_BYTES = 64 * 2**20
 
 
 class Checkpoint:
@@ -80,9 +81,13 @@ class Checkpoint:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; raises FormatError naming the file."""
     try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise FormatError(f"{file}: {file.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{file}: no such file") from None
+    except FormatError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):

@@ -1,5 +1,7 @@
 """`quantization_config` of config.json: what is quantised how, validated once at the edge."""
 
+from collections import Counter
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -105,27 +107,37 @@ class QuantizationConfigData(_Strict):
     kv_cache: KVCacheArgs | None = None
     tied_residual_rotation: bool = False
 
+    @model_validator(mode="after")
+    def _each_target_is_named_once(self) -> "QuantizationConfigData":
+        names = Counter([*self.ignore, *(t for group in self.config_groups.values() for t in group.targets)])
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is named by more than one group, or by a group and ignore")
+        return self
+
     def scheme(self, module: str) -> LinearScheme | None:
         """The scheme of a linear by its Hugging Face name; None where `ignore` lists it.
 
         The longest matching target wins. Raises FormatError for a linear that nothing names.
         """
-        if any(_matches(module, target) for target in self.ignore):
-            return None
-        hits = [
-            (len(target), group)
-            for group in self.config_groups.values()
-            for target in group.targets
-            if _matches(module, target)
-        ]
-        if not hits:
-            raise FormatError(f"{module}: no target of config_groups names it, nor does ignore")
-        group = max(hits, key=lambda hit: hit[0])[1]
-        return LinearScheme(
-            weights=group.weights,
-            input_activations=group.input_activations,
-            input_transform=group.input_transform,
-        )
+        parts = module.split(".")
+        for start in range(len(parts)):
+            end = ".".join(parts[start:])
+            if end in self._schemes:
+                return self._schemes[end]
+        raise FormatError(f"{module}: no target of config_groups names it, nor does ignore")
+
+    @cached_property
+    def _schemes(self) -> dict[str, LinearScheme | None]:
+        schemes: dict[str, LinearScheme | None] = dict.fromkeys(self.ignore)
+        for group in self.config_groups.values():
+            scheme = LinearScheme(
+                weights=group.weights,
+                input_activations=group.input_activations,
+                input_transform=group.input_transform,
+            )
+            schemes |= dict.fromkeys(group.targets, scheme)
+        return schemes
 
 
 def parse_config(data: dict[str, Any], source: str = "quantization_config") -> QuantizationConfigData:
@@ -141,14 +153,7 @@ def parse_config(data: dict[str, Any], source: str = "quantization_config") -> Q
     try:
         return QuantizationConfigData.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.80})" for e in error.errors()
-        )
-        raise FormatError(f"{source}: {problems}") from None
-
-
-def _matches(module: str, target: str) -> bool:
-    return module == target or module.endswith("." + target)
+        raise FormatError.from_validation(source, error) from None
 
 
 def _check_group_size(wanted: bool, strategy: str, group_size: int | None) -> None:

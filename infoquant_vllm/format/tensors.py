@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.schema import ActivationArgs, LinearScheme, QuantizationConfigData, Size
@@ -21,7 +21,7 @@ class TensorSpec(BaseModel):
 class ModelShape(BaseModel):
     """The sizes of a Llama-architecture model that the format depends on, from config.json."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, strict=True)
 
     hidden_size: Size
     intermediate_size: Size
@@ -34,6 +34,15 @@ class ModelShape(BaseModel):
     attention_bias: bool = False
     mlp_bias: bool = False
 
+    @model_validator(mode="after")
+    def _query_heads_share_kv_heads(self) -> "ModelShape":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> "ModelShape":
         """Read the sizes out of a Hugging Face config; raises FormatError naming what is wrong."""
@@ -45,13 +54,7 @@ class ModelShape(BaseModel):
         try:
             return cls.model_validate(defaults | given)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{e['loc'][0]}: {e['msg']} (found {e['input']!r:.80})"
-                if e["type"] != "missing"
-                else f"{e['loc'][0]} is missing"
-                for e in error.errors()
-            )
-            raise FormatError(f"{source}: {problems}") from None
+            raise FormatError.from_validation(source, error) from None
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every linear of the decoder layers: Hugging Face name to (out_features, in_features)."""
