@@ -1,36 +1,55 @@
 """The matrix that the name "hadamard" stands for in a checkpoint, for any size."""
 
 import math
-from functools import cache
+from functools import cache, reduce
 
 import torch
 
+from infoquant_vllm.format.errors import FormatError
+
+MAX_DENSE_FACTOR = 2048  # an odd factor above this would cost more than the product it serves
 MAX_PALEY_ORDER = 256  # a dense factor costs its order in multiply-adds per feature
+MAX_SYLVESTER_FACTOR = 64
 
 
 @cache
-def hadamard_factors(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal float64 (F [m, m], S [p, p]) with m * p = size: `hadamard(size)` is F (x) S.
+def hadamard_factors(size: int) -> tuple[torch.Tensor, ...]:
+    """Small orthonormal float64 matrices whose Kronecker product, in order, is `hadamard(size)`.
 
-    S is Sylvester's matrix of the largest power of two p for which F exists; F is Paley's Hadamard
-    matrix (Paley, J. Math. Phys. 12, 1933) of the smallest fitting order, or, where neither of his
-    constructions with a prime gives one, the discrete Hartley matrix of the odd part of `size`.
+    First a dense factor F where `size` is no power of two, then Sylvester matrices of at most
+    MAX_SYLVESTER_FACTOR. F is Paley's Hadamard matrix (Paley, J. Math. Phys. 12, 1933) of the
+    smallest fitting order up to MAX_PALEY_ORDER, or, where neither of his constructions with a
+    prime gives one, the discrete Hartley matrix of the odd part of `size`.
+
+    Raises FormatError where the odd part is above MAX_DENSE_FACTOR.
     """
     odd = size >> ((size & -size).bit_length() - 1)
-    order = odd
-    while size % order == 0 and order <= max(odd, MAX_PALEY_ORDER):
-        factor = torch.ones(1, 1, dtype=torch.float64) if order == 1 else _paley(order)
-        if factor is not None:
-            return factor / math.sqrt(order), _sylvester(size // order)
-        order *= 2
-    angle = torch.arange(odd, dtype=torch.float64)
-    angle = torch.outer(angle, angle) % odd * (2 * math.pi / odd)
-    return (angle.cos() + angle.sin()) / math.sqrt(odd), _sylvester(size // odd)
+    if odd > MAX_DENSE_FACTOR:
+        raise FormatError(f"hadamard of {size}: its odd factor {odd} is above {MAX_DENSE_FACTOR}; use smaller blocks")
+    dense = _dense_factor(size, odd)
+    factors = [] if len(dense) == 1 else [dense]
+    power = size // len(dense)
+    while power > 1:
+        factors.append(_sylvester(min(power, MAX_SYLVESTER_FACTOR)))
+        power //= len(factors[-1])
+    return tuple(factors or [dense])
 
 
 def hadamard(size: int) -> torch.Tensor:
     """The orthonormal matrix [size, size], float64, that the format calls Hadamard."""
-    return torch.kron(*hadamard_factors(size))
+    return reduce(torch.kron, hadamard_factors(size))
+
+
+def _dense_factor(size: int, odd: int) -> torch.Tensor:
+    order = odd
+    while order > 1 and size % order == 0 and order <= MAX_PALEY_ORDER:
+        factor = _paley(order)
+        if factor is not None:
+            return factor / math.sqrt(order)
+        order *= 2
+    angle = torch.arange(odd, dtype=torch.float64)
+    angle = torch.outer(angle, angle) % odd * (2 * math.pi / odd)
+    return (angle.cos() + angle.sin()) / math.sqrt(odd)
 
 
 def _sylvester(size: int) -> torch.Tensor:

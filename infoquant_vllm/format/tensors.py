@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infoquant_vllm.format.errors import FormatError
+from infoquant_vllm.format.hadamard import hadamard_factors
 from infoquant_vllm.format.schema import ActivationArgs, LinearScheme, QuantizationConfigData, Size
 
 
@@ -96,6 +97,8 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
     ):
         if size is not None and in_features % size:
             raise FormatError(f"{label} {size} does not divide its {in_features} input features")
+    if transform.type == "hadamard" and transform.block_size is not None:
+        hadamard_factors(transform.block_size)
     if transform.factors is not None and math.prod(transform.factors) != in_features:
         raise FormatError(f"input_transform factors {transform.factors} do not multiply to {in_features}")
     groups = 1 if weights.group_size is None else in_features // weights.group_size
@@ -144,6 +147,11 @@ def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[
         if scheme is None:
             tensors[f"{module}.weight"] = TensorSpec(shape=(out_features, in_features))
         else:
+            head = scheme.input_activations
+            if head.strategy == "head" and head.group_size != shape.head_dim:
+                raise FormatError(
+                    f"{module}: strategy 'head' has group_size {head.group_size}, head_dim is {shape.head_dim}"
+                )
             try:
                 local = linear_tensors(scheme, out_features, in_features)
             except FormatError as error:
