@@ -1,0 +1,216 @@
+"""The model to quantise: a local folder or a hub id, checked before anything is computed."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from infoquant_vllm.format import INDEX_FILE, FormatError, ModelShape, check_values, read_json
+from offline.errors import ToolError
+
+ARCHITECTURES = ("LlamaForCausalLM",)
+SINGLE_FILE = "model.safetensors"
+DTYPES = ("BF16", "F16", "F32")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An unquantised Llama-architecture model whose headers agree with its config.
+
+    `weight_map` places every tensor the architecture needs, and no others, in its shard.
+    """
+
+    folder: Path
+    hf_config: dict[str, Any]
+    shape: ModelShape
+    weight_map: dict[str, str]
+
+    @classmethod
+    def open(cls, path_or_hub_id: str | Path) -> "Source":
+        """Check config, tokenizer, index and shard headers; raises ToolError for the first thing wrong."""
+        folder = _local_folder(path_or_hub_id)
+        try:
+            hf_config = read_json(folder / "config.json")
+            _check_architecture(hf_config, folder / "config.json")
+            shape = ModelShape.from_hf(hf_config, str(folder / "config.json"))
+        except FormatError as error:
+            raise ToolError(str(error)) from None
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ToolError(f"{folder}: no tokenizer ({' or '.join(TOKENIZER_FILES)} was expected)")
+        return cls(folder, hf_config, shape, _weight_map(folder, shape))
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor of the model, sorted; a tied model has no `lm_head.weight`."""
+        return sorted(self.weight_map)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor in its stored dtype; raises ToolError where it holds NaN or Inf."""
+        file = self.folder / self.weight_map[name]
+        with safe_open(file, framework="pt") as shard:
+            tensor = shard.get_tensor(name)
+        try:
+            check_values(tensor, name, str(file))
+        except FormatError as error:
+            raise ToolError(str(error)) from None
+        return tensor
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, from its own files only."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
+            raise ToolError(f"{self.folder}: the tokenizer cannot be read ({error})") from None
+
+    def model(self, dtype: torch.dtype) -> LlamaForCausalLM:
+        """The model in eval mode, every weight read through `tensor` and none left as initialised."""
+        try:
+            config = LlamaConfig.from_dict(self.hf_config)
+        except Exception as error:  # huggingface_hub has its own validation errors, not derived from ValueError
+            raise ToolError(f"{self.folder / 'config.json'}: transformers refuses it ({error})") from None
+        disable_progress_bar()
+        state = {name: self.tensor(name).to(dtype) for name in self.names}
+        model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        return model.eval().requires_grad_(False)
+
+
+def _local_folder(path_or_hub_id: str | Path) -> Path:
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ToolError(f"{folder}: a model folder was expected, this is a file")
+    if isinstance(path_or_hub_id, Path) or not HUB_ID.match(path_or_hub_id):
+        raise ToolError(f"{folder}: no such folder, and not a hub id like organisation/model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=HUB_FILES))
+    except Exception as error:  # network, authorisation and missing repositories, each with a class of its own
+        reason = str(error).strip().splitlines()[0]
+        raise ToolError(f"{path_or_hub_id}: no such folder, and the hub did not give it ({reason})") from None
+
+
+def _check_architecture(hf_config: dict[str, Any], file: Path) -> None:
+    found = hf_config.get("architectures")
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in ARCHITECTURES:
+        raise ToolError(f"{file}: architectures is {found!r}; this release knows {', '.join(ARCHITECTURES)}")
+    if "quantization_config" in hf_config:
+        found = hf_config["quantization_config"]
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise ToolError(
+            f"{file}: the model is already quantised (quant_method {method!r}); give the unquantised original"
+        )
+
+
+def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an unquantised model of that shape."""
+    hidden = shape.hidden_size
+    tensors: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not shape.tie_word_embeddings:
+        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
+    for layer in range(shape.num_hidden_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
+    for module, size in shape.linears().items():
+        tensors[f"{module}.weight"] = size
+        if shape.has_bias(module):
+            tensors[f"{module}.bias"] = size[:1]
+    return tensors
+
+
+def _is_redundant(name: str, shape: ModelShape) -> bool:
+    """Tensors that some folders hold and the architecture does not need: old RoPE tables, a tied head's copy."""
+    return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and shape.tie_word_embeddings)
+
+
+def _weight_map(folder: Path, shape: ModelShape) -> dict[str, str]:
+    headers = _headers(folder)
+    expected = _expected(shape)
+    for name, size in expected.items():
+        if name not in headers:
+            raise ToolError(f"{folder}: tensor {name} {list(size)} is missing from its safetensors files")
+        file, found, dtype = headers[name]
+        if found != size:
+            raise ToolError(f"{file}: {name} has shape {list(found)}, config.json asks for {list(size)}")
+        if dtype not in DTYPES:
+            raise ToolError(f"{file}: {name} is {dtype}, expected {', '.join(DTYPES)}")
+    extra = sorted(name for name in headers if name not in expected and not _is_redundant(name, shape))
+    if extra:
+        raise ToolError(f"{headers[extra[0]][0]}: unexpected tensor {extra[0]} ({len(extra)} such tensors)")
+    return {name: headers[name][0].name for name in expected}
+
+
+def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """Of every tensor: its file, shape and dtype; the index, where there is one, must say the same."""
+    shards, indexed = _shards(folder)
+    headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    for shard in shards:
+        for name, size, dtype in _read_header(shard):
+            if name in headers:
+                raise ToolError(f"{shard}: holds {name}, which {headers[name][0].name} holds too")
+            if indexed is not None and indexed.get(name) != shard.name:
+                place = indexed.get(name, "nowhere")
+                raise ToolError(f"{shard}: holds {name}, which {INDEX_FILE} places {place!r}")
+            headers[name] = (shard, size, dtype)
+    for name, place in (indexed or {}).items():
+        if name not in headers:
+            raise ToolError(f"{folder / place}: {INDEX_FILE} places {name} there, but the file does not hold it")
+    return headers
+
+
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    found = {file.name for file in folder.glob("*.safetensors")}
+    indexed: dict[str, str] | None = None
+    if (folder / INDEX_FILE).is_file():
+        indexed = _index(folder)
+        listed = set(indexed.values())
+    elif found:
+        listed = {SINGLE_FILE}
+    else:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        held = f"it holds {pickles[0]}, and pickles are not read; convert the model" if pickles else "convert the model"
+        raise ToolError(f"{folder}: no safetensors files ({held} with `save_pretrained` of transformers)")
+    for name in sorted(listed - found):
+        raise ToolError(f"{folder / name}: the shard is missing ({len(listed - found)} of {len(listed)} are)")
+    for name in sorted(found - listed):
+        raise ToolError(f"{folder / name}: an extra safetensors file that the model does not list; move it away")
+    return [folder / name for name in sorted(listed)], indexed
+
+
+def _index(folder: Path) -> dict[str, str]:
+    try:
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    except FormatError as error:
+        raise ToolError(str(error)) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ToolError(f"{folder / INDEX_FILE}: weight_map is missing or empty")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ToolError(f"{folder / INDEX_FILE}: places {name} in {shard!r}, which is no safetensors file name")
+    return weight_map
+
+
+def _read_header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return [(name, tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()]
+    except (SafetensorError, OSError) as error:
+        raise ToolError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
