@@ -9,7 +9,7 @@ from infoquant_vllm.format.errors import FormatError
 
 MAX_DENSE_FACTOR = 2048  # an odd factor above this would cost more than the product it serves
 MAX_PALEY_ORDER = 256  # a dense factor costs its order in multiply-adds per feature
-MAX_SYLVESTER_FACTOR = 64
+MAX_SYLVESTER_DOUBLINGS = 6
 
 
 @cache
@@ -17,7 +17,7 @@ def hadamard_factors(size: int) -> tuple[torch.Tensor, ...]:
     """Small orthonormal float64 matrices whose Kronecker product, in order, is `hadamard(size)`.
 
     First a dense factor F where `size` is no power of two, then Sylvester matrices of at most
-    MAX_SYLVESTER_FACTOR. F is Paley's Hadamard matrix (Paley, J. Math. Phys. 12, 1933) of the
+    64, as even as can be. F is Paley's Hadamard matrix (Paley, J. Math. Phys. 12, 1933) of the
     smallest fitting order up to MAX_PALEY_ORDER, or, where neither of his constructions with a
     prime gives one, the discrete Hartley matrix of the odd part of `size`.
 
@@ -28,10 +28,9 @@ def hadamard_factors(size: int) -> tuple[torch.Tensor, ...]:
         raise FormatError(f"hadamard of {size}: its odd factor {odd} is above {MAX_DENSE_FACTOR}; use smaller blocks")
     dense = _dense_factor(size, odd)
     factors = [] if len(dense) == 1 else [dense]
-    power = size // len(dense)
-    while power > 1:
-        factors.append(_sylvester(min(power, MAX_SYLVESTER_FACTOR)))
-        power //= len(factors[-1])
+    doublings = (size // len(dense)).bit_length() - 1
+    parts = -(-doublings // MAX_SYLVESTER_DOUBLINGS)
+    factors += [_sylvester(2 ** ((doublings + part) // parts)) for part in reversed(range(parts))]
     return tuple(factors or [dense])
 
 
