@@ -1,0 +1,118 @@
+"""Text files and data sets as windows of tokens: what calibration and evaluation read."""
+
+import importlib.util
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from offline.errors import ToolError
+
+MAX_TEXT_BYTES = 2**28
+SHUFFLE_BUFFER = 1000
+TEXT_FIELD = "text"
+
+
+def text_windows(
+    spec: str, tokenizer: PreTrainedTokenizerBase, num_windows: int, window: int, seed: int
+) -> torch.Tensor:
+    """Windows of consecutive tokens, drawn without replacement across the whole text, in its order.
+
+    Args:
+        spec: a text file; a JSONL file with the field "text"; else a data set name, NAME or NAME:CONFIG.
+        tokenizer: where it starts every text with a BOS token, so does every window.
+        num_windows: how many windows to draw.
+        window: tokens per window, BOS included.
+        seed: of the draw.
+
+    Returns:
+        int64 [num_windows, window]. Raises ToolError where the text holds too few tokens.
+    """
+    prefix = leading_tokens(tokenizer)
+    stride = window - len(prefix)
+    if Path(spec).is_file():
+        tokens = _tokens(_documents(Path(spec)), tokenizer)
+    else:
+        texts = _dataset(spec, seed)
+        tokens = _tokens(texts, tokenizer, enough=4 * num_windows * stride)
+    available = len(tokens) // stride
+    if available < num_windows:
+        raise ToolError(
+            f"{spec}: {len(tokens)} tokens found, {num_windows * stride} needed "
+            f"({num_windows} windows of {stride}); give a longer text or ask for fewer"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(available, generator=generator)[:num_windows].sort().values
+    cut = torch.tensor(tokens[: available * stride]).view(available, stride)[chosen]
+    return torch.cat((torch.tensor(prefix, dtype=torch.int64).expand(num_windows, -1), cut), dim=1)
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] where the tokenizer starts every text with it, else []."""
+    first = tokenizer("a").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, enough: int | None = None) -> list[int]:
+    """The documents' tokens one after another, each closed by EOS; stops early at `enough`."""
+    tokens: list[int] = []
+    closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in texts:
+        found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        tokens += found + closing if found else []
+        if enough is not None and len(tokens) >= enough:
+            break
+    return tokens
+
+
+def _documents(file: Path) -> Iterator[str]:
+    if file.stat().st_size > MAX_TEXT_BYTES:
+        raise ToolError(f"{file}: {file.stat().st_size} bytes, at most {MAX_TEXT_BYTES} are read; give a part of it")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ToolError(f"{file}: not UTF-8 text (byte {error.start}); convert it first") from None
+    if file.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield _json_text(line, f"{file}:{number}")
+
+
+def _json_text(line: str, place: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ToolError(f"{place}: not JSON ({error})") from None
+    return _text_of(record, place)
+
+
+def _text_of(record: Any, place: str) -> str:
+    text = record.get(TEXT_FIELD) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ToolError(f'{place}: an object with a string "{TEXT_FIELD}" was expected, found {record!r:.80}')
+    return text
+
+
+def _dataset(spec: str, seed: int) -> Iterator[str]:
+    """Documents of a data set's training split, shuffled and streamed."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ToolError(
+            f"{spec}: no such file; to read it as a data set name, first `pip install 'infoquant-vllm[datasets]'`"
+        )
+    import datasets
+
+    name, _, config = spec.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        first = next(iter(rows))
+    except Exception as error:  # network, names and configs: a class of its own each
+        reason = str(error).strip().splitlines()[0]
+        raise ToolError(f"{spec}: no such file, and not readable as a data set ({reason})") from None
+    return (_text_of(row, spec) for row in itertools.chain([first], itertools.islice(rows, 1, None)))
