@@ -1,0 +1,177 @@
+"""`quantize`: from a source model to a checkpoint folder, one decoder layer in memory at a time."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from infoquant_vllm.format import Checkpoint, FormatError, QuantizationConfigData
+from offline.calibration import calibration_tokens
+from offline.card import model_card
+from offline.errors import ToolError
+from offline.fold import fold_ends, fold_layer, stored_dtype
+from offline.layer import quantize_layer
+from offline.progress import ProgressReport, console_progress
+from offline.psot import collect_inputs, learn_rotation
+from offline.recipe import SITES, Recipe, load_recipe, preset_named
+from offline.report import Report, Stopwatch, checkpoint_sizes
+from offline.source import Source
+from offline.stream import Hessians, Stream
+from offline.transforms import Transforms, random_hadamard, random_head_rotations
+from offline.writer import Writer, atomic_folder, check_output
+
+
+@dataclass
+class _Run:
+    """What every stage of one run reads, and the timings and errors that they leave."""
+
+    source: Source
+    recipe: Recipe
+    config: QuantizationConfigData
+    seed: int
+    device: torch.device
+    progress: ProgressReport
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def quantize(
+    source: str | Path,
+    output: str | Path,
+    *,
+    preset: str = "fast",
+    recipe: Recipe | str | Path | None = None,
+    calibration: str = "self",
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: ProgressReport | None = None,
+) -> Report:
+    """Quantise a Llama-architecture model into a checkpoint folder that `vllm serve` loads.
+
+    Args:
+        source: folder or hub id of the unquantised model.
+        output: the folder to make; whole or not there at all, whatever interrupts the run.
+        preset: name of a built-in recipe, used where `recipe` is None.
+        recipe: a `Recipe`, or the path of a YAML file that holds one.
+        calibration: "self", a text or JSONL file, or a data set name (see `calibration_tokens`).
+        seed: same seed, source and calibration: same bytes, on the same machine.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        overwrite: replace an output that this tool wrote earlier.
+        dry_run: check everything and compute the sizes, but write nothing.
+        progress: called while the run goes on; None draws bars on standard error.
+
+    Returns the run's figures. Raises ToolError, naming what is wrong, before anything is changed.
+    """
+    chosen = preset_named(preset) if recipe is None else recipe
+    chosen = chosen if isinstance(chosen, Recipe) else load_recipe(chosen)
+    model = Source.open(source)
+    check_output(Path(output), model.folder, overwrite)
+    try:
+        config = chosen.quantization_config(model.shape)
+        sizes = checkpoint_sizes(model, config)
+    except FormatError as error:
+        raise ToolError(f"recipe '{chosen.name}' does not suit {model.folder}: {error}") from None
+    figures = Report(
+        source=model.folder.name if Path(source).is_dir() else str(source),
+        recipe=chosen.name,
+        calibration=Path(calibration).name,
+        seed=seed,
+        dry_run=dry_run,
+        **sizes,
+    )
+    if dry_run:
+        return figures
+    with console_progress() if progress is None else nullcontext(progress) as shown:
+        run = _Run(model, chosen, config, seed, _device(device), shown)
+        with atomic_folder(Path(output)) as partial:
+            return _write_checkpoint(run, partial, figures, calibration, Path(output).name)
+
+
+def _write_checkpoint(run: _Run, folder: Path, figures: Report, calibration: str, name: str) -> Report:
+    tokens = _calibration(run, calibration) if run.recipe.needs_calibration else None
+    transforms = make_transforms(run, tokens)
+    writer = Writer(folder)
+    writer.add(fold_ends(run.source, transforms))
+    for tensors in _quantized_layers(run, tokens, transforms):
+        writer.add(tensors)
+    writer.finish_tensors()
+    figures = figures.model_copy(
+        update={
+            "calibration_tokens": 0 if tokens is None else tokens.numel(),
+            "calibration_sha256": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "errors": run.errors,
+            "seconds": run.watch.seconds,
+        }
+    )
+    writer.copy_from(run.source.folder)
+    writer.write_text("README.md", model_card(name, run.recipe, figures))
+    writer.write_text("infoquant_recipe.yaml", run.recipe.dump())
+    writer.write_text("infoquant_report.json", figures.model_dump_json(indent=2) + "\n")
+    quantization_config = run.config.model_dump(mode="json", exclude_none=True)
+    writer.finish(run.source.hf_config | {"quantization_config": quantization_config})
+    Checkpoint(folder)  # reads the headers back: every tensor there, of the right shape and type
+    return figures
+
+
+def _calibration(run: _Run, spec: str) -> torch.Tensor:
+    size = run.recipe.calibration
+    with run.watch("calibration"):
+        return calibration_tokens(
+            spec,
+            run.source,
+            size.sequences,
+            size.sequence_length,
+            run.seed,
+            lambda done, total: run.progress("calibration", done, total),
+        )
+
+
+def make_transforms(run: _Run, tokens: torch.Tensor | None) -> Transforms | None:
+    """The rotations that the recipe asks for, from the run's seed; None for transform `none`."""
+    if run.recipe.transform == "none":
+        return None
+    generator = torch.Generator().manual_seed(run.seed)
+    residual = random_hadamard(run.source.shape.hidden_size, generator)
+    heads = random_head_rotations(run.source.shape, generator)
+    if run.recipe.transform == "psot-shared":
+        assert tokens is not None  # such recipes need calibration
+        with run.watch("rotation"):
+            inputs = collect_inputs(run.source, tokens, run.recipe.psot, run.device, run.progress)
+            residual = learn_rotation(inputs, residual, run.recipe.psot, generator, run.progress)
+    return Transforms(residual, heads)
+
+
+def _quantized_layers(
+    run: _Run, tokens: torch.Tensor | None, transforms: Transforms | None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Every decoder layer's tensors by their full names."""
+    layers = run.source.shape.num_hidden_layers
+    stream = None
+    if run.recipe.rounding == "gptq":
+        assert tokens is not None  # such recipes need calibration
+        stream = Stream(run.source, tokens, transforms, run.device)
+    for layer in range(layers):
+        prefix, hessians = f"model.layers.{layer}", Hessians()
+        state = {name: tensor.to(run.device) for name, tensor in fold_layer(run.source, layer, transforms).items()}
+        if stream is not None:
+            with run.watch("activations"):
+                stream.advance(state, [linears[0] for linears in SITES.values()], hessians.observe)
+        with run.watch("weights"):
+            tensors, errors = quantize_layer(state, hessians, run.recipe, run.source.shape, stored_dtype(run.source))
+        yield {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+        run.errors |= {f"{prefix}.{name}": error for name, error in errors.items()}
+        mean = sum(errors.values()) / max(len(errors), 1)
+        run.progress("layers", layer + 1, layers, f"output error {mean:.4f}" if errors else "")
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ToolError(f"device is {name!r}, expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ToolError("device is cuda, but torch finds no CUDA device; choose auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

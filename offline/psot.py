@@ -1,0 +1,85 @@
+"""The shared rotation of the residual stream: learnt so that rotated activations span a small range.
+
+One orthogonal matrix for all layers instead of InfoQuant's one per input (arXiv 2605.26175), with
+the squared range as objective: it then folds into the weights and costs nothing at run time.
+"""
+
+import math
+
+import torch
+
+from offline.fold import READERS, fold_layer
+from offline.progress import ProgressReport
+from offline.recipe import Psot
+from offline.source import Source
+from offline.stream import Stream
+
+TOKENS_SEEN_PER_TOKEN_POOLED = 4
+
+
+def collect_inputs(
+    source: Source, tokens: torch.Tensor, args: Psot, device: torch.device, progress: ProgressReport
+) -> torch.Tensor:
+    """Normalised inputs of all layers' attention and MLP, norms' gains left out, [rows, hidden] float32.
+
+    Every site gives the same evenly spaced tokens of the first sequences, `pool_tokens` rows in all.
+    """
+    layers = source.shape.num_hidden_layers
+    per_site = max(1, args.pool_tokens // (2 * layers))
+    sequences = tokens[: max(1, -(-TOKENS_SEEN_PER_TOKEN_POOLED * per_site // tokens.shape[1]))]
+    stride = max(1, sequences.numel() // per_site)
+    pool: list[torch.Tensor] = []
+
+    def observe(_: str, x: torch.Tensor) -> None:
+        chosen = x[::stride]
+        pool.append(chosen * torch.rsqrt(chosen.square().mean(1, keepdim=True)))
+
+    stream = Stream(source, sequences, None, device)
+    for layer in range(layers):
+        state = {name: tensor.to(device) for name, tensor in fold_layer(source, layer, None).items()}
+        stream.advance(state, list(READERS), observe)
+        progress("sampling", layer + 1, layers)
+    return torch.cat(pool)
+
+
+def learn_rotation(
+    inputs: torch.Tensor,
+    start: torch.Tensor,
+    args: Psot,
+    generator: torch.Generator,
+    progress: ProgressReport,
+) -> torch.Tensor:
+    """An orthogonal matrix [hidden, hidden] float64, start @ Cayley(P - P^T), P learnt from 0.
+
+    inputs: [tokens, hidden] float32 or bfloat16, normalised inputs of all layers without the norms' gains
+    start: [hidden, hidden] float64, a random Hadamard
+    """
+    hidden = len(start)
+    base = start.to(inputs.device, torch.float32)
+    parameter = torch.zeros(hidden, hidden, device=inputs.device, requires_grad=True)
+    optimizer = torch.optim.Adam([parameter], lr=args.learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    )
+    for step in range(args.steps):
+        rows = torch.randint(len(inputs), (args.batch_tokens,), generator=generator).to(inputs.device)
+        loss = squared_range((inputs[rows].float() @ base) @ cayley(parameter))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress("rotation", step + 1, args.steps, f"squared range {loss.item():.2f}")
+    with torch.no_grad():
+        return start @ cayley(parameter.double()).cpu()
+
+
+def cayley(parameter: torch.Tensor) -> torch.Tensor:
+    """(I + A)^-1 (I - A) with A = P - P^T: a rotation for any square P, the identity for P = 0."""
+    skew = parameter - parameter.T
+    eye = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(eye + skew, eye - skew)
+
+
+def squared_range(y: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of (max(y, 0) - min(y, 0))^2, which the quantiser's error is proportional to."""
+    return (y.amax(1).clamp(min=0) - y.amin(1).clamp(max=0)).square().mean()

@@ -1,0 +1,182 @@
+"""What is done to a model: which transforms, which rounding, which codes at each site."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infoquant_vllm.format import (
+    FORMAT_VERSION,
+    ActivationArgs,
+    ConfigGroup,
+    FormatError,
+    InputTransform,
+    KVCacheArgs,
+    ModelShape,
+    QuantizationConfigData,
+    WeightArgs,
+)
+from offline.errors import ToolError
+
+SITES: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Linears of a decoder layer that share an input, by the name of that input."""
+
+Clip = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SiteActivations(_Strict):
+    """`ActivationArgs` of the format, where strategy "head" takes its size from the model."""
+
+    num_bits: Literal[4, 8, 16] = 4
+    symmetric: bool = False
+    strategy: Literal["token", "head", "group"] = "token"
+    group_size: Count | None = None
+
+    @model_validator(mode="after")
+    def _group_size_goes_with_strategy(self) -> "SiteActivations":
+        if (self.strategy == "group") != (self.group_size is not None):
+            raise ValueError(f"group_size {self.group_size} does not go with strategy '{self.strategy}'")
+        return self
+
+    def for_model(self, shape: ModelShape) -> ActivationArgs:
+        """The same in the format's words."""
+        size = shape.head_dim if self.strategy == "head" else self.group_size
+        return ActivationArgs(num_bits=self.num_bits, symmetric=self.symmetric, strategy=self.strategy, group_size=size)
+
+
+class Site(_Strict):
+    """Codes of the weights and of the input they share, and the factor that shrinks the input's range."""
+
+    weights: WeightArgs = WeightArgs(num_bits=4)
+    input_activations: SiteActivations = SiteActivations()
+    clip: Clip = 0.9
+
+
+class Sites(_Strict):
+    """The four inputs of a decoder layer."""
+
+    qkv: Site = Site()
+    o: Site = Site(input_activations=SiteActivations(strategy="head"))
+    gate_up: Site = Site()
+    down: Site = Site()
+
+
+class KVCache(_Strict):
+    """Bits of the KV cache and the factors that shrink the ranges of keys and values."""
+
+    num_bits: Literal[4, 8] = 4
+    key_clip: Clip = 1.0
+    value_clip: Clip = 0.95
+
+
+class CalibrationSize(_Strict):
+    """How much text is read: `sequences` of `sequence_length` tokens."""
+
+    sequences: Count = 64
+    sequence_length: Annotated[int, Field(ge=8, le=131_072)] = 512
+
+
+class Gptq(_Strict):
+    """GPTQ's damping, as a share of the Hessian's mean diagonal."""
+
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+
+
+class Psot(_Strict):
+    """The optimisation of the shared rotation: Adam with a cosine schedule."""
+
+    steps: Count = 500
+    batch_tokens: Count = 1024
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
+    pool_tokens: Count = 120_000
+
+
+class Recipe(_Strict):
+    """Everything that decides the output, apart from the source, the calibration text and the seed."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+    transform: Literal["none", "hadamard", "psot-shared"]
+    rounding: Literal["rtn", "gptq"]
+    sites: Sites = Sites()
+    kv_cache: KVCache | None = KVCache()
+    calibration: CalibrationSize = CalibrationSize()
+    gptq: Gptq = Gptq()
+    psot: Psot = Psot()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any step looks at activations."""
+        return self.rounding == "gptq" or self.transform == "psot-shared"
+
+    def quantization_config(self, shape: ModelShape) -> QuantizationConfigData:
+        """`quantization_config` of the checkpoint that this recipe makes of a model of that shape."""
+        rotated = self.transform != "none"
+        online = InputTransform(type="hadamard", block_size=shape.intermediate_size)
+        groups = {
+            name: ConfigGroup(
+                targets=list(linears),
+                weights=site.weights,
+                input_activations=site.input_activations.for_model(shape),
+                input_transform=online if rotated and name == "down" else InputTransform(),
+            )
+            for name, linears in SITES.items()
+            for site in [getattr(self.sites, name)]
+        }
+        kv_cache = None
+        if self.kv_cache is not None:
+            kv_cache = KVCacheArgs(num_bits=self.kv_cache.num_bits, key_transform="hadamard" if rotated else "none")
+        return QuantizationConfigData(
+            quant_method="infoquant",
+            format_version=FORMAT_VERSION,
+            config_groups=groups,
+            ignore=["lm_head"],
+            kv_cache=kv_cache,
+            tied_residual_rotation=rotated and shape.tie_word_embeddings,
+        )
+
+    def dump(self) -> str:
+        """The recipe as YAML; `load_recipe` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="rtn", transform="none", rounding="rtn"),
+        Recipe(name="quarot", transform="hadamard", rounding="gptq"),
+        Recipe(name="fast", transform="psot-shared", rounding="gptq"),
+    )
+}
+"""Equal terms: the same codes, clips and calibration, apart from what names them."""
+
+
+def preset_named(name: str) -> Recipe:
+    """A preset by name; raises ToolError listing the known ones."""
+    if name not in PRESETS:
+        raise ToolError(f"no preset is named {name!r}; choose one of {', '.join(PRESETS)}, or write a recipe file")
+    return PRESETS[name]
+
+
+def load_recipe(file: str | Path) -> Recipe:
+    """Read a recipe from YAML; raises ToolError naming the file and every wrong field."""
+    try:
+        data: Any = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ToolError(f"{file}: not readable as YAML ({error})") from None
+    if not isinstance(data, dict):
+        raise ToolError(f"{file}: a YAML mapping was expected, found {type(data).__name__}")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ToolError(str(FormatError.from_validation(str(file), error))) from None

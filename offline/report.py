@@ -1,0 +1,86 @@
+"""What a quantisation run tells about itself: `infoquant_report.json`."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from infoquant_vllm.format import QuantizationConfigData, TensorSpec, expected_tensors
+from offline.fold import stored_dtype
+from offline.source import Source
+
+BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+KV_SCALES_BYTES = 8
+"""Per token and kv-head: scale and zero of keys and of values, float16."""
+
+
+class Report(BaseModel):
+    """Figures of one run. Sizes are bytes of tensors; a dry run knows nothing else."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    recipe: str
+    calibration: str
+    seed: int
+    dry_run: bool
+    source_linear_bytes: int
+    linear_bytes: int
+    source_bytes: int
+    total_bytes: int
+    bits_per_weight: float
+    source_kv_bytes_per_token: int
+    kv_bytes_per_token: int
+    calibration_tokens: int = 0
+    calibration_sha256: str | None = None
+    errors: dict[str, float] = {}
+    """Share of each linear's output energy that weight rounding loses, by module name."""
+    seconds: dict[str, float] = {}
+    """Wall time by stage."""
+
+
+class Stopwatch:
+    """Sums up wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Count the block's time to `stage`."""
+        began = time.monotonic()
+        yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - began, 2)
+
+
+def checkpoint_sizes(source: Source, config: QuantizationConfigData) -> dict[str, Any]:
+    """The size fields of a `Report`; raises FormatError where config and model do not fit."""
+    shape, width = source.shape, stored_dtype(source).itemsize
+    tensors = {name: _bytes(spec, width) for name, spec in expected_tensors(config, shape).items()}
+    linears = shape.linears()
+    linear_bytes = sum(size for name, size in tensors.items() if name.rsplit(".", 1)[0] in linears)
+    weights = sum(math.prod(size) for size in linears.values())
+    biases = sum(rows for module, (rows, _) in linears.items() if shape.has_bias(module))
+    ends = (2 - shape.tie_word_embeddings) * shape.vocab_size * shape.hidden_size
+    norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    quantized = cached * width
+    if config.kv_cache is not None:
+        heads = shape.num_hidden_layers * shape.num_key_value_heads
+        quantized = cached * config.kv_cache.num_bits // 8 + heads * KV_SCALES_BYTES
+    return {
+        "source_linear_bytes": (weights + biases) * width,
+        "linear_bytes": linear_bytes,
+        "source_bytes": (weights + biases + ends + norms) * width,
+        "total_bytes": sum(tensors.values()),
+        "bits_per_weight": 8 * linear_bytes / weights,
+        "source_kv_bytes_per_token": cached * width,
+        "kv_bytes_per_token": quantized,
+    }
+
+
+def _bytes(spec: TensorSpec, default_width: int) -> int:
+    return math.prod(spec.shape) * (BYTES[spec.dtype] if spec.dtype else default_width)

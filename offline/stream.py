@@ -1,0 +1,71 @@
+"""The calibration text's hidden states, carried through the decoder one layer at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from offline.source import Source
+from offline.transforms import Transforms
+
+TOKENS_PER_BATCH = 4096
+
+Observer = Callable[[str, torch.Tensor], None]
+"""Called with a module's name inside the layer and its inputs, [tokens, features] float32."""
+
+
+class Stream:
+    """Unquantised hidden states [sequences, length, hidden] float32, as they enter the next layer."""
+
+    def __init__(self, source: Source, tokens: torch.Tensor, transforms: Transforms | None, device: torch.device):
+        config = LlamaConfig.from_dict(source.hf_config)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            layer = LlamaDecoderLayer(config, 0)
+        self._layer = layer.to_empty(device=device).eval().requires_grad_(False)
+        self.hidden = nn.functional.embedding(tokens, source.tensor("model.embed_tokens.weight")).float()
+        if transforms is not None:
+            self.hidden = self.hidden @ transforms.residual.float()
+        self._device = device
+        positions = torch.arange(tokens.shape[1], device=device)[None]
+        self._rotary = LlamaRotaryEmbedding(config).to(device)(self.hidden.new_empty(0), position_ids=positions)
+
+    @torch.no_grad()
+    def advance(self, state: dict[str, torch.Tensor], modules: list[str], observe: Observer) -> None:
+        """Run a layer with weights `state` (see `fold_layer`), showing what enters each of `modules`."""
+        self._layer.load_state_dict(state)
+        handles = [
+            self._layer.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: observe(name, args[0].flatten(0, -2))
+            )
+            for name in modules
+        ]
+        try:
+            for batch in self.hidden.split(max(1, TOKENS_PER_BATCH // self.hidden.shape[1])):
+                batch.copy_(self._layer(batch.to(self._device), position_embeddings=self._rotary))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Hessians:
+    """Sums of x^T x over the inputs x of every site of a layer; half a Hessian each, which GPTQ cannot tell."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def observe(self, module: str, x: torch.Tensor) -> None:
+        """Add the inputs x [tokens, features] of the site that `module` stands for; an `Observer`."""
+        features = x.shape[1]
+        if module not in self._sums:
+            self._sums[module] = x.new_zeros(features, features)
+        step = max(64, -(-features // 4))
+        for start in range(0, features, step):  # the upper triangle, by strips
+            self._sums[module][start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:])
+
+    def take(self, module: str) -> torch.Tensor:
+        """The sum [features, features] float32 of one site, symmetric."""
+        upper = self._sums.pop(module).triu()
+        return upper + upper.triu(1).T

@@ -1,0 +1,94 @@
+"""Weights to codes: scales by a search over clipped ranges, then rounding to nearest."""
+
+from dataclasses import dataclass
+
+import torch
+
+from infoquant_vllm.format import WeightArgs
+
+CLIP_GRID = tuple(1.0 - 0.025 * step for step in range(21))
+ROWS_AT_A_TIME = 64
+"""Rows of weights searched together: few enough to stay in a processor's cache."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """value = (code - zero) * scale, lowest <= code <= highest; tensors of one size per row."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    lowest: int
+    highest: int
+
+    def codes(self, weight: torch.Tensor) -> torch.Tensor:
+        """The nearest codes, in the dtype of `weight`, which broadcasts against the scales."""
+        return (weight / self.scale).round_().add_(self.zero).clamp_(self.lowest, self.highest)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes stand for."""
+        return (codes - self.zero) * self.scale
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """codes [N, K] (signed where symmetric, as floats), scale [N, G] float32, zero [N, G]."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    def values(self) -> torch.Tensor:
+        """The weights that the codes stand for, [N, K] float32."""
+        groups = self.scale.shape[1]
+        codes = self.codes.unflatten(1, (groups, -1))
+        return ((codes - self.zero[:, :, None]) * self.scale[:, :, None]).flatten(1)
+
+    def split(self, rows: list[int]) -> list["QuantizedWeight"]:
+        """The same cut into parts of that many rows."""
+        parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True)
+        return [QuantizedWeight(*part) for part in parts]
+
+
+def search_scales(weight: torch.Tensor, args: WeightArgs) -> Scales:
+    """Scales [N, 1] for rows [N, K], the clipping factor of each row chosen by its squared error."""
+    parts = [
+        _search_rows(rows, args)
+        for rows in weight.split(ROWS_AT_A_TIME if weight.device.type == "cpu" else len(weight))
+    ]
+    scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "zero"))
+    return Scales(scale, zero, parts[0].lowest, parts[0].highest)
+
+
+def _search_rows(weight: torch.Tensor, args: WeightArgs) -> Scales:
+    best = _scales(weight, args, 1.0)
+    lowest_error = torch.full_like(best.scale, torch.inf)
+    scale, zero = best.scale, best.zero
+    for factor in CLIP_GRID:
+        candidate = _scales(weight, args, factor)
+        error = candidate.values(candidate.codes(weight)).sub_(weight).square_().sum(1, keepdim=True)
+        better = error < lowest_error
+        lowest_error = torch.where(better, error, lowest_error)
+        scale, zero = torch.where(better, candidate.scale, scale), torch.where(better, candidate.zero, zero)
+    return Scales(scale, zero, best.lowest, best.highest)
+
+
+def round_to_nearest(weight: torch.Tensor, args: WeightArgs) -> QuantizedWeight:
+    """Quantise weight [N, K] float32 without looking at its inputs."""
+    size = args.group_size or weight.shape[1]
+    parts = []
+    for columns in weight.split(size, dim=1):
+        scales = search_scales(columns, args)
+        parts.append((scales.codes(columns), scales.scale, scales.zero))
+    codes, scale, zero = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    return QuantizedWeight(codes, scale, zero)
+
+
+def _scales(weight: torch.Tensor, args: WeightArgs, factor: float) -> Scales:
+    half = 2 ** (args.num_bits - 1)
+    if args.symmetric:
+        scale = (weight.abs().amax(1, keepdim=True) * (factor / (half - 1))).clamp(min=1e-12)
+        return Scales(scale, torch.zeros_like(scale), -half, half - 1)
+    low = weight.amin(1, keepdim=True).clamp(max=0) * factor
+    high = weight.amax(1, keepdim=True).clamp(min=0) * factor
+    scale = ((high - low) / (2 * half - 1)).clamp(min=1e-12)
+    return Scales(scale, torch.round(-low / scale), 0, 2 * half - 1)
