@@ -1,0 +1,1 @@
+"""What each operation means, in plain torch: the oracle of all kernel tests."""

@@ -1,0 +1,37 @@
+"""Product of quantised activations with quantised weights."""
+
+import torch
+
+from infoquant_vllm.format import unpack_codes
+
+
+def quantized_linear(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """out[t, n] = sum_g scale[t, g] * weight_scale[n, g] * (integer product within g) + bias[n].
+
+    codes [tokens, K] uint8 with scale and zero [tokens, Ga]; weight_packed as in the checkpoint
+    with weight_scale and weight_zero [N, Gw] (None: signed codes). The integer products are exact;
+    they are scaled and summed in float32 over the finer of both groupings, in order of K.
+    """
+    features = codes.shape[1]
+    num_bits = 8 * weight_packed.shape[1] // features
+    weight = unpack_codes(weight_packed, num_bits, signed=weight_zero is None).long()
+    if weight_zero is not None:
+        weight = weight - weight_zero.long().repeat_interleave(features // weight_zero.shape[1], 1)
+    centred = codes.long() - zero.long().repeat_interleave(features // zero.shape[1], 1)
+    groups = max(scale.shape[1], weight_scale.shape[1])
+    out = torch.zeros(len(codes), len(weight))
+    for g in range(groups):
+        part = slice(g * features // groups, (g + 1) * features // groups)
+        exact = centred[:, part] @ weight[:, part].T
+        a, w = g * scale.shape[1] // groups, g * weight_scale.shape[1] // groups
+        out += scale[:, a, None] * weight_scale[:, w] * exact.float()
+    return (out if bias is None else out + bias.float()).to(dtype)

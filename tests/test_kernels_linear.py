@@ -1,0 +1,118 @@
+"""The CPU kernels of a linear layer against the reference."""
+
+import pytest
+import torch
+
+from infoquant_vllm.format import hadamard_factors, pack_codes
+from infoquant_vllm.kernels.cpu.quantized_linear import prepare_weight
+from infoquant_vllm.kernels.cpu.quantized_linear import quantized_linear as cpu_linear
+from infoquant_vllm.kernels.cpu.rotate_quantize import rotate
+from infoquant_vllm.kernels.cpu.rotate_quantize import rotate_quantize as cpu_quantize
+from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference_linear
+from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference_quantize
+
+ROWS = [1, 5, 123]
+
+
+def _orthogonal(*shape: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(shape))[0].contiguous()
+
+
+def _transform(kind: str, features: int) -> list[torch.Tensor]:
+    if kind == "hadamard":
+        return [factor.float() for factor in hadamard_factors(features)]
+    if kind == "hadamard blocks":
+        return [factor.float() for factor in hadamard_factors(32)]
+    if kind == "blocks":
+        return [_orthogonal(features // 32, 32, 32)]
+    if kind == "kronecker":
+        return [_orthogonal(features // 32, features // 32), _orthogonal(32, 32)]
+    return []
+
+
+@pytest.mark.parametrize("kind", ["none", "hadamard", "hadamard blocks", "blocks", "kronecker"])
+@pytest.mark.parametrize("features", [96, 576, 1376])
+def test_a_rotated_row_is_right_and_the_same_bits_in_any_batch(kind: str, features: int) -> None:
+    torch.manual_seed(0)
+    matrices, x = _transform(kind, features), torch.randn(123, features)
+    rotated = rotate(x, matrices)
+    for rows in (1, 2, 3, 5, 16, 64):
+        assert torch.equal(rotate(x[:rows], matrices), rotated[:rows])
+    if kind == "none":
+        assert torch.equal(rotated, x)
+    else:
+        torch.testing.assert_close(rotated.norm(dim=1), x.norm(dim=1))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("num_bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
+@pytest.mark.parametrize("groups", [1, 9])
+@pytest.mark.parametrize("kind", ["none", "hadamard", "blocks", "kronecker"])
+def test_quantised_activations_are_those_of_the_reference(
+    rows: int, num_bits: int, symmetric: bool, groups: int, kind: str
+) -> None:
+    torch.manual_seed(rows)
+    matrices, x = _transform(kind, 576), torch.randn(rows, 576, dtype=torch.bfloat16)
+    clip = 0.7 + 0.3 * torch.rand(groups, 2)
+    codes, scale, zero = cpu_quantize(x, matrices, clip, num_bits, symmetric)
+    expected_codes, expected_scale, expected_zero = reference_quantize(x, matrices, clip, num_bits, symmetric)
+    torch.testing.assert_close(scale, expected_scale)
+    value = ((codes.int().view(rows, groups, -1) - zero[..., None]) * scale[..., None]).flatten(1)
+    expected = (
+        (expected_codes.int().view(rows, groups, -1) - expected_zero[..., None]) * expected_scale[..., None]
+    ).flatten(1)
+    off = (value - expected).abs() > 1e-3 * expected.abs() + 1e-5
+    assert off.float().mean() < 1e-3  # a rotated value within rounding of a boundary may take the next code
+    if kind == "none":
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(zero, expected_zero)
+
+
+def test_an_all_zero_row_and_a_one_sided_row_are_quantised() -> None:
+    x = torch.stack((torch.zeros(64), torch.rand(64) + 1, -torch.rand(64) - 1))
+    codes, scale, zero = cpu_quantize(x, [], torch.ones(1, 2), 4, False)
+    assert zero.flatten().tolist() == [0, 0, 15]
+    value = (codes.int() - zero) * scale
+    assert torch.equal(value[0], x[0])
+    assert ((value - x).abs() <= scale / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("weight_bits", "signed"), [(4, True), (4, False), (8, True), (8, False)])
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize(("groups", "weight_groups"), [(1, 1), (9, 1), (1, 9), (9, 9), (18, 9), (3, 9)])
+@pytest.mark.parametrize("features", [576, 126])
+def test_products_are_those_of_the_reference(
+    rows: int, weight_bits: int, signed: bool, num_bits: int, groups: int, weight_groups: int, features: int
+) -> None:
+    torch.manual_seed(rows)
+    low = -(2 ** (weight_bits - 1)) if signed else 0
+    packed = pack_codes(torch.randint(low, low + 2**weight_bits, (35, features)), weight_bits, signed)
+    weight_scale = torch.rand(35, weight_groups) + 0.5
+    weight_zero = None if signed else torch.randint(0, 2**weight_bits, (35, weight_groups), dtype=torch.uint8)
+    codes = torch.randint(0, 2**num_bits, (rows, features), dtype=torch.uint8)
+    scale = torch.rand(rows, groups) + 0.5
+    zero = torch.randint(0, 2**num_bits, (rows, groups), dtype=torch.int32)
+    bias = torch.randn(35)
+    expected = reference_linear(codes, scale, zero, packed, weight_scale, weight_zero, bias, torch.float32)
+    weight = prepare_weight(packed, weight_bits, signed)
+    assert weight.nbytes == packed.nbytes
+    found = cpu_linear(codes, scale, zero, weight, weight_scale, weight_zero, bias, num_bits, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6 * expected.abs().max().item())
+    ones = torch.ones_like(scale), torch.ones_like(weight_scale)
+    exact = cpu_linear(codes, ones[0], zero, weight, ones[1], weight_zero, None, num_bits, torch.float32)
+    expected = reference_linear(codes, ones[0], zero, packed, ones[1], weight_zero, None, torch.float32)
+    assert torch.equal(exact, expected)  # below 2^24 float32 holds integers exactly
+
+
+@pytest.mark.parametrize("groups", [1, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_a_product_is_the_same_bits_in_any_batch(groups: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = prepare_weight(torch.randint(0, 256, (64, 288), dtype=torch.uint8), 4, True)
+    codes = torch.randint(0, 16, (123, 576), dtype=torch.uint8)
+    scale, zero = torch.rand(123, groups), torch.randint(0, 16, (123, groups), dtype=torch.int32)
+    args = (weight, torch.rand(64, 1), None, torch.randn(64), 4, dtype)
+    whole = cpu_linear(codes, scale, zero, *args)
+    for rows in (1, 2, 5, 8, 64):
+        assert torch.equal(cpu_linear(codes[:rows], scale[:rows], zero[:rows], *args), whole[:rows])
