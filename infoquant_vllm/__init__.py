@@ -3,3 +3,16 @@
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`; runs in every vLLM process and may run twice."""
+    from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from infoquant_vllm.config import InfoQuantConfig
+    from infoquant_vllm.format import QUANT_METHOD
+
+    register_backend(AttentionBackendEnum.CUSTOM, "infoquant_vllm.attention.KV4Backend")
+    try:
+        registered = get_quantization_config(QUANT_METHOD)
+    except ValueError:
+        registered = None
+    if registered is not InfoQuantConfig:
+        register_quantization_config(QUANT_METHOD)(InfoQuantConfig)

@@ -1,0 +1,125 @@
+"""Which method serves which layer of a quantised model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedConfig
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from infoquant_vllm.format import (
+    QUANT_METHOD,
+    Checkpoint,
+    FormatError,
+    LinearScheme,
+    QuantizationConfigData,
+    parse_config,
+)
+from infoquant_vllm.summary import Summary
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+
+class InfoQuantConfig(QuantizationConfig):
+    """`quantization_config` of a checkpoint, as vLLM asks for it."""
+
+    def __init__(self, data: QuantizationConfigData | None = None):
+        super().__init__()
+        if data is None:  # vLLM found no quantization_config, but --quantization infoquant was given
+            raise FormatError(
+                "the model is not quantised: its config.json has no quantization_config; "
+                "run `infoquant quantize MODEL OUTPUT` first and serve OUTPUT"
+            )
+        self.data = data
+        self.summary = Summary()
+
+    def get_name(self) -> str:  # type: ignore[override]
+        """The method's name."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Model dtypes served."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """First GPU generation with int8 tensor cores."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: the config is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "InfoQuantConfig":
+        """Validate `quantization_config`; raises FormatError naming every wrong field."""
+        return cls(parse_config(config, "config.json: quantization_config"))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Compare a local folder's files with its config before anything is loaded."""
+        if Path(model_name).is_dir():
+            Checkpoint(model_name)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Rename targets as the model renames its modules (stacked names are found by their parts)."""
+        renames = type(hf_to_vllm_mapper)(
+            orig_to_new_regex=hf_to_vllm_mapper.orig_to_new_regex,
+            orig_to_new_substr=hf_to_vllm_mapper.orig_to_new_substr,
+            orig_to_new_prefix=hf_to_vllm_mapper.orig_to_new_prefix,
+            orig_to_new_suffix=hf_to_vllm_mapper.orig_to_new_suffix,
+        )
+        groups = {
+            name: group.model_copy(update={"targets": renames.apply_list(group.targets)})
+            for name, group in self.data.config_groups.items()
+        }
+        update = {"config_groups": groups, "ignore": renames.apply_list(self.data.ignore)}
+        self.data = QuantizationConfigData.model_validate(self.data.model_copy(update=update).model_dump())
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method for a layer; raises FormatError for one that neither a target nor `ignore` names."""
+        from vllm.model_executor.layers.attention import Attention, MLAAttention
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        from infoquant_vllm.embedding import RotatedEmbeddingMethod
+        from infoquant_vllm.kv_cache import InfoQuantKVCacheMethod
+
+        if isinstance(layer, LinearBase):
+            return self._linear_method(prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return RotatedEmbeddingMethod(prefix) if self.data.tied_residual_rotation else None
+        if isinstance(layer, Attention):
+            kv_cache = self.data.kv_cache
+            return None if kv_cache is None else InfoQuantKVCacheMethod(self, kv_cache)
+        if isinstance(layer, MLAAttention | RoutedExperts):
+            raise FormatError(f"{prefix}: {type(layer).__name__} is not served by this release")
+        return None
+
+    def sources(self, prefix: str) -> list[str]:
+        """The checkpoint's linears behind a vLLM linear: its shards where vLLM fuses them."""
+        parent, _, name = prefix.rpartition(".")
+        shards = self.packed_modules_mapping.get(name, [name])
+        return [f"{parent}.{shard}" if parent else shard for shard in shards]
+
+    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
+        from infoquant_vllm.linear import InfoQuantLinearMethod
+
+        sources = self.sources(prefix)
+        schemes = [self.data.scheme(source) for source in sources]
+        for source, scheme in zip(sources, schemes, strict=True):
+            if scheme != schemes[0]:
+                raise FormatError(f"{source} and {sources[0]} are one linear in vLLM and need equal schemes")
+        if schemes[0] is None:
+            return UnquantizedLinearMethod()
+        return InfoQuantLinearMethod(self, _served(schemes[0], prefix), prefix)
+
+
+def _served(scheme: LinearScheme, prefix: str) -> LinearScheme:
+    if scheme.input_activations.num_bits == 16:
+        raise FormatError(f"{prefix}: input_activations of 16 bits (weight-only) are not served by this release")
+    return scheme

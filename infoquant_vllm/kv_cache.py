@@ -1,0 +1,87 @@
+"""The method that gives an attention layer the quantised KV cache."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from infoquant_vllm.attention import BACKENDS
+from infoquant_vllm.format import FormatError, KVCacheArgs
+from infoquant_vllm.loading import LoadTracker
+
+if TYPE_CHECKING:
+    from infoquant_vllm.config import InfoQuantConfig
+
+SERVED_CACHE_DTYPES = ("auto", "int4_per_token_head")
+
+
+class InfoQuantKVCacheMethod(BaseKVCacheMethod):
+    """Swaps a decoder layer's attention backend for one over 4-bit or 8-bit codes."""
+
+    def __init__(self, config: "InfoQuantConfig", args: KVCacheArgs):
+        super().__init__(config)
+        self.args = args
+        self.summary = config.summary
+
+    def create_weights(self, layer: Any) -> None:
+        """Runs at the end of `Attention.__init__`: register the clips and take over the layer."""
+        super().create_weights(layer)
+        _refuse_what_is_not_served(layer)
+        if layer.head_size * self.args.num_bits % 8:
+            raise FormatError(f"{layer.layer_name}: head size {layer.head_size} cannot be packed into bytes")
+        layer.infoquant_tracker = LoadTracker({None: layer.layer_name})
+        for name in ("key_clip", "value_clip"):
+            clip = torch.nn.Parameter(torch.empty(layer.num_kv_heads, 2, dtype=torch.float32), requires_grad=False)
+            set_weight_attrs(clip, {"weight_loader": layer.infoquant_tracker.track(name, _load_kv_heads)})
+            layer.register_parameter(name, clip)
+        backend = BACKENDS[self.args.num_bits]
+        layer.attn_backend, layer.backend = backend, AttentionBackendEnum.CUSTOM
+        layer.impl = backend.get_impl_cls()(
+            layer.num_heads,
+            layer.head_size,
+            layer.impl.scale,
+            layer.num_kv_heads,
+            sliding_window=layer.sliding_window,
+            kv_cache_dtype=layer.kv_cache_dtype,
+            attn_type=layer.attn_type,
+            kv_sharing_target_layer_name=layer.kv_sharing_target_layer_name,
+            num_bits=self.args.num_bits,
+            key_transform=self.args.key_transform,
+        )
+        self.summary.expect()
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Refuse missing clips."""
+        super().process_weights_after_loading(layer)
+        layer.infoquant_tracker.require_all()
+        cell = layer.impl.cell_bytes
+        self.summary.cache(f"KV{self.args.num_bits}", cell, 4 * layer.head_size)
+
+
+def _load_kv_heads(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
+    """This rank's kv-heads out of all; ranks beyond their number share them."""
+    all_heads, heads = len(loaded_weight), len(param)
+    start = get_tensor_model_parallel_rank() * all_heads // get_tensor_model_parallel_world_size()
+    param.data.copy_(loaded_weight[start : start + heads])
+
+
+def _refuse_what_is_not_served(layer: Any) -> None:
+    impl: Any = layer.impl
+    refused = {
+        f"{type(layer).__name__} layers": type(layer) is not Attention,
+        f"attention type {layer.attn_type}": layer.attn_type != AttentionType.DECODER,
+        f"kv cache dtype {layer.kv_cache_dtype}": layer.kv_cache_dtype not in SERVED_CACHE_DTYPES,
+        "alibi": getattr(impl, "alibi_slopes", None) is not None or layer.use_alibi_sqrt,
+        "attention logits soft-capping": bool(getattr(impl, "logits_soft_cap", None)),
+        "attention sinks": layer.has_sink,
+        "bidirectional prefixes": layer.use_mm_prefix,
+        "values of another head size than keys": layer.head_size_v != layer.head_size,
+    }
+    for feature, present in refused.items():
+        if present:
+            raise FormatError(f"{layer.layer_name}: {feature}: not served with a quantised KV cache")

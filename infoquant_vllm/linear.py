@@ -1,0 +1,167 @@
+"""The linear method: parameters and their sharding, and the two operations of a forward pass."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+    RowvLLMParameter,
+)
+
+from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, hadamard_factors
+from infoquant_vllm.loading import LoadTracker, Shard
+from infoquant_vllm.ops.quantized_linear import prepare_weight, quantized_linear
+from infoquant_vllm.ops.rotate_quantize import rotate_quantize
+
+if TYPE_CHECKING:
+    from infoquant_vllm.config import InfoQuantConfig
+
+INPUT_TENSORS = ("input_clip", "input_blocks", "input_left", "input_right")
+
+
+@register_weight_loader_v2_supported_method
+class InfoQuantLinearMethod(LinearMethodBase):
+    """Rotate and quantise the input, then multiply it with the 4-bit or 8-bit weights exactly.
+
+    Under tensor parallelism a row-parallel layer with one activation group quantises each rank's
+    share of the features on its own: a narrower range, never a wider one.
+    """
+
+    def __init__(self, config: "InfoQuantConfig", scheme: LinearScheme, prefix: str):
+        self.scheme = scheme
+        self.prefix = prefix
+        self.sources = config.sources(prefix)
+        self.summary = config.summary
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the checkpoint's tensors of this layer, sharded as vLLM shards the layer."""
+        self._check_sizes(input_size_per_partition, input_size)
+        tracker = LoadTracker(self._shards(len(output_partition_sizes)))
+        loader = extra_weight_attrs["weight_loader"]
+        layer.infoquant_tracker = tracker
+        layer.infoquant_dtype = params_dtype
+        self._create_weight(layer, tracker, loader, sum(output_partition_sizes), input_size_per_partition)
+        self._create_input(layer, tracker, loader, input_size_per_partition)
+        self.summary.expect()
+
+    def _create_weight(
+        self, layer: Any, tracker: LoadTracker, loader: Callable[..., None], rows: int, features: int
+    ) -> None:
+        weights = self.scheme.weights
+        groups = 1 if weights.group_size is None else features // weights.group_size
+        packed = PackedvLLMParameter(
+            data=torch.empty(rows, features * weights.num_bits // 8, dtype=torch.uint8),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=8 // weights.num_bits,
+            weight_loader=tracker.track("weight_packed", loader),
+        )
+        layer.register_parameter("weight_packed", packed)
+        grids = {"weight_scale": torch.float32} | ({} if weights.symmetric else {"weight_zero_point": torch.uint8})
+        for name, dtype in grids.items():
+            data, load = torch.empty(rows, groups, dtype=dtype), tracker.track(name, loader)
+            if weights.group_size is None:
+                param: BasevLLMParameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=load)
+            else:
+                param = GroupQuantScaleParameter(data=data, output_dim=0, input_dim=1, weight_loader=load)
+            layer.register_parameter(name, param)
+
+    def _create_input(self, layer: Any, tracker: LoadTracker, loader: Callable[..., None], features: int) -> None:
+        activations, transform = self.scheme.input_activations, self.scheme.input_transform
+        sharded = {"input_clip": activations.group_size is not None, "input_blocks": True}
+        shapes: dict[str, tuple[int, ...]] = {"input_clip": (activation_groups(activations, features), 2)}
+        if transform.type == "blocks" and transform.block_size is not None:
+            shapes["input_blocks"] = (features // transform.block_size, transform.block_size, transform.block_size)
+        if transform.factors is not None:
+            shapes |= {"input_left": (transform.factors[0],) * 2, "input_right": (transform.factors[1],) * 2}
+        for name, shape in shapes.items():
+            data, load = torch.empty(shape, dtype=torch.float32), tracker.track(name, loader, shared=True)
+            if sharded.get(name, False):
+                param: BasevLLMParameter = RowvLLMParameter(data=data, input_dim=0, weight_loader=load)
+            else:
+                param = BasevLLMParameter(data=data, weight_loader=load)
+            layer.register_parameter(name, param)
+
+    def _shards(self, partitions: int) -> dict[Shard, str]:
+        if partitions == 1:
+            return {None: self.sources[0]}
+        if len(self.sources) != partitions:
+            raise FormatError(f"{self.prefix}: vLLM fuses {partitions} linears, its model class names {self.sources}")
+        is_qkv = self.prefix.endswith("qkv_proj")
+        return dict(zip("qkv" if is_qkv else range(partitions), self.sources, strict=True))
+
+    def _check_sizes(self, features: int, all_features: int) -> None:
+        ranks = f"tensor parallelism leaves {features} of {all_features} input features per rank"
+        activations, transform = self.scheme.input_activations, self.scheme.input_transform
+        for label, size in (
+            ("weight group_size", self.scheme.weights.group_size),
+            ("activation group_size", activations.group_size),
+            (f"{transform.type} block_size", transform.block_size),
+            ("kronecker size", all_features if transform.factors is not None else None),
+            ("codes per byte", 8 // self.scheme.weights.num_bits),
+        ):
+            if size is not None and features % size:
+                raise FormatError(f"{self.prefix}: {label} {size} does not divide {features} ({ranks})")
+        groups = [group for group in (activations.group_size, self.scheme.weights.group_size) if group is not None]
+        if len(groups) == 2 and max(groups) % min(groups):
+            raise FormatError(f"{self.prefix}: group sizes {groups[0]} and {groups[1]} do not nest")
+        if 2**activations.num_bits * 2**8 * min(groups, default=features) >= 2**31:
+            raise FormatError(f"{self.prefix}: sums over {features} features may overflow 32 bits")
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Refuse missing tensors, then bring the weights into the kernel's layout."""
+        layer.infoquant_tracker.require_all()
+        weights = self.scheme.weights
+        packed = layer.weight_packed.data
+        layer.infoquant_matrices = self._matrices(layer)
+        layer.weight_packed = _frozen(prepare_weight(packed, weights.num_bits, weights.symmetric))
+        for name in ("weight_scale", "weight_zero_point", *INPUT_TENSORS):
+            if hasattr(layer, name):
+                setattr(layer, name, _frozen(getattr(layer, name).data))
+        held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
+        kind = f"W{weights.num_bits}A{self.scheme.input_activations.num_bits}"
+        self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
+
+    def _matrices(self, layer: Any) -> list[torch.Tensor]:
+        transform = self.scheme.input_transform
+        if transform.type == "hadamard" and transform.block_size is not None:
+            return _hadamard_matrices(transform.block_size, layer.weight_packed.device)
+        return [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] in the model's dtype to [..., N] in the same."""
+        args = self.scheme.input_activations
+        rows = x.reshape(-1, x.shape[-1])
+        codes, scale, zero = rotate_quantize(
+            rows, layer.infoquant_matrices, layer.input_clip, args.num_bits, args.symmetric
+        )
+        zero_point = None if self.scheme.weights.symmetric else layer.weight_zero_point
+        out = quantized_linear(
+            codes, scale, zero, layer.weight_packed, layer.weight_scale, zero_point, bias, args.num_bits, x.dtype
+        )
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@cache
+def _hadamard_matrices(size: int, device: torch.device) -> list[torch.Tensor]:
+    return [factor.to(device, torch.float32) for factor in hadamard_factors(size)]
+
+
+def _frozen(data: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(data, requires_grad=False)

@@ -1,0 +1,1 @@
+"""One operation per file: what vLLM's graph sees, and which kernel does it."""

@@ -1,0 +1,57 @@
+"""One line at start-up: which kernel serves which layers, and what that saves."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.infoquant")
+
+MIB = 2**20
+
+
+@dataclass
+class Summary:
+    """Counts a model's quantised layers as they are created and finished; logs after the last."""
+
+    pending: int = 0
+    linears: Counter[str] = field(default_factory=Counter)
+    caches: Counter[str] = field(default_factory=Counter)
+    held_bytes: int = 0
+    bf16_bytes: int = 0
+    cell_bytes: int = 0
+    cell_bf16_bytes: int = 0
+
+    def expect(self) -> None:
+        """One more layer will report."""
+        self.pending += 1
+
+    def linear(self, kind: str, held: int, bf16: int) -> None:
+        """A finished linear: its kind ("W4A4"), bytes held and bytes in bf16."""
+        self.linears[kind] += 1
+        self.held_bytes += held
+        self.bf16_bytes += bf16
+        self._finish()
+
+    def cache(self, kind: str, cell: int, bf16: int) -> None:
+        """A finished attention layer: its kind ("KV4"), bytes per token and kv-head and those in bf16."""
+        self.caches[kind] += 1
+        self.cell_bytes, self.cell_bf16_bytes = cell, bf16
+        self._finish()
+
+    def _finish(self) -> None:
+        self.pending -= 1
+        if self.pending == 0:
+            logger.info("infoquant: %s", self.line())
+
+    def line(self) -> str:
+        """The line's text."""
+        parts = [f"{count} linears {kind} (oneDNN int8)" for kind, count in self.linears.items()]
+        parts += [f"{count} caches {kind} (torch)" for kind, count in self.caches.items()]
+        if self.linears:
+            held, bf16 = self.held_bytes / MIB, self.bf16_bytes / MIB
+            parts.append(f"linear weights hold {held:.1f} MiB, {bf16:.1f} MiB in bf16 ({held / bf16:.3f} x)")
+        if self.caches:
+            gain = self.cell_bf16_bytes / self.cell_bytes
+            parts.append(f"{self.cell_bytes} bytes per token and kv-head of the cache, {gain:.2f} x the tokens of bf16")
+        return ", ".join(parts)

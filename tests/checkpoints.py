@@ -1,0 +1,115 @@
+"""Small random checkpoints in the real format, for tests of what serves them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from infoquant_vllm.format import INDEX_FILE, ModelShape, TensorSpec, expected_tensors, parse_config
+
+DTYPES = {"U8": torch.uint8, "F32": torch.float32, None: torch.bfloat16}
+
+
+def hf_config(**changes: Any) -> dict[str, Any]:
+    """config.json of a tiny Llama: 2 layers, 4 query heads on 2 kv-heads of 64."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 512,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    return config | changes
+
+
+def quantization_config(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """W4A4KV4 with per-head o_proj inputs and a Hadamard on the down_proj input."""
+    weights = {"num_bits": 4}
+    data = {
+        "quant_method": "infoquant",
+        "format_version": 1,
+        "config_groups": {
+            "residual": {
+                "targets": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
+                "weights": weights,
+                "input_activations": {"num_bits": 4},
+            },
+            "out": {
+                "targets": ["o_proj"],
+                "weights": weights,
+                "input_activations": {"num_bits": 4, "strategy": "head", "group_size": config["head_dim"]},
+            },
+            "down": {
+                "targets": ["down_proj"],
+                "weights": weights,
+                "input_activations": {"num_bits": 4},
+                "input_transform": {"type": "hadamard", "block_size": config["intermediate_size"]},
+            },
+        },
+        "ignore": ["lm_head"],
+        "kv_cache": {"num_bits": 4, "key_transform": "hadamard"},
+        "tied_residual_rotation": config["tie_word_embeddings"],
+    }
+    return data | changes
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every tensor the config promises: random codes, and scales that keep activations of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = ModelShape.from_hf(config)
+    expected = expected_tensors(parse_config(config["quantization_config"]), shape)
+    tensors = {name: _random(name, spec, generator) for name, spec in sorted(expected.items())}
+    for module, (_, in_features) in shape.linears().items():
+        for name in (f"{module}.input_clip", f"{module}.input_blocks", f"{module}.input_left", f"{module}.input_right"):
+            if name in tensors:  # linears that vLLM fuses share their input
+                first = module.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
+                tensors[name] = tensors[first + name.removeprefix(module)].clone()
+        if f"{module}.weight_scale" in tensors:
+            tensors[f"{module}.weight_scale"] *= 0.2 / in_features**0.5
+    return tensors
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    """A folder with config.json, one shard and its index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shard = "model-00001-of-00001.safetensors"
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}))
+    return folder
+
+
+def write_random(folder: Path, quantization: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A whole random checkpoint; `quantization` changes quantization_config, the rest config.json."""
+    config = hf_config(**changes)
+    config["quantization_config"] = quantization_config(config, **(quantization or {}))
+    return write_checkpoint(folder, config, random_tensors(config))
+
+
+def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+    kind, shape = name.rsplit(".", 1)[-1], spec.shape
+    if kind in ("weight_packed", "weight_zero_point"):
+        high = 16 if kind == "weight_zero_point" else 256
+        return torch.randint(0, high, shape, generator=generator, dtype=torch.uint8)
+    if kind.endswith("clip"):
+        return 0.8 + 0.2 * torch.rand(shape, generator=generator)
+    if kind == "weight_scale":
+        return 0.5 + torch.rand(shape, generator=generator)
+    if kind in ("residual_rotation", "input_blocks", "input_left", "input_right"):
+        return torch.linalg.qr(torch.randn(shape, generator=generator))[0].contiguous()
+    if "norm" in name:
+        return torch.ones(shape, dtype=DTYPES[spec.dtype])
+    return torch.randn(shape, generator=generator).to(DTYPES[spec.dtype])
