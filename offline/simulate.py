@@ -1,0 +1,88 @@
+"""A checkpoint as a transformers model that computes what the server would."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from infoquant_vllm.format import Checkpoint, FormatError, linear_tensors
+from offline.errors import ToolError
+from offline.simulated import RotatedEmbedding, RotatedHead, SimulatedCache, SimulatedLinear, cached_attention
+
+ATTENTION = "infoquant_simulated_cache"
+
+
+def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    """The checkpoint as a model in eval mode whose linears, KV cache and ends follow the format.
+
+    Everything between them (norms, RoPE, activation function, residual stream, lm_head) runs in
+    `dtype`, as in the server; the rotations, quantisers and scores run in float32. Raises
+    ToolError where the checkpoint is not whole or holds values that cannot be right.
+    """
+    try:
+        return _load(Checkpoint(folder), dtype)
+    except FormatError as error:
+        raise ToolError(str(error)) from None
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> LlamaForCausalLM:
+    plain = {name: value for name, value in checkpoint.hf_config.items() if name != "quantization_config"}
+    try:
+        config = LlamaConfig.from_dict(plain)
+    except Exception as error:  # huggingface_hub has its own validation errors, not derived from ValueError
+        raise ToolError(f"{checkpoint.folder / 'config.json'}: transformers refuses it ({error})") from None
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    _replace_linears(model, checkpoint)
+    _replace_attention(model, checkpoint)
+    parameters = set(dict(model.named_parameters()))
+    names = parameters & set(checkpoint.weight_map)
+    state = {name: checkpoint.tensor(name).to(dtype) for name in names}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    if checkpoint.config.tied_residual_rotation:
+        _rotate_ends(model, checkpoint)
+    model.config.dtype = dtype
+    return model.eval().requires_grad_(False)
+
+
+def _replace_linears(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
+    for module, (out_features, in_features) in checkpoint.shape.linears().items():
+        scheme = checkpoint.config.scheme(module)
+        if scheme is None:
+            continue
+        names = list(linear_tensors(scheme, out_features, in_features))
+        names += ["bias"] if checkpoint.shape.has_bias(module) else []
+        tensors = {name: checkpoint.tensor(f"{module}.{name}") for name in names}
+        _set(model, module, SimulatedLinear(scheme, tensors))
+
+
+def _replace_attention(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
+    cache = checkpoint.config.kv_cache
+    if cache is None:
+        return
+    AttentionInterface.register(ATTENTION, cached_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+    for layer in range(checkpoint.shape.num_hidden_layers):
+        name = f"model.layers.{layer}.self_attn.attn"
+        clips = [checkpoint.tensor(f"{name}.{clip}") for clip in ("key_clip", "value_clip")]
+        _set(model, name, SimulatedCache(cache.num_bits, cache.key_transform == "hadamard", *clips))
+
+
+def _rotate_ends(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
+    weight = model.model.embed_tokens.weight
+    rotation = checkpoint.tensor("model.embed_tokens.residual_rotation")
+    final_norm = checkpoint.tensor("model.embed_tokens.final_norm_weight")
+    model.model.embed_tokens = RotatedEmbedding(weight, rotation)
+    model.lm_head = RotatedHead(weight, rotation, final_norm)
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

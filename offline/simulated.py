@@ -1,0 +1,190 @@
+"""Modules that compute what the server computes from a checkpoint's tensors, in plain torch."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from infoquant_vllm.format import ActivationArgs, InputTransform, LinearScheme, WeightArgs, unpack_codes
+from offline.transforms import apply_hadamard, apply_kronecker
+
+EXACT_FLOAT32 = 2**24
+"""Sums of integers up to here are exact in float32, whatever their order."""
+SMALLEST_SCALE = 1e-12
+SMALLEST_CACHE_SCALE = 2.0**-20
+LARGEST_HALF = 65504.0
+
+
+def transform_input(x: torch.Tensor, transform: InputTransform, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """y = x @ R in float32 for x [tokens, K]; `tensors` holds the transform's by their local names."""
+    y = x.float()
+    if transform.type == "hadamard" and transform.block_size is not None:
+        return apply_hadamard(y.unflatten(1, (-1, transform.block_size))).flatten(1)
+    if transform.type == "blocks" and transform.block_size is not None:
+        blocks = y.unflatten(1, (-1, transform.block_size)).transpose(0, 1)
+        return (blocks @ tensors["input_blocks"]).transpose(0, 1).flatten(1)
+    if transform.type == "kronecker":
+        return apply_kronecker(y, (tensors["input_left"], tensors["input_right"]))
+    return y
+
+
+def quantize_input(y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes less their zero points, [tokens, K] float32 whole numbers, and scales [tokens, groups].
+
+    Args:
+        y: [tokens, K] float32.
+        args: bits and symmetry; the groups are those of `clip`.
+        clip: [groups, 2] float32, factors on a group's (minimum, maximum).
+    """
+    grouped = y.unflatten(1, (len(clip), -1))
+    low = grouped.amin(-1, keepdim=True).clamp(max=0) * clip[:, :1]
+    high = grouped.amax(-1, keepdim=True).clamp(min=0) * clip[:, 1:]
+    largest = 2**args.num_bits - 1
+    if args.symmetric:
+        half = 2 ** (args.num_bits - 1)
+        scale = (torch.maximum(-low, high) / (half - 1)).clamp(min=SMALLEST_SCALE)
+        zero = torch.full_like(scale, half)
+    else:
+        scale = ((high - low) / largest).clamp(min=SMALLEST_SCALE)
+        zero = torch.round(-low / scale)
+    codes = (torch.round(grouped / scale) + zero).clamp(0, largest)
+    return (codes - zero).flatten(1), scale.squeeze(-1)
+
+
+def integer_weights(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:
+    """Codes less their zero points, [N, K]: int8, or int16 for asymmetric 8-bit codes."""
+    codes = unpack_codes(tensors["weight_packed"], args.num_bits, signed=args.symmetric)
+    if args.symmetric:
+        return codes
+    zeros = tensors["weight_zero_point"].to(torch.int16)
+    centred = (codes.to(torch.int16).unflatten(1, (zeros.shape[1], -1)) - zeros[:, :, None]).flatten(1)
+    return centred if args.num_bits == 8 else centred.to(torch.int8)
+
+
+class SimulatedLinear(nn.Module):
+    """A quantised linear: input transform, activation codes, exact integer product, scales."""
+
+    def __init__(self, scheme: LinearScheme, tensors: dict[str, torch.Tensor]):
+        super().__init__()
+        self.scheme = scheme
+        self.register_buffer("integers", integer_weights(tensors, scheme.weights))
+        for name, tensor in tensors.items():
+            if name not in ("weight_packed", "weight_zero_point"):
+                self.register_buffer(name, tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] in the model's dtype to [..., N] in the same."""
+        y = transform_input(x.flatten(0, -2), self.scheme.input_transform, dict(self.named_buffers()))
+        args = self.scheme.input_activations
+        if args.num_bits == 16:
+            scale = torch.ones(len(y), 1)
+            out = self._product(y.to(x.dtype).float(), scale, exact=False)
+        else:
+            out = self._product(*quantize_input(y, args, self.get_buffer("input_clip")), exact=True)
+        bias = dict(self.named_buffers()).get("bias")
+        out = out if bias is None else out + bias.float()
+        return out.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def _product(self, a: torch.Tensor, scale: torch.Tensor, exact: bool) -> torch.Tensor:
+        """Sum over the groups common to activations and weights, each an exact sum of integers."""
+        integers, weight_scale = self.get_buffer("integers"), self.get_buffer("weight_scale")
+        features = a.shape[1]
+        size = math.gcd(features // scale.shape[1], features // weight_scale.shape[1])
+        dtype = self._dtype(size) if exact else torch.float32
+        out = a.new_zeros(len(a), len(integers))
+        for start in range(0, features, size):
+            s_a = scale[:, start * scale.shape[1] // features, None]
+            s_w = weight_scale[:, start * weight_scale.shape[1] // features]
+            product = a[:, start : start + size].to(dtype) @ integers[:, start : start + size].to(dtype).T
+            out += product.float() * s_a * s_w
+        return out
+
+    def _dtype(self, size: int) -> torch.dtype:
+        """The cheapest dtype in which sums of `size` products of codes are exact."""
+        bound = size * 2 ** (self.scheme.input_activations.num_bits + self.scheme.weights.num_bits)
+        return torch.float32 if bound <= EXACT_FLOAT32 else torch.float64
+
+
+class RotatedEmbedding(nn.Module):
+    """Rows of a tied embedding brought into the rotated residual basis."""
+
+    def __init__(self, weight: nn.Parameter, rotation: torch.Tensor):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("rotation", rotation)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [...] to rows [..., hidden] in the model's dtype."""
+        return (functional.embedding(ids, self.weight).float() @ self.get_buffer("rotation")).to(self.weight.dtype)
+
+
+class RotatedHead(nn.Module):
+    """A tied lm_head: back to the embedding's basis, the folded final norm, the ordinary product."""
+
+    def __init__(self, weight: nn.Parameter, rotation: torch.Tensor, final_norm: torch.Tensor):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("rotation", rotation)
+        self.register_buffer("final_norm", final_norm)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., H] in the model's dtype to logits [..., vocab] in the same."""
+        restored = (hidden.float() @ self.get_buffer("rotation").T) * self.get_buffer("final_norm")
+        return functional.linear(restored.to(self.weight.dtype), self.weight)
+
+
+class SimulatedCache(nn.Module):
+    """One layer's KV cache scheme: `key_clip` and `value_clip` [kv_heads, 2] float32."""
+
+    def __init__(self, num_bits: int, rotate_keys: bool, key_clip: torch.Tensor, value_clip: torch.Tensor):
+        super().__init__()
+        self.num_bits, self.rotate_keys = num_bits, rotate_keys
+        self.register_buffer("key_clip", key_clip)
+        self.register_buffer("value_clip", value_clip)
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or queries [..., head_size] as the scores are computed from, float32."""
+        return apply_hadamard(x.float()) if self.rotate_keys else x.float()
+
+    def keys(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys [..., kv_heads, tokens, head_size] as read back from the cache."""
+        return store_and_load(self.rotate(keys), self.num_bits, self.get_buffer("key_clip"))
+
+    def values(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [..., kv_heads, tokens, head_size] as read back from the cache."""
+        return store_and_load(values.float(), self.num_bits, self.get_buffer("value_clip"))
+
+
+def store_and_load(x: torch.Tensor, num_bits: int, clip: torch.Tensor) -> torch.Tensor:
+    """x [..., kv_heads, tokens, head_size] float32 through codes, with scale and zero kept in float16."""
+    low = x.amin(-1, keepdim=True).clamp(max=0) * clip[:, :1, None]
+    high = x.amax(-1, keepdim=True).clamp(min=0) * clip[:, 1:, None]
+    largest = 2**num_bits - 1
+    scale = ((high - low) / largest).clamp(SMALLEST_CACHE_SCALE, LARGEST_HALF).half().float()
+    zero = low.clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
+    codes = torch.round((x - zero) / scale).clamp(0, largest)
+    return codes * scale + zero
+
+
+def cached_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface over a quantised cache, `module.attn`: a `SimulatedCache`.
+
+    query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size].
+    Transformers' own cache stays exact: the codes of a token are the same whenever they are made.
+    """
+    cache = module.attn
+    assert isinstance(cache, SimulatedCache)
+    out, _ = sdpa_attention_forward(
+        module, cache.rotate(query), cache.keys(key), cache.values(value), attention_mask, **kwargs
+    )
+    return out.to(query.dtype), None
