@@ -6,9 +6,9 @@ E. Frantar et al., arXiv 2210.17323, sections 3.2 to 3.4 (without act-order).
 import torch
 
 from infoquant_vllm.format import WeightArgs
-from offline.weights import QuantizedWeight, search_scales
+from offline.weights import QuantizedWeight, Scales, search_scales
 
-BLOCK = 128
+BLOCK = 32
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping: float) -> QuantizedWeight:
@@ -17,28 +17,32 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping:
     Scales come from a clip search on the weights: over whole rows before anything is rounded, or,
     with groups, over each group when its turn comes.
     """
-    weight = weight.clone()
-    inverse = inverse_factor(hessian, damping).to(weight.dtype)
-    codes = torch.empty_like(weight)
-    width = args.group_size or BLOCK
-    scales = search_scales(weight, args)
-    found = [] if args.group_size else [scales]
-    for start in range(0, weight.shape[1], width):
-        stop = min(start + width, weight.shape[1])
-        if args.group_size:
-            scales = search_scales(weight[:, start:stop], args)
-            found.append(scales)
-        block, errors = weight[:, start:stop], torch.empty_like(weight[:, start:stop])
-        factor = inverse[start:stop, start:stop]
-        for column in range(stop - start):
-            current = block[:, column : column + 1]
-            code = scales.codes(current)
-            errors[:, column : column + 1] = (current - scales.values(code)) / factor[column, column]
-            block.addr_(errors[:, column], factor[column], alpha=-1)
-            codes[:, start + column] = code[:, 0]
-        weight[:, stop:] -= errors @ inverse[start:stop, stop:]
-    scale, zero = (torch.cat([getattr(s, name) for s in found], dim=1) for name in ("scale", "zero"))
-    return QuantizedWeight(codes, scale, zero)
+    rest = weight.T.contiguous()  # [K, N]: what is rounded together lies together
+    codes = torch.empty_like(rest)
+    factor = inverse_factor(hessian, damping).to(weight.dtype)
+    group = args.group_size or len(rest)
+    found: list[Scales] = []
+    for first in range(0, len(rest), group):
+        scales = search_scales(rest[first : first + group].T.contiguous(), args)
+        found.append(scales)
+        for start in range(first, first + group, BLOCK):
+            stop = min(start + BLOCK, first + group)
+            codes[start:stop], errors = _round_block(rest[start:stop], factor[start:stop, start:stop], scales)
+            rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    scale, zero = (torch.cat([getattr(scales, name) for scales in found], dim=1) for name in ("scale", "zero"))
+    return QuantizedWeight(codes.T, scale, zero)
+
+
+def _round_block(rows: torch.Tensor, factor: torch.Tensor, scales: Scales) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and errors [B, N] of B inputs' weights `rows` [B, N], one input after the other."""
+    scales = Scales(scales.scale[:, 0], scales.zero[:, 0], scales.lowest, scales.highest)
+    codes, errors = torch.empty_like(rows), torch.empty_like(rows)
+    for index, row in enumerate(rows):
+        if index:
+            row = torch.addmv(row, errors[:index].T, factor[:index, index], alpha=-1)  # noqa: PLW2901
+        codes[index] = scales.codes(row)
+        errors[index] = (row - scales.values(codes[index])) / factor[index, index]
+    return codes, errors
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
