@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +65,7 @@ class Source:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, from its own files only."""
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
-            raise ToolError(f"{self.folder}: the tokenizer cannot be read ({error})") from None
+        return read_tokenizer(self.folder)
 
     def model(self, dtype: torch.dtype) -> LlamaForCausalLM:
         """The model in eval mode, every weight read through `tensor` and none left as initialised."""
@@ -85,6 +77,14 @@ class Source:
         state = {name: self.tensor(name).to(dtype) for name in self.names}
         model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
         return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files lie in `folder`; raises ToolError where they cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
+        raise ToolError(f"{folder}: the tokenizer cannot be read ({error})") from None
 
 
 def _local_folder(path_or_hub_id: str | Path) -> Path:
