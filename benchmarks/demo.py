@@ -7,14 +7,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data import topics
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.models import DEMO, infoquant, quantised, source_model
+from benchmarks.models import DEMO, infoquant, language_reference, quantised, source_model
 from benchmarks.scores import Scores, score, standard_error
 from benchmarks.server import Server, ServerError, serve, stop_on_sigterm
 from offline.text import text_windows
@@ -57,7 +56,7 @@ def run(stay: bool) -> None:
     checkpoint = quantised("fast", "--preset", "fast")
     step("Verify the checkpoint")
     infoquant("verify", checkpoint)
-    windows = text_windows(str(_text()), AutoTokenizer.from_pretrained(source), WINDOWS, WINDOW, seed=0)
+    windows = text_windows(str(language_reference()), AutoTokenizer.from_pretrained(source), WINDOWS, WINDOW, seed=0)
     step("Serve the bf16 model, to compare with")
     with serve(source, DEMO / "bf16.log", *SERVER_ARGUMENTS) as server:
         reference = measure(server, windows)
@@ -122,13 +121,6 @@ def comparison(source: Path, checkpoint: Path, reference: Measured, ours: Measur
         f"two servers' prompt log-probabilities (standard error of the difference in log: {loss:.3f})."
     )
     return table
-
-
-def _text() -> Path:
-    """Python's language reference, which every Python carries, as a text file."""
-    file = DEMO / "language-reference.txt"
-    file.write_text("\n\n".join(topics.topics.values()), encoding="utf-8")
-    return file
 
 
 def _weights_bytes(folder: Path) -> int:

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data import topics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / ".demo"
@@ -20,8 +22,16 @@ def source_model() -> Path:
 def quantised(name: str, *options: str | Path) -> Path:
     """The source model quantised by `infoquant quantize` with `options`, in the folder smollm2-`name`."""
     folder = DEMO / f"smollm2-{name}"
-    _make(folder, "quantize", source_model(), folder, "--overwrite", *options)
+    _make(folder, "quantize", source_model(), folder, *options)
     return folder
+
+
+def language_reference() -> Path:
+    """A text file to measure on that needs no download: Python's own language reference."""
+    file = DEMO / "language-reference.txt"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n\n".join(topics.topics.values()), encoding="utf-8")
+    return file
 
 
 def infoquant(*arguments: str | Path) -> None:
@@ -35,6 +45,7 @@ def _make(folder: Path, *arguments: str | Path) -> None:
     key = _key(arguments)
     if folder.is_dir() and made_with.is_file() and made_with.read_text() == key:
         return
+    shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
     infoquant(*arguments)
     made_with.write_text(key)

@@ -51,6 +51,12 @@ class Server:
             raise ServerError(f"{self.log}: no line says the size of the KV cache")
         return int(found[1].replace(",", ""))
 
+    def metric(self, name: str) -> float:
+        """The sum of a counter over its labels, from /metrics."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
+            lines = reply.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
+
     def is_healthy(self) -> bool:
         """Whether /health answers 200."""
         try:

@@ -1,0 +1,44 @@
+"""What every row of a result carries, so that it can be read and repeated later."""
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.models import ROOT
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Commit, versions, machine, time and seed."""
+    return {
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "versions": {name: version(name) for name in ("infoquant-vllm", "vllm", "torch", "transformers")},
+        "device": f"{_processor()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+    }
+
+
+def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
+    """Write rows as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _git(*arguments: str) -> str:
+    """What git says, without a line end; nothing outside a repository."""
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

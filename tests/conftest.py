@@ -1,0 +1,68 @@
+"""Real models, made once and kept in `.demo/`, and the order and failure reports of tests with servers."""
+
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.models import language_reference, quantised, source_model
+from benchmarks.server import Server
+from offline.text import text_windows
+
+LOG_TAIL = 3000
+
+EIGHT_BITS = """\
+name: control-8-bit
+transform: none
+rounding: rtn
+sites:
+  qkv: &token {weights: {num_bits: 8}, input_activations: {num_bits: 8}, clip: 1.0}
+  o: {weights: {num_bits: 8}, input_activations: {num_bits: 8, strategy: head}, clip: 1.0}
+  gate_up: *token
+  down: *token
+kv_cache: {num_bits: 8, key_clip: 1.0, value_clip: 1.0}
+"""
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bf16."""
+    return source_model()
+
+
+@pytest.fixture(scope="session")
+def fast() -> Path:
+    """SmolLM2 at W4A4KV4 with the preset `fast`, the one that the demo serves."""
+    return quantised("fast", "--preset", "fast")
+
+
+@pytest.fixture(scope="session")
+def eight_bits(smollm2: Path) -> Path:
+    """SmolLM2 at W8A8KV8: the same code paths with codes that near-ties do not upset."""
+    recipe = smollm2.with_name("control-8-bit.yaml")
+    recipe.write_text(EIGHT_BITS)
+    return quantised("control-8-bit", "--recipe", recipe)
+
+
+@pytest.fixture(scope="session")
+def windows(smollm2: Path) -> torch.Tensor:
+    """English prose no model here was calibrated on: int64 [4 windows, 512 tokens]."""
+    return text_windows(str(language_reference()), AutoTokenizer.from_pretrained(smollm2), 4, 512, seed=0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests that start servers last."""
+    items.sort(key=lambda item: "test_server" in item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the end of a server's log under a failed test that used it."""
+    report = yield
+    if report.failed:
+        for value in getattr(item, "funcargs", {}).values():
+            if isinstance(value, Server):
+                report.sections.append((f"end of {value.log}", value.log.read_text(errors="replace")[-LOG_TAIL:]))
+    return report
