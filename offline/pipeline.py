@@ -15,12 +15,12 @@ from offline.errors import ToolError
 from offline.fold import fold_ends, fold_layer, stored_dtype
 from offline.layer import quantize_layer
 from offline.progress import ProgressReport, console_progress
-from offline.psot import collect_inputs, learn_rotation
+from offline.psot import make_transforms
 from offline.recipe import SITES, Recipe, load_recipe, preset_named
 from offline.report import Report, Stopwatch, checkpoint_sizes
 from offline.source import Source
 from offline.stream import Hessians, Stream
-from offline.transforms import Transforms, random_hadamard, random_head_rotations
+from offline.transforms import Transforms
 from offline.writer import Writer, atomic_folder, check_output
 
 
@@ -94,7 +94,8 @@ def quantize(
 
 def _write_checkpoint(run: _Run, folder: Path, figures: Report, calibration: str, name: str) -> Report:
     tokens = _calibration(run, calibration) if run.recipe.needs_calibration else None
-    transforms = make_transforms(run, tokens)
+    with run.watch("rotation"):
+        transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.device, run.progress)
     writer = Writer(folder)
     writer.add(fold_ends(run.source, transforms))
     for tensors in _quantized_layers(run, tokens, transforms):
@@ -129,21 +130,6 @@ def _calibration(run: _Run, spec: str) -> torch.Tensor:
             run.seed,
             lambda done, total: run.progress("calibration", done, total),
         )
-
-
-def make_transforms(run: _Run, tokens: torch.Tensor | None) -> Transforms | None:
-    """The rotations that the recipe asks for, from the run's seed; None for transform `none`."""
-    if run.recipe.transform == "none":
-        return None
-    generator = torch.Generator().manual_seed(run.seed)
-    residual = random_hadamard(run.source.shape.hidden_size, generator)
-    heads = random_head_rotations(run.source.shape, generator)
-    if run.recipe.transform == "psot-shared":
-        assert tokens is not None  # such recipes need calibration
-        with run.watch("rotation"):
-            inputs = collect_inputs(run.source, tokens, run.recipe.psot, run.device, run.progress)
-            residual = learn_rotation(inputs, residual, run.recipe.psot, generator, run.progress)
-    return Transforms(residual, heads)
 
 
 def _quantized_layers(

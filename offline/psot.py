@@ -1,4 +1,4 @@
-"""The shared rotation of the residual stream: learnt so that rotated activations span a small range.
+"""A model's rotations; that of the residual stream learnt so that rotated activations span a small range.
 
 One orthogonal matrix for all layers instead of InfoQuant's one per input (arXiv 2605.26175), with
 the squared range as objective: it then folds into the weights and costs nothing at run time.
@@ -10,11 +10,32 @@ import torch
 
 from offline.fold import READERS, fold_layer
 from offline.progress import ProgressReport
-from offline.recipe import Psot
+from offline.recipe import Psot, Recipe
 from offline.source import Source
 from offline.stream import Stream
+from offline.transforms import Transforms, random_hadamard, random_head_rotations
 
 TOKENS_SEEN_PER_TOKEN_POOLED = 4
+
+
+def make_transforms(
+    source: Source,
+    recipe: Recipe,
+    tokens: torch.Tensor | None,
+    seed: int,
+    device: torch.device,
+    progress: ProgressReport,
+) -> Transforms | None:
+    """The rotations that the recipe asks for; None for transform `none`, the only one that needs no tokens."""
+    if recipe.transform == "none":
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    residual = random_hadamard(source.shape.hidden_size, generator)
+    heads = random_head_rotations(source.shape, generator)
+    if recipe.transform == "psot-shared" and tokens is not None:
+        inputs = collect_inputs(source, tokens, recipe.psot, device, progress)
+        residual = learn_rotation(inputs, residual, recipe.psot, generator, progress)
+    return Transforms(residual, heads)
 
 
 def collect_inputs(

@@ -1,0 +1,79 @@
+"""A model that is transformed but not quantised computes what its source computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from offline.fold import fold_ends, fold_layer
+from offline.progress import silent
+from offline.psot import make_transforms
+from offline.recipe import Psot, Recipe
+from offline.source import Source
+from offline.transforms import Transforms, apply_hadamard
+from tests.tiny import SIZES, VOCAB_SIZE, write_source
+
+TRANSFORMS = ("none", "hadamard", "psot-shared")
+LARGEST_RELATIVE_ERROR = 1e-4
+
+
+def transformed_model(source: Source, transforms: Transforms | None) -> LlamaForCausalLM:
+    """The source with `transforms` folded in, and with hooks that do what the server does at run time."""
+    model = source.model(torch.float32)
+    ends = fold_ends(source, transforms)
+    model.model.norm.weight.data = ends["model.norm.weight"].float()
+    for number, layer in enumerate(model.model.layers):
+        layer.load_state_dict(fold_layer(source, number, transforms))
+    if transforms is None:
+        return model
+    for layer in model.model.layers:
+        down = layer.mlp.down_proj
+        down.weight.data = apply_hadamard(down.weight.double()).float()
+        down.register_forward_pre_hook(lambda _, args: (apply_hadamard(args[0]),))
+    if not source.shape.tie_word_embeddings:
+        model.model.embed_tokens.weight.data = ends["model.embed_tokens.weight"].float()
+        model.lm_head.weight.data = ends["lm_head.weight"].float()
+        return model
+    rotation = ends["model.embed_tokens.residual_rotation"]
+    gain = ends["model.embed_tokens.final_norm_weight"]
+    model.model.embed_tokens.register_forward_hook(lambda _, __, rows: rows @ rotation)
+    model.lm_head.register_forward_pre_hook(lambda _, args: ((args[0] @ rotation.T) * gain,))
+    return model
+
+
+def transforms_for(source: Source, transform: str, tokens: torch.Tensor) -> Transforms | None:
+    recipe = Recipe(name="test", transform=transform, rounding="gptq", psot=Psot(steps=5, learning_rate=0.05))
+    return make_transforms(source, recipe, tokens, 1, torch.device("cpu"), silent)
+
+
+@torch.no_grad()
+def relative_error(source: Source, transforms: Transforms | None, tokens: torch.Tensor) -> float:
+    expected = source.model(torch.float32)(tokens).logits
+    found = transformed_model(source, transforms)(tokens).logits
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transformed_model_gives_the_sources_logits(tmp_path: Path, transform: str, size: str) -> None:
+    source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
+    tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
+    assert relative_error(source, transforms_for(source, transform, tokens), tokens) < LARGEST_RELATIVE_ERROR
+
+
+def test_rotation_that_is_not_folded_everywhere_changes_the_logits(tmp_path: Path) -> None:
+    source = Source.open(write_source(tmp_path / "source"))
+    tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
+    transforms = transforms_for(source, "hadamard", tokens)
+    assert transforms is not None
+    heads = transforms.heads.clone()
+    heads[0, 0, 0] *= 1.01
+    assert relative_error(source, Transforms(transforms.residual, heads), tokens) > LARGEST_RELATIVE_ERROR
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transformed_smollm2_gives_the_sources_logits(smollm2: Path, transform: str) -> None:
+    source = Source.open(smollm2)
+    tokens = torch.randint(3, source.shape.vocab_size, (1, 64), generator=torch.Generator().manual_seed(2))
+    assert relative_error(source, transforms_for(source, transform, tokens), tokens) < LARGEST_RELATIVE_ERROR

@@ -1,0 +1,54 @@
+"""Rotations are orthogonal for any size, and the learnt one narrows what it was learnt on."""
+
+import pytest
+import torch
+
+from infoquant_vllm.format import hadamard
+from offline.progress import silent
+from offline.psot import cayley, learn_rotation, squared_range
+from offline.recipe import Psot
+from offline.transforms import apply_hadamard, apply_kronecker, random_hadamard
+
+ODD_SIZES = (1, 2, 3, 7, 12, 43, 60, 96, 172, 576, 1376)
+
+
+def distance_from_orthogonal(matrix: torch.Tensor) -> float:
+    return (matrix @ matrix.T - torch.eye(len(matrix), dtype=matrix.dtype)).abs().max().item()
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_random_hadamard_is_orthogonal_for_any_size(size: int) -> None:
+    assert distance_from_orthogonal(random_hadamard(size, torch.Generator().manual_seed(0))) < 1e-12
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_hadamard_applied_by_factors_is_the_matrix_product(size: int) -> None:
+    x = torch.randn(3, 5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(apply_hadamard(x), x @ hadamard(size), rtol=0, atol=1e-12)
+
+
+def test_kronecker_factors_act_in_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, n, dtype=torch.float64, generator=generator) for n in (3, 4))
+    x = torch.randn(5, 12, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(apply_kronecker(x, (left, right)), x @ torch.kron(left, right))
+
+
+@pytest.mark.parametrize("size", [3, 96, 172])
+def test_cayley_of_any_matrix_is_a_rotation(size: int) -> None:
+    parameter = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rotation = cayley(parameter)
+    assert distance_from_orthogonal(rotation) < 1e-10
+    assert torch.linalg.det(rotation).item() == pytest.approx(1)
+
+
+def test_learnt_rotation_is_orthogonal_seeded_and_narrows_the_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(96, 96, generator=generator) * torch.logspace(0, -2, 96)
+    inputs = torch.randn(512, 96, generator=generator) @ mixing
+    start = random_hadamard(96, generator)
+    args = Psot(steps=40, batch_tokens=128, learning_rate=0.02)
+    learnt = [learn_rotation(inputs, start, args, torch.Generator().manual_seed(1), silent) for _ in range(2)]
+    assert torch.equal(learnt[0], learnt[1])
+    assert distance_from_orthogonal(learnt[0]) < 1e-10
+    assert squared_range(inputs @ learnt[0].float()) < 0.95 * squared_range(inputs @ start.float())

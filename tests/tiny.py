@@ -1,0 +1,76 @@
+"""Tiny random Llama models in source folders, with a tokenizer, for tests that need no trained model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few rows that no token uses
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "untied-biases": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "no-gqa": {"num_key_value_heads": 4},
+    "one-kv-head": {"num_key_value_heads": 1, "head_dim": 32},
+    "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
+}
+"""Configurations that tests run over: what differs from the default one."""
+
+
+def write_source(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", **config: Any
+) -> Path:
+    """Write a random model and its tokenizer to `folder`, and return it. `config` overrides LlamaConfig's fields."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 256,
+        "intermediate_size": 320,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | config)))
+    _randomize(model, torch.Generator().manual_seed(seed))
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def _randomize(model: LlamaForCausalLM, generator: torch.Generator) -> None:
+    """Weights with a few large columns, norm gains and biases away from what a fresh model has."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.copy_(1 + 0.3 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.1 * noise)
+        else:
+            outliers = 1 + 4 * (torch.rand(parameter.shape[1], generator=generator) < 0.02)
+            parameter.copy_(noise * outliers / parameter.shape[1] ** 0.5)
+    model.tie_weights()
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate((*SPECIAL, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
