@@ -1,6 +1,7 @@
 """How well a model predicts text, and how far it is from a reference: figures with standard errors."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -73,9 +74,9 @@ def evaluate(
     if corpus is None and teacher is None and own is None:
         raise ToolError(f"{model}: nothing to evaluate on; give --corpus FILE, or --reference SOURCE to sample from")
     windows, text = _text(corpus, teacher or own, model, tokens // window, window, seed, progress)
-    student = load_simulated(model, _stored_dtype(Path(model))) if own is None else _plain(own)
+    student = load_simulated(model, stored_dtype(Path(model))) if own is None else _plain(own)
     _same_vocabulary(student, teacher)
-    figures = compare(windows, student, None if teacher is None else _plain(teacher), progress)
+    figures = compare(list(windows), student, None if teacher is None else _plain(teacher), progress)
     return Evaluation(
         model=model, simulated=simulated, reference=reference, text=text, windows=len(windows), window=window, **figures
     )
@@ -83,15 +84,16 @@ def evaluate(
 
 @torch.inference_mode()
 def compare(
-    windows: torch.Tensor,
+    windows: Sequence[torch.Tensor],
     model: LlamaForCausalLM,
     reference: LlamaForCausalLM | None,
     progress: ProgressReport = silent,
 ) -> dict[str, Figure]:
-    """The figures of an `Evaluation` over windows [windows, tokens]."""
+    """The figures of an `Evaluation` over windows of token ids."""
     columns: dict[str, list[float]] = {}
     for index, ids in enumerate(windows):
-        for name, value in _window(ids, _logits(model, ids), reference and _logits(reference, ids)).items():
+        theirs = None if reference is None else _logits(reference, ids)
+        for name, value in _window(ids, _logits(model, ids), theirs).items():
             columns.setdefault(name, []).append(value)
         progress("evaluation", index + 1, len(windows))
     figures = {name: _figure(values) for name, values in columns.items()}
@@ -162,10 +164,10 @@ def _text(
 
 
 def _plain(source: Source) -> LlamaForCausalLM:
-    return source.model(_stored_dtype(source.folder))
+    return source.model(stored_dtype(source.folder))
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that config.json names, which is what the server computes in unless told otherwise."""
     config = read_json(folder / "config.json")
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)

@@ -1,0 +1,83 @@
+"""A checkpoint beside the model it was made from: the same model, and behaving like it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from infoquant_vllm.format import Checkpoint
+from offline.errors import CheckError
+from offline.evaluate import compare, stored_dtype
+from offline.prompts import PASSAGES
+from offline.simulate import load_simulated
+from offline.source import Source
+from offline.text import leading_tokens
+
+LARGEST_KL = 2.0
+"""Nats per position. A usable 4-bit model is well below 1; one with a wrong rotation or layer far above."""
+LARGEST_BASIS_ERROR = 0.02
+"""Relative; bfloat16 embeddings rounded once more give 0.003."""
+
+
+class Comparison:
+    """A checkpoint and its source, with the residual basis that leads from one to the other."""
+
+    def __init__(self, checkpoint: Checkpoint, source: str | Path):
+        self._checkpoint = checkpoint
+        self._source = Source.open(source)
+        self._basis: torch.Tensor
+
+    def same_ends(self) -> str:
+        """Sizes agree, and the embeddings are the source's, as they are or in a rotated basis."""
+        if self._checkpoint.shape != self._source.shape:
+            raise CheckError(f"sizes differ: {self._checkpoint.shape} against {self._source.shape}")
+        ours, theirs = (
+            opened.tensor("model.embed_tokens.weight").double() for opened in (self._checkpoint, self._source)
+        )
+        if torch.equal(ours, theirs):
+            stored = self._checkpoint.config.tied_residual_rotation
+            rotation = self._checkpoint.tensor("model.embed_tokens.residual_rotation") if stored else None
+            self._basis = torch.eye(ours.shape[1]).double() if rotation is None else rotation.double()
+            return "embeddings equal"
+        self._basis = torch.linalg.lstsq(theirs.T @ theirs, theirs.T @ ours).solution
+        error = ((theirs @ self._basis - ours).norm() / ours.norm()).item()
+        if not error <= LARGEST_BASIS_ERROR:
+            raise CheckError(
+                f"embeddings are no rotation of the source's: relative error {error:.2g}, "
+                f"at most {LARGEST_BASIS_ERROR:g}"
+            )
+        return f"embeddings are the source's in another basis, relative error {error:.1e}"
+
+    def behaviour(self, layer_errors: dict[str, float]) -> str:
+        """Compare predictions on the project's own passages; fills `layer_errors`, mean over tokens."""
+        tokenizer = self._source.tokenizer()
+        encoded = tokenizer(list(PASSAGES), add_special_tokens=False).input_ids
+        windows = [torch.tensor(leading_tokens(tokenizer) + ids) for ids in encoded]
+        dtype = stored_dtype(self._source.folder)
+        model, reference = load_simulated(self._checkpoint.folder, dtype), self._source.model(dtype)
+        ours, theirs = _record_layers(model), _record_layers(reference)
+        figures = compare(windows, model, reference)
+        for layer, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            back, plain = torch.cat(a).double() @ self._basis.T, torch.cat(b).double()
+            layer_errors[f"model.layers.{layer}"] = ((back - plain).norm(dim=1) / plain.norm(dim=1)).mean().item()
+        kl, agreement = figures["kl"].mean, figures["top1_agreement"].mean
+        found = f"KL {kl:.3f}, top-1 agreement {agreement:.1%} over {sum(map(len, windows))} tokens"
+        if not kl <= LARGEST_KL:
+            raise CheckError(f"{found}; KL of at most {LARGEST_KL:g} was expected")
+        return found
+
+
+def _record_layers(model: LlamaForCausalLM) -> Sequence[list[torch.Tensor]]:
+    """Lists that fill with each decoder layer's output, [tokens, hidden] float32, as the model runs."""
+    records: list[list[torch.Tensor]] = []
+    for layer in model.model.layers:
+        record: list[torch.Tensor] = []
+
+        def keep(_: nn.Module, args: object, output: torch.Tensor, record: list[torch.Tensor] = record) -> None:
+            record.append(output.flatten(0, -2).float())
+
+        layer.register_forward_hook(keep)
+        records.append(record)
+    return records

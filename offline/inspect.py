@@ -1,0 +1,139 @@
+"""What a checkpoint is, from its config, headers and records, without reading weights."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+
+from infoquant_vllm.format import Checkpoint, FormatError, LinearScheme, ModelShape, read_json
+from offline.errors import ToolError
+
+DTYPE_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+BF16_BYTES = 2
+CACHE_SCALE_BYTES = 8
+"""Scale and zero point of keys and of values, float16 each."""
+
+
+class Size(BaseModel):
+    """Bytes on disk of one part, and of the same part in bfloat16 (0 where that has no such part)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes: int
+    bf16_bytes: int
+
+
+class Inspection(BaseModel):
+    """What `inspect_checkpoint` found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    checkpoint: str
+    format_version: int
+    shape: ModelShape
+    schemes: dict[str, LinearScheme | None]
+    """By the linear's name inside its layer, or by full name where layers differ; None: unquantised."""
+    kv_cache: dict[str, Any] | None
+    rotated_residual: bool
+    sizes: dict[str, Size]
+    bits_per_weight: float
+    """Bits on disk per weight of the decoder's linears, scales and transforms included."""
+    kv_bytes_per_token: int
+    kv_bf16_bytes_per_token: int
+    recipe: dict[str, Any] | None
+    report: dict[str, Any] | None
+
+
+def inspect_checkpoint(folder: str | Path) -> Inspection:
+    """Describe a checkpoint; raises ToolError where its headers do not agree with its config."""
+    try:
+        checkpoint = Checkpoint(folder)
+        report = checkpoint.folder / "infoquant_report.json"
+        found = read_json(report) if report.is_file() else None
+    except FormatError as error:
+        raise ToolError(str(error)) from None
+    sizes = part_sizes(checkpoint)
+    shape, cache = checkpoint.shape, checkpoint.config.kv_cache
+    weights = sum(math.prod(size) for size in shape.linears().values())
+    heads = shape.num_hidden_layers * shape.num_key_value_heads
+    plain_kv = heads * 2 * shape.head_dim * BF16_BYTES
+    return Inspection(
+        checkpoint=str(folder),
+        format_version=checkpoint.config.format_version,
+        shape=shape,
+        schemes=_schemes(checkpoint),
+        kv_cache=None if cache is None else cache.model_dump(),
+        rotated_residual=checkpoint.config.tied_residual_rotation,
+        sizes=sizes,
+        bits_per_weight=8 * sizes["linears"].bytes / weights,
+        kv_bytes_per_token=plain_kv if cache is None else heads * _cell_bytes(shape.head_dim, cache.num_bits),
+        kv_bf16_bytes_per_token=plain_kv,
+        recipe=_recipe(checkpoint.folder / "infoquant_recipe.yaml"),
+        report=found,
+    )
+
+
+def part_sizes(checkpoint: Checkpoint) -> dict[str, Size]:
+    """Bytes of linears, embeddings, norms, transforms and clips, and of them all together."""
+    sizes = {part: [0, 0] for part in ("linears", "embeddings", "norms", "residual rotation", "cache clips", "total")}
+    linears = checkpoint.shape.linears()
+    for shard in sorted(set(checkpoint.weight_map.values())):
+        with safe_open(checkpoint.folder / shard, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                header = opened.get_slice(name)
+                stored = math.prod(header.get_shape()) * DTYPE_BYTES[header.get_dtype()]
+                plain = _plain_bytes(name, header.get_shape(), linears)
+                for part in (_part(name, linears), "total"):
+                    sizes[part][0] += stored
+                    sizes[part][1] += plain
+    return {part: Size(bytes=stored, bf16_bytes=plain) for part, (stored, plain) in sizes.items()}
+
+
+def _part(name: str, linears: dict[str, tuple[int, int]]) -> str:
+    module, _, kind = name.rpartition(".")
+    if module in linears:
+        return "linears"
+    if kind in ("key_clip", "value_clip"):
+        return "cache clips"
+    if kind in ("residual_rotation", "final_norm_weight"):
+        return "residual rotation"
+    return "norms" if "norm" in module else "embeddings"
+
+
+def _plain_bytes(name: str, shape: list[int], linears: dict[str, tuple[int, int]]) -> int:
+    """Bytes of the bfloat16 tensor that stands in this one's place in the unquantised model."""
+    module, _, kind = name.rpartition(".")
+    if kind == "weight_packed":
+        return math.prod(linears[module]) * BF16_BYTES
+    return math.prod(shape) * BF16_BYTES if kind in ("weight", "bias") else 0
+
+
+def _cell_bytes(head_dim: int, num_bits: int) -> int:
+    return 2 * head_dim * num_bits // 8 + CACHE_SCALE_BYTES
+
+
+def _schemes(checkpoint: Checkpoint) -> dict[str, LinearScheme | None]:
+    """Schemes by the linears' names inside their layer; by full names for linears whose layers differ."""
+    by_module = {module: checkpoint.config.scheme(module) for module in checkpoint.shape.linears()}
+    by_end: dict[str, list[LinearScheme | None]] = {}
+    for module, scheme in by_module.items():
+        by_end.setdefault(_end(module), []).append(scheme)
+    same = {end: schemes[0] for end, schemes in by_end.items() if all(scheme == schemes[0] for scheme in schemes)}
+    return same | {module: scheme for module, scheme in by_module.items() if _end(module) not in same}
+
+
+def _end(module: str) -> str:
+    return ".".join(module.split(".")[-2:])
+
+
+def _recipe(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ToolError(f"{file}: not readable as YAML ({error})") from None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,113 @@
+"""Results as tables on standard output."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from infoquant_vllm.format import LinearScheme
+from offline.evaluate import Evaluation, Figure
+from offline.inspect import Inspection
+from offline.report import Report
+from offline.verify import Verification
+
+
+def print_report(report: Report, output: Path) -> None:
+    """What `quantize` did, or with a dry run would do."""
+    table = _sizes_table(
+        "would be written" if report.dry_run else str(output),
+        {
+            "linear layers": (report.linear_bytes, report.source_linear_bytes),
+            "whole checkpoint": (report.total_bytes, report.source_bytes),
+            "KV cache per token": (report.kv_bytes_per_token, report.source_kv_bytes_per_token),
+        },
+    )
+    console = Console()
+    console.print(table)
+    console.print(f"recipe {report.recipe}, {report.bits_per_weight:.2f} bits per weight, seed {report.seed}")
+    if not report.dry_run:
+        console.print(f"{report.calibration_tokens} calibration tokens, {sum(report.seconds.values()):.0f} seconds")
+
+
+def print_verification(found: Verification) -> None:
+    """The checks, errors by layer where a source was given, and the verdict."""
+    console = Console()
+    table = Table("check", "", "found", title=found.checkpoint)
+    for check in found.checks:
+        table.add_row(check.name, "[green]ok[/]" if check.passed else "[red]FAILED[/]", check.detail)
+    console.print(table)
+    if found.layer_errors:
+        layers = Table("after", "relative error of the hidden states", title="against the source")
+        for name, error in found.layer_errors.items():
+            layers.add_row(name, f"{error:.3f}")
+        console.print(layers)
+    console.print("[green]passed[/]" if found.passed else "[bold red]failed[/]")
+
+
+def print_inspection(found: Inspection) -> None:
+    """Model, schemes, sizes, recipe and figures."""
+    console, shape = Console(), found.shape
+    console.print(
+        f"{found.checkpoint}: Llama architecture, {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, "
+        f"{shape.num_attention_heads} heads, {shape.num_key_value_heads} kv-heads of {shape.head_dim}, "
+        f"format version {found.format_version}",
+        soft_wrap=True,
+    )
+    schemes = Table("linear", "weights", "input", "input transform", title="schemes")
+    for name, scheme in found.schemes.items():
+        schemes.add_row(name, *_scheme_words(scheme))
+    console.print(schemes)
+    cache = found.kv_cache
+    rotation = "rotated" if found.rotated_residual else "the source's, or folded into the embeddings"
+    kept = "as the model" if cache is None else f"{cache['num_bits']} bits, keys through {cache['key_transform']}"
+    console.print(f"KV cache: {kept}; residual basis: {rotation}")
+    sizes = {part: (size.bytes, size.bf16_bytes) for part, size in found.sizes.items()}
+    sizes["KV cache per token"] = (found.kv_bytes_per_token, found.kv_bf16_bytes_per_token)
+    console.print(_sizes_table("sizes", sizes))
+    console.print(f"{found.bits_per_weight:.2f} bits per weight of the linear layers")
+    if found.recipe is not None:
+        console.print(f"recipe: {found.recipe.get('name')}", markup=False)
+    for name, value in (found.report or {}).items():
+        if isinstance(value, str | int | float):
+            console.print(f"{name}: {value}", markup=False, highlight=False)
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """Figures with their standard errors, and the text they come from."""
+    console = Console()
+    table = Table("figure", "mean", "standard error", title=f"{found.model}{' (simulated)' if found.simulated else ''}")
+    rows = {
+        "perplexity": found.perplexity,
+        "perplexity of the reference": found.reference_perplexity,
+        "KL(reference || model), nats per token": found.kl,
+        "top-1 agreement": found.top1_agreement,
+    }
+    for name, figure in rows.items():
+        if figure is not None:
+            table.add_row(name, f"{figure.mean:.4g}", _error(figure))
+    console.print(table)
+    console.print(f"text: {found.text}; {found.windows} windows of {found.window} tokens", markup=False)
+
+
+def _error(figure: Figure) -> str:
+    return "one window: unknown" if figure.standard_error is None else f"{figure.standard_error:.2g}"
+
+
+def _sizes_table(title: str, sizes: dict[str, tuple[int, int]]) -> Table:
+    table = Table("", "bytes", "unquantised", "ratio", title=title)
+    for name, (ours, theirs) in sizes.items():
+        table.add_row(name, f"{ours:,}", f"{theirs:,}", f"{ours / theirs:.3f}" if theirs else "-")
+    return table
+
+
+def _scheme_words(scheme: LinearScheme | None) -> tuple[str, str, str]:
+    if scheme is None:
+        return "unquantised", "unquantised", "none"
+    weights, inputs, transform = scheme.weights, scheme.input_activations, scheme.input_transform
+    shape = transform.block_size or transform.factors or ""
+    words = [
+        f"{args.num_bits} bits, {'symmetric' if args.symmetric else 'asymmetric'}, per {args.strategy}"
+        + (f" of {args.group_size}" if args.group_size else "")
+        for args in (weights, inputs)
+    ]
+    return words[0], "unquantised" if inputs.num_bits == 16 else words[1], f"{transform.type} {shape}".strip()

@@ -1,0 +1,186 @@
+"""Whether a checkpoint is whole, sane and, with its source at hand, still the same model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from infoquant_vllm.format import Checkpoint, FormatError, WeightArgs
+from offline.against import Comparison
+from offline.errors import CheckError
+from offline.progress import ProgressReport, silent
+from offline.simulated import integer_weights
+
+LARGEST_ORTHOGONALITY_ERROR = 1e-4
+LARGEST_CONDITION = 1e4
+SHARED_INPUTS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+INPUT_TENSORS = ("input_clip", "input_blocks", "input_left", "input_right")
+LARGEST_ZERO_ROW_SHARE = 0.01
+SMALLEST_LEVEL_SHARE = 0.5
+
+
+class Check(BaseModel):
+    """One check and what it found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Verification(BaseModel):
+    """All checks of one checkpoint; a later one that an earlier failure makes senseless is left out."""
+
+    model_config = ConfigDict(frozen=True)
+
+    checkpoint: str
+    against: str | None
+    passed: bool
+    checks: list[Check]
+    layer_errors: dict[str, float] = {}
+    """Against a source: relative error of the hidden states after each layer."""
+
+
+class _Checks:
+    """Runs checks one after another and keeps what they find."""
+
+    def __init__(self, expected: int, progress: ProgressReport):
+        self.done: list[Check] = []
+        self._expected, self._progress = expected, progress
+
+    def run(self, name: str, check: Callable[[], str]) -> bool:
+        """Whether `check` passed; its return value is the detail that is kept."""
+        self._progress("checks", len(self.done), self._expected, name)
+        try:
+            self.done.append(Check(name=name, passed=True, detail=check()))
+        except (FormatError, CheckError) as error:
+            self.done.append(Check(name=name, passed=False, detail=str(error)))
+        self._progress("checks", len(self.done), self._expected, name)
+        return self.passed
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.done)
+
+
+def verify(folder: str | Path, *, against: str | Path | None = None, progress: ProgressReport = silent) -> Verification:
+    """Read every tensor and check it; with `against`, compare with the model it was made from.
+
+    Raises ToolError only for what is not the checkpoint's fault, such as a missing source.
+    """
+    checks = _Checks(5 if against is None else 7, progress)
+    layer_errors: dict[str, float] = {}
+    opened: list[Checkpoint] = []
+
+    def headers() -> str:
+        opened.append(Checkpoint(folder))
+        return f"{len(opened[0].weight_map)} tensors, as the config asks for"
+
+    if checks.run("headers", headers) and checks.run("values", lambda: check_all_values(opened[0])):
+        checks.run("codes", lambda: check_codes(opened[0]))
+        checks.run("rotations", lambda: check_rotations(opened[0]))
+        checks.run("shared inputs", lambda: check_shared_inputs(opened[0]))
+        if against is not None and checks.passed:
+            comparison = Comparison(opened[0], against)
+            if checks.run("same model", comparison.same_ends):
+                checks.run("behaviour", lambda: comparison.behaviour(layer_errors))
+    return Verification(
+        checkpoint=str(folder),
+        against=None if against is None else str(against),
+        passed=checks.passed,
+        checks=checks.done,
+        layer_errors=layer_errors,
+    )
+
+
+def check_all_values(checkpoint: Checkpoint) -> str:
+    """Read every tensor; FormatError for NaN, Inf, scales <= 0 and clips outside (0, 1]."""
+    numbers = sum(checkpoint.tensor(name).numel() for name in checkpoint.weight_map)
+    return f"{numbers} numbers, all finite, scales above 0, clips in (0, 1]"
+
+
+def check_codes(checkpoint: Checkpoint) -> str:
+    """Rows are not all zero and every linear uses most of the levels that its bits give."""
+    fewest = 1.0
+    for module in checkpoint.shape.linears():
+        scheme = checkpoint.config.scheme(module)
+        if scheme is None:
+            continue
+        integers = _integers(checkpoint, module, scheme.weights)
+        empty = (integers == 0).all(1).float().mean().item()
+        if empty > LARGEST_ZERO_ROW_SHARE:
+            raise CheckError(f"{module}: {empty:.1%} of its rows are all zero, at most {LARGEST_ZERO_ROW_SHARE:.0%}")
+        used = _levels(integers) / 2**scheme.weights.num_bits
+        if used < SMALLEST_LEVEL_SHARE and integers.numel() >= 4096:
+            raise CheckError(f"{module}: uses {used:.0%} of its levels, at least {SMALLEST_LEVEL_SHARE:.0%} expected")
+        fewest = min(fewest, used)
+    return f"no empty rows; every linear uses at least {min(fewest, 1.0):.0%} of its levels"
+
+
+def _levels(integers: torch.Tensor) -> int:
+    """How many different values there are; counting is ten times as fast as sorting them."""
+    flat = integers.flatten().int()
+    return int(torch.bincount(flat - flat.min()).count_nonzero())
+
+
+def _integers(checkpoint: Checkpoint, module: str, args: WeightArgs) -> torch.Tensor:
+    names = ["weight_packed"] if args.symmetric else ["weight_packed", "weight_zero_point"]
+    return integer_weights({name: checkpoint.tensor(f"{module}.{name}") for name in names}, args)
+
+
+def check_rotations(checkpoint: Checkpoint) -> str:
+    """The residual rotation is orthogonal; learned input transforms can at least be undone."""
+    worst_rotation = worst_transform = 0.0
+    for name in checkpoint.weight_map:
+        kind = name.rpartition(".")[2]
+        if kind not in ("residual_rotation", "input_blocks", "input_left", "input_right"):
+            continue
+        matrix = checkpoint.tensor(name).double()
+        error = orthogonality_error(matrix)
+        if kind == "residual_rotation":
+            worst_rotation = error
+            if error > LARGEST_ORTHOGONALITY_ERROR:
+                raise CheckError(f"{name}: |Q^T Q - I| is {error:.2g}, at most {LARGEST_ORTHOGONALITY_ERROR:g}")
+            continue
+        worst_transform = max(worst_transform, error)
+        condition = torch.linalg.cond(matrix).max().item()
+        if not condition <= LARGEST_CONDITION:
+            raise CheckError(f"{name}: condition number {condition:.2g}, at most {LARGEST_CONDITION:g}")
+    return f"|Q^T Q - I| of the residual rotation {worst_rotation:.1e}, of input transforms {worst_transform:.1e}"
+
+
+def orthogonality_error(matrix: torch.Tensor) -> float:
+    """Largest entry of |Q^T Q - I| over matrices [..., n, n]."""
+    return (matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype)).abs().max().item()
+
+
+def check_shared_inputs(checkpoint: Checkpoint) -> str:
+    """q, k and v, and gate and up, carry equal copies of their one input's scheme, clip and transform."""
+    copies = 0
+    for layer in range(checkpoint.shape.num_hidden_layers):
+        for first, *others in (tuple(f"model.layers.{layer}.{end}" for end in ends) for ends in SHARED_INPUTS):
+            for other in others:
+                copies += _compare_inputs(checkpoint, first, other)
+    return f"{copies} copies equal"
+
+
+def _compare_inputs(checkpoint: Checkpoint, first: str, other: str) -> int:
+    schemes = checkpoint.config.scheme(first), checkpoint.config.scheme(other)
+    inputs = [None if s is None else (s.input_activations, s.input_transform) for s in schemes]
+    if inputs[0] != inputs[1]:
+        raise CheckError(f"{other}: its input is quantised otherwise than that of {first}, which is the same input")
+    copies = 0
+    for kind in INPUT_TENSORS:
+        if f"{first}.{kind}" in checkpoint.weight_map:
+            a, b = checkpoint.tensor(f"{first}.{kind}"), checkpoint.tensor(f"{other}.{kind}")
+            if not torch.equal(a, b):
+                raise CheckError(
+                    f"{other}.{kind}: differs from {first}.{kind} by {(a - b).abs().max().item():.2g}, expected a copy"
+                )
+            copies += 1
+    return copies
