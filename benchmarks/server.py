@@ -69,23 +69,25 @@ class Server:
         """The live processes of the server's group."""
         return [p for p in psutil.process_iter() if _group(p) == self.process.pid]
 
-    def stop(self) -> None:
-        """SIGTERM to the server; SIGKILL to what is left of its group after GRACE_SECONDS."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        if not self._gone_within(GRACE_SECONDS):
-            for member in self.members():
-                member.kill()
-            self._gone_within(GRACE_SECONDS)
-        self.process.wait()
-
-    def _gone_within(self, seconds: float) -> bool:
+    def gone_within(self, seconds: float) -> bool:
+        """Wait for every process of the group to end; False where one is left after `seconds`."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None or self.members():
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.2)
         return True
+
+    def stop(self) -> None:
+        """SIGTERM to the server; SIGKILL to what is left of its group after GRACE_SECONDS, or at a second Ctrl-C."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.gone_within(GRACE_SECONDS)
+        finally:
+            for member in self.members():
+                member.kill()
+            self.process.wait()
 
 
 @contextmanager

@@ -79,11 +79,11 @@ def test_a_bad_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     server = start(folder, tmp_path / "server.log", "--enforce-eager", "--skip-tokenizer-init", *case.arguments)
     try:
         code = server.process.wait(timeout=240)
-        left = server.members()
+        gone = server.gone_within(20)
     finally:
         server.stop()
     log = server.log.read_text(errors="replace")
     assert code != 0
-    assert not left
+    assert gone
     for words in case.says:
         assert words in log, f"{words!r} is not in:\n{log[-3000:]}"
