@@ -99,7 +99,7 @@ class SimulatedLinear(nn.Module):
             s_a = scale[:, start * scale.shape[1] // features, None]
             s_w = weight_scale[:, start * weight_scale.shape[1] // features]
             product = a[:, start : start + size].to(dtype) @ integers[:, start : start + size].to(dtype).T
-            out += product.float() * s_a * s_w
+            out += product.float() * (s_a * s_w)
         return out
 
     def _dtype(self, size: int) -> torch.dtype:

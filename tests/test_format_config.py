@@ -1,0 +1,79 @@
+"""`quantization_config` is refused by field and value where it breaks the format."""
+
+from typing import Any
+
+import pytest
+
+from infoquant_vllm.format import FormatError, ModelShape, expected_tensors, parse_config
+from tests.checkpoints import hf_config, quantization_config
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return quantization_config(hf_config(), **changes)
+
+
+def group(**changes: Any) -> dict[str, Any]:
+    scheme = {"targets": ["q_proj"], "weights": {"num_bits": 4}, "input_activations": {"num_bits": 4}}
+    return {"config_groups": {"g": scheme | changes}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version is 2, this release reads 1"),
+        ({"format_version": None}, "format_version is None"),
+        ({"quant_method": "gptq"}, "quant_method is 'gptq', expected 'infoquant'"),
+        ({"surprise": 1}, "surprise"),
+        (group(weights={"num_bits": 3}), "config_groups.g.weights.num_bits.*found 3"),
+        (group(weights={"num_bits": 4, "scale": 2}), "config_groups.g.weights.scale"),
+        (group(weights={"num_bits": 4, "strategy": "group"}), "group_size None does not go with strategy 'group'"),
+        (group(input_activations={"num_bits": 4, "group_size": 64}), "group_size 64 does not go with strategy 'token'"),
+        (group(input_transform={"type": "fourier"}), "input_transform.type.*found 'fourier'"),
+        (group(input_transform={"type": "hadamard"}), "block_size None does not go with type 'hadamard'"),
+        (group(input_transform={"type": "kronecker", "factors": [2, 2**40]}), "factors"),
+        (group(targets=[]), "targets"),
+        ({"ignore": ["q_proj"]}, "q_proj is named by more than one group, or by a group and ignore"),
+        ({"kv_cache": {"num_bits": 2}}, "kv_cache.num_bits.*found 2"),
+    ],
+)
+def test_wrong_field_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse_config(config(**changes), "config.json")
+
+
+def test_longest_ending_of_a_name_decides() -> None:
+    four = group()["config_groups"]["g"]
+    eight = group(targets=["model.layers.1.self_attn.q_proj"], weights={"num_bits": 8})["config_groups"]["g"]
+    parsed = parse_config(config(config_groups={"all": four, "one": eight}))
+    bits = []
+    for layer in (0, 1):
+        scheme = parsed.scheme(f"model.layers.{layer}.self_attn.q_proj")
+        assert scheme is not None
+        bits.append(scheme.weights.num_bits)
+    assert bits == [4, 8]
+
+
+def test_linear_that_nothing_names_is_refused() -> None:
+    with pytest.raises(FormatError, match="k_proj: no target of config_groups names it"):
+        expected_tensors(parse_config(config(**group())), ModelShape.from_hf(hf_config()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": -1}, "hidden_size"),
+        ({"hidden_size": 2**40}, "hidden_size"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+    ],
+)
+def test_wrong_model_size_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        ModelShape.from_hf(hf_config(**changes))
+
+
+def test_sizes_that_do_not_divide_are_refused_with_the_linear() -> None:
+    wrong = config(config_groups={"all": group(targets=["q_proj"], weights={
+        "num_bits": 4, "strategy": "group", "group_size": 100})["config_groups"]["g"]})  # fmt: skip
+    with pytest.raises(FormatError, match=r"q_proj: weight group_size 100 does not divide its 256 input features"):
+        expected_tensors(parse_config(wrong), ModelShape.from_hf(hf_config()))
