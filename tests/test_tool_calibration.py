@@ -1,0 +1,106 @@
+"""Calibration tokens are those asked for, the same for the same seed, and refused where there are too few."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from offline.calibration import calibration_tokens
+from offline.errors import ToolError
+from offline.source import Source
+from tests.tiny import write_source
+
+WORDS = "".join(f"line {number} of a text\n" for number in range(400))
+END = 2
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return Source.open(write_source(tmp_path_factory.mktemp("calibration") / "source"))
+
+
+def write(file: Path, text: str) -> str:
+    file.write_text(text)
+    return str(file)
+
+
+def test_model_samples_its_own_text(source: Source) -> None:
+    reports: list[tuple[int, int]] = []
+    tokens = calibration_tokens("self", source, 6, 32, 0, lambda done, total: reports.append((done, total)))
+    assert tokens.shape == (6, 32)
+    assert tokens.dtype == torch.int64
+    assert reports[-1] == (6 * 32, 6 * 32)
+    assert torch.equal(tokens, calibration_tokens("self", source, 6, 32, 0))
+    assert not torch.equal(tokens, calibration_tokens("self", source, 6, 32, 1))
+
+
+def test_sampled_tokens_follow_the_models_distribution(source: Source) -> None:
+    """Of what the model gave 90% of its probability to, about 90% must come out."""
+    tokens = calibration_tokens("self", source, 32, 64, 0)
+    with torch.no_grad():
+        probabilities = source.model(torch.bfloat16)(tokens).logits.float().softmax(-1)[:, 8:-1]
+    order = probabilities.sort(-1, descending=True)
+    inside = order.values.cumsum(-1) - order.values < 0.5
+    likely = torch.zeros_like(inside).scatter(-1, order.indices, inside)
+    chosen = likely.gather(-1, tokens[:, 9:, None]).float().mean()
+    expected = (probabilities * likely).sum(-1).mean()
+    assert abs(chosen - expected) < 0.05
+
+
+def test_document_that_ends_is_followed_by_a_fresh_one(source: Source) -> None:
+    """A model that soon ends its documents: what follows the end is a random token, not padding."""
+    tokens = calibration_tokens("self", source, 64, 128, 0)
+    after = tokens[:, 1:][tokens[:, :-1] == END]
+    assert len(after) > 0
+    assert after.unique().numel() > min(len(after), 20) // 2
+    assert not (after < 3).any()
+
+
+def test_windows_come_from_the_whole_file_in_its_order(source: Source, tmp_path: Path) -> None:
+    tokens = calibration_tokens(write(tmp_path / "words.txt", WORDS), source, 10, 64, 0)
+    places = [WORDS.index(source.tokenizer().decode(row)) for row in tokens]
+    assert places == sorted(places)
+    assert places[-1] > len(WORDS) / 2
+    assert len(set(places)) == 10
+
+
+def test_jsonl_is_read_document_by_document(source: Source, tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps({"text": "ab" * 30, "id": number}) for number in range(4))
+    tokens = calibration_tokens(write(tmp_path / "words.jsonl", lines), source, 4, 61, 0)
+    assert (tokens[:, -1] == END).all()
+    assert (tokens[:, :-1] > END).all()
+
+
+def test_too_short_text_is_refused_with_found_and_needed(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match=r"short\.txt: 12 tokens found, 640 needed \(10 windows of 64\)"):
+        calibration_tokens(write(tmp_path / "short.txt", "eleven char"), source, 10, 64, 0)
+
+
+def test_empty_text_is_refused(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match=r"empty\.txt: 0 tokens found, 640 needed"):
+        calibration_tokens(write(tmp_path / "empty.txt", ""), source, 10, 64, 0)
+
+
+@pytest.mark.parametrize(("line", "message"), [("{", "not JSON"), ('{"body": "x"}', '"text" was expected'), ("3", "3")])
+def test_line_that_is_no_document_is_named(source: Source, tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(ToolError, match=rf"words\.jsonl:2: .*{message}"):
+        calibration_tokens(write(tmp_path / "words.jsonl", '{"text": "a"}\n' + line), source, 1, 8, 0)
+
+
+def test_bytes_that_are_no_text_are_refused(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_bytes(b"abc\xff")
+    with pytest.raises(ToolError, match=r"words\.txt: not UTF-8 text \(byte 3\)"):
+        calibration_tokens(str(tmp_path / "words.txt"), source, 1, 8, 0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package datasets is installed")
+def test_data_set_without_its_package_is_refused_with_the_command_to_run(source: Source) -> None:
+    with pytest.raises(ToolError, match=r"no-such-thing: no such file; .* `pip install 'infoquant-vllm\[datasets\]'`"):
+        calibration_tokens("no-such-thing", source, 1, 8, 0)
+
+
+def test_sequence_longer_than_the_models_positions_is_refused(source: Source) -> None:
+    with pytest.raises(ToolError, match="sequences of 513 tokens, the model takes 512"):
+        calibration_tokens("self", source, 1, 513, 0)
