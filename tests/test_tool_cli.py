@@ -1,0 +1,176 @@
+"""The `infoquant` executable: results, exit codes, and one clear message for what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from offline.cli import app
+from tests.tiny import write_source
+
+INFOQUANT = Path(sys.executable).with_name("infoquant")
+RECIPE = """\
+name: small
+transform: hadamard
+rounding: gptq
+calibration: {sequences: 4, sequence_length: 32}
+"""
+
+
+def infoquant(*arguments: object) -> Result:
+    """The command in this process: starting the executable takes seconds."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def executable(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command as users start it."""
+    return subprocess.run([INFOQUANT, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("cli") / "source")
+
+
+@pytest.fixture(scope="module")
+def recipe(source: Path) -> Path:
+    file = source.with_name("recipe.yaml")
+    file.write_text(RECIPE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source: Path, recipe: Path) -> Path:
+    output = source.with_name("checkpoint")
+    done = executable("quantize", source, output, "--recipe", recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recipe"] == "small"
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refused(message: str, *arguments: object) -> None:
+    """Exit code 1, one message that holds `message`, nothing on standard output and no traceback."""
+    done = infoquant(*arguments)
+    assert done.exit_code == 1, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_help_explains_every_command() -> None:
+    done = executable("--help")
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("quantize", "verify", "inspect", "eval", "demo-model"))
+
+
+def test_wrong_usage_has_exit_code_2(source: Path, tmp_path: Path, recipe: Path) -> None:
+    assert infoquant("quantize").exit_code == 2
+    both = infoquant("quantize", source, tmp_path / "out", "--preset", "rtn", "--recipe", recipe)
+    assert both.exit_code == 2
+    assert "not both" in both.stderr
+
+
+def test_verify_passes_what_quantize_writes(checkpoint: Path, source: Path) -> None:
+    done = executable("verify", checkpoint, "--against", source, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"]
+    assert "passed" in infoquant("verify", checkpoint).stdout
+
+
+def test_verify_has_exit_code_1_for_a_truncated_shard(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "truncated"))
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = infoquant("verify", folder, "--json")
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert not found["passed"]
+    assert shard.name in found["checks"][0]["detail"]
+
+
+def test_inspect_tells_the_schemes(checkpoint: Path) -> None:
+    found = json.loads(executable("inspect", checkpoint, "--json").stdout)
+    assert found["schemes"]["mlp.down_proj"]["weights"]["num_bits"] == 4
+    assert "bits per weight" in infoquant("inspect", checkpoint).stdout
+
+
+def test_eval_prints_figures(checkpoint: Path, source: Path) -> None:
+    done = executable("eval", checkpoint, "--reference", source, "--tokens", 64, "--window", 32, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kl"]["mean"] > 0
+
+
+def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    done = infoquant("quantize", source, tmp_path / "out", "--preset", "rtn", "--dry-run", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["total_bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_exists_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    refused(str(tmp_path / "out"), "quantize", source, tmp_path / "out", "--preset", "rtn")
+    refused(str(tmp_path / "out"), "quantize", source, tmp_path / "out", "--preset", "rtn", "--overwrite")
+    assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("text", ["", "a few words"])
+def test_calibration_text_that_is_too_short_writes_nothing(
+    source: Path, recipe: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "text.txt").write_text(text)
+    refused("tokens found, 128 needed", "quantize", source, tmp_path / "out", "--recipe", recipe,
+            "--calibration", tmp_path / "text.txt")  # fmt: skip
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_failed_run_keeps_the_checkpoint_it_was_to_replace(
+    checkpoint: Path, source: Path, recipe: Path, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(checkpoint, tmp_path / "out"))
+    broken = Path(shutil.copytree(source, tmp_path / "broken"))
+    shard = broken / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-2:] = b"\xc0\x7f"  # the last weight becomes NaN
+    shard.write_bytes(data)
+    before = contents(output)
+    refused("is nan", "quantize", broken, output, "--recipe", recipe, "--overwrite")
+    assert contents(output) == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["broken", "out"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "verify", "inspect", "eval"])
+def test_folder_that_is_not_there_is_named(command: str, tmp_path: Path) -> None:
+    missing = tmp_path / "no-such-model"
+    if command == "verify":
+        done = infoquant(command, missing)
+        assert done.exit_code == 1
+        assert "no such file" in done.stdout
+        return
+    refused("no-such-model", command, missing, *([tmp_path / "out"] if command == "quantize" else []))
+
+
+def test_unknown_preset_is_refused_with_the_known_ones(source: Path, tmp_path: Path) -> None:
+    refused("quarot", "quantize", source, tmp_path / "out", "--preset", "fastest")
+
+
+def test_unquantised_model_is_no_checkpoint(source: Path) -> None:
+    refused("no quantization_config; run `infoquant quantize`", "inspect", source)
+
+
+def test_demo_model_leaves_an_existing_folder_alone(tmp_path: Path) -> None:
+    done = executable("demo-model", tmp_path)
+    assert done.returncode == 1
+    assert f"error: {tmp_path}: exists already" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,168 @@
+"""`verify` passes what `quantize` writes and finds what has been spoilt since, by check, layer and number."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import offline
+from infoquant_vllm.format import Checkpoint
+from offline.against import Comparison
+from offline.inspect import inspect_checkpoint
+from offline.verify import Verification, verify
+from tests.tiny import write_source
+
+SHARD = "model-00001-of-00001.safetensors"
+LAYER = "model.layers.1"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("verify") / "source", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path) -> Path:
+    folder = source.with_name("quantised")
+    recipe = offline.Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn")
+    offline.quantize(source, folder, recipe=recipe, progress=lambda *_: None)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+
+
+def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / SHARD)
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / SHARD)
+
+
+def failure(found: Verification) -> tuple[str, str]:
+    """Name and detail of the one check that failed, which must be the verdict too."""
+    failed = [check for check in found.checks if not check.passed]
+    assert len(failed) == 1
+    assert not found.passed
+    return failed[0].name, failed[0].detail
+
+
+def test_whole_checkpoint_passes_every_check(whole: Path, source: Path) -> None:
+    found = verify(whole, against=source)
+    assert found.passed
+    assert [check.name for check in found.checks] == [
+        "headers", "values", "codes", "rotations", "shared inputs", "same model", "behaviour",
+    ]  # fmt: skip
+    assert list(found.layer_errors) == ["model.layers.0", "model.layers.1"]
+    assert all(0 < error < 0.5 for error in found.layer_errors.values())
+
+
+def test_untied_model_is_recognised_in_its_rotated_basis(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", tie_word_embeddings=False, hidden_size=128, head_dim=32)
+    recipe = offline.Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn")
+    offline.quantize(source, tmp_path / "out", recipe=recipe, progress=lambda *_: None)
+    found = verify(tmp_path / "out", against=source)
+    assert found.passed
+    assert "in another basis" in found.checks[5].detail
+
+
+def test_scale_that_is_no_number_fails_with_its_place(folder: Path) -> None:
+    name = f"{LAYER}.mlp.down_proj.weight_scale"
+    spoil(folder, name, lambda t: t.index_fill(0, torch.tensor([3]), float("nan")))
+    check, detail = failure(verify(folder))
+    assert check == "values"
+    assert f"{name}[3, 0] is nan" in detail
+
+
+def test_missing_shard_fails(folder: Path) -> None:
+    (folder / SHARD).unlink()
+    check, detail = failure(verify(folder))
+    assert check == "headers"
+    assert SHARD in detail
+
+
+def test_empty_rows_fail_with_the_linear(folder: Path) -> None:
+    spoil(folder, f"{LAYER}.self_attn.q_proj.weight_packed", lambda t: t.index_fill(0, torch.arange(64), 0))
+    check, detail = failure(verify(folder))
+    assert check == "codes"
+    assert f"{LAYER}.self_attn.q_proj: 25.0% of its rows are all zero" in detail
+
+
+def test_unused_levels_fail_with_the_linear(folder: Path) -> None:
+    spoil(folder, f"{LAYER}.mlp.up_proj.weight_packed", lambda t: t & 0x11)
+    check, detail = failure(verify(folder))
+    assert check == "codes"
+    assert f"{LAYER}.mlp.up_proj: uses 12% of its levels" in detail
+
+
+def test_rotation_that_is_none_fails_with_its_error(folder: Path) -> None:
+    spoil(folder, "model.embed_tokens.residual_rotation", lambda t: t * 1.01)
+    check, detail = failure(verify(folder))
+    assert check == "rotations"
+    assert "residual_rotation: |Q^T Q - I| is 0.02" in detail
+
+
+@pytest.mark.parametrize("linear", ["self_attn.v_proj", "mlp.up_proj"])
+def test_clips_that_differ_for_one_input_fail(folder: Path, linear: str) -> None:
+    spoil(folder, f"{LAYER}.{linear}.input_clip", lambda t: t - 0.1)
+    check, detail = failure(verify(folder))
+    assert check == "shared inputs"
+    assert f"{LAYER}.{linear}.input_clip: differs from" in detail
+
+
+def test_schemes_that_differ_for_one_input_fail(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    groups: dict[str, Any] = config["quantization_config"]["config_groups"]
+    name, group = next((n, g) for n, g in groups.items() if any("k_proj" in target for target in g["targets"]))
+    target = next(target for target in group["targets"] if "k_proj" in target)
+    group["targets"].remove(target)
+    groups["other"] = group | {"targets": [target], "input_activations": {"num_bits": 8}}
+    assert name != "other"
+    (folder / "config.json").write_text(json.dumps(config))
+    check, detail = failure(verify(folder))
+    assert check == "shared inputs"
+    assert "model.layers.0.self_attn.k_proj: its input is quantised otherwise" in detail
+
+
+def test_another_model_fails(whole: Path, tmp_path: Path) -> None:
+    other = write_source(tmp_path / "other", seed=1, dtype=torch.bfloat16)
+    check, detail = failure(verify(whole, against=other))
+    assert check == "same model"
+    assert "embeddings are no rotation of the source's" in detail
+
+
+def test_model_of_another_size_fails(whole: Path, tmp_path: Path) -> None:
+    other = write_source(tmp_path / "other", intermediate_size=384)
+    assert failure(verify(whole, against=other))[0] == "same model"
+
+
+def test_spoilt_layer_shows_in_its_error(folder: Path, source: Path, whole: Path) -> None:
+    spoil(folder, f"{LAYER}.mlp.down_proj.weight_packed", lambda t: t.flip(0))
+    errors = []
+    for checkpoint in (whole, folder):
+        layer_errors: dict[str, float] = {}
+        comparison = Comparison(Checkpoint(checkpoint), source)
+        comparison.same_ends()
+        comparison.behaviour(layer_errors)
+        errors.append(layer_errors)
+    assert errors[1]["model.layers.0"] == errors[0]["model.layers.0"]
+    assert errors[1][LAYER] > 1.5 * errors[0][LAYER]
+
+
+def test_inspection_adds_up(whole: Path) -> None:
+    found = inspect_checkpoint(whole)
+    stored = sum(tensor.nbytes for tensor in load_file(whole / SHARD).values())
+    assert found.sizes["total"].bytes == stored
+    assert sum(size.bytes for part, size in found.sizes.items() if part != "total") == stored
+    assert 4 < found.bits_per_weight < 4.5
+    assert (found.kv_bytes_per_token, found.kv_bf16_bytes_per_token) == (2 * 2 * 72, 2 * 2 * 256)
+    assert found.recipe is not None
+    assert found.recipe["name"] == "hadamard-rtn"
+    assert found.schemes["mlp.down_proj"] is not None
+    assert found.schemes["mlp.down_proj"].input_transform.type == "hadamard"
