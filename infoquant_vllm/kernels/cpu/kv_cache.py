@@ -11,6 +11,7 @@ import torch
 from infoquant_vllm.kernels.cpu.rotate_quantize import matmul_rows
 
 SCORE_ELEMENTS = 2**22  # 32 MiB of float64 scores at a time
+QUERY_TILE = 64  # few enough that a tile skips most of the keys that come after its queries
 
 
 def kv_store(
@@ -70,7 +71,7 @@ def kv_attention(
         lens = [seq_lens[row] for row in rows]
         cells = _Cells(cache, block_table[rows], torch.tensor(lens), query.shape[2], num_bits)
         starts = torch.tensor([query_starts[row] for row in rows])
-        tile = max(1, SCORE_ELEMENTS // (len(rows) * query.shape[1] * max(lens)))
+        tile = max(1, min(QUERY_TILE, SCORE_ELEMENTS // (len(rows) * query.shape[1] * max(lens))))
         for first in range(0, queries, tile):
             count = min(tile, queries - first)
             where = starts[:, None] + torch.arange(first, first + count)  # [sequences, queries]
@@ -101,12 +102,13 @@ class _Cells:
         cells = cache[blocks[:, :used].long()].transpose(1, 2).flatten(2, 3)[:, :, :length]
         width = head_size * num_bits // 8
         self.num_bits = num_bits
-        self.key = self._codes(cells[..., :width])  # [sequences, kv_heads, length, head_size]
-        self.value = self._codes(cells[..., width : 2 * width])
+        key, value = self._codes(cells[..., :width]), self._codes(cells[..., width : 2 * width])
         params = cells[..., 2 * width :].contiguous().view(torch.float16).double()
         # Beyond a sequence's end lies what was there before, which may be no number at all.
         params.masked_fill_((torch.arange(length) >= lens[:, None])[:, None, :, None], 0)
-        self.key_scale, self.key_zero, self.value_scale, self.value_zero = params.unbind(-1)
+        # [sequences, kv_heads, length, head_size] twice, then [sequences, kv_heads, length] four times:
+        # key scale, key zero, value scale, value zero
+        self.parts = (key, value, *params.unbind(-1))
 
     def _codes(self, packed: torch.Tensor) -> torch.Tensor:
         """Even features first, then the odd ones: spares an interleaving copy (see `_attend`)."""
@@ -125,19 +127,21 @@ def _attend(q: torch.Tensor, cells: _Cells, last_seen: torch.Tensor, scale: floa
     A key is code * s + z, so q . key = s * (q . code) + z * sum(q); likewise for the values.
     """
     sequences, queries, heads, size = q.shape
-    kv_heads, length = cells.key.shape[1:3]
+    length = int(last_seen.max()) + 1
+    key, value, key_scale, key_zero, value_scale, value_zero = (part[:, :, :length] for part in cells.parts)
+    kv_heads = key.shape[1]
     share = heads // kv_heads
     if cells.num_bits == 4:
         q = torch.cat((q[..., 0::2], q[..., 1::2]), -1)
     q = q.view(sequences, queries, kv_heads, share, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores = (q @ cells.key.transpose(-1, -2)).mul_(cells.key_scale[:, :, None])
-    scores.addcmul_(q.sum(-1, keepdim=True), cells.key_zero[:, :, None]).mul_(scale)
+    scores = (q @ key.transpose(-1, -2)).mul_(key_scale[:, :, None])
+    scores.addcmul_(q.sum(-1, keepdim=True), key_zero[:, :, None]).mul_(scale)
     age = last_seen[:, :, None] - torch.arange(length)  # [sequences, queries, length]
     hidden = age < 0 if window is None else (age < 0) | (age >= window)
     weights = scores.view(sequences, kv_heads, share, queries, length)
     weights = weights.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1).flatten(2, 3)
-    out = (weights * cells.value_scale[:, :, None]) @ cells.value
-    out += weights @ cells.value_zero[..., None]
+    out = (weights * value_scale[:, :, None]) @ value
+    out += weights @ value_zero[..., None]
     if cells.num_bits == 4:
         out = torch.stack(out.chunk(2, -1), -1)
     return out.view(sequences, kv_heads, share, queries, size).permute(0, 3, 1, 2, 4).flatten(2, 3)
