@@ -5,18 +5,21 @@ import torch
 from infoquant_vllm.format import ModelShape, activation_groups, pack_codes
 from offline.gptq import gptq, output_error
 from offline.recipe import SITES, Recipe, Site
-from offline.stream import Hessians
 from offline.transforms import apply_hadamard
 from offline.weights import QuantizedWeight, round_to_nearest
 
 
 def quantize_layer(
-    state: dict[str, torch.Tensor], hessians: Hessians, recipe: Recipe, shape: ModelShape, dtype: torch.dtype
+    state: dict[str, torch.Tensor],
+    hessians: dict[str, torch.Tensor] | None,
+    recipe: Recipe,
+    shape: ModelShape,
+    dtype: torch.dtype,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The checkpoint's tensors of one layer, and the output error of each linear where GPTQ rounds.
 
     state: the layer as `fold_layer` gives it, float32; names are local to the layer, here and in the results
-    hessians: of the inputs before the online rotation; unused with rounding `rtn`
+    hessians: of the inputs before the online rotation, by each site's first linear; None rounds to nearest
     dtype: of the norms and biases, which stay unquantised
     """
     tensors = {name: tensor.to(dtype) for name, tensor in state.items() if not name.endswith("_proj.weight")}
@@ -24,7 +27,7 @@ def quantize_layer(
     for name, linears in SITES.items():
         site: Site = getattr(recipe.sites, name)
         weights = [state[f"{linear}.weight"] for linear in linears]
-        hessian = hessians.take(linears[0]) if recipe.rounding == "gptq" else None
+        hessian = None if hessians is None else hessians[linears[0]]
         if name == "down" and recipe.transform != "none":
             weights, hessian = _rotate_online(weights, hessian)
         for linear, weight, rounded in zip(linears, weights, _round(weights, hessian, site, recipe), strict=True):

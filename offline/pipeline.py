@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from infoquant_vllm.format import Checkpoint, FormatError, QuantizationConfigData
+from offline.balance import balance_layer
 from offline.calibration import calibration_tokens
 from offline.card import model_card
 from offline.errors import ToolError
@@ -19,7 +20,7 @@ from offline.psot import make_transforms
 from offline.recipe import SITES, Recipe, load_recipe, preset_named
 from offline.report import Report, Stopwatch, checkpoint_sizes
 from offline.source import Source
-from offline.stream import Hessians, Stream
+from offline.stream import Statistics, Stream
 from offline.transforms import Transforms
 from offline.writer import Writer, atomic_folder, check_output
 
@@ -142,11 +143,15 @@ def _quantized_layers(
         assert tokens is not None  # such recipes need calibration
         stream = Stream(run.source, tokens, transforms, run.device)
     for layer in range(layers):
-        prefix, hessians = f"model.layers.{layer}", Hessians()
+        prefix, hessians = f"model.layers.{layer}", None
         state = {name: tensor.to(run.device) for name, tensor in fold_layer(run.source, layer, transforms).items()}
         if stream is not None:
             with run.watch("activations"):
-                stream.advance(state, [linears[0] for linears in SITES.values()], hessians.observe)
+                statistics = Statistics()
+                stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe)
+                hessians = statistics.hessians()
+            if run.recipe.balance:
+                balance_layer(state, hessians, statistics.energies, run.source.shape)
         with run.watch("weights"):
             tensors, errors = quantize_layer(state, hessians, run.recipe, run.source.shape, stored_dtype(run.source))
         yield {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}

@@ -108,11 +108,18 @@ class Recipe(_Strict):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     transform: Literal["none", "hadamard", "psot-shared"]
     rounding: Literal["rtn", "gptq"]
+    balance: bool = False
     sites: Sites = Sites()
     kv_cache: KVCache | None = KVCache()
     calibration: CalibrationSize = CalibrationSize()
     gptq: Gptq = Gptq()
     psot: Psot = Psot()
+
+    @model_validator(mode="after")
+    def _balance_needs_statistics(self) -> "Recipe":
+        if self.balance and self.rounding != "gptq":
+            raise ValueError(f"balance reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
+        return self
 
     @property
     def needs_calibration(self) -> bool:
@@ -155,7 +162,7 @@ PRESETS: dict[str, Recipe] = {
     for recipe in (
         Recipe(name="rtn", transform="none", rounding="rtn"),
         Recipe(name="quarot", transform="hadamard", rounding="gptq"),
-        Recipe(name="fast", transform="psot-shared", rounding="gptq"),
+        Recipe(name="fast", transform="psot-shared", balance=True, rounding="gptq"),
     )
 }
 """Equal terms: the same codes, clips and calibration, apart from what names them."""

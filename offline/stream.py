@@ -50,22 +50,28 @@ class Stream:
                 handle.remove()
 
 
-class Hessians:
-    """Sums of x^T x over the inputs x of every site of a layer; half a Hessian each, which GPTQ cannot tell."""
+class Statistics:
+    """What rounding needs to know of a layer's inputs, by the name of the module that they enter.
+
+    hessians: sums of x^T x, [features, features] (half a Hessian, which GPTQ cannot tell)
+    energies: sums of x^2 / |x|^2, [features], every token counting the same
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+        self._upper: dict[str, torch.Tensor] = {}
+        self.energies: dict[str, torch.Tensor] = {}
 
     def observe(self, module: str, x: torch.Tensor) -> None:
-        """Add the inputs x [tokens, features] of the site that `module` stands for; an `Observer`."""
+        """Add inputs x [tokens, features]; an `Observer`."""
         features = x.shape[1]
-        if module not in self._sums:
-            self._sums[module] = x.new_zeros(features, features)
+        if module not in self._upper:
+            self._upper[module], self.energies[module] = x.new_zeros(features, features), x.new_zeros(features)
         step = max(64, -(-features // 4))
         for start in range(0, features, step):  # the upper triangle, by strips
-            self._sums[module][start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:])
+            self._upper[module][start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:])
+        share = 1 / x.square().sum(1).clamp(min=torch.finfo(x.dtype).tiny)
+        self.energies[module] += share @ x.square()
 
-    def take(self, module: str) -> torch.Tensor:
-        """The sum [features, features] float32 of one site, symmetric."""
-        upper = self._sums.pop(module).triu()
-        return upper + upper.triu(1).T
+    def hessians(self) -> dict[str, torch.Tensor]:
+        """The whole matrices; they are symmetric."""
+        return {module: upper.triu() + upper.triu(1).T for module, upper in self._upper.items()}
