@@ -1,6 +1,7 @@
 # Everything a machine without a GPU needs: python3.11 (with venv), g++ and make.
 PYTHON ?= python3.11
 BIN := .venv/bin
+PACKAGES := .venv/packages-installed
 STAMP := .venv/installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
@@ -34,12 +35,15 @@ lock:  ## choose new versions: resolve requirements/cpu.in into requirements/cpu
 clean:
 	rm -rf .venv .demo .mypy_cache .ruff_cache .hypothesis
 
-$(STAMP): requirements/cpu.lock packaging/vllm-cpu/pyproject.toml pyproject.toml
+$(STAMP): $(PACKAGES) pyproject.toml
+	$(INSTALL) --no-build-isolation --editable .
+	touch $@
+
+$(PACKAGES): requirements/cpu.lock packaging/vllm-cpu/pyproject.toml
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	@echo "Installing $(TORCH) and $$(grep -c == requirements/cpu.lock) other packages into .venv; this takes a few minutes."
+	@echo "Installing $(TORCH) and the other pinned packages into .venv; this takes a few minutes."
 	@$(INSTALL) $(TORCH) || { echo "$$NO_TORCH" >&2; exit 1; }
 	$(INSTALL) -r requirements/cpu.lock
 	$(INSTALL) --no-build-isolation ./packaging/vllm-cpu
-	$(INSTALL) --no-build-isolation --editable .
 	touch $@
