@@ -1,6 +1,5 @@
 """The OpenAI API of a served W4A4KV4 checkpoint, through the official client."""
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ import openai
 import psutil
 import pytest
 
-from benchmarks.server import Server, serve
+from benchmarks.server import GRACE_SECONDS, Server, serve
 
 PROMPT = "The capital of France is"
 MAX_MODEL_LEN = 512
@@ -28,21 +27,32 @@ def complete(server: Server, prompt: str = PROMPT, **options: object) -> openai.
     return server.client().completions.create(model=str(server.model), prompt=prompt, **(defaults | options))  # type: ignore[call-overload]
 
 
-def test_a_completion_knows_the_capital_of_france(server: Server) -> None:
+def test_a_completion_is_as_long_as_it_says(server: Server) -> None:
     reply = complete(server)
-    assert "Paris" in reply.choices[0].text
+    assert reply.choices[0].text.strip()
+    assert reply.choices[0].finish_reason == "length"
     assert reply.usage is not None
-    assert reply.usage.completion_tokens <= 16
+    assert reply.usage.completion_tokens == 16
 
 
-def test_a_chat_answers_in_words(server: Server) -> None:
+def test_paris_is_among_the_likeliest_words_after_the_capital_of_france(server: Server) -> None:
+    logprobs = complete(server, logprobs=10, max_tokens=1).choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.top_logprobs
+    assert " Paris" in logprobs.top_logprobs[0]
+
+
+def test_a_chat_uses_the_chat_template(server: Server) -> None:
     reply = server.client().chat.completions.create(
         model=str(server.model),
         messages=[{"role": "user", "content": "What is the capital of France?"}],
         temperature=0,
-        max_tokens=48,
+        max_tokens=16,
     )
-    assert "Paris" in (reply.choices[0].message.content or "")
+    assert reply.choices[0].message.role == "assistant"
+    assert reply.choices[0].message.content
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens > 20  # the question alone has 7
 
 
 def test_streamed_pieces_make_up_the_whole_answer(server: Server) -> None:
@@ -68,9 +78,11 @@ def test_logprobs_are_ordered_and_greedy_takes_the_first(server: Server) -> None
 
 
 def test_a_stop_string_ends_the_answer_and_is_left_out(server: Server) -> None:
-    choice = complete(server, stop=["Paris"], max_tokens=64).choices[0]
+    whole = complete(server).choices[0].text
+    word = whole.split()[3]
+    choice = complete(server, stop=[word]).choices[0]
     assert choice.finish_reason == "stop"
-    assert "Paris" not in choice.text
+    assert choice.text == whole[: whole.index(word)]
 
 
 def test_eight_requests_at_once_are_all_answered(server: Server) -> None:
@@ -108,8 +120,14 @@ def test_a_stopped_server_leaves_no_process(fast: Path, tmp_path: Path) -> None:
     with serve(fast, tmp_path / "server.log", "--enforce-eager", "--max-model-len", "256") as running:
         family = [running.process.pid, *(child.pid for child in psutil.Process(running.process.pid).children(True))]
         began = time.monotonic()
-    assert time.monotonic() - began < 30
+    assert len(family) > 1
+    assert time.monotonic() - began < GRACE_SECONDS  # it ended by itself and was not killed
     assert running.process.returncode == 0
-    assert not [pid for pid in family if psutil.pid_exists(pid)]
-    with pytest.raises(ProcessLookupError):
-        os.killpg(running.process.pid, 0)
+    assert not [pid for pid in family if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
