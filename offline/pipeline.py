@@ -22,7 +22,7 @@ from offline.report import Report, Stopwatch, checkpoint_sizes
 from offline.source import Source
 from offline.stream import Statistics, Stream
 from offline.transforms import Transforms
-from offline.writer import Writer, atomic_folder, check_output
+from offline.writer import Writer, atomic_folder, check_output, check_space
 
 
 @dataclass
@@ -87,6 +87,7 @@ def quantize(
     )
     if dry_run:
         return figures
+    check_space(Path(output), figures.total_bytes)
     with console_progress() if progress is None else nullcontext(progress) as shown:
         run = _Run(model, chosen, config, seed, _device(device), shown)
         with atomic_folder(Path(output)) as partial:

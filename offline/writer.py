@@ -92,6 +92,14 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise ToolError(f"{output}: holds something else than a checkpoint of this tool, which is not overwritten")
 
 
+def check_space(output: Path, needed: int) -> None:
+    """Refuse a disk that has fewer than `needed` bytes free, before an hour is spent on what it cannot take."""
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ToolError(f"{output}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free there")
+
+
 @contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place when the block ends well and vanishes when not.
@@ -110,7 +118,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(output.parent).free
         raise ToolError(
-            f"{output}: writing failed ({error}); {free / 1e6:.0f} MB are free there. Nothing was changed"
+            f"{output}: not written, nothing was changed: {error} ({free / 1e6:.0f} MB are free)"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,6 +10,7 @@ import pytest
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline import ToolError, quantize
 from offline.progress import silent
+from offline.writer import check_space
 from tests.tiny import write_source
 
 QUANTIZE = """
@@ -66,6 +67,12 @@ def test_full_disk_gives_a_message_and_leaves_nothing_behind(tmp_path: Path, sou
     assert str(output) in message
     assert "File too large" in message
     assert list(output.parent.iterdir()) == []
+
+
+def test_disk_that_is_too_small_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    check_space(tmp_path / "not" / "yet" / "there", 1)
+    with pytest.raises(ToolError, match="MB are needed"):
+        check_space(tmp_path / "not" / "yet" / "there", 10**18)
 
 
 def test_existing_output_is_refused_and_replaced_only_when_asked(tmp_path: Path, source: Path) -> None:
