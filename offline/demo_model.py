@@ -12,7 +12,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedConfig,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from offline.errors import ToolError
 from offline.source import Source
@@ -43,6 +43,7 @@ def demo_model(folder: Path) -> Path:
         raise ToolError(f"{folder}: exists already; remove it or give another folder")
     file = _gguf_file()
     disable_progress_bar()
+    set_verbosity_error()  # advice on running GGUF files, which this is not
     with atomic_folder(folder) as partial:
         _write(file, partial)
         Source.open(partial)
