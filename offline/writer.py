@@ -75,7 +75,9 @@ class Writer:
         if not self._pending:
             return
         self._shards.append(list(self._pending))
-        save_file(self._pending, self.folder / _shard_name(len(self._shards)), metadata={"format": "pt"})
+        file = self.folder / _shard_name(len(self._shards))
+        save_file(self._pending, file, metadata={"format": "pt"})
+        file.chmod(0o666 & ~_umask())  # safetensors lets nobody but the owner read
         self.total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 

@@ -1,5 +1,6 @@
 """An output folder is whole or not there, whatever interrupts the run."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -113,3 +114,13 @@ def test_folder_carries_tokenizer_card_recipe_and_report(tmp_path: Path, source:
     carried = {file.name for file in source.iterdir() if not file.name.endswith(".safetensors")}
     assert carried | {"README.md", "infoquant_recipe.yaml", "infoquant_report.json"} <= written
     assert "model.safetensors.index.json" in written
+
+
+def test_others_may_read_the_checkpoint_as_the_umask_says(tmp_path: Path, source: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        quantize(source, tmp_path / "out", preset="rtn", progress=silent)
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
