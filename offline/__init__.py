@@ -1,8 +1,28 @@
 """The quantisation tool: a model in, a checkpoint that `vllm serve` loads out. It never imports vllm."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from offline.errors import ToolError
-from offline.pipeline import quantize
-from offline.recipe import PRESETS, Recipe, load_recipe
-from offline.report import Report
+
+if TYPE_CHECKING:
+    from offline.pipeline import quantize
+    from offline.recipe import PRESETS, Recipe, load_recipe
+    from offline.report import Report
 
 __all__ = ["PRESETS", "Recipe", "Report", "ToolError", "load_recipe", "quantize"]
+
+_HOMES = {
+    "quantize": "offline.pipeline",
+    "PRESETS": "offline.recipe",
+    "Recipe": "offline.recipe",
+    "load_recipe": "offline.recipe",
+    "Report": "offline.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch and transformers take seconds that `infoquant --help` need not wait."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'offline' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
