@@ -18,7 +18,7 @@ from benchmarks.scores import Scores, score, standard_error
 from benchmarks.server import Server, ServerError, serve, stop_on_sigterm
 from offline.text import text_windows
 
-QUESTION = "What is the capital of France, and what is it famous for?"
+QUESTION = "What can I do to sleep better?"
 WINDOWS, WINDOW = 8, 512
 SERVER_ARGUMENTS = ("--enforce-eager", "--max-model-len", "2048")
 
@@ -64,7 +64,9 @@ def run(stay: bool) -> None:
     with serve(checkpoint, DEMO / "w4a4kv4.log", *SERVER_ARGUMENTS) as server:
         console.print(f"$ vllm serve {os.path.relpath(checkpoint)} {' '.join(SERVER_ARGUMENTS)}\n")
         ask(server, QUESTION)
-        console.print(comparison(source, checkpoint, reference, measure(server, windows)))
+        ours = measure(server, windows)
+        console.print(comparison(source, checkpoint, reference, ours))
+        console.print(sources(reference, ours))
         if stay:
             console.print(f"The server is up at {server.url}/v1 until Ctrl-C. For example:\n{_example(server)}")
             server.process.wait()
@@ -113,14 +115,18 @@ def comparison(source: Path, checkpoint: Path, reference: Measured, ours: Measur
     ]
     for label, before, after, spec in rows:
         table.add_row(label, format(before, spec), format(after, spec), f"{after / before:.3f}")
-    tokens = ours.scores.nll.numel()
-    loss = standard_error(ours.scores.nll - reference.scores.nll)
-    table.caption = (
-        f"Linear layers: as quantised, from its report; checkpoint: safetensors files; tokens: from the two servers' "
-        f"own logs; perplexity: of {tokens:,} tokens of Python's language reference in windows of {WINDOW}, from the "
-        f"two servers' prompt log-probabilities (standard error of the difference in log: {loss:.3f})."
-    )
     return table
+
+
+def sources(reference: Measured, ours: Measured) -> str:
+    """Where the table's figures come from."""
+    loss = standard_error(ours.scores.nll - reference.scores.nll)
+    return (
+        "Linear layers: from the quantiser's report. Whole checkpoint: the safetensors files.\n"
+        "KV-cache tokens: what each of the two servers wrote into its log.\n"
+        f"Perplexity: {ours.scores.nll.numel():,} tokens of Python's language reference in windows of {WINDOW}, from the\n"
+        f"two servers' prompt log-probabilities (standard error of the log of the ratio: {loss:.3f}).\n"
+    )
 
 
 def _weights_bytes(folder: Path) -> int:
