@@ -124,8 +124,8 @@ def sources(reference: Measured, ours: Measured) -> str:
     return (
         "Linear layers: from the quantiser's report. Whole checkpoint: the safetensors files.\n"
         "KV-cache tokens: what each of the two servers wrote into its log.\n"
-        f"Perplexity: {ours.scores.nll.numel():,} tokens of Python's language reference in windows of {WINDOW}, from the\n"
-        f"two servers' prompt log-probabilities (standard error of the log of the ratio: {loss:.3f}).\n"
+        f"Perplexity: {ours.scores.nll.numel():,} tokens of Python's language reference in windows of {WINDOW}, from\n"
+        f"the two servers' prompt log-probabilities (standard error of the log of the ratio: {loss:.3f}).\n"
     )
 
 
