@@ -62,7 +62,8 @@ def run(stay: bool) -> None:
         reference = measure(server, windows)
     step("Serve the 4-bit model")
     with serve(checkpoint, DEMO / "w4a4kv4.log", *SERVER_ARGUMENTS) as server:
-        console.print(f"$ vllm serve {os.path.relpath(checkpoint)} {' '.join(SERVER_ARGUMENTS)}\n")
+        console.print(f"$ vllm serve {os.path.relpath(checkpoint)} {' '.join(SERVER_ARGUMENTS)}")
+        console.print(f"{server.logged(r'infoquant: (.+)')}\n")
         ask(server, QUESTION)
         ours = measure(server, windows)
         console.print(comparison(source, checkpoint, reference, ours))

@@ -46,10 +46,14 @@ class Server:
 
     def kv_tokens(self) -> int:
         """How many tokens the KV cache holds, from the server's own log."""
-        found = re.search(r"KV cache size: ([\d,]+) tokens", self.log.read_text(errors="replace"))
+        return int(self.logged(r"KV cache size: ([\d,]+) tokens").replace(",", ""))
+
+    def logged(self, pattern: str) -> str:
+        """The first group of the first match of `pattern` in the server's log."""
+        found = re.search(pattern, self.log.read_text(errors="replace"))
         if found is None:
-            raise ServerError(f"{self.log}: no line says the size of the KV cache")
-        return int(found[1].replace(",", ""))
+            raise ServerError(f"{self.log}: no line matches {pattern!r}")
+        return found[1]
 
     def metric(self, name: str) -> float:
         """The sum of a counter over its labels, from /metrics."""

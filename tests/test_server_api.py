@@ -105,9 +105,9 @@ def test_metrics_count_what_was_asked(server: Server) -> None:
 
 
 def test_the_start_up_line_says_what_is_served_and_saved(server: Server) -> None:
-    log = server.log.read_text()
-    assert "linears W4A4" in log
-    assert "caches KV4" in log
+    line = server.logged(r"infoquant: (.+)")
+    assert "120 linears W4A4" in line
+    assert "30 caches KV4" in line
 
 
 def test_the_cache_holds_more_than_three_and_a_half_times_the_tokens_of_bf16(server: Server) -> None:
