@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -19,8 +20,8 @@ class RotatedEmbeddingMethod(QuantizeMethodBase):
 
     The embedding rotates the looked-up rows into the residual basis (E[ids] @ Q); lm_head rotates
     the few rows that reach it back, applies the final norm's gain, and multiplies with E.
-    No subclass of vLLM's unquantised method on purpose: where the logits have a dtype of their own
-    (head_dtype), vLLM goes past `apply` for those, and refuses all others.
+    Logits of a dtype of their own (head_dtype) are refused: vLLM goes past `apply` for them. For the
+    same reason this is no subclass of vLLM's unquantised method.
     """
 
     def __init__(self, prefix: str):
@@ -37,6 +38,12 @@ class RotatedEmbeddingMethod(QuantizeMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register E, sharded over the vocabulary, and the rotation and gain, whole on every rank."""
+        model = get_current_vllm_config().model_config
+        if model is not None and model.head_dtype != params_dtype:
+            raise FormatError(
+                f"{self.prefix}: head_dtype {model.head_dtype} is not served with a rotated tied embedding, "
+                f"leave it at the model's {params_dtype}"
+            )
         tracker = LoadTracker({None: self.prefix})
         layer.infoquant_tracker = tracker
         loader = extra_weight_attrs["weight_loader"]

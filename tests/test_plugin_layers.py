@@ -279,6 +279,15 @@ def test_a_promised_rotation_that_the_file_lacks_is_refused(leave_out: str) -> N
             embed.quant_method.process_weights_after_loading(embed)
 
 
+def test_logits_of_another_dtype_are_refused_where_the_embedding_is_rotated(model_config: ModelConfig) -> None:
+    model_config.hf_config.head_dtype = "float32"
+    model = Model(tie_word_embeddings=True)
+    with _rank(0, 1, model_config), pytest.raises(FormatError, match=r"head_dtype torch\.float32 is not served"):
+        vllm_embedding.VocabParallelEmbedding(
+            512, 256, params_dtype=torch.bfloat16, quant_config=model.config, prefix="model.embed_tokens"
+        )
+
+
 def test_a_rotation_that_is_none_is_refused() -> None:
     model = Model(tie_word_embeddings=True)
     model.tensors["model.embed_tokens.residual_rotation"][0, 0] += 0.1

@@ -52,7 +52,7 @@ def quantized_linear(
         part = slice(g * features // groups, (g + 1) * features // groups)
         a, w = g * scale.shape[1] // groups, g * weight_scale.shape[1] // groups
         if rest is not None:
-            total.sub_(rest[:, a, None] * unpacked[:, part].sum(1, dtype=torch.int32))
+            total.sub_(rest[:, a, None] * _row_sums(unpacked[:, part]))
         if weight_zero is not None:
             centred_sum = _centred_sum(left[:, part], None if rest is None else rest[:, a])
             total.sub_(centred_sum[:, None] * ((weight_zero[:, w].int() - 2 ** _bits(factor)) * factor))
@@ -95,6 +95,11 @@ def _centre(codes: torch.Tensor, zero: torch.Tensor, num_bits: int) -> tuple[tor
         return (codes ^ 0x80).view(torch.int8), zero - 128
     grouped = codes.view(torch.int8).view(len(codes), zero.shape[1], -1)
     return (grouped - zero.to(torch.int8)[..., None]).view(codes.shape), None
+
+
+def _row_sums(weight: torch.Tensor) -> torch.Tensor:
+    """[1, N] int32; as a product it is faster than as a sum."""
+    return torch._int_mm(weight.new_ones(1, weight.shape[1]), weight.t())
 
 
 def _centred_sum(left: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
