@@ -89,18 +89,23 @@ class SimulatedLinear(nn.Module):
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def _product(self, a: torch.Tensor, scale: torch.Tensor, exact: bool) -> torch.Tensor:
-        """Sum over the groups common to activations and weights, each an exact sum of integers."""
+        """Sum over the groups common to activations and weights, each an exact sum of integers.
+
+        Roundings come in the server's order, since a last bit may decide about a later layer's
+        code: a group's weight scale, its activation scale, the sum, a channel's weight scale.
+        """
         integers, weight_scale = self.get_buffer("integers"), self.get_buffer("weight_scale")
-        features = a.shape[1]
+        features, grouped = a.shape[1], weight_scale.shape[1] > 1
         size = math.gcd(features // scale.shape[1], features // weight_scale.shape[1])
         dtype = self._dtype(size) if exact else torch.float32
         out = a.new_zeros(len(a), len(integers))
         for start in range(0, features, size):
-            s_a = scale[:, start * scale.shape[1] // features, None]
-            s_w = weight_scale[:, start * weight_scale.shape[1] // features]
             product = a[:, start : start + size].to(dtype) @ integers[:, start : start + size].to(dtype).T
-            out += product.float() * (s_a * s_w)
-        return out
+            term = product.float()
+            if grouped:
+                term *= weight_scale[:, start * weight_scale.shape[1] // features]
+            out += term * scale[:, start * scale.shape[1] // features, None]
+        return out if grouped else out * weight_scale[:, 0]
 
     def _dtype(self, size: int) -> torch.dtype:
         """The cheapest dtype in which sums of `size` products of codes are exact."""
@@ -181,10 +186,12 @@ def cached_attention(
 
     query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size].
     Transformers' own cache stays exact: the codes of a token are the same whenever they are made.
+    Scores, softmax and sums are in float64, as in the server.
     """
     cache = module.attn
     assert isinstance(cache, SimulatedCache)
-    out, _ = sdpa_attention_forward(
-        module, cache.rotate(query), cache.keys(key), cache.values(value), attention_mask, **kwargs
-    )
+    q, k, v = (x.double() for x in (cache.rotate(query), cache.keys(key), cache.values(value)))
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.double()
+    out, _ = sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
     return out.to(query.dtype), None

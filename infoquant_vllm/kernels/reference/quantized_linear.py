@@ -19,7 +19,9 @@ def quantized_linear(
 
     codes [tokens, K] uint8 with scale and zero [tokens, Ga]; weight_packed as in the checkpoint
     with weight_scale and weight_zero [N, Gw] (None: signed codes). The integer products are exact;
-    they are scaled and summed in float32 over the finer of both groupings, in order of K.
+    they are scaled and summed in float32 over the finer of both groupings, in order of K. The order
+    of the roundings is part of the meaning, since last bits decide about later layers' codes: a
+    group's weight scale, its activation scale, the sum, and at the end a channel's weight scale.
     """
     features = codes.shape[1]
     num_bits = 8 * weight_packed.shape[1] // features
@@ -33,5 +35,8 @@ def quantized_linear(
         part = slice(g * features // groups, (g + 1) * features // groups)
         exact = centred[:, part] @ weight[:, part].T
         a, w = g * scale.shape[1] // groups, g * weight_scale.shape[1] // groups
-        out += scale[:, a, None] * weight_scale[:, w] * exact.float()
+        term = exact.float() if weight_scale.shape[1] == 1 else exact.float() * weight_scale[:, w]
+        out += term * scale[:, a, None]
+    if weight_scale.shape[1] == 1:
+        out *= weight_scale[:, 0]
     return (out if bias is None else out + bias.float()).to(dtype)
