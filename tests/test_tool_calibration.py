@@ -50,12 +50,13 @@ def test_sampled_tokens_follow_the_models_distribution(source: Source) -> None:
 
 
 def test_document_that_ends_is_followed_by_a_fresh_one(source: Source) -> None:
-    """A model that soon ends its documents: what follows the end is a random token, not padding."""
+    """A model that soon ends its documents: what follows the end is a beginning, then other text."""
     tokens = calibration_tokens("self", source, 64, 128, 0)
-    after = tokens[:, 1:][tokens[:, :-1] == END]
-    assert len(after) > 0
-    assert after.unique().numel() > min(len(after), 20) // 2
-    assert not (after < 3).any()
+    ends = (tokens[:, :-2] == END).nonzero()
+    assert len(ends) > 0
+    begin = tokens[0, 0]
+    assert (tokens[ends[:, 0], ends[:, 1] + 1] == begin).all()
+    assert tokens[ends[:, 0], ends[:, 1] + 2].unique().numel() > min(len(ends), 20) // 2
 
 
 def test_windows_come_from_the_whole_file_in_its_order(source: Source, tmp_path: Path) -> None:
