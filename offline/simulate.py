@@ -10,7 +10,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from infoquant_vllm.format import Checkpoint, FormatError, linear_tensors
 from offline.errors import ToolError
-from offline.simulated import RotatedEmbedding, RotatedHead, SimulatedCache, SimulatedLinear, cached_attention
+from offline.simulated import (
+    DeferredRotary,
+    RotatedEmbedding,
+    RotatedHead,
+    SimulatedCache,
+    SimulatedLinear,
+    cached_attention,
+)
 
 ATTENTION = "infoquant_simulated_cache"
 
@@ -19,8 +26,10 @@ def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> L
     """The checkpoint as a model in eval mode whose linears, KV cache and ends follow the format.
 
     Everything between them (norms, RoPE, activation function, residual stream, lm_head) runs in
-    `dtype`, as in the server; the rotations, quantisers and scores run in float32. Raises
-    ToolError where the checkpoint is not whole or holds values that cannot be right.
+    `dtype`, as in the server; rotations and quantisers run in float32, attention in float64. In
+    float32 the codes are the server's; in bf16 its roundings differ in places.
+
+    Raises ToolError where the checkpoint is not whole or holds values that cannot be right.
     """
     try:
         return _load(Checkpoint(folder), dtype)
@@ -69,7 +78,9 @@ def _replace_attention(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
     AttentionInterface.register(ATTENTION, cached_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.set_attn_implementation(ATTENTION)
+    model.model.rotary_emb = rotary = DeferredRotary(model.model.rotary_emb)
     for layer in range(checkpoint.shape.num_hidden_layers):
+        _set(model, f"model.layers.{layer}.self_attn.rotary", rotary)
         name = f"model.layers.{layer}.self_attn.attn"
         clips = [checkpoint.tensor(f"{name}.{clip}") for clip in ("key_clip", "value_clip")]
         _set(model, name, SimulatedCache(cache.num_bits, cache.key_transform == "hadamard", *clips))

@@ -114,7 +114,7 @@ class SimulatedLinear(nn.Module):
 
 
 class RotatedEmbedding(nn.Module):
-    """Rows of a tied embedding brought into the rotated residual basis."""
+    """Rows of a tied embedding brought into the rotated residual basis, in float64 as in the server."""
 
     def __init__(self, weight: nn.Parameter, rotation: torch.Tensor):
         super().__init__()
@@ -123,7 +123,8 @@ class RotatedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] to rows [..., hidden] in the model's dtype."""
-        return (functional.embedding(ids, self.weight).float() @ self.get_buffer("rotation")).to(self.weight.dtype)
+        rows = functional.embedding(ids, self.weight).double() @ self.get_buffer("rotation").double()
+        return rows.to(self.weight.dtype)
 
 
 class RotatedHead(nn.Module):
@@ -137,7 +138,7 @@ class RotatedHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] in the model's dtype to logits [..., vocab] in the same."""
-        restored = (hidden.float() @ self.get_buffer("rotation").T) * self.get_buffer("final_norm")
+        restored = (hidden.double() @ self.get_buffer("rotation").double().T) * self.get_buffer("final_norm")
         return functional.linear(restored.to(self.weight.dtype), self.weight)
 
 
@@ -163,6 +164,35 @@ class SimulatedCache(nn.Module):
         return store_and_load(values.float(), self.num_bits, self.get_buffer("value_clip"))
 
 
+class DeferredRotary(nn.Module):
+    """In place of a model's rotary embedding: an identity, since `cached_attention` turns queries and keys.
+
+    Transformers' own products and the server's differ in last bits, which decide about codes.
+    """
+
+    def __init__(self, rotary: nn.Module):
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of angle 0 for x [batch, tokens, hidden]."""
+        cos, sin = self.rotary(x, position_ids)
+        return torch.ones_like(cos), torch.zeros_like(sin)
+
+    def turn(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """x [batch, heads, tokens, head_size] at positions start, start + 1, ..., in the dtype of x.
+
+        Each output is x cos + y sin with the second product fused into the sum, as vLLM's kernel
+        for CPUs is compiled; float64 holds that product exactly.
+        """
+        positions = torch.arange(start, start + x.shape[2], device=x.device)[None]
+        cos, sin = (t.float()[:, None, :, : x.shape[-1] // 2] for t in self.rotary(x, positions))
+        first, second = x.float().chunk(2, -1)
+        left = (first * cos).double() - second.double() * sin.double()
+        right = (second * cos).double() + first.double() * sin.double()
+        return torch.cat((left, right), -1).float().to(x.dtype)
+
+
 def store_and_load(x: torch.Tensor, num_bits: int, clip: torch.Tensor) -> torch.Tensor:
     """x [..., kv_heads, tokens, head_size] float32 through codes, with scale and zero kept in float16."""
     low = x.amin(-1, keepdim=True).clamp(max=0) * clip[:, :1, None]
@@ -184,12 +214,16 @@ def cached_attention(
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface over a quantised cache, `module.attn`: a `SimulatedCache`.
 
+    Queries and keys come without their rotary embedding, which `module.rotary` applies here.
+
     query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size].
     Transformers' own cache stays exact: the codes of a token are the same whenever they are made.
     Scores, softmax and sums are in float64, as in the server.
     """
-    cache = module.attn
+    cache, rotary = module.attn, module.rotary
     assert isinstance(cache, SimulatedCache)
+    assert isinstance(rotary, DeferredRotary)
+    query, key = rotary.turn(query, key.shape[2] - query.shape[2]), rotary.turn(key, 0)
     q, k, v = (x.double() for x in (cache.rotate(query), cache.keys(key), cache.values(value)))
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.double()

@@ -153,7 +153,7 @@ def test_attention_equals_the_reference(tmp_path: Path) -> None:
     tokens = torch.randint(3, 500, (1, TOKENS), generator=torch.Generator().manual_seed(4))
     model(tokens)
     query, key = rows["q_proj"].view(TOKENS, 4, 64), rows["k_proj"].view(TOKENS, 2, 64)
-    cos, sin = model.model.rotary_emb(query, torch.arange(TOKENS)[None])
+    cos, sin = model.model.rotary_emb.rotary(query, torch.arange(TOKENS)[None])
     query, key = apply_rotary_pos_emb(query, key, cos[0], sin[0])
     cells = torch.zeros(1, 2, 32, 72, dtype=torch.uint8)
     cache, value = attention.attn, rows["v_proj"].view(TOKENS, 2, 64)
