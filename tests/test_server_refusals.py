@@ -23,6 +23,7 @@ class Case:
     spoil: Callable[[Path, dict[str, Any], dict[str, torch.Tensor]], None]
     says: tuple[str, ...]
     arguments: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def truncate(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -65,13 +66,20 @@ CASES = {
     "unknown format version": Case(from_the_future, ("format_version is 99", "reads 1")),
     "NaN scale": Case(not_a_number, (SCALE, "nan", "scales above 0")),
     "unquantised model": Case(unquantised, ("infoquant quantize",), ("--quantization", "infoquant")),
-    "tensor parallelism through a block": Case(sound, ("down_proj", "384", "192"), ("--tensor-parallel-size", "2")),
+    "tensor parallelism through a block": Case(
+        sound,
+        ("down_proj", "384", "192"),
+        ("--tensor-parallel-size", "2"),
+        (("VLLM_CPU_OMP_THREADS_BIND", "0|1"),),  # vLLM shares out NUMA nodes by itself, but not the cores of one
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_bad_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_bad_checkpoint_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
+    for variable, value in case.environment:
+        monkeypatch.setenv(variable, value)
     config = hf_config(tie_word_embeddings=True)
     config["quantization_config"] = quantization_config(config)
     folder = tmp_path / "checkpoint"
