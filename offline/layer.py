@@ -21,6 +21,7 @@ def quantize_layer(
     state: the layer as `fold_layer` gives it, float32; names are local to the layer, here and in the results
     hessians: of the inputs before the online rotation, by each site's first linear; None rounds to nearest
     dtype: of the norms and biases, which stay unquantised
+    For distillation `weight_latent` [N, K] comes with each linear: what was rounded, in units of codes.
     """
     tensors = {name: tensor.to(dtype) for name, tensor in state.items() if not name.endswith("_proj.weight")}
     errors: dict[str, float] = {}
@@ -32,6 +33,8 @@ def quantize_layer(
             weights, hessian = _rotate_online(weights, hessian)
         for linear, weight, rounded in zip(linears, weights, _round(weights, hessian, site, recipe), strict=True):
             tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site, shape).items()}
+            if recipe.distillation is not None:
+                tensors[f"{linear}.weight_latent"] = rounded.latent
             if hessian is not None:
                 errors[linear] = output_error(weight, rounded.values(), hessian)
     return tensors | _cache_clips(recipe, shape), errors

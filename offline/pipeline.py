@@ -12,15 +12,17 @@ from infoquant_vllm.format import Checkpoint, FormatError, QuantizationConfigDat
 from offline.balance import balance_layer
 from offline.calibration import calibration_tokens
 from offline.card import model_card
+from offline.distill import distill
 from offline.errors import ToolError
 from offline.fold import fold_ends, fold_layer, stored_dtype
 from offline.layer import quantize_layer
 from offline.progress import ProgressReport, console_progress
 from offline.psot import make_transforms
-from offline.recipe import SITES, Recipe, load_recipe, preset_named
+from offline.recipe import SITES, Distillation, Recipe, load_recipe, preset_named
 from offline.report import Report, Stopwatch, checkpoint_sizes
 from offline.source import Source
 from offline.stream import Statistics, Stream
+from offline.student import Student
 from offline.transforms import Transforms
 from offline.writer import Writer, atomic_folder, check_output, check_space
 
@@ -100,8 +102,11 @@ def _write_checkpoint(run: _Run, folder: Path, figures: Report, calibration: str
         transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.device, run.progress)
     writer = Writer(folder)
     writer.add(fold_ends(run.source, transforms))
-    for tensors in _quantized_layers(run, tokens, transforms):
-        writer.add(tensors)
+    layers = _quantized_layers(run, tokens, transforms)
+    if run.recipe.distillation is not None and tokens is not None:
+        layers = _distilled_layers(run, run.recipe.distillation, list(layers), tokens, transforms)
+    for index, tensors in enumerate(layers):
+        writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
     writer.finish_tensors()
     figures = figures.model_copy(
         update={
@@ -137,7 +142,7 @@ def _calibration(run: _Run, spec: str) -> torch.Tensor:
 def _quantized_layers(
     run: _Run, tokens: torch.Tensor | None, transforms: Transforms | None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Every decoder layer's tensors by their full names."""
+    """Every decoder layer's tensors by their names inside it."""
     layers = run.source.shape.num_hidden_layers
     stream = None
     if run.recipe.rounding == "gptq":
@@ -155,10 +160,26 @@ def _quantized_layers(
                 balance_layer(state, hessians, statistics.energies, run.source.shape)
         with run.watch("weights"):
             tensors, errors = quantize_layer(state, hessians, run.recipe, run.source.shape, stored_dtype(run.source))
-        yield {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+        yield tensors
         run.errors |= {f"{prefix}.{name}": error for name, error in errors.items()}
         mean = sum(errors.values()) / max(len(errors), 1)
         run.progress("layers", layer + 1, layers, f"output error {mean:.4f}" if errors else "")
+
+
+def _distilled_layers(
+    run: _Run,
+    args: Distillation,
+    layers: list[dict[str, torch.Tensor]],
+    tokens: torch.Tensor,
+    transforms: Transforms | None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The layers with what distillation changed, their latent codes left out."""
+    student = Student(run.source, run.config, layers, transforms)
+    with run.watch("distillation"):
+        distill(student, run.source, tokens, args, run.seed, run.progress)
+    for index, tensors in enumerate(layers):
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight_latent")}
+        yield kept | student.tensors(index)
 
 
 def _device(name: str) -> torch.device:

@@ -29,6 +29,7 @@ SITES: dict[str, tuple[str, ...]] = {
 
 Clip = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Strict(BaseModel):
@@ -102,6 +103,20 @@ class Psot(_Strict):
     pool_tokens: Count = 120_000
 
 
+class Distillation(_Strict):
+    """End-to-end training against the source: Adam, warm-up and cosine; a rate of 0 leaves its part as it is.
+
+    Rates are in steps of codes for the weights' codes, relative for scales and absolute for clips.
+    """
+
+    steps: Count = 150
+    batch_sequences: Count = 2
+    warmup_steps: Count = 10
+    code_learning_rate: Rate = 3e-3
+    scale_learning_rate: Rate = 2e-3
+    clip_learning_rate: Rate = 1e-2
+
+
 class Recipe(_Strict):
     """Everything that decides the output, apart from the source, the calibration text and the seed."""
 
@@ -114,6 +129,7 @@ class Recipe(_Strict):
     calibration: CalibrationSize = CalibrationSize()
     gptq: Gptq = Gptq()
     psot: Psot = Psot()
+    distillation: Distillation | None = None
 
     @model_validator(mode="after")
     def _balance_needs_statistics(self) -> "Recipe":
@@ -124,7 +140,7 @@ class Recipe(_Strict):
     @property
     def needs_calibration(self) -> bool:
         """Whether any step looks at activations."""
-        return self.rounding == "gptq" or self.transform == "psot-shared"
+        return self.rounding == "gptq" or self.transform == "psot-shared" or self.distillation is not None
 
     def quantization_config(self, shape: ModelShape) -> QuantizationConfigData:
         """`quantization_config` of the checkpoint that this recipe makes of a model of that shape."""

@@ -40,8 +40,8 @@ def quantize_input(y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor) ->
         clip: [groups, 2] float32, factors on a group's (minimum, maximum).
     """
     grouped = y.unflatten(1, (len(clip), -1))
-    low = grouped.amin(-1, keepdim=True).clamp(max=0) * clip[:, :1]
-    high = grouped.amax(-1, keepdim=True).clamp(min=0) * clip[:, 1:]
+    smallest, greatest = torch.aminmax(grouped, dim=-1, keepdim=True)
+    low, high = smallest.clamp(max=0) * clip[:, :1], greatest.clamp(min=0) * clip[:, 1:]
     largest = 2**args.num_bits - 1
     if args.symmetric:
         half = 2 ** (args.num_bits - 1)
@@ -50,8 +50,8 @@ def quantize_input(y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor) ->
     else:
         scale = ((high - low) / largest).clamp(min=SMALLEST_SCALE)
         zero = torch.round(-low / scale)
-    codes = (torch.round(grouped / scale) + zero).clamp(0, largest)
-    return (codes - zero).flatten(1), scale.squeeze(-1)
+    codes = (grouped / scale).round_().clamp_(-zero, largest - zero)
+    return codes.flatten(1), scale.squeeze(-1)
 
 
 def integer_weights(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:

@@ -18,8 +18,8 @@ def through(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
 def plain_quantize(x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric: bool) -> torch.Tensor:
     """What autograd differentiates in place of `fake_quantize`."""
     y = x.unflatten(-1, (len(clip), -1))
-    low = y.amin(-1, keepdim=True).clamp(max=0) * clip[:, :1]
-    high = y.amax(-1, keepdim=True).clamp(min=0) * clip[:, 1:]
+    low = y.detach().amin(-1, keepdim=True).clamp(max=0) * clip[:, :1]
+    high = y.detach().amax(-1, keepdim=True).clamp(min=0) * clip[:, 1:]
     if symmetric:
         scale = torch.maximum(-low, high) / (2 ** (num_bits - 1) - 1)
         zero = torch.tensor(2.0 ** (num_bits - 1))
@@ -32,8 +32,8 @@ def plain_quantize(x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric
 
 def plain_store(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tensor:
     """What autograd differentiates in place of `fake_store`."""
-    low = x.amin(-1, keepdim=True).clamp(max=0) * clip[:, :1, None]
-    high = x.amax(-1, keepdim=True).clamp(min=0) * clip[:, 1:, None]
+    low = x.detach().amin(-1, keepdim=True).clamp(max=0) * clip[:, :1, None]
+    high = x.detach().amax(-1, keepdim=True).clamp(min=0) * clip[:, 1:, None]
     scale = (high - low) / (2**num_bits - 1)
     scale, low = through(scale, scale.half().float()), through(low, low.half().float())
     codes = (x - low) / scale

@@ -1,0 +1,214 @@
+"""A quantised model that can be trained: straight-through codes, scales and clips as parameters.
+
+Built from the tensors of a checkpoint, by layer, on the source's own transformers model. Everything
+but the quantised parts stays fixed; it runs in float32, in the rotated basis of the residual stream.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from infoquant_vllm.format import KVCacheArgs, LinearScheme, QuantizationConfigData, pack_codes
+from offline.recipe import SITES
+from offline.simulated import integer_weights, transform_input
+from offline.source import Source
+from offline.straight_through import fake_quantize, fake_store, round_codes
+from offline.transforms import Transforms, apply_hadamard
+
+ATTENTION = "infoquant_student"
+CLIP_BOUNDS = (0.3, 1.0)
+INSIDE = 0.49
+"""Steps: how far a latent code may begin from the code that it must round to."""
+
+Layer = dict[str, torch.Tensor]
+
+
+class Student(nn.Module):
+    """The source model with every decoder layer's linears and KV cache quantised as `layers` say.
+
+    layers: by decoder layer, the checkpoint's tensors by their names inside the layer, and for every
+        linear `weight_latent` [N, K] float32, what was rounded to its codes, in units of codes
+    """
+
+    def __init__(
+        self, source: Source, config: QuantizationConfigData, layers: list[Layer], transforms: Transforms | None
+    ):
+        super().__init__()
+        model = source.model(torch.float32)
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        self.embedding = model.get_input_embeddings().weight
+        self.head = model.get_output_embeddings().weight
+        self._rotation = None if transforms is None else transforms.residual.float()
+        self.gain = None if transforms is None else model.model.norm.weight.clone()
+        if transforms is not None:
+            model.model.norm.weight.fill_(1.0)
+        for index, tensors in enumerate(layers):
+            self._quantise(model.model.layers[index], config, tensors)
+        if config.kv_cache is not None:
+            model.set_attn_implementation(ATTENTION)
+        self.decoder = model.model
+
+    def _quantise(self, layer: nn.Module, config: QuantizationConfigData, tensors: Layer) -> None:
+        for name, tensor in tensors.items():
+            if name in dict(layer.named_parameters()) and not name.endswith("_proj.weight"):
+                layer.get_parameter(name).copy_(tensor)
+        for linears in SITES.values():
+            scheme = config.scheme(linears[0])
+            assert scheme is not None  # every linear of a decoder layer is quantised
+            local = [_local(tensors, linear) for linear in linears]
+            site = StudentInput(scheme, local[0])
+            for linear, own in zip(linears, local, strict=True):
+                parent, _, child = linear.rpartition(".")
+                setattr(layer.get_submodule(parent), child, StudentLinear(site, scheme, own))
+        if config.kv_cache is not None:
+            layer.get_submodule("self_attn").attn = StudentCache(config.kv_cache, _local(tensors, "self_attn.attn"))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [sequences, length] to what lm_head reads, [sequences, length, hidden] float32."""
+        embedded = functional.embedding(tokens, self.embedding)
+        if self._rotation is None:
+            return self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        hidden = self.decoder(inputs_embeds=embedded @ self._rotation, use_cache=False).last_hidden_state
+        return (hidden @ self._rotation.T) * self.gain
+
+    def latents(self) -> list[nn.Parameter]:
+        """The unrounded codes of all linears."""
+        return [module.latent for module in self.modules() if isinstance(module, StudentLinear)]
+
+    def log_scales(self) -> list[nn.Parameter]:
+        """Logarithms of the factors on the weight scales of all linears."""
+        return [module.log_scale for module in self.modules() if isinstance(module, StudentLinear)]
+
+    def clips(self) -> list[nn.Parameter]:
+        """Clip factors of all inputs, keys and values."""
+        return [p for name, p in self.named_parameters() if name.endswith("clip")]
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Bring codes and clips back to where the format can hold them; after every step."""
+        for module in self.modules():
+            if isinstance(module, StudentLinear):
+                module.latent.clamp_(module.lowest - INSIDE, module.highest + INSIDE)
+        for clip in self.clips():
+            clip.clamp_(*CLIP_BOUNDS)
+
+    @torch.no_grad()
+    def tensors(self, index: int) -> Layer:
+        """What training changed of a decoder layer's checkpoint tensors."""
+        found: Layer = {}
+        for name, module in self.decoder.layers[index].named_modules():
+            if isinstance(module, StudentLinear | StudentCache):
+                found |= {f"{name}.{key}": tensor for key, tensor in module.tensors().items()}
+        return found
+
+
+class StudentInput(nn.Module):
+    """Transform and quantiser of an input that several linears share."""
+
+    def __init__(self, scheme: LinearScheme, tensors: Layer):
+        super().__init__()
+        self.scheme = scheme
+        self._matrices = {name: tensors[name] for name in tensors if name.startswith("input_")}
+        self.clip = nn.Parameter(self._matrices.pop("input_clip")) if "input_clip" in tensors else None
+        self._seen: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] as the product sees it; computed once for the linears that come with the same tensor."""
+        if self._seen is not x:
+            self._seen, self._quantised = x, self._quantise(x)
+        return self._quantised
+
+    def _quantise(self, x: torch.Tensor) -> torch.Tensor:
+        y = transform_input(x.flatten(0, -2), self.scheme.input_transform, self._matrices).view(x.shape)
+        args = self.scheme.input_activations
+        return y if self.clip is None else fake_quantize(y.contiguous(), self.clip, args.num_bits, args.symmetric)
+
+
+class StudentLinear(nn.Module):
+    """A linear whose codes are rounded from `latent` [N, K]; its scale is multiplied by exp(log_scale) [N, G]."""
+
+    def __init__(self, site: StudentInput, scheme: LinearScheme, tensors: Layer):
+        super().__init__()
+        self.site, self._args = [site], scheme.weights  # a list: several linears share the module
+        signed, half = scheme.weights.symmetric, 2 ** (scheme.weights.num_bits - 1)
+        self.lowest, self.highest = (-half, half - 1) if signed else (0, 2 * half - 1)
+        self._zero = None if signed else tensors["weight_zero_point"].float()
+        codes = integer_weights(tensors, scheme.weights).float()
+        if self._zero is not None:
+            codes = (codes.unflatten(1, (self._zero.shape[1], -1)) + self._zero[..., None]).flatten(1)
+        self.latent = nn.Parameter(
+            torch.minimum(torch.maximum(tensors["weight_latent"], codes - INSIDE), codes + INSIDE)
+        )
+        self._scale = tensors["weight_scale"]
+        self.log_scale = nn.Parameter(torch.zeros_like(self._scale))
+        self._bias = tensors.get("bias")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] float32 to [..., N]."""
+        codes, scale = round_codes(self.latent), self._scale * self.log_scale.exp()
+        if self._zero is not None:
+            codes = (codes.unflatten(1, (self._zero.shape[1], -1)) - self._zero[..., None]).flatten(1)
+        y = self.site[0](x)
+        if scale.shape[1] == 1:
+            out = functional.linear(y, codes) * scale[:, 0]
+        else:
+            out = functional.linear(y, (codes.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1))
+        return out if self._bias is None else out + self._bias.float()
+
+    def tensors(self) -> Layer:
+        """Codes, scales and clips as the checkpoint holds them."""
+        codes = self.latent.round()
+        found = {
+            "weight_packed": pack_codes(codes, self._args.num_bits, signed=self._args.symmetric),
+            "weight_scale": self._scale * self.log_scale.exp(),
+        }
+        clip = self.site[0].clip
+        return found if clip is None else found | {"input_clip": clip.detach().clone()}
+
+
+class StudentCache(nn.Module):
+    """Keys and values through the codes of the KV cache."""
+
+    def __init__(self, args: KVCacheArgs, tensors: Layer):
+        super().__init__()
+        self._args = args
+        self.key_clip, self.value_clip = (nn.Parameter(tensors[f"{name}_clip"].clone()) for name in ("key", "value"))
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or queries [..., head_size] as the scores are computed from."""
+        return apply_hadamard(x) if self._args.key_transform == "hadamard" else x
+
+    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[sequences, kv_heads, tokens, head_size] each, as read back from the cache."""
+        bits = self._args.num_bits
+        return fake_store(self.rotate(key), self.key_clip, bits), fake_store(value, self.value_clip, bits)
+
+    def tensors(self) -> Layer:
+        """The clips as the checkpoint holds them."""
+        return {"key_clip": self.key_clip.detach().clone(), "value_clip": self.value_clip.detach().clone()}
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface over a quantised cache, `module.attn`: a `StudentCache`."""
+    cache = module.attn
+    assert isinstance(cache, StudentCache)
+    key, value = cache(key, value)
+    out, _ = sdpa_attention_forward(module, cache.rotate(query), key, value, attention_mask, **kwargs)
+    return out, None
+
+
+def _local(tensors: Layer, module: str) -> Layer:
+    return {name[len(module) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{module}.")}
