@@ -1,10 +1,23 @@
 """Calibration tokens: sampled from the model itself, or windows of a text."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Cache, LlamaForCausalLM, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import sdpa_mask
 
 from offline.errors import ToolError
 from offline.source import Source
@@ -13,6 +26,8 @@ from offline.text import text_windows
 SEPARATOR = "<|endoftext|>"
 """What closes a document in the pre-training text of models whose BOS is a chat token, or that have none."""
 SELF_BATCH = 128
+ATTENTION = "infoquant_sampling"
+TOKENS_SUFFIX = ".safetensors"
 
 Report = Callable[[int, int], None]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -24,7 +39,7 @@ def calibration_tokens(
     """The calibration set as int64 [num_sequences, sequence_length].
 
     Args:
-        spec: "self", or whatever `text_windows` reads.
+        spec: "self", a `.safetensors` file of `save_tokens`, or whatever `text_windows` reads.
         source: the model, for its tokenizer and, with "self", its text.
         num_sequences: how many sequences.
         sequence_length: tokens in each; bounded by the model's positions.
@@ -34,6 +49,8 @@ def calibration_tokens(
     limit = source.hf_config.get("max_position_embeddings", sequence_length)
     if sequence_length > limit:
         raise ToolError(f"{source.folder}: sequences of {sequence_length} tokens, the model takes {limit}")
+    if spec.endswith(TOKENS_SUFFIX):
+        return read_tokens(Path(spec), num_sequences, sequence_length, source.shape.vocab_size)
     if spec != "self":
         return text_windows(spec, source.tokenizer(), num_sequences, sequence_length, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -48,6 +65,43 @@ def calibration_tokens(
 
         batches.append(_sample(model, tokenizer, rows, sequence_length, generator, report_batch))
     return torch.cat(batches)
+
+
+def save_tokens(file: Path, tokens: torch.Tensor) -> None:
+    """Keep calibration tokens [sequences, length] int64, so that several runs can read the very same ones."""
+    if file.suffix != TOKENS_SUFFIX:
+        raise ToolError(f"{file}: a name that ends in {TOKENS_SUFFIX} was expected")
+    if file.exists():
+        raise ToolError(f"{file}: exists already; choose another name")
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        save_file({"tokens": tokens.contiguous()}, partial)
+        partial.rename(file)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise ToolError(f"{file}: not written ({error})") from None
+
+
+def read_tokens(file: Path, num_sequences: int, sequence_length: int, vocab_size: int) -> torch.Tensor:
+    """The first sequences of a file of `save_tokens`; raises ToolError for one that does not hold enough."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tokens = opened.get_tensor("tokens")
+    except (OSError, SafetensorError) as error:
+        raise ToolError(f"{file}: no file of calibration tokens ({error}); make one with `infoquant sample`") from None
+    if tokens.dtype != torch.int64 or tokens.dim() != 2:
+        raise ToolError(f"{file}: tokens are {tokens.dtype} {list(tokens.shape)}, expected int64 [sequences, length]")
+    if len(tokens) < num_sequences or tokens.shape[1] < sequence_length:
+        raise ToolError(
+            f"{file}: {len(tokens)} sequences of {tokens.shape[1]} tokens, "
+            f"the recipe reads {num_sequences} of {sequence_length}"
+        )
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ToolError(
+            f"{file}: tokens {tokens.min()} .. {tokens.max()}, the model knows 0 .. {vocab_size - 1}; "
+            "sample them from this model"
+        )
+    return tokens[:num_sequences, :sequence_length]
 
 
 @torch.no_grad()
@@ -66,6 +120,9 @@ def _sample(
     small model does not recover from: KL on two texts fell by 9% and 7%.
     """
     begin = _document_start(tokenizer)
+    AttentionInterface.register(ATTENTION, _attend_with_one_token)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
     cache = Cache(layers=[_PreallocatedLayer(length) for _ in range(model.config.num_hidden_layers)])
     tokens = step = torch.full((rows, 1), begin)
     while tokens.shape[1] < length:
@@ -74,6 +131,24 @@ def _sample(
         tokens = torch.cat((tokens, step), dim=1)
         report(tokens.shape[1])
     return tokens
+
+
+def _attend_with_one_token(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface for the last token of each row, which sees all others.
+
+    query [rows, heads, 1, head_size]; key, value [rows, kv_heads, tokens, head_size]. The heads that share
+    a kv-head stand in for tokens, so that keys and values need not be copied for each of them.
+    """
+    grouped = query.view(len(query), key.shape[1], -1, query.shape[3])
+    out = functional.scaled_dot_product_attention(grouped, key, value, scale=kwargs.get("scaling"))
+    return out.reshape(len(query), 1, -1, query.shape[3]), None
 
 
 class _PreallocatedLayer(DynamicLayer):

@@ -58,7 +58,7 @@ def quantize(
         str,
         typer.Option(
             help="self: text sampled from the model; else a text file, a JSONL file with the field 'text', "
-            "or a data set NAME or NAME:CONFIG for the package datasets."
+            "a .safetensors file of `infoquant sample`, or a data set NAME or NAME:CONFIG for the package datasets."
         ),
     ] = "self",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same checkpoint.")] = 0,
@@ -183,6 +183,33 @@ def evaluate_command(
             from offline.tables import print_evaluation
 
             print_evaluation(found)
+
+
+@app.command()
+def sample(
+    source: Annotated[str, typer.Argument(help="Folder or hub id of the unquantised model.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="File to write; must not exist yet.")],
+    sequences: Annotated[int, typer.Option(min=1, help="How many sequences.")] = 128,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same tokens.")] = 0,
+) -> None:
+    """Let a model write its calibration text once, for several runs of `quantize --calibration FILE`.
+
+    [bold]Example[/bold]
+
+      infoquant sample ./model tokens.safetensors
+    """
+    with _refusals():
+        from offline.calibration import calibration_tokens, save_tokens
+        from offline.progress import console_progress
+        from offline.source import Source
+
+        with console_progress() as progress:
+            tokens = calibration_tokens(
+                "self", Source.open(source), sequences, length, seed, lambda done, of: progress("sampling", done, of)
+            )
+        save_tokens(file, tokens)
+        print(f"{file}: {sequences} sequences of {length} tokens")
 
 
 @app.command(name="demo-model")

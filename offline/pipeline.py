@@ -19,7 +19,7 @@ from offline.layer import quantize_layer
 from offline.progress import ProgressReport, console_progress
 from offline.psot import make_transforms
 from offline.recipe import SITES, Distillation, Recipe, load_recipe, preset_named
-from offline.report import Report, Stopwatch, checkpoint_sizes
+from offline.report import Report, Stopwatch, checkpoint_sizes, peak_memory_bytes
 from offline.source import Source
 from offline.stream import Statistics, Stream
 from offline.student import Student
@@ -114,6 +114,7 @@ def _write_checkpoint(run: _Run, folder: Path, figures: Report, calibration: str
             "calibration_sha256": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "errors": run.errors,
             "seconds": run.watch.seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
         }
     )
     writer.copy_from(run.source.folder)

@@ -1,6 +1,8 @@
 """What a quantisation run tells about itself: `infoquant_report.json`."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +42,8 @@ class Report(BaseModel):
     """Share of each linear's output energy that weight rounding loses, by module name."""
     seconds: dict[str, float] = {}
     """Wall time by stage."""
+    peak_memory_bytes: int | None = None
+    """The most main memory that the process held until the run's end."""
 
 
 class Stopwatch:
@@ -54,6 +58,12 @@ class Stopwatch:
         began = time.monotonic()
         yield
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - began, 2)
+
+
+def peak_memory_bytes() -> int:
+    """The most main memory that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def checkpoint_sizes(source: Source, config: QuantizationConfigData) -> dict[str, Any]:

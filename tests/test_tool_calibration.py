@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline.calibration import calibration_tokens
+from offline.calibration import calibration_tokens, save_tokens
 from offline.errors import ToolError
 from offline.source import Source
 from tests.tiny import write_source
@@ -34,6 +34,45 @@ def test_model_samples_its_own_text(source: Source) -> None:
     assert reports[-1] == (6 * 32, 6 * 32)
     assert torch.equal(tokens, calibration_tokens("self", source, 6, 32, 0))
     assert not torch.equal(tokens, calibration_tokens("self", source, 6, 32, 1))
+
+
+def test_saved_tokens_come_back_and_fewer_or_shorter_ones_are_their_beginnings(source: Source, tmp_path: Path) -> None:
+    tokens = torch.randint(0, source.shape.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "tokens.safetensors"
+    save_tokens(file, tokens)
+    assert torch.equal(calibration_tokens(str(file), source, 4, 32, 0), tokens)
+    assert torch.equal(calibration_tokens(str(file), source, 2, 16, 0), tokens[:2, :16])
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.safetensors"]
+    with pytest.raises(ToolError, match="exists already"):
+        save_tokens(file, tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(3, 32, dtype=torch.int64), "3 sequences of 32 tokens, the recipe reads 4 of 32"),
+        (torch.full((4, 32), 272), "tokens 272 .. 272, the model knows 0 .. 271"),
+        (torch.full((4, 32), -1), "tokens -1 .. -1"),
+        (torch.zeros(4, 32), "torch.float32"),
+    ],
+)
+def test_tokens_that_do_not_suit_are_refused(
+    source: Source, tmp_path: Path, tokens: torch.Tensor, message: str
+) -> None:
+    file = tmp_path / "tokens.safetensors"
+    save_tokens(file, tokens)
+    with pytest.raises(ToolError, match=message):
+        calibration_tokens(str(file), source, 4, 32, 0)
+
+
+def test_a_file_of_something_else_is_refused(source: Source, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.safetensors"
+    for content in (b"", b"junk" * 10):
+        file.write_bytes(content)
+        with pytest.raises(ToolError, match="infoquant sample"):
+            calibration_tokens(str(file), source, 4, 32, 0)
+    with pytest.raises(ToolError, match=r"\.safetensors was expected"):
+        save_tokens(tmp_path / "tokens.pt", torch.zeros(1, 1))
 
 
 def test_sampled_tokens_follow_the_models_distribution(source: Source) -> None:
