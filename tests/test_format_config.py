@@ -77,3 +77,72 @@ def test_sizes_that_do_not_divide_are_refused_with_the_linear() -> None:
         "num_bits": 4, "strategy": "group", "group_size": 100})["config_groups"]["g"]})  # fmt: skip
     with pytest.raises(FormatError, match=r"q_proj: weight group_size 100 does not divide its 256 input features"):
         expected_tensors(parse_config(wrong), ModelShape.from_hf(hf_config()))
+
+
+MISTRAL, QWEN2, QWEN3 = "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        (
+            "MixtralForCausalLM",
+            {},
+            r"architectures is \['MixtralForCausalLM'\]; this release knows LlamaForCausalLM, M",
+        ),
+        ("Qwen3MoeForCausalLM", {}, "Qwen3MoeForCausalLM"),
+        (MISTRAL, {"sliding_window": 512}, r"sliding_window 512 is below max_position_embeddings 1024 .* Mistral"),
+        (MISTRAL, {"max_position_embeddings": 32768}, "sliding_window 4096 is below max_position_embeddings 32768"),
+        (MISTRAL, {"sliding_window": None, "attention_bias": True}, "attention_bias is True"),
+        ("LlamaForCausalLM", {"sliding_window": 512}, "sliding_window 512"),
+        (QWEN2, {"use_sliding_window": True}, "use_sliding_window is true.* with Qwen2ForCausalLM"),
+        (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention"),
+        (QWEN2, {"head_dim": 32}, "head_dim 32 is not hidden_size / num_attention_heads"),
+        (QWEN2, {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
+        (QWEN3, {"attention_bias": True}, "attention_bias is True.* with Qwen3ForCausalLM"),
+    ],
+)
+def test_model_that_is_not_served_is_refused_by_name(architecture: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        ModelShape.from_hf(hf_config(architectures=[architecture], **changes))
+
+
+@pytest.mark.parametrize("architectures", [None, "LlamaForCausalLM", [], [["LlamaForCausalLM"]], [QWEN2, QWEN3]])
+def test_architectures_that_are_no_one_name_are_refused(architectures: object) -> None:
+    with pytest.raises(FormatError, match="architectures is"):
+        ModelShape.from_hf(hf_config(architectures=architectures))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        (MISTRAL, {"sliding_window": None}),
+        (MISTRAL, {"sliding_window": 1024}),
+        (QWEN2, {"use_sliding_window": False, "sliding_window": 512, "max_window_layers": 1}),
+        (QWEN3, {"layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_window_that_cuts_nothing_off_is_no_window(architecture: str, changes: dict[str, Any]) -> None:
+    assert ModelShape.from_hf(hf_config(architectures=[architecture], **changes)).architecture == architecture
+
+
+def test_sizes_that_a_config_leaves_out_are_those_of_its_class() -> None:
+    silent = {name: value for name, value in hf_config(num_attention_heads=64).items() if name != "head_dim"}
+    del silent["num_key_value_heads"]
+    found = {}
+    for name in ("LlamaForCausalLM", MISTRAL, QWEN2, QWEN3):
+        shape = ModelShape.from_hf(silent | {"architectures": [name]})
+        found[name] = shape.num_key_value_heads, shape.head_dim
+    assert found == {"LlamaForCausalLM": (64, 4), MISTRAL: (8, 4), QWEN2: (32, 4), QWEN3: (32, 128)}
+
+
+def test_tensors_are_those_of_the_class() -> None:
+    def small(architecture: str) -> set[str]:
+        shape = ModelShape.from_hf(hf_config(architectures=[architecture], num_hidden_layers=1))
+        tensors = expected_tensors(parse_config(config()), shape)
+        return {name.removeprefix("model.layers.0.self_attn.") for name in tensors}
+
+    plain = small("LlamaForCausalLM")
+    assert small(MISTRAL) == plain
+    assert small(QWEN2) - plain == {"q_proj.bias", "k_proj.bias", "v_proj.bias"}
+    assert small(QWEN3) - plain == {"q_norm.weight", "k_norm.weight"}

@@ -6,6 +6,7 @@ before anything is allocated, unknown fields are refused by name, and every erro
 tensor.
 """
 
+from infoquant_vllm.format.architectures import ARCHITECTURES
 from infoquant_vllm.format.checkpoint import INDEX_FILE, Checkpoint, check_values, read_json
 from infoquant_vllm.format.codes import pack_codes, unpack_codes
 from infoquant_vllm.format.errors import FormatError
@@ -31,6 +32,7 @@ from infoquant_vllm.format.tensors import (
 )
 
 __all__ = [
+    "ARCHITECTURES",
     "FORMAT_VERSION",
     "INDEX_FILE",
     "QUANT_METHOD",

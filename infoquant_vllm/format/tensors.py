@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from infoquant_vllm.format.architectures import ARCHITECTURES, architecture_name
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import hadamard_factors
 from infoquant_vllm.format.schema import ActivationArgs, LinearScheme, QuantizationConfigData, Size
@@ -20,10 +21,12 @@ class TensorSpec(BaseModel):
 
 
 class ModelShape(BaseModel):
-    """The sizes of a Llama-architecture model that the format depends on, from config.json."""
+    """The class and the sizes of a model that the format depends on, from config.json."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
+    architecture: str
+    """A key of `ARCHITECTURES`."""
     hidden_size: Size
     intermediate_size: Size
     num_hidden_layers: Annotated[int, Field(ge=1, le=1024)]
@@ -47,13 +50,15 @@ class ModelShape(BaseModel):
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> "ModelShape":
         """Read the sizes out of a Hugging Face config; raises FormatError naming what is wrong."""
+        name = architecture_name(config, source)
         heads = config.get("num_attention_heads")
-        defaults: dict[str, Any] = {"num_key_value_heads": heads}
+        defaults: dict[str, Any] = {"architecture": name, "num_key_value_heads": heads}
         if isinstance(heads, int) and heads > 0 and isinstance(config.get("hidden_size"), int):
             defaults["head_dim"] = config["hidden_size"] // heads
-        given = {key: value for key, value in config.items() if value is not None}
+        unnamed = {key: value for key, value in ARCHITECTURES[name].defaults.items() if key not in config}
+        given = {key: value for key, value in config.items() if value is not None and key != "architecture"}
         try:
-            return cls.model_validate(defaults | given)
+            return cls.model_validate(defaults | unnamed | given)
         except ValidationError as error:
             raise FormatError.from_validation(source, error) from None
 
@@ -78,7 +83,23 @@ class ModelShape(BaseModel):
 
     def has_bias(self, module: str) -> bool:
         """Whether the linear of that name carries a bias vector."""
-        return self.mlp_bias if ".mlp." in module else self.attention_bias
+        if ".mlp." in module:
+            return self.mlp_bias
+        if ARCHITECTURES[self.architecture].qkv_bias:
+            return not module.endswith(".o_proj")
+        return self.attention_bias
+
+    def norms(self) -> dict[str, int]:
+        """Every RMSNorm: Hugging Face name to number of features."""
+        sizes = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), self.hidden_size)
+        if ARCHITECTURES[self.architecture].qk_norm:
+            sizes |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.head_dim)
+        layers = {
+            f"model.layers.{layer}.{name}": size
+            for layer in range(self.num_hidden_layers)
+            for name, size in sizes.items()
+        }
+        return layers | {"model.norm": self.hidden_size}
 
 
 def activation_groups(args: ActivationArgs, in_features: int) -> int:
@@ -123,10 +144,8 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
 def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[str, TensorSpec]:
     """Every tensor that a checkpoint of this config must hold, and no others."""
     hidden, vocab = shape.hidden_size, shape.vocab_size
-    tensors = {
-        "model.embed_tokens.weight": TensorSpec(shape=(vocab, hidden)),
-        "model.norm.weight": TensorSpec(shape=(hidden,)),
-    }
+    tensors = {f"{norm}.weight": TensorSpec(shape=(size,)) for norm, size in shape.norms().items()}
+    tensors["model.embed_tokens.weight"] = TensorSpec(shape=(vocab, hidden))
     if not shape.tie_word_embeddings:
         tensors["lm_head.weight"] = TensorSpec(shape=(vocab, hidden))
     if config.tied_residual_rotation:
@@ -134,14 +153,11 @@ def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[
             raise FormatError("tied_residual_rotation is true but tie_word_embeddings is false")
         tensors["model.embed_tokens.residual_rotation"] = TensorSpec(shape=(hidden, hidden), dtype="F32")
         tensors["model.embed_tokens.final_norm_weight"] = TensorSpec(shape=(hidden,), dtype="F32")
-    for layer in range(shape.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}.{norm}.weight"] = TensorSpec(shape=(hidden,))
-        if config.kv_cache is not None:
+    if config.kv_cache is not None:
+        for layer in range(shape.num_hidden_layers):
             for clip in ("key_clip", "value_clip"):
                 spec = TensorSpec(shape=(shape.num_key_value_heads, 2), dtype="F32")
-                tensors[f"{prefix}.self_attn.attn.{clip}"] = spec
+                tensors[f"model.layers.{layer}.self_attn.attn.{clip}"] = spec
     for module, (out_features, in_features) in shape.linears().items():
         scheme = config.scheme(module)
         if scheme is None:
