@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from infoquant_vllm.format import Checkpoint
+from offline.architectures import CausalLM
 from offline.errors import CheckError
 from offline.evaluate import compare, stored_dtype
 from offline.prompts import PASSAGES
@@ -69,7 +69,7 @@ class Comparison:
         return found
 
 
-def _record_layers(model: LlamaForCausalLM) -> Sequence[list[torch.Tensor]]:
+def _record_layers(model: CausalLM) -> Sequence[list[torch.Tensor]]:
     """Lists that fill with each decoder layer's output, [tokens, hidden] float32, as the model runs."""
     records: list[list[torch.Tensor]] = []
     for layer in model.model.layers:

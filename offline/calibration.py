@@ -9,16 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    Cache,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from offline.architectures import CausalLM
 from offline.errors import ToolError
 from offline.source import Source
 from offline.text import text_windows
@@ -106,7 +101,7 @@ def read_tokens(file: Path, num_sequences: int, sequence_length: int, vocab_size
 
 @torch.no_grad()
 def _sample(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: int,
     length: int,

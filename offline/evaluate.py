@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch.nn import functional
-from transformers import LlamaForCausalLM
 
 from infoquant_vllm.format import QUANT_METHOD, FormatError, read_json
+from offline.architectures import CausalLM
 from offline.calibration import calibration_tokens
 from offline.errors import ToolError
 from offline.progress import ProgressReport, silent
@@ -85,8 +85,8 @@ def evaluate(
 @torch.inference_mode()
 def compare(
     windows: Sequence[torch.Tensor],
-    model: LlamaForCausalLM,
-    reference: LlamaForCausalLM | None,
+    model: CausalLM,
+    reference: CausalLM | None,
     progress: ProgressReport = silent,
 ) -> dict[str, Figure]:
     """The figures of an `Evaluation` over windows of token ids."""
@@ -124,7 +124,7 @@ def _window(ids: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor | N
     return values
 
 
-def _logits(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
     logits = model(ids[None], use_cache=False).logits[0].float()
     if not torch.isfinite(logits).all():
         raise ToolError("the model's logits are not finite; check it with `infoquant verify`")
@@ -163,7 +163,7 @@ def _text(
     return windows, f"sampled from {source.folder.name}, seed {seed}"
 
 
-def _plain(source: Source) -> LlamaForCausalLM:
+def _plain(source: Source) -> CausalLM:
     return source.model(stored_dtype(source.folder))
 
 
@@ -174,7 +174,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
-def _same_vocabulary(student: LlamaForCausalLM, teacher: Source | None) -> None:
+def _same_vocabulary(student: CausalLM, teacher: Source | None) -> None:
     if teacher is not None and teacher.shape.vocab_size != student.config.vocab_size:
         raise ToolError(
             f"{teacher.folder}: vocabulary of {teacher.shape.vocab_size} tokens, the model has "

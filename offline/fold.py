@@ -3,14 +3,9 @@
 import torch
 
 from infoquant_vllm.format import ModelShape
+from offline.architectures import Rules, rules_for
 from offline.source import Source
 from offline.transforms import Transforms
-
-READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def stored_dtype(source: Source) -> torch.dtype:
@@ -21,13 +16,13 @@ def stored_dtype(source: Source) -> torch.dtype:
 def fold_layer(source: Source, layer: int, transforms: Transforms | None) -> dict[str, torch.Tensor]:
     """Tensors of one decoder layer by their names inside it, float32, with `transforms` folded in.
 
-    Norm weights are 1 then. down_proj is still without the rotation that its input meets at run
+    The residual stream's norm weights are 1 then. down_proj is still without the rotation that its input meets at run
     time (see `rotate_down`). Without transforms these are the source's tensors.
     """
     prefix = f"model.layers.{layer}."
     state = {n.removeprefix(prefix): source.tensor(n).double() for n in source.names if n.startswith(prefix)}
     if transforms is not None:
-        _fold_residual(state, transforms.residual)
+        _fold_residual(state, transforms.residual, rules_for(source.shape))
         _fold_heads(state, transforms.heads[layer], source.shape)
     return {name: tensor.float() for name, tensor in state.items()}
 
@@ -53,13 +48,13 @@ def fold_ends(source: Source, transforms: Transforms | None) -> dict[str, torch.
     return state
 
 
-def _fold_residual(state: dict[str, torch.Tensor], rotation: torch.Tensor) -> None:
-    for norm, readers in READERS.items():
+def _fold_residual(state: dict[str, torch.Tensor], rotation: torch.Tensor, rules: Rules) -> None:
+    for norm, readers in rules.readers.items():
         gain = state[f"{norm}.weight"]
         for reader in readers:
             state[f"{reader}.weight"] = (state[f"{reader}.weight"] * gain) @ rotation
         state[f"{norm}.weight"] = torch.ones_like(gain)
-    for writer in WRITERS:
+    for writer in rules.writers:
         state[f"{writer}.weight"] = rotation.T @ state[f"{writer}.weight"]
         if f"{writer}.bias" in state:
             state[f"{writer}.bias"] = state[f"{writer}.bias"] @ rotation

@@ -54,7 +54,7 @@ def quantize(
     dry_run: bool = False,
     progress: ProgressReport | None = None,
 ) -> Report:
-    """Quantise a Llama-architecture model into a checkpoint folder that `vllm serve` loads.
+    """Quantise a model of a known class into a checkpoint folder that `vllm serve` loads.
 
     Args:
         source: folder or hub id of the unquantised model.

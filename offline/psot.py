@@ -8,7 +8,8 @@ import math
 
 import torch
 
-from offline.fold import READERS, fold_layer
+from offline.architectures import rules_for
+from offline.fold import fold_layer
 from offline.progress import ProgressReport
 from offline.recipe import Psot, Recipe
 from offline.source import Source
@@ -58,7 +59,7 @@ def collect_inputs(
     stream = Stream(source, sequences, None, device)
     for layer in range(layers):
         state = {name: tensor.to(device) for name, tensor in fold_layer(source, layer, None).items()}
-        stream.advance(state, list(READERS), observe)
+        stream.advance(state, list(rules_for(source.shape).readers), observe)
         progress("sampling", layer + 1, layers)
     return torch.cat(pool)
 

@@ -75,7 +75,7 @@ def checkpoint_sizes(source: Source, config: QuantizationConfigData) -> dict[str
     weights = sum(math.prod(size) for size in linears.values())
     biases = sum(rows for module, (rows, _) in linears.items() if shape.has_bias(module))
     ends = (2 - shape.tie_word_embeddings) * shape.vocab_size * shape.hidden_size
-    norms = (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    norms = sum(shape.norms().values())
     cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
     quantized = cached * width
     if config.kv_cache is not None:

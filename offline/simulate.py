@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from infoquant_vllm.format import Checkpoint, FormatError, linear_tensors
+from offline.architectures import CausalLM, empty_model, read_config
 from offline.errors import ToolError
 from offline.simulated import (
     DeferredRotary,
@@ -22,7 +22,7 @@ from offline.simulated import (
 ATTENTION = "infoquant_simulated_cache"
 
 
-def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> CausalLM:
     """The checkpoint as a model in eval mode whose linears, KV cache and ends follow the format.
 
     Everything between them (norms, RoPE, activation function, residual stream, lm_head) runs in
@@ -37,16 +37,11 @@ def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> L
         raise ToolError(str(error)) from None
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> LlamaForCausalLM:
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> CausalLM:
     plain = {name: value for name, value in checkpoint.hf_config.items() if name != "quantization_config"}
-    try:
-        config = LlamaConfig.from_dict(plain)
-    except Exception as error:  # huggingface_hub has its own validation errors, not derived from ValueError
-        raise ToolError(f"{checkpoint.folder / 'config.json'}: transformers refuses it ({error})") from None
+    config = read_config(checkpoint.shape, plain, checkpoint.folder / "config.json")
     config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    model = empty_model(checkpoint.shape, config)
     _replace_linears(model, checkpoint)
     _replace_attention(model, checkpoint)
     parameters = set(dict(model.named_parameters()))
@@ -60,7 +55,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> LlamaForCausalLM:
     return model.eval().requires_grad_(False)
 
 
-def _replace_linears(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
+def _replace_linears(model: CausalLM, checkpoint: Checkpoint) -> None:
     for module, (out_features, in_features) in checkpoint.shape.linears().items():
         scheme = checkpoint.config.scheme(module)
         if scheme is None:
@@ -71,7 +66,7 @@ def _replace_linears(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
         _set(model, module, SimulatedLinear(scheme, tensors))
 
 
-def _replace_attention(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
+def _replace_attention(model: CausalLM, checkpoint: Checkpoint) -> None:
     cache = checkpoint.config.kv_cache
     if cache is None:
         return
@@ -86,7 +81,7 @@ def _replace_attention(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
         _set(model, name, SimulatedCache(cache.num_bits, cache.key_transform == "hadamard", *clips))
 
 
-def _rotate_ends(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
+def _rotate_ends(model: CausalLM, checkpoint: Checkpoint) -> None:
     weight = model.model.embed_tokens.weight
     rotation = checkpoint.tensor("model.embed_tokens.residual_rotation")
     final_norm = checkpoint.tensor("model.embed_tokens.final_norm_weight")

@@ -7,23 +7,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from infoquant_vllm.format import INDEX_FILE, FormatError, ModelShape, check_values, read_json
+from offline.architectures import CausalLM, read_config, rules_for
 from offline.errors import ToolError
 
-ARCHITECTURES = ("LlamaForCausalLM",)
 SINGLE_FILE = "model.safetensors"
 DTYPES = ("BF16", "F16", "F32")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+SECOND_COPY = "consolidated*.safetensors"
+"""The same weights under their authors' own names, which Mistral's folders hold beside the shards."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An unquantised Llama-architecture model whose headers agree with its config.
+    """An unquantised model of a known class whose headers agree with its config.
 
     `weight_map` places every tensor the architecture needs, and no others, in its shard.
     """
@@ -39,7 +41,7 @@ class Source:
         folder = _local_folder(path_or_hub_id)
         try:
             hf_config = read_json(folder / "config.json")
-            _check_architecture(hf_config, folder / "config.json")
+            _refuse_quantized(hf_config, folder / "config.json")
             shape = ModelShape.from_hf(hf_config, str(folder / "config.json"))
         except FormatError as error:
             raise ToolError(str(error)) from None
@@ -67,15 +69,12 @@ class Source:
         """The model's tokenizer, from its own files only."""
         return read_tokenizer(self.folder)
 
-    def model(self, dtype: torch.dtype) -> LlamaForCausalLM:
+    def model(self, dtype: torch.dtype) -> CausalLM:
         """The model in eval mode, every weight read through `tensor` and none left as initialised."""
-        try:
-            config = LlamaConfig.from_dict(self.hf_config)
-        except Exception as error:  # huggingface_hub has its own validation errors, not derived from ValueError
-            raise ToolError(f"{self.folder / 'config.json'}: transformers refuses it ({error})") from None
+        config = read_config(self.shape, self.hf_config, self.folder / "config.json")
         disable_progress_bar()
         state = {name: self.tensor(name).to(dtype) for name in self.names}
-        model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        model = rules_for(self.shape).model.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
         return model.eval().requires_grad_(False)
 
 
@@ -98,16 +97,13 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=HUB_FILES, ignore_patterns=[SECOND_COPY]))
     except Exception as error:  # network, authorisation and missing repositories, each with a class of its own
         reason = str(error).strip().splitlines()[0]
         raise ToolError(f"{path_or_hub_id}: no such folder, and the hub did not give it ({reason})") from None
 
 
-def _check_architecture(hf_config: dict[str, Any], file: Path) -> None:
-    found = hf_config.get("architectures")
-    if not isinstance(found, list) or len(found) != 1 or found[0] not in ARCHITECTURES:
-        raise ToolError(f"{file}: architectures is {found!r}; this release knows {', '.join(ARCHITECTURES)}")
+def _refuse_quantized(hf_config: dict[str, Any], file: Path) -> None:
     if "quantization_config" in hf_config:
         found = hf_config["quantization_config"]
         method = found.get("quant_method") if isinstance(found, dict) else found
@@ -119,15 +115,10 @@ def _check_architecture(hf_config: dict[str, Any], file: Path) -> None:
 def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantised model of that shape."""
     hidden = shape.hidden_size
-    tensors: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
+    tensors: dict[str, tuple[int, ...]] = {f"{norm}.weight": (size,) for norm, size in shape.norms().items()}
+    tensors["model.embed_tokens.weight"] = (shape.vocab_size, hidden)
     if not shape.tie_word_embeddings:
         tensors["lm_head.weight"] = (shape.vocab_size, hidden)
-    for layer in range(shape.num_hidden_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
     for module, size in shape.linears().items():
         tensors[f"{module}.weight"] = size
         if shape.has_bias(module):
@@ -176,7 +167,8 @@ def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    found = {file.name for file in folder.glob("*.safetensors")}
+    second_copies = set(folder.glob(SECOND_COPY))
+    found = {file.name for file in folder.glob("*.safetensors") if file not in second_copies}
     indexed: dict[str, str] | None = None
     if (folder / INDEX_FILE).is_file():
         indexed = _index(folder)

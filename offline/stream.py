@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from offline.architectures import empty_model, read_config
 from offline.source import Source
 from offline.transforms import Transforms
 
@@ -20,17 +19,16 @@ class Stream:
     """Unquantised hidden states [sequences, length, hidden] float32, as they enter the next layer."""
 
     def __init__(self, source: Source, tokens: torch.Tensor, transforms: Transforms | None, device: torch.device):
-        config = LlamaConfig.from_dict(source.hf_config)
+        config = read_config(source.shape, source.hf_config, source.folder / "config.json")
         config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            layer = LlamaDecoderLayer(config, 0)
-        self._layer = layer.to_empty(device=device).eval().requires_grad_(False)
+        model = empty_model(source.shape, config).model
+        self._layer = model.layers[0].to_empty(device=device).eval().requires_grad_(False)
         self.hidden = nn.functional.embedding(tokens, source.tensor("model.embed_tokens.weight")).float()
         if transforms is not None:
             self.hidden = self.hidden @ transforms.residual.float()
         self._device = device
         positions = torch.arange(tokens.shape[1], device=device)[None]
-        self._rotary = LlamaRotaryEmbedding(config).to(device)(self.hidden.new_empty(0), position_ids=positions)
+        self._rotary = model.rotary_emb.to(device)(self.hidden.new_empty(0), position_ids=positions)
 
     @torch.no_grad()
     def advance(self, state: dict[str, torch.Tensor], modules: list[str], observe: Observer) -> None:

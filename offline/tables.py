@@ -48,7 +48,7 @@ def print_inspection(found: Inspection) -> None:
     """Model, schemes, sizes, recipe and figures."""
     console, shape = Console(), found.shape
     console.print(
-        f"{found.checkpoint}: Llama architecture, {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, "
+        f"{found.checkpoint}: {shape.architecture}, {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_attention_heads} heads, {shape.num_key_value_heads} kv-heads of {shape.head_dim}, "
         f"format version {found.format_version}",
         soft_wrap=True,

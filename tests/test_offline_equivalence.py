@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
+from offline.architectures import CausalLM
 from offline.fold import fold_ends, fold_layer
 from offline.progress import silent
 from offline.psot import make_transforms
@@ -18,7 +18,7 @@ TRANSFORMS = ("none", "hadamard", "psot-shared")
 LARGEST_RELATIVE_ERROR = 1e-4
 
 
-def transformed_model(source: Source, transforms: Transforms | None) -> LlamaForCausalLM:
+def transformed_model(source: Source, transforms: Transforms | None) -> CausalLM:
     """The source with `transforms` folded in, and with hooks that do what the server does at run time."""
     model = source.model(torch.float32)
     ends = fold_ends(source, transforms)

@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from infoquant_vllm import register
 from infoquant_vllm.format import INDEX_FILE
+from offline.architectures import RULES
 
 SHARD = "model-00001-of-00001.safetensors"
 SCALE = "model.layers.1.mlp.up_proj.weight_scale"
@@ -52,6 +53,11 @@ def _config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
     return lambda folder: _change_json(folder / "config.json", lambda data: change(data["quantization_config"]))
 
 
+def _as_qwen2(folder: Path) -> None:
+    names = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    _change_json(folder / "config.json", lambda data: data.update(names))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (_truncate, rf"{SHARD}: not a whole safetensors file"),
     "missing shard": (lambda f: (f / SHARD).unlink(), rf"{SHARD}: the shard is missing"),
@@ -70,12 +76,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"residual_rotation \[256, 256\] is missing",
     ),
+    "promised biases": (_as_qwen2, r"self_attn\.[qkv]_proj\.bias \[\d+\] is missing"),
     "unnamed linear": (_config(lambda q: q["config_groups"].pop("down")), r"down_proj: no target of config_groups"),
 }
 
 
-def test_a_sound_checkpoint_is_accepted(tmp_path: Path) -> None:
-    _start(write_random(tmp_path))
+@pytest.mark.parametrize("architecture", RULES)
+def test_a_sound_checkpoint_is_accepted(architecture: str, tmp_path: Path) -> None:
+    names = {"architectures": [architecture], "model_type": RULES[architecture].config.model_type}
+    _start(write_random(tmp_path, sliding_window=None, **names))
 
 
 @pytest.mark.parametrize("name", DAMAGE)

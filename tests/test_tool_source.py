@@ -154,6 +154,16 @@ def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "no such folder")
 
 
+def test_second_copy_under_other_names_is_left_alone(folder: Path) -> None:
+    save_file({"tok_embeddings.weight": torch.zeros(1)}, folder / "consolidated.safetensors")
+    assert set(Source.open(folder).weight_map.values()) == {FILE}
+
+
+def test_sliding_window_is_refused_with_file_and_numbers(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", architecture="MistralForCausalLM", sliding_window=128)
+    refused(folder, r"config\.json: sliding_window 128 is below max_position_embeddings 512")
+
+
 def test_rope_tables_of_old_checkpoints_are_no_tensors_of_the_model(folder: Path) -> None:
     edit_tensors(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)})
     assert not any("inv_freq" in name for name in Source.open(folder).names)

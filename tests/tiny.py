@@ -1,11 +1,13 @@
-"""Tiny random Llama models in source folders, with a tokenizer, for tests that need no trained model."""
+"""Tiny random models in source folders, with a tokenizer, for tests that need no trained model."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from offline.architectures import RULES, CausalLM
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few rows that no token uses
@@ -18,15 +20,35 @@ SIZES: dict[str, dict[str, Any]] = {
     "untied-biases": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "no-gqa": {"num_key_value_heads": 4},
     "one-kv-head": {"num_key_value_heads": 1, "head_dim": 32},
+    "llama3-rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "mistral": {"architecture": "MistralForCausalLM", "tie_word_embeddings": False, "sliding_window": 512},
+    "qwen2": {"architecture": "Qwen2ForCausalLM"},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "head_dim": 128},
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
+FAMILIES = ("llama3-rope", "mistral", "qwen2", "qwen3")
+"""Those that differ in more than sizes."""
 
 
 def write_source(
-    folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", **config: Any
+    folder: Path,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    architecture: str = "LlamaForCausalLM",
+    **config: Any,
 ) -> Path:
-    """Write a random model and its tokenizer to `folder`, and return it. `config` overrides LlamaConfig's fields."""
+    """Write a random model and its tokenizer to `folder`, and return it. `config` overrides the config's fields."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 256,
@@ -40,7 +62,8 @@ def write_source(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | config)))
+    rules = RULES[architecture]
+    model = rules.model(rules.config(**(sizes | config)))
     _randomize(model, torch.Generator().manual_seed(seed))
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     _tokenizer().save_pretrained(folder)
@@ -48,7 +71,7 @@ def write_source(
 
 
 @torch.no_grad()
-def _randomize(model: LlamaForCausalLM, generator: torch.Generator) -> None:
+def _randomize(model: CausalLM, generator: torch.Generator) -> None:
     """Weights with a few large columns, norm gains and biases away from what a fresh model has."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
