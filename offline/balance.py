@@ -7,37 +7,45 @@ of x_j and W_j that product is smallest where s_j^2 = |W_j| / |x_j| (Cauchy and 
 
 import torch
 
-from infoquant_vllm.format import ModelShape
+from infoquant_vllm.format import ARCHITECTURES, ModelShape
+from offline.architectures import rules_for
+from offline.stream import Statistics
 
+QKV = "self_attn.q_proj"
+"""The linear that the input of queries, keys and values is known by."""
 SMALLEST = 1e-6
 """Of norms, as a share of the largest: features that are never used need no scale to match."""
 
 
 def balance_layer(
-    state: dict[str, torch.Tensor],
-    hessians: dict[str, torch.Tensor],
-    energies: dict[str, torch.Tensor],
-    shape: ModelShape,
+    state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: Statistics, shape: ModelShape
 ) -> None:
     """Balance a layer's weights in place, and the Hessians with them; see `Statistics` and `fold_layer`."""
-    balance_keys(state, hessians["self_attn.q_proj"], shape)
-    hessians["mlp.down_proj"] = balance_down(state, hessians["mlp.down_proj"], energies["mlp.down_proj"])
-
-
-def balance_keys(state: dict[str, torch.Tensor], hessian: torch.Tensor, shape: ModelShape) -> None:
-    """Scale keys up and queries down, or the reverse, in place; `hessian` is that of their input.
-
-    RoPE turns features i and i + head_dim / 2 together, so both get the same scale.
-    """
-    pairs = (shape.num_key_value_heads, -1, 2, shape.head_dim // 2)
     queries, keys = (
-        _energy(state[f"self_attn.{name}.weight"], hessian).view(pairs).sum((1, 2)).sqrt()
-        for name in ("q_proj", "k_proj")
+        output_energies(state, module, hessians[QKV], statistics.sums[QKV], statistics.tokens[QKV])
+        for module in (QKV, "self_attn.k_proj")
     )
-    scale = _scale(queries, keys).repeat(1, 2)
-    group = shape.num_attention_heads // shape.num_key_value_heads
-    _scale_rows(state, "self_attn.k_proj", scale.flatten())
-    _scale_rows(state, "self_attn.q_proj", 1 / scale.repeat_interleave(group, dim=0).flatten())
+    balance_keys(state, queries, keys, shape)
+    energy = statistics.energies["mlp.down_proj"]
+    hessians["mlp.down_proj"] = balance_down(state, hessians["mlp.down_proj"], energy)
+
+
+def balance_keys(state: dict[str, torch.Tensor], queries: torch.Tensor, keys: torch.Tensor, shape: ModelShape) -> None:
+    """Scale keys up and queries down, or the reverse, in place.
+
+    RoPE turns features i and i + head_dim / 2 together, so both get the same scale. A norm over
+    each head would undo the scales of the linear before it; its gain takes them, one for all heads.
+
+    queries, keys: energies [heads * head_dim] of the outputs of q_proj and k_proj
+    """
+    rules, kv_heads = rules_for(shape), shape.num_key_value_heads
+    if ARCHITECTURES[shape.architecture].qk_norm:
+        queries, keys, kv_heads = _normed(state, rules.queries, queries), _normed(state, rules.keys, keys), 1
+    pairs = (kv_heads, -1, 2, shape.head_dim // 2)
+    scale = _scale(*(x.view(pairs).sum((1, 2)).sqrt() for x in (queries, keys))).repeat(1, 2)
+    _scale_rows(state, rules.keys, scale.flatten())
+    group = len(state[f"{rules.queries}.weight"]) // scale.numel()
+    _scale_rows(state, rules.queries, 1 / scale.repeat_interleave(group, dim=0).flatten())
 
 
 def balance_down(state: dict[str, torch.Tensor], hessian: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
@@ -52,9 +60,24 @@ def balance_down(state: dict[str, torch.Tensor], hessian: torch.Tensor, energy: 
     return hessian * scale * scale[:, None]
 
 
-def _energy(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of each output of `weight` [N, K] over the inputs that `hessian` [K, K] sums up."""
-    return ((weight @ hessian) * weight).sum(1).clamp(min=0)
+def output_energies(
+    state: dict[str, torch.Tensor], module: str, hessian: torch.Tensor, sums: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """Sums over tokens of the square of each output, bias included, of a linear [N, K]; returns [N].
+
+    Its inputs x are known by their sums of x^T x, `hessian` [K, K], and of x, `sums` [K].
+    """
+    weight, bias = state[f"{module}.weight"], state.get(f"{module}.bias")
+    energy = ((weight @ hessian) * weight).sum(1)
+    if bias is not None:
+        energy = energy + bias * (2 * (weight @ sums) + tokens * bias)
+    return energy.clamp(min=0)
+
+
+def _normed(state: dict[str, torch.Tensor], norm: str, energies: torch.Tensor) -> torch.Tensor:
+    """Energies [heads, head_dim] behind an RMSNorm over each head, which takes all of a head's tokens for alike."""
+    heads = energies.view(-1, len(state[f"{norm}.weight"]))
+    return heads / heads.mean(1, keepdim=True).clamp(min=1e-30) * state[f"{norm}.weight"].square()
 
 
 def _scale(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
@@ -65,6 +88,7 @@ def _scale(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_rows(state: dict[str, torch.Tensor], module: str, scale: torch.Tensor) -> None:
-    state[f"{module}.weight"] = state[f"{module}.weight"] * scale[:, None]
+    weight = state[f"{module}.weight"]
+    state[f"{module}.weight"] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
     if f"{module}.bias" in state:
         state[f"{module}.bias"] = state[f"{module}.bias"] * scale

@@ -158,7 +158,7 @@ def _quantized_layers(
                 stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe)
                 hessians = statistics.hessians()
             if run.recipe.balance:
-                balance_layer(state, hessians, statistics.energies, run.source.shape)
+                balance_layer(state, hessians, statistics, run.source.shape)
         with run.watch("weights"):
             tensors, errors = quantize_layer(state, hessians, run.recipe, run.source.shape, stored_dtype(run.source))
         yield tensors

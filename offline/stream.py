@@ -53,22 +53,29 @@ class Statistics:
 
     hessians: sums of x^T x, [features, features] (half a Hessian, which GPTQ cannot tell)
     energies: sums of x^2 / |x|^2, [features], every token counting the same
+    sums: of x, [features]
+    tokens: how many there were
     """
 
     def __init__(self) -> None:
         self._upper: dict[str, torch.Tensor] = {}
         self.energies: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
 
     def observe(self, module: str, x: torch.Tensor) -> None:
         """Add inputs x [tokens, features]; an `Observer`."""
         features = x.shape[1]
         if module not in self._upper:
             self._upper[module], self.energies[module] = x.new_zeros(features, features), x.new_zeros(features)
+            self.sums[module], self.tokens[module] = x.new_zeros(features), 0
         step = max(64, -(-features // 4))
         for start in range(0, features, step):  # the upper triangle, by strips
             self._upper[module][start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:])
         share = 1 / x.square().sum(1).clamp(min=torch.finfo(x.dtype).tiny)
         self.energies[module] += share @ x.square()
+        self.sums[module] += x.sum(0)
+        self.tokens[module] += len(x)
 
     def hessians(self) -> dict[str, torch.Tensor]:
         """The whole matrices; they are symmetric."""
