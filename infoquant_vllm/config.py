@@ -12,7 +12,6 @@ from infoquant_vllm.format import (
     QUANT_METHOD,
     Checkpoint,
     FormatError,
-    LinearScheme,
     QuantizationConfigData,
     parse_config,
 )
@@ -118,10 +117,4 @@ class InfoQuantConfig(QuantizationConfig):
                 raise FormatError(f"{source} and {sources[0]} are one linear in vLLM and need equal schemes")
         if schemes[0] is None:
             return UnquantizedLinearMethod()
-        return InfoQuantLinearMethod(self, _served(schemes[0], prefix), prefix)
-
-
-def _served(scheme: LinearScheme, prefix: str) -> LinearScheme:
-    if scheme.input_activations.num_bits == 16:
-        raise FormatError(f"{prefix}: input_activations of 16 bits (weight-only) are not served by this release")
-    return scheme
+        return InfoQuantLinearMethod(self, schemes[0], prefix)

@@ -1,4 +1,4 @@
-"""The linear method: parameters and their sharding, and the two operations of a forward pass."""
+"""The linear method: parameters and their sharding, and the operations of a forward pass."""
 
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +18,7 @@ from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, 
 from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.ops.quantized_linear import prepare_weight, quantized_linear
 from infoquant_vllm.ops.rotate_quantize import rotate_quantize
+from infoquant_vllm.ops.weight_only_linear import weight_only_linear
 
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
@@ -29,6 +30,7 @@ INPUT_TENSORS = ("input_clip", "input_blocks", "input_left", "input_right")
 class InfoQuantLinearMethod(LinearMethodBase):
     """Rotate and quantise the input, then multiply it with the 4-bit or 8-bit weights exactly.
 
+    An input of 16 bits stays in the model's dtype, rotated where the scheme says so.
     Under tensor parallelism a row-parallel layer with one activation group quantises each rank's
     share of the features on its own: a narrower range, never a wider one.
     """
@@ -85,7 +87,9 @@ class InfoQuantLinearMethod(LinearMethodBase):
     def _create_input(self, layer: Any, tracker: LoadTracker, loader: Callable[..., None], features: int) -> None:
         activations, transform = self.scheme.input_activations, self.scheme.input_transform
         sharded = {"input_clip": activations.group_size is not None, "input_blocks": True}
-        shapes: dict[str, tuple[int, ...]] = {"input_clip": (activation_groups(activations, features), 2)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        if activations.num_bits != 16:
+            shapes["input_clip"] = (activation_groups(activations, features), 2)
         if transform.type == "blocks" and transform.block_size is not None:
             shapes["input_blocks"] = (features // transform.block_size, transform.block_size, transform.block_size)
         if transform.factors is not None:
@@ -118,6 +122,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
         ):
             if size is not None and features % size:
                 raise FormatError(f"{self.prefix}: {label} {size} does not divide {features} ({ranks})")
+        if activations.num_bits == 16:
+            return
         groups = [group for group in (activations.group_size, self.scheme.weights.group_size) if group is not None]
         if len(groups) == 2 and max(groups) % min(groups):
             raise FormatError(f"{self.prefix}: group sizes {groups[0]} and {groups[1]} do not nest")
@@ -135,7 +141,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
             if hasattr(layer, name):
                 setattr(layer, name, _frozen(getattr(layer, name).data))
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
-        kind = f"W{weights.num_bits}A{self.scheme.input_activations.num_bits}"
+        inputs = self.scheme.input_activations.num_bits
+        kind = f"W{weights.num_bits}A{inputs} ({'torch' if inputs == 16 else 'oneDNN int8'})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
 
     def _matrices(self, layer: Any) -> list[torch.Tensor]:
@@ -146,15 +153,15 @@ class InfoQuantLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] in the model's dtype to [..., N] in the same."""
-        args = self.scheme.input_activations
-        rows = x.reshape(-1, x.shape[-1])
-        codes, scale, zero = rotate_quantize(
-            rows, layer.infoquant_matrices, layer.input_clip, args.num_bits, args.symmetric
-        )
+        args, matrices = self.scheme.input_activations, layer.infoquant_matrices
+        weight, weight_scale = layer.weight_packed, layer.weight_scale
         zero_point = None if self.scheme.weights.symmetric else layer.weight_zero_point
-        out = quantized_linear(
-            codes, scale, zero, layer.weight_packed, layer.weight_scale, zero_point, bias, args.num_bits, x.dtype
-        )
+        rows = x.reshape(-1, x.shape[-1])
+        if args.num_bits == 16:
+            out = weight_only_linear(rows, matrices, weight, weight_scale, zero_point, bias)
+        else:
+            codes, scale, zero = rotate_quantize(rows, matrices, layer.input_clip, args.num_bits, args.symmetric)
+            out = quantized_linear(codes, scale, zero, weight, weight_scale, zero_point, bias, args.num_bits, x.dtype)
         return out.view(*x.shape[:-1], out.shape[-1])
 
 

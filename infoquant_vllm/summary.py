@@ -27,7 +27,7 @@ class Summary:
         self.pending += 1
 
     def linear(self, kind: str, held: int, bf16: int) -> None:
-        """A finished linear: its kind ("W4A4"), bytes held and bytes in bf16."""
+        """A finished linear: its kind ("W4A4 (oneDNN int8)"), bytes held and bytes in bf16."""
         self.linears[kind] += 1
         self.held_bytes += held
         self.bf16_bytes += bf16
@@ -46,7 +46,7 @@ class Summary:
 
     def line(self) -> str:
         """The line's text."""
-        parts = [f"{count} linears {kind} (oneDNN int8)" for kind, count in self.linears.items()]
+        parts = [f"{count} linears {kind}" for kind, count in self.linears.items()]
         parts += [f"{count} caches {kind} (torch)" for kind, count in self.caches.items()]
         if self.linears:
             held, bf16 = self.held_bytes / MIB, self.bf16_bytes / MIB

@@ -16,6 +16,8 @@ EXACT_FLOAT32 = 2**24
 SMALLEST_SCALE = 1e-12
 SMALLEST_CACHE_SCALE = 2.0**-20
 LARGEST_HALF = 65504.0
+BLOCK_ELEMENTS = 2**22
+"""Weights dequantised to float64 at a time."""
 
 
 def transform_input(x: torch.Tensor, transform: InputTransform, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -80,15 +82,14 @@ class SimulatedLinear(nn.Module):
         y = transform_input(x.flatten(0, -2), self.scheme.input_transform, dict(self.named_buffers()))
         args = self.scheme.input_activations
         if args.num_bits == 16:
-            scale = torch.ones(len(y), 1)
-            out = self._product(y.to(x.dtype).float(), scale, exact=False)
+            out = self._float_product(y.to(x.dtype))
         else:
-            out = self._product(*quantize_input(y, args, self.get_buffer("input_clip")), exact=True)
+            out = self._product(*quantize_input(y, args, self.get_buffer("input_clip")))
         bias = dict(self.named_buffers()).get("bias")
-        out = out if bias is None else out + bias.float()
+        out = out if bias is None else out + bias.to(out.dtype)
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
-    def _product(self, a: torch.Tensor, scale: torch.Tensor, exact: bool) -> torch.Tensor:
+    def _product(self, a: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Sum over the groups common to activations and weights, each an exact sum of integers.
 
         Roundings come in the server's order, since a last bit may decide about a later layer's
@@ -97,7 +98,7 @@ class SimulatedLinear(nn.Module):
         integers, weight_scale = self.get_buffer("integers"), self.get_buffer("weight_scale")
         features, grouped = a.shape[1], weight_scale.shape[1] > 1
         size = math.gcd(features // scale.shape[1], features // weight_scale.shape[1])
-        dtype = self._dtype(size) if exact else torch.float32
+        dtype = self._dtype(size)
         out = a.new_zeros(len(a), len(integers))
         for start in range(0, features, size):
             product = a[:, start : start + size].to(dtype) @ integers[:, start : start + size].to(dtype).T
@@ -106,6 +107,16 @@ class SimulatedLinear(nn.Module):
                 term *= weight_scale[:, start * weight_scale.shape[1] // features]
             out += term * scale[:, start * scale.shape[1] // features, None]
         return out if grouped else out * weight_scale[:, 0]
+
+    def _float_product(self, y: torch.Tensor) -> torch.Tensor:
+        """y [tokens, K] with the dequantised weights, in float64 as in the server; a few rows at a time."""
+        integers, weight_scale = self.get_buffer("integers"), self.get_buffer("weight_scale")
+        step = max(1, BLOCK_ELEMENTS // y.shape[1])
+        parts = []
+        for rows, scale in zip(integers.split(step), weight_scale.double().split(step), strict=True):
+            values = (rows.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+            parts.append(y.double() @ values.T)
+        return torch.cat(parts, 1)
 
     def _dtype(self, size: int) -> torch.dtype:
         """The cheapest dtype in which sums of `size` products of codes are exact."""

@@ -8,8 +8,10 @@ from infoquant_vllm.kernels.cpu.quantized_linear import prepare_weight
 from infoquant_vllm.kernels.cpu.quantized_linear import quantized_linear as cpu_linear
 from infoquant_vllm.kernels.cpu.rotate_quantize import rotate
 from infoquant_vllm.kernels.cpu.rotate_quantize import rotate_quantize as cpu_quantize
+from infoquant_vllm.kernels.cpu.weight_only_linear import weight_only_linear as cpu_weight_only
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference_linear
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference_quantize
+from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear as reference_weight_only
 
 ROWS = [1, 5, 123]
 
@@ -116,3 +118,60 @@ def test_a_row_of_a_product_is_the_same_bits_in_any_batch(groups: int, dtype: to
     whole = cpu_linear(codes, scale, zero, *args)
     for rows in (1, 2, 5, 8, 64):
         assert torch.equal(cpu_linear(codes[:rows], scale[:rows], zero[:rows], *args), whole[:rows])
+
+
+class WeightOnly:
+    """Random weights as a checkpoint holds them, and their product by the reference and by the CPU kernel."""
+
+    def __init__(self, rows: int, features: int, num_bits: int, signed: bool, groups: int):
+        low = -(2 ** (num_bits - 1)) if signed else 0
+        self.packed = pack_codes(torch.randint(low, low + 2**num_bits, (rows, features)), num_bits, signed)
+        self.weight = prepare_weight(self.packed, num_bits, signed)
+        self.scale = (torch.rand(rows, groups) + 0.5) / features**0.5
+        self.zero = None if signed else torch.randint(0, 2**num_bits, (rows, groups), dtype=torch.uint8)
+        self.bias = torch.randn(rows)
+
+    def expected(self, x: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
+        return reference_weight_only(x, matrices, self.packed, self.scale, self.zero, self.bias)
+
+    def found(self, x: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
+        return cpu_weight_only(x, matrices, self.weight, self.scale, self.zero, self.bias)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("num_bits", "signed"), [(4, True), (4, False), (8, True), (8, False)])
+@pytest.mark.parametrize("groups", [1, 9])
+@pytest.mark.parametrize("features", [576, 126])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_only_products_are_those_of_the_reference(
+    rows: int, num_bits: int, signed: bool, groups: int, features: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(rows)
+    layer, x = WeightOnly(577, features, num_bits, signed, groups), torch.randn(rows, features).to(dtype)
+    found, expected = layer.found(x, []), layer.expected(x, [])
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "hadamard blocks", "blocks", "kronecker"])
+def test_a_weight_only_input_is_rotated_and_rounded_to_its_dtype(kind: str) -> None:
+    torch.manual_seed(0)
+    matrices, layer = _transform(kind, 576), WeightOnly(35, 576, 4, True, 1)
+    x = torch.randn(123, 576)
+    torch.testing.assert_close(layer.found(x, matrices), layer.expected(x, matrices), rtol=1e-5, atol=1e-5)
+    half = x.bfloat16()
+    rounded = rotate(half.float(), matrices).bfloat16()
+    assert torch.equal(layer.found(half, matrices), layer.expected(rounded, []))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "features", "groups"), [(1027, 576, 1), (35, 126, 9), (577, 1536, 12), (3, 2, 1)])
+def test_a_row_of_a_weight_only_product_is_the_same_bits_in_any_batch(
+    rows: int, features: int, groups: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    layer = WeightOnly(rows, features, 4, False, groups)
+    x = torch.randn(123, features).to(dtype)
+    whole = layer.found(x, [])
+    for tokens in range(1, 41):
+        assert torch.equal(layer.found(x[:tokens], []), whole[:tokens])

@@ -18,7 +18,8 @@ from vllm.model_executor.layers.attention import Attention
 import infoquant_vllm.kv_cache as infoquant_kv_cache
 from infoquant_vllm import register
 from infoquant_vllm.config import InfoQuantConfig
-from infoquant_vllm.format import FormatError
+from infoquant_vllm.format import FormatError, hadamard_factors
+from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
 
 LAYER = "model.layers.0"
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -116,13 +117,19 @@ SHARDABLE = {
         },
     }
 }
+WEIGHT_ONLY = {
+    "config_groups": {
+        name: group | {"input_activations": {"num_bits": 16}} for name, group in SHARDABLE["config_groups"].items()
+    }
+}
 WIDE = {"hidden_size": 768, "intermediate_size": 384, "num_attention_heads": 12, "num_key_value_heads": 3}
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])
 @pytest.mark.parametrize("name", ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"])
-def test_ranks_together_compute_what_one_does(ranks: int, name: str) -> None:
-    model = Model(SHARDABLE, **(WIDE | {"num_key_value_heads": 6 if ranks == 2 else 3}))
+@pytest.mark.parametrize("quantization", [SHARDABLE, WEIGHT_ONLY], ids=["quantised inputs", "weight-only"])
+def test_ranks_together_compute_what_one_does(ranks: int, name: str, quantization: dict[str, Any]) -> None:
+    model = Model(quantization, **(WIDE | {"num_key_value_heads": 6 if ranks == 2 else 3}))
     torch.manual_seed(0)
     with _rank(0, 1):
         whole = model.served(name)
@@ -215,10 +222,18 @@ def test_a_linear_that_nothing_names_is_refused() -> None:
         model.create("mlp.down_proj")
 
 
-def test_weight_only_is_refused() -> None:
-    model = Model(_with_group("down", input_activations={"num_bits": 16}, input_transform={"type": "none"}))
-    with _rank(0, 1), pytest.raises(FormatError, match=r"down_proj: input_activations of 16 bits"):
-        model.create("mlp.down_proj")
+@pytest.mark.parametrize("transform", [{"type": "none"}, {"type": "hadamard", "block_size": 384}])
+def test_a_weight_only_linear_multiplies_its_input_as_it_comes(transform: dict[str, Any]) -> None:
+    model = Model(_with_group("down", input_activations={"num_bits": 16}, input_transform=transform))
+    x = torch.randn(5, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with _rank(0, 1):
+        layer = model.served("mlp.down_proj")
+        found = layer(x)[0]
+    assert not hasattr(layer, "input_clip")
+    packed, scale = (model.tensors[f"{LAYER}.mlp.down_proj.{name}"] for name in ("weight_packed", "weight_scale"))
+    matrices = [factor.float() for factor in hadamard_factors(384)] if transform["type"] == "hadamard" else []
+    torch.testing.assert_close(found, weight_only_linear(x, matrices, packed, scale, None, None))
+    assert model.config.summary.linears == {"W4A16 (torch)": 1}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from infoquant_vllm.format import (
 from infoquant_vllm.kernels.reference.kv_cache import kv_attention, kv_read, kv_store
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize
+from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
 from offline.errors import ToolError
 from offline.recipe import Recipe
 from offline.simulate import load_simulated
@@ -112,13 +113,31 @@ def test_codes_equal_the_references_after_every_transform(transform: str, activa
     assert (difference != 0).float().mean() < 1e-3
 
 
-def test_sixteen_bit_activations_stay_as_they_are() -> None:
-    scheme = LinearScheme(weights=WEIGHTS["w4-zeros"], input_activations=ActivationArgs(num_bits=16))
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_only_linear_equals_the_reference_bit_by_bit(weights: str, dtype: torch.dtype) -> None:
+    scheme = LinearScheme(weights=WEIGHTS[weights], input_activations=ActivationArgs(num_bits=16))
+    generator = torch.Generator().manual_seed(2)
+    tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator).to(dtype)
+    bias = torch.randn(N, generator=generator)
+    packed, scale, zeros = tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point")
+    expected = weight_only_linear(x, [], packed, scale, zeros, bias)
+    assert torch.equal(SimulatedLinear(scheme, tensors | {"bias": bias})(x), expected)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_weight_only_linear_equals_the_reference_after_every_transform(transform: str) -> None:
+    scheme = LinearScheme(
+        weights=WEIGHTS["w4"],
+        input_activations=ActivationArgs(num_bits=16),
+        input_transform=TRANSFORMS[transform],
+    )
     generator = torch.Generator().manual_seed(2)
     tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator)
-    linear = SimulatedLinear(scheme, tensors)
-    weight = linear.get_buffer("integers").double() * tensors["weight_scale"]
-    torch.testing.assert_close(linear(x).double(), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
+    rotation = matrices(scheme.input_transform, tensors)
+    expected = weight_only_linear(x, rotation, tensors["weight_packed"], tensors["weight_scale"], None, None)
+    error = (SimulatedLinear(scheme, tensors)(x) - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-6
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])

@@ -11,6 +11,7 @@ KERNELS = MappingProxyType(
         ("rotate_quantize", "cpu"): "infoquant_vllm.kernels.cpu.rotate_quantize",
         ("prepare_weight", "cpu"): "infoquant_vllm.kernels.cpu.quantized_linear",
         ("quantized_linear", "cpu"): "infoquant_vllm.kernels.cpu.quantized_linear",
+        ("weight_only_linear", "cpu"): "infoquant_vllm.kernels.cpu.weight_only_linear",
         ("rotate_rows", "cpu"): "infoquant_vllm.kernels.cpu.rotate_rows",
         ("kv_store", "cpu"): "infoquant_vllm.kernels.cpu.kv_cache",
         ("kv_attention", "cpu"): "infoquant_vllm.kernels.cpu.kv_cache",

@@ -14,7 +14,7 @@ def rotate_quantize(
     product, in order, every block of its size is multiplied by. All float32.
     Returns codes [tokens, K] uint8, scale [tokens, G] float32, zero [tokens, G] int32.
     """
-    y = _rotate(x.float(), matrices).unflatten(-1, (len(clip), -1))  # [tokens, groups, group_size]
+    y = rotate(x.float(), matrices).unflatten(-1, (len(clip), -1))  # [tokens, groups, group_size]
     qmax = 2**num_bits - 1
     low = y.amin(-1).clamp(max=0) * clip[:, 0]
     high = y.amax(-1).clamp(min=0) * clip[:, 1]
@@ -28,7 +28,8 @@ def rotate_quantize(
     return codes.flatten(-2).to(torch.uint8), scale, zero.to(torch.int32)
 
 
-def _rotate(x: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
+def rotate(x: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
+    """x [tokens, K] float32 times the transform that `matrices` stands for (see `rotate_quantize`)."""
     if not matrices:
         return x
     if matrices[0].dim() == 3:
