@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
@@ -83,17 +84,16 @@ class InfoQuantConfig(QuantizationConfig):
         """The method for a layer; raises FormatError for one that neither a target nor `ignore` names."""
         from vllm.model_executor.layers.attention import Attention, MLAAttention
         from vllm.model_executor.layers.fused_moe import RoutedExperts
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from infoquant_vllm.compilation import keep_eager_arithmetic
-        from infoquant_vllm.embedding import RotatedEmbeddingMethod
         from infoquant_vllm.kv_cache import InfoQuantKVCacheMethod
 
         keep_eager_arithmetic()  # the embedding comes here before the layers read the compilation config
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            return RotatedEmbeddingMethod(prefix) if self.data.tied_residual_rotation else None
+            return self._vocabulary_method(isinstance(layer, ParallelLMHead), prefix)
         if isinstance(layer, Attention):
             kv_cache = self.data.kv_cache
             return None if kv_cache is None else InfoQuantKVCacheMethod(self, kv_cache)
@@ -106,6 +106,14 @@ class InfoQuantConfig(QuantizationConfig):
         parent, _, name = prefix.rpartition(".")
         shards = self.packed_modules_mapping.get(name, [name])
         return [f"{parent}.{shard}" if parent else shard for shard in shards]
+
+    def _vocabulary_method(self, is_head: bool, prefix: str) -> QuantizeMethodBase | None:
+        from infoquant_vllm.embedding import VocabularyMethod
+
+        rotated, model = self.data.tied_residual_rotation, get_current_vllm_config().model_config
+        tied = rotated or (model is not None and getattr(model.hf_text_config, "tie_word_embeddings", False))
+        quantized = self.data.vocabulary_bits is not None and (is_head or tied)
+        return VocabularyMethod(self, prefix, rotated, quantized) if rotated or quantized else None
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         from infoquant_vllm.linear import InfoQuantLinearMethod

@@ -1,6 +1,6 @@
-"""Embedding and lm_head of a tied model whose residual stream is rotated."""
+"""Embedding and lm_head of a model whose vocabulary matrix is in 8 bits, or tied and in a rotated stream."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,22 +10,34 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from infoquant_vllm.format import FormatError
 from infoquant_vllm.loading import LoadTracker
+from infoquant_vllm.ops.quantized_linear import prepare_weight
 from infoquant_vllm.ops.rotate_rows import rotate_rows
+from infoquant_vllm.ops.weight_only_linear import weight_only_linear
+
+if TYPE_CHECKING:
+    from infoquant_vllm.config import InfoQuantConfig
 
 MAX_ROTATION_ERROR = 1e-3
+MATRIX_TENSORS = ("weight", "weight_packed", "weight_scale")
 
 
-class RotatedEmbeddingMethod(QuantizeMethodBase):
-    """One matrix E [vocab, H] in its original basis for both ends of the model.
+class VocabularyMethod(QuantizeMethodBase):
+    """A matrix E [vocab, H] for the embedding or lm_head, one for both where the model is tied.
 
-    The embedding rotates the looked-up rows into the residual basis (E[ids] @ Q); lm_head rotates
-    the few rows that reach it back, applies the final norm's gain, and multiplies with E.
+    rotated: E is in its original basis. The embedding rotates the looked-up rows into the residual
+    basis (E[ids] @ Q); lm_head rotates the few rows that reach it back and applies the final
+    norm's gain before it multiplies with E.
+    quantized: E stays in 8-bit codes with a scale per row, which a lookup dequantises into the
+    model's dtype; the logits are a product with an unquantised input.
+
     Logits of a dtype of their own (head_dtype) are refused: vLLM goes past `apply` for them. For the
     same reason this is no subclass of vLLM's unquantised method.
     """
 
-    def __init__(self, prefix: str):
+    def __init__(self, config: "InfoQuantConfig", prefix: str, rotated: bool, quantized: bool):
         self.prefix = prefix
+        self.rotated, self.quantized = rotated, quantized
+        self.summary = config.summary
 
     def create_weights(
         self,
@@ -41,48 +53,73 @@ class RotatedEmbeddingMethod(QuantizeMethodBase):
         model = get_current_vllm_config().model_config
         if model is not None and model.head_dtype != params_dtype:
             raise FormatError(
-                f"{self.prefix}: head_dtype {model.head_dtype} is not served with a rotated tied embedding, "
-                f"leave it at the model's {params_dtype}"
+                f"{self.prefix}: head_dtype {model.head_dtype} is not served with a rotated tied embedding "
+                f"or an 8-bit vocabulary, leave it at the model's {params_dtype}"
             )
         tracker = LoadTracker({None: self.prefix})
-        layer.infoquant_tracker = tracker
+        layer.infoquant_tracker, layer.infoquant_dtype = tracker, params_dtype
         loader = extra_weight_attrs["weight_loader"]
-        tensors = {
-            "weight": torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype),
-            "residual_rotation": torch.empty(input_size, input_size, dtype=torch.float32),
-            "final_norm_weight": torch.empty(input_size, dtype=torch.float32),
-        }
-        for name, data in tensors.items():
+        for name, data in self._tensors(sum(output_partition_sizes), input_size, params_dtype).items():
             param = torch.nn.Parameter(data, requires_grad=False)
             layer.register_parameter(name, param)
             set_weight_attrs(param, {"weight_loader": tracker.track(name, loader)})
-        set_weight_attrs(layer.weight, {"input_dim": 1, "output_dim": 0})
+            if name in MATRIX_TENSORS:
+                set_weight_attrs(param, {"input_dim": 1, "output_dim": 0})
+        if self.quantized:
+            self.summary.expect()
+
+    def _tensors(self, rows: int, hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        tensors = {}
+        if self.quantized:
+            tensors["weight_packed"] = torch.empty(rows, hidden, dtype=torch.uint8)
+            tensors["weight_scale"] = torch.empty(rows, 1, dtype=torch.float32)
+        else:
+            tensors["weight"] = torch.empty(rows, hidden, dtype=dtype)
+        if self.rotated:
+            tensors["residual_rotation"] = torch.empty(hidden, hidden, dtype=torch.float32)
+            tensors["final_norm_weight"] = torch.empty(hidden, dtype=torch.float32)
+        return tensors
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Let lm_head read the embedding's tensors."""
-        for name in ("weight", "residual_rotation", "final_norm_weight", "infoquant_tracker"):
-            setattr(layer, name, getattr(embed_tokens, name))
+        for name, param in embed_tokens.named_parameters(recurse=False):
+            setattr(layer, name, param)
+        layer.infoquant_tracker = embed_tokens.infoquant_tracker
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Refuse missing tensors and a rotation that is none."""
+        """Refuse missing tensors and a rotation that is none; lm_head shares what the embedding has converted."""
         layer.infoquant_tracker.require_all()
-        rotation = layer.residual_rotation.data.double()
+        if self.rotated and layer.residual_rotation.dtype != torch.float64:
+            layer.residual_rotation.data = self._checked(layer.residual_rotation.data.double())
+            layer.final_norm_weight.data = layer.final_norm_weight.data.double()
+        if self.quantized:
+            packed = layer.weight_packed
+            if packed.dtype == torch.uint8:
+                packed.data = prepare_weight(packed.data, 8, signed=True)
+            self.summary.vocabulary("W8A16 (torch)", packed.nbytes + layer.weight_scale.nbytes, 2 * packed.numel())
+
+    def _checked(self, rotation: torch.Tensor) -> torch.Tensor:
         error = (rotation @ rotation.t() - torch.eye(len(rotation))).abs().max().item()
         if error > MAX_ROTATION_ERROR:
             raise FormatError(
                 f"{self.prefix}.residual_rotation is not orthogonal: |Q Q^T - I| is {error:.3g}, "
                 f"expected at most {MAX_ROTATION_ERROR:g}; quantise the model again"
             )
-        if layer.residual_rotation.dtype != torch.float64:  # lm_head shares what the embedding has converted
-            layer.residual_rotation.data = rotation
-            layer.final_norm_weight.data = layer.final_norm_weight.data.double()
+        return rotation
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
-        """ids [tokens] to rows [tokens, H] of the rotated residual stream."""
-        return rotate_rows(F.embedding(input_, layer.weight), layer.residual_rotation, None)
+        """ids [tokens] to rows [tokens, H] of the residual stream."""
+        if self.quantized:
+            codes, scale = F.embedding(input_, layer.weight_packed), F.embedding(input_, layer.weight_scale)
+            rows = (codes * scale).to(layer.infoquant_dtype)
+        else:
+            rows = F.embedding(input_, layer.weight)
+        return rotate_rows(rows, layer.residual_rotation, None) if self.rotated else rows
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [rows, H] in the rotated basis, normalised without gain, to logits [rows, vocab]."""
-        rows = rotate_rows(x, layer.residual_rotation.t(), layer.final_norm_weight)
+        """Hidden states [rows, H], without the final norm's gain where rotated, to logits [rows, vocab]."""
+        rows = rotate_rows(x, layer.residual_rotation.t(), layer.final_norm_weight) if self.rotated else x
+        if self.quantized:
+            return weight_only_linear(rows, [], layer.weight_packed, layer.weight_scale, None, bias)
         return F.linear(rows, layer.weight, bias)

@@ -21,6 +21,9 @@ class Summary:
     bf16_bytes: int = 0
     cell_bytes: int = 0
     cell_bf16_bytes: int = 0
+    vocabulary_kind: str = ""
+    vocabulary_bytes: int = 0
+    vocabulary_bf16_bytes: int = 0
 
     def expect(self) -> None:
         """One more layer will report."""
@@ -39,6 +42,11 @@ class Summary:
         self.cell_bytes, self.cell_bf16_bytes = cell, bf16
         self._finish()
 
+    def vocabulary(self, kind: str, held: int, bf16: int) -> None:
+        """A finished embedding or lm_head, which may share one matrix: its kind ("W8A16 (torch)") and bytes."""
+        self.vocabulary_kind, self.vocabulary_bytes, self.vocabulary_bf16_bytes = kind, held, bf16
+        self._finish()
+
     def _finish(self) -> None:
         self.pending -= 1
         if self.pending == 0:
@@ -51,6 +59,9 @@ class Summary:
         if self.linears:
             held, bf16 = self.held_bytes / MIB, self.bf16_bytes / MIB
             parts.append(f"linear weights hold {held:.1f} MiB, {bf16:.1f} MiB in bf16 ({held / bf16:.3f} x)")
+        if self.vocabulary_kind:
+            held, bf16 = self.vocabulary_bytes / MIB, self.vocabulary_bf16_bytes / MIB
+            parts.append(f"vocabulary {self.vocabulary_kind} holds {held:.1f} MiB, {bf16:.1f} MiB in bf16")
         if self.caches:
             gain = self.cell_bf16_bytes / self.cell_bytes
             parts.append(f"{self.cell_bytes} bytes per token and kv-head of the cache, {gain:.2f} x the tokens of bf16")

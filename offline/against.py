@@ -14,11 +14,15 @@ from offline.prompts import PASSAGES
 from offline.simulate import load_simulated
 from offline.source import Source
 from offline.text import leading_tokens
+from offline.vocabulary import vocabulary_rows
 
 LARGEST_KL = 2.0
 """Nats per position. A usable 4-bit model is well below 1; one with a wrong rotation or layer far above."""
 LARGEST_BASIS_ERROR = 0.02
 """Relative; bfloat16 embeddings rounded once more give 0.003."""
+
+LARGEST_ROUNDING_ERROR = 0.05
+"""Relative, of embeddings in 8 bits."""
 
 
 class Comparison:
@@ -33,13 +37,20 @@ class Comparison:
         """Sizes agree, and the embeddings are the source's, as they are or in a rotated basis."""
         if self._checkpoint.shape != self._source.shape:
             raise CheckError(f"sizes differ: {self._checkpoint.shape} against {self._source.shape}")
-        ours, theirs = (
-            opened.tensor("model.embed_tokens.weight").double() for opened in (self._checkpoint, self._source)
-        )
+        theirs = self._source.tensor("model.embed_tokens.weight").double()
+        if "model.embed_tokens.weight_packed" in self._checkpoint.weight_map:
+            ours = vocabulary_rows(self._checkpoint).double()
+            error = ((ours - theirs).norm() / theirs.norm()).item()
+            if not error <= LARGEST_ROUNDING_ERROR:
+                raise CheckError(
+                    f"8-bit embeddings are not the source's: relative error {error:.2g}, "
+                    f"at most {LARGEST_ROUNDING_ERROR:g}"
+                )
+            self._basis = self._stored_basis()
+            return f"embeddings are the source's in 8 bits, relative error {error:.1e}"
+        ours = self._checkpoint.tensor("model.embed_tokens.weight").double()
         if torch.equal(ours, theirs):
-            stored = self._checkpoint.config.tied_residual_rotation
-            rotation = self._checkpoint.tensor("model.embed_tokens.residual_rotation") if stored else None
-            self._basis = torch.eye(ours.shape[1]).double() if rotation is None else rotation.double()
+            self._basis = self._stored_basis()
             return "embeddings equal"
         self._basis = torch.linalg.lstsq(theirs.T @ theirs, theirs.T @ ours).solution
         error = ((theirs @ self._basis - ours).norm() / ours.norm()).item()
@@ -49,6 +60,11 @@ class Comparison:
                 f"at most {LARGEST_BASIS_ERROR:g}"
             )
         return f"embeddings are the source's in another basis, relative error {error:.1e}"
+
+    def _stored_basis(self) -> torch.Tensor:
+        if self._checkpoint.config.tied_residual_rotation:
+            return self._checkpoint.tensor("model.embed_tokens.residual_rotation").double()
+        return torch.eye(self._source.shape.hidden_size).double()
 
     def behaviour(self, layer_errors: dict[str, float]) -> str:
         """Compare predictions on the project's own passages; fills `layer_errors`, mean over tokens."""

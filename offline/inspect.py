@@ -38,6 +38,8 @@ class Inspection(BaseModel):
     """By the linear's name inside its layer, or by full name where layers differ; None: unquantised."""
     kv_cache: dict[str, Any] | None
     rotated_residual: bool
+    vocabulary_bits: int | None
+    """Of lm_head and, in a tied model, of the embeddings; None: unquantised."""
     sizes: dict[str, Size]
     bits_per_weight: float
     """Bits on disk per weight of the decoder's linears, scales and transforms included."""
@@ -67,6 +69,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         schemes=_schemes(checkpoint),
         kv_cache=None if cache is None else cache.model_dump(),
         rotated_residual=checkpoint.config.tied_residual_rotation,
+        vocabulary_bits=checkpoint.config.vocabulary_bits,
         sizes=sizes,
         bits_per_weight=8 * sizes["linears"].bytes / weights,
         kv_bytes_per_token=plain_kv if cache is None else heads * _cell_bytes(shape.head_dim, cache.num_bits),
@@ -107,7 +110,7 @@ def _plain_bytes(name: str, shape: list[int], linears: dict[str, tuple[int, int]
     """Bytes of the bfloat16 tensor that stands in this one's place in the unquantised model."""
     module, _, kind = name.rpartition(".")
     if kind == "weight_packed":
-        return math.prod(linears[module]) * BF16_BYTES
+        return (math.prod(linears[module]) if module in linears else math.prod(shape)) * BF16_BYTES
     return math.prod(shape) * BF16_BYTES if kind in ("weight", "bias") else 0
 
 

@@ -24,6 +24,7 @@ from offline.source import Source
 from offline.stream import Statistics, Stream
 from offline.student import Student
 from offline.transforms import Transforms
+from offline.vocabulary import quantize_vocabulary
 from offline.writer import Writer, atomic_folder, check_output, check_space
 
 
@@ -101,7 +102,7 @@ def _write_checkpoint(run: _Run, folder: Path, figures: Report, calibration: str
     with run.watch("rotation"):
         transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.device, run.progress)
     writer = Writer(folder)
-    writer.add(fold_ends(run.source, transforms))
+    writer.add(quantize_vocabulary(fold_ends(run.source, transforms), run.config, run.source.shape))
     layers = _quantized_layers(run, tokens, transforms)
     if run.recipe.distillation is not None and tokens is not None:
         layers = _distilled_layers(run, run.recipe.distillation, list(layers), tokens, transforms)

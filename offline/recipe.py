@@ -126,6 +126,8 @@ class Recipe(_Strict):
     balance: bool = False
     sites: Sites = Sites()
     kv_cache: KVCache | None = KVCache()
+    vocabulary_bits: Literal[8] | None = None
+    """Of the matrix that makes the logits, in a tied model the embedding too; None leaves it as it is."""
     calibration: CalibrationSize = CalibrationSize()
     gptq: Gptq = Gptq()
     psot: Psot = Psot()
@@ -163,9 +165,10 @@ class Recipe(_Strict):
             quant_method="infoquant",
             format_version=FORMAT_VERSION,
             config_groups=groups,
-            ignore=["lm_head"],
+            ignore=["lm_head"] if self.vocabulary_bits is None else [],
             kv_cache=kv_cache,
             tied_residual_rotation=rotated and shape.tie_word_embeddings,
+            vocabulary_bits=self.vocabulary_bits,
         )
 
     def dump(self) -> str:

@@ -18,6 +18,7 @@ from offline.simulated import (
     SimulatedLinear,
     cached_attention,
 )
+from offline.vocabulary import vocabulary_rows
 
 ATTENTION = "infoquant_simulated_cache"
 
@@ -49,8 +50,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> CausalLM:
     state = {name: checkpoint.tensor(name).to(dtype) for name in names}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    if checkpoint.config.tied_residual_rotation:
-        _rotate_ends(model, checkpoint)
+    _replace_ends(model, checkpoint, dtype)
     model.config.dtype = dtype
     return model.eval().requires_grad_(False)
 
@@ -81,12 +81,21 @@ def _replace_attention(model: CausalLM, checkpoint: Checkpoint) -> None:
         _set(model, name, SimulatedCache(cache.num_bits, cache.key_transform == "hadamard", *clips))
 
 
-def _rotate_ends(model: CausalLM, checkpoint: Checkpoint) -> None:
-    weight = model.model.embed_tokens.weight
+def _replace_ends(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """An 8-bit vocabulary, and the rotations into and out of the residual basis of a tied model."""
+    shape, scheme = checkpoint.shape, checkpoint.config.vocabulary_scheme
+    if scheme is not None:
+        names = linear_tensors(scheme, shape.vocab_size, shape.hidden_size)
+        tensors = {name: checkpoint.tensor(f"{shape.vocabulary_module}.{name}") for name in names}
+        model.lm_head = SimulatedLinear(scheme, tensors)
+        if shape.tie_word_embeddings:
+            model.model.embed_tokens.weight = nn.Parameter(vocabulary_rows(checkpoint).to(dtype), requires_grad=False)
+    if not checkpoint.config.tied_residual_rotation:
+        return
     rotation = checkpoint.tensor("model.embed_tokens.residual_rotation")
     final_norm = checkpoint.tensor("model.embed_tokens.final_norm_weight")
-    model.model.embed_tokens = RotatedEmbedding(weight, rotation)
-    model.lm_head = RotatedHead(weight, rotation, final_norm)
+    model.model.embed_tokens = RotatedEmbedding(model.model.embed_tokens.weight, rotation)
+    model.lm_head = RotatedHead(model.lm_head, rotation, final_norm)
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -139,18 +139,18 @@ class RotatedEmbedding(nn.Module):
 
 
 class RotatedHead(nn.Module):
-    """A tied lm_head: back to the embedding's basis, the folded final norm, the ordinary product."""
+    """A tied lm_head: back to the embedding's basis, the folded final norm, the product with the vocabulary."""
 
-    def __init__(self, weight: nn.Parameter, rotation: torch.Tensor, final_norm: torch.Tensor):
+    def __init__(self, product: nn.Module, rotation: torch.Tensor, final_norm: torch.Tensor):
         super().__init__()
-        self.weight = weight
+        self.product = product
         self.register_buffer("rotation", rotation)
         self.register_buffer("final_norm", final_norm)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] in the model's dtype to logits [..., vocab] in the same."""
         restored = (hidden.double() @ self.get_buffer("rotation").double().T) * self.get_buffer("final_norm")
-        return functional.linear(restored.to(self.weight.dtype), self.weight)
+        return self.product(restored.to(hidden.dtype))
 
 
 class SimulatedCache(nn.Module):

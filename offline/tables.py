@@ -60,7 +60,8 @@ def print_inspection(found: Inspection) -> None:
     cache = found.kv_cache
     rotation = "rotated" if found.rotated_residual else "the source's, or folded into the embeddings"
     kept = "as the model" if cache is None else f"{cache['num_bits']} bits, keys through {cache['key_transform']}"
-    console.print(f"KV cache: {kept}; residual basis: {rotation}")
+    vocabulary = "as the model" if found.vocabulary_bits is None else f"{found.vocabulary_bits} bits"
+    console.print(f"KV cache: {kept}; residual basis: {rotation}; vocabulary: {vocabulary}")
     sizes = {part: (size.bytes, size.bf16_bytes) for part, size in found.sizes.items()}
     sizes["KV cache per token"] = (found.kv_bytes_per_token, found.kv_bf16_bytes_per_token)
     console.print(_sizes_table("sizes", sizes))

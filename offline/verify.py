@@ -115,17 +115,22 @@ def check_codes(checkpoint: Checkpoint) -> str:
         empty = (integers == 0).all(1).float().mean().item()
         if empty > LARGEST_ZERO_ROW_SHARE:
             raise CheckError(f"{module}: {empty:.1%} of its rows are all zero, at most {LARGEST_ZERO_ROW_SHARE:.0%}")
-        used = _levels(integers) / 2**scheme.weights.num_bits
-        if used < SMALLEST_LEVEL_SHARE and integers.numel() >= 4096:
-            raise CheckError(f"{module}: uses {used:.0%} of its levels, at least {SMALLEST_LEVEL_SHARE:.0%} expected")
-        fewest = min(fewest, used)
+        fewest = min(fewest, _used_levels(integers, scheme.weights, module))
+    vocabulary, module = checkpoint.config.vocabulary_scheme, checkpoint.shape.vocabulary_module
+    if vocabulary is not None:  # whose rows may be empty, where no token has them
+        integers = _integers(checkpoint, module, vocabulary.weights)
+        fewest = min(fewest, _used_levels(integers, vocabulary.weights, module))
     return f"no empty rows; every linear uses at least {min(fewest, 1.0):.0%} of its levels"
 
 
-def _levels(integers: torch.Tensor) -> int:
-    """How many different values there are; counting is ten times as fast as sorting them."""
+def _used_levels(integers: torch.Tensor, args: WeightArgs, module: str) -> float:
+    """The share of its levels that a matrix uses; CheckError where it is too small."""
     flat = integers.flatten().int()
-    return int(torch.bincount(flat - flat.min()).count_nonzero())
+    levels = int(torch.bincount(flat - flat.min()).count_nonzero())  # ten times as fast as sorting them
+    used = levels / 2**args.num_bits
+    if used < SMALLEST_LEVEL_SHARE and integers.numel() >= 4096:
+        raise CheckError(f"{module}: uses {used:.0%} of its levels, at least {SMALLEST_LEVEL_SHARE:.0%} expected")
+    return used
 
 
 def _integers(checkpoint: Checkpoint, module: str, args: WeightArgs) -> torch.Tensor:

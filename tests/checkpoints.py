@@ -79,6 +79,8 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
                 tensors[name] = tensors[first + name.removeprefix(module)].clone()
         if f"{module}.weight_scale" in tensors:
             tensors[f"{module}.weight_scale"] *= 0.2 / in_features**0.5
+    if f"{shape.vocabulary_module}.weight_scale" in tensors:
+        tensors[f"{shape.vocabulary_module}.weight_scale"] /= 74.0  # the standard deviation of 8-bit codes
     return tensors
 
 

@@ -85,6 +85,15 @@ def test_promised_rotation_that_is_not_there_is_named(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["weight_packed", "weight_scale"])
+def test_8_bit_vocabulary_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    quantization = {"vocabulary_bits": 8, "ignore": []}
+    folder = write_random(tmp_path / "tied", quantization, tie_word_embeddings=True)
+    edit(folder, {f"model.embed_tokens.{name}": None})
+    with pytest.raises(FormatError, match=rf"model\.embed_tokens\.{name} \[512, \d+\] is missing"):
+        Checkpoint(folder)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
 def test_scale_that_no_quantiser_writes_is_named_with_its_place(folder: Path, value: float) -> None:
     scale = torch.ones(256, 1)

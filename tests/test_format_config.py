@@ -34,6 +34,8 @@ def group(**changes: Any) -> dict[str, Any]:
         (group(targets=[]), "targets"),
         ({"ignore": ["q_proj"]}, "q_proj is named by more than one group, or by a group and ignore"),
         ({"kv_cache": {"num_bits": 2}}, "kv_cache.num_bits.*found 2"),
+        ({"vocabulary_bits": 4, "ignore": []}, "vocabulary_bits.*found 4"),
+        ({"vocabulary_bits": 8}, "vocabulary_bits 8 quantises lm_head, which ignore or a group names"),
     ],
 )
 def test_wrong_field_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -51,6 +53,19 @@ def test_longest_ending_of_a_name_decides() -> None:
         assert scheme is not None
         bits.append(scheme.weights.num_bits)
     assert bits == [4, 8]
+
+
+@pytest.mark.parametrize(("tied", "module"), [(True, "model.embed_tokens"), (False, "lm_head")])
+def test_8_bit_vocabulary_is_the_matrix_that_makes_the_logits(tied: bool, module: str) -> None:
+    shape = ModelShape.from_hf(hf_config(tie_word_embeddings=tied))
+    plain, eight = (
+        expected_tensors(parse_config(config(**c)), shape) for c in ({}, {"vocabulary_bits": 8, "ignore": []})
+    )
+    gone, new = plain.keys() - eight.keys(), eight.keys() - plain.keys()
+    assert gone == {f"{module}.weight"}
+    assert new == {f"{module}.weight_packed", f"{module}.weight_scale"}
+    assert (eight[f"{module}.weight_packed"].shape, eight[f"{module}.weight_packed"].dtype) == ((512, 256), "U8")
+    assert (eight[f"{module}.weight_scale"].shape, eight[f"{module}.weight_scale"].dtype) == ((512, 1), "F32")
 
 
 def test_linear_that_nothing_names_is_refused() -> None:

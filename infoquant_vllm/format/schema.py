@@ -98,7 +98,11 @@ class KVCacheArgs(_Strict):
 
 
 class QuantizationConfigData(_Strict):
-    """`quantization_config` of config.json."""
+    """`quantization_config` of config.json.
+
+    `vocabulary_bits` is for the matrix that makes the logits, which in a tied model is the
+    embedding too: `vocabulary_scheme` says how it is stored.
+    """
 
     quant_method: Literal["infoquant"]
     format_version: int
@@ -106,6 +110,7 @@ class QuantizationConfigData(_Strict):
     ignore: Annotated[list[Name], Field(max_length=100_000)] = []
     kv_cache: KVCacheArgs | None = None
     tied_residual_rotation: bool = False
+    vocabulary_bits: Literal[8] | None = None
 
     @model_validator(mode="after")
     def _each_target_is_named_once(self) -> "QuantizationConfigData":
@@ -113,7 +118,17 @@ class QuantizationConfigData(_Strict):
         twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise ValueError(f"{twice[0]} is named by more than one group, or by a group and ignore")
+        if self.vocabulary_bits is not None and "lm_head" in names:
+            raise ValueError(f"vocabulary_bits {self.vocabulary_bits} quantises lm_head, which ignore or a group names")
         return self
+
+    @property
+    def vocabulary_scheme(self) -> LinearScheme | None:
+        """The vocabulary matrix as a linear of unquantised inputs, one symmetric scale per row; None: unquantised."""
+        if self.vocabulary_bits is None:
+            return None
+        weights, inputs = WeightArgs(num_bits=self.vocabulary_bits), ActivationArgs(num_bits=16)
+        return LinearScheme(weights=weights, input_activations=inputs)
 
     def scheme(self, module: str) -> LinearScheme | None:
         """The scheme of a linear by its Hugging Face name; None where `ignore` lists it.

@@ -62,6 +62,11 @@ class ModelShape(BaseModel):
         except ValidationError as error:
             raise FormatError.from_validation(source, error) from None
 
+    @property
+    def vocabulary_module(self) -> str:
+        """The module whose matrix [vocab_size, hidden_size] makes the logits; a tied model has no other."""
+        return "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
+
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every linear of the decoder layers: Hugging Face name to (out_features, in_features)."""
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -144,10 +149,13 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
 def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[str, TensorSpec]:
     """Every tensor that a checkpoint of this config must hold, and no others."""
     hidden, vocab = shape.hidden_size, shape.vocab_size
+    ends, scheme = ("model.embed_tokens", shape.vocabulary_module), config.vocabulary_scheme
     tensors = {f"{norm}.weight": TensorSpec(shape=(size,)) for norm, size in shape.norms().items()}
-    tensors["model.embed_tokens.weight"] = TensorSpec(shape=(vocab, hidden))
-    if not shape.tie_word_embeddings:
-        tensors["lm_head.weight"] = TensorSpec(shape=(vocab, hidden))
+    tensors |= {f"{module}.weight": TensorSpec(shape=(vocab, hidden)) for module in ends}
+    if scheme is not None:
+        del tensors[f"{shape.vocabulary_module}.weight"]
+        local = linear_tensors(scheme, vocab, hidden)
+        tensors |= {f"{shape.vocabulary_module}.{name}": spec for name, spec in local.items()}
     if config.tied_residual_rotation:
         if not shape.tie_word_embeddings:
             raise FormatError("tied_residual_rotation is true but tie_word_embeddings is false")
