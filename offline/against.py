@@ -20,9 +20,8 @@ LARGEST_KL = 2.0
 """Nats per position. A usable 4-bit model is well below 1; one with a wrong rotation or layer far above."""
 LARGEST_BASIS_ERROR = 0.02
 """Relative; bfloat16 embeddings rounded once more give 0.003."""
-
 LARGEST_ROUNDING_ERROR = 0.05
-"""Relative, of embeddings in 8 bits."""
+"""Relative, of embeddings in 8 bits; those of SmolLM2 have 0.012."""
 
 
 class Comparison:

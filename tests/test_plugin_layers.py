@@ -26,7 +26,7 @@ PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 
 
 @contextmanager
-def rank_of(rank: int, ranks: int, model: ModelConfig | None = None) -> Iterator[None]:
+def _rank(rank: int, ranks: int, model: ModelConfig | None = None) -> Iterator[None]:
     """One rank of tensor parallelism, as vLLM's layers and parameters see it."""
     numbers = {"get_tensor_model_parallel_rank": rank, "get_tensor_model_parallel_world_size": ranks}
     with ExitStack() as stack:
@@ -131,13 +131,13 @@ WIDE = {"hidden_size": 768, "intermediate_size": 384, "num_attention_heads": 12,
 def test_ranks_together_compute_what_one_does(ranks: int, name: str, quantization: dict[str, Any]) -> None:
     model = Model(quantization, **(WIDE | {"num_key_value_heads": 6 if ranks == 2 else 3}))
     torch.manual_seed(0)
-    with rank_of(0, 1):
+    with _rank(0, 1):
         whole = model.served(name)
         x = torch.randn(5, whole.input_size)
         expected = whole.quant_method.apply(whole, x)
     parts = []
     for rank in range(ranks):
-        with rank_of(rank, ranks):
+        with _rank(rank, ranks):
             layer = model.served(name)
             own = x if layer.input_size_per_partition == x.shape[1] else x.chunk(ranks, 1)[rank]
             parts.append(layer.quant_method.apply(layer, own.contiguous()))
@@ -158,7 +158,7 @@ def test_ranks_together_compute_what_one_does(ranks: int, name: str, quantizatio
 def test_kv_clips_follow_their_heads(ranks: int, rank: int, heads: list[int], model_config: ModelConfig) -> None:
     model = Model()
     clip = model.tensors[f"{LAYER}.self_attn.attn.key_clip"]
-    with rank_of(rank, ranks, model_config):
+    with _rank(rank, ranks, model_config):
         attention = Attention(
             4 // ranks, 64, 0.125, len(heads), quant_config=model.config, prefix=f"{LAYER}.self_attn.attn"
         )
@@ -174,7 +174,7 @@ def test_kv_clips_follow_their_heads(ranks: int, rank: int, heads: list[int], mo
 )
 def test_a_missing_tensor_is_refused_by_name(name: str, tensor: str) -> None:
     model = Model()
-    with rank_of(0, 1):
+    with _rank(0, 1):
         layer = model.load(model.create(name), name, leave_out=tensor)
         with pytest.raises(FormatError, match=rf"{LAYER}.*{tensor} is missing"):
             layer.quant_method.process_weights_after_loading(layer)
@@ -183,7 +183,7 @@ def test_a_missing_tensor_is_refused_by_name(name: str, tensor: str) -> None:
 def test_fused_linears_with_different_clips_are_refused() -> None:
     model = Model()
     model.tensors[f"{LAYER}.self_attn.v_proj.input_clip"] *= 0.9
-    with rank_of(0, 1), pytest.raises(FormatError, match=r"v_proj\.input_clip differs from that of .*q_proj"):
+    with _rank(0, 1), pytest.raises(FormatError, match=r"v_proj\.input_clip differs from that of .*q_proj"):
         model.load(model.create("self_attn.qkv_proj"), "self_attn.qkv_proj")
 
 
@@ -191,14 +191,14 @@ def test_fused_linears_with_different_clips_are_refused() -> None:
 def test_impossible_scales_are_refused_by_place(value: float, said: str) -> None:
     model = Model()
     model.tensors[f"{LAYER}.mlp.up_proj.weight_scale"][7, 0] = value
-    with rank_of(0, 1), pytest.raises(FormatError, match=rf"up_proj\.weight_scale\[7, 0\].*{said}"):
+    with _rank(0, 1), pytest.raises(FormatError, match=rf"up_proj\.weight_scale\[7, 0\].*{said}"):
         model.load(model.create("mlp.gate_up_proj"), "mlp.gate_up_proj")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_block_that_tensor_parallelism_cuts_is_refused_with_numbers(ranks: int) -> None:
     message = rf"down_proj: hadamard block_size 384 does not divide {384 // ranks} .* of 384"
-    with rank_of(0, ranks), pytest.raises(FormatError, match=message):
+    with _rank(0, ranks), pytest.raises(FormatError, match=message):
         Model().create("mlp.down_proj")
 
 
@@ -211,14 +211,14 @@ def test_linears_that_vllm_fuses_need_equal_schemes() -> None:
     other = {"targets": ["k_proj"], "weights": {"num_bits": 8}, "input_activations": {"num_bits": 4}}
     groups = _with_group("residual", targets=["q_proj", "v_proj", "gate_proj", "up_proj"])["config_groups"]
     model = Model({"config_groups": groups | {"other": other}})
-    with rank_of(0, 1), pytest.raises(FormatError, match=r"k_proj and .*q_proj are one linear"):
+    with _rank(0, 1), pytest.raises(FormatError, match=r"k_proj and .*q_proj are one linear"):
         model.create("self_attn.qkv_proj")
 
 
 def test_a_linear_that_nothing_names_is_refused() -> None:
     model = Model()
     model.config.data = model.config.data.model_copy(update={"config_groups": {}})
-    with rank_of(0, 1), pytest.raises(FormatError, match=rf"{LAYER}\.mlp\.down_proj: no target"):
+    with _rank(0, 1), pytest.raises(FormatError, match=rf"{LAYER}\.mlp\.down_proj: no target"):
         model.create("mlp.down_proj")
 
 
@@ -226,7 +226,7 @@ def test_a_linear_that_nothing_names_is_refused() -> None:
 def test_a_weight_only_linear_multiplies_its_input_as_it_comes(transform: dict[str, Any]) -> None:
     model = Model(_with_group("down", input_activations={"num_bits": 16}, input_transform=transform))
     x = torch.randn(5, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with rank_of(0, 1):
+    with _rank(0, 1):
         layer = model.served("mlp.down_proj")
         found = layer(x)[0]
     assert not hasattr(layer, "input_clip")
@@ -248,7 +248,7 @@ def test_attention_that_is_not_served_is_refused_by_name(
     changes: dict[str, Any], said: str, model_config: ModelConfig
 ) -> None:
     config = Model().config
-    with rank_of(0, 1, model_config), pytest.raises(FormatError, match=rf"{LAYER}\.self_attn\.attn: {said}"):
+    with _rank(0, 1, model_config), pytest.raises(FormatError, match=rf"{LAYER}\.self_attn\.attn: {said}"):
         Attention(4, 64, 0.125, 2, quant_config=config, prefix=f"{LAYER}.self_attn.attn", **changes)
 
 
@@ -266,7 +266,7 @@ def _embedding(model: Model) -> tuple[Any, Any]:
 def test_a_tied_model_has_one_vocabulary_matrix_and_both_ends_undo_each_other() -> None:
     model = Model(tie_word_embeddings=True)
     matrix = model.tensors["model.embed_tokens.weight"].float()
-    with rank_of(0, 1):
+    with _rank(0, 1):
         embed, head = _embedding(model)
         for name, param in embed.named_parameters():
             param.weight_loader(param, model.tensors[f"model.embed_tokens.{name}"])
@@ -285,7 +285,7 @@ def test_a_tied_model_has_one_vocabulary_matrix_and_both_ends_undo_each_other() 
 @pytest.mark.parametrize("leave_out", ["residual_rotation", "final_norm_weight"])
 def test_a_promised_rotation_that_the_file_lacks_is_refused(leave_out: str) -> None:
     model = Model(tie_word_embeddings=True)
-    with rank_of(0, 1):
+    with _rank(0, 1):
         embed, _ = _embedding(model)
         for name, param in embed.named_parameters():
             if name != leave_out:
@@ -297,7 +297,7 @@ def test_a_promised_rotation_that_the_file_lacks_is_refused(leave_out: str) -> N
 def test_logits_of_another_dtype_are_refused_where_the_embedding_is_rotated(model_config: ModelConfig) -> None:
     model_config.hf_config.head_dtype = "float32"
     model = Model(tie_word_embeddings=True)
-    with rank_of(0, 1, model_config), pytest.raises(FormatError, match=r"head_dtype torch\.float32 is not served"):
+    with _rank(0, 1, model_config), pytest.raises(FormatError, match=r"head_dtype torch\.float32 is not served"):
         vllm_embedding.VocabParallelEmbedding(
             512, 256, params_dtype=torch.bfloat16, quant_config=model.config, prefix="model.embed_tokens"
         )
@@ -306,7 +306,7 @@ def test_logits_of_another_dtype_are_refused_where_the_embedding_is_rotated(mode
 def test_a_rotation_that_is_none_is_refused() -> None:
     model = Model(tie_word_embeddings=True)
     model.tensors["model.embed_tokens.residual_rotation"][0, 0] += 0.1
-    with rank_of(0, 1):
+    with _rank(0, 1):
         embed, _ = _embedding(model)
         for name, param in embed.named_parameters():
             param.weight_loader(param, model.tensors[f"model.embed_tokens.{name}"])

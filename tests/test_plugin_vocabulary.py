@@ -9,7 +9,7 @@ import pytest
 import torch
 import vllm.model_executor.layers.vocab_parallel_embedding as vllm_embedding
 from checkpoints import write_random
-from test_plugin_layers import Model, rank_of
+from test_plugin_layers import Model, _rank
 from vllm.config import ModelConfig
 
 from infoquant_vllm import register
@@ -33,9 +33,8 @@ class Vocabulary:
         register()
         quantization = QUANTIZATION if rotated is None else QUANTIZATION | {"tied_residual_rotation": rotated}
         changes = {"tie_word_embeddings": tie_word_embeddings, "vocab_size": VOCAB}
-        self.vllm = ModelConfig(
-            str(write_random(folder, quantization, **changes)), skip_tokenizer_init=True, dtype="float32"
-        )
+        checkpoint = write_random(folder, quantization, **changes)
+        self.vllm = ModelConfig(str(checkpoint), skip_tokenizer_init=True, dtype="float32")
         self.model, self.tied = Model(quantization, **changes), tie_word_embeddings
         self.module = "model.embed_tokens" if tie_word_embeddings else "lm_head"
         tensors = self.model.tensors
@@ -82,7 +81,7 @@ def test_ranks_together_look_up_and_score_what_the_reference_does(vocabulary: Vo
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # noqa: E731
     for rank in range(ranks):
         with (
-            rank_of(rank, ranks, vocabulary.vllm),
+            _rank(rank, ranks, vocabulary.vllm),
             torch.compiler.set_stance("force_eager"),
             mock.patch.object(vllm_embedding, "tensor_model_parallel_all_reduce", keep),
         ):
@@ -94,7 +93,7 @@ def test_ranks_together_look_up_and_score_what_the_reference_does(vocabulary: Vo
 
 
 def test_no_unquantised_copy_is_kept_and_a_tied_model_has_one_matrix(vocabulary: Vocabulary) -> None:
-    with rank_of(0, 1, vocabulary.vllm):
+    with _rank(0, 1, vocabulary.vllm):
         embed, head = vocabulary.served()
     held = {name: param.nbytes for name, param in head.named_parameters() if name.startswith("weight")}
     assert held == {"weight_packed": 512 * HIDDEN, "weight_scale": 512 * 4}
@@ -105,7 +104,7 @@ def test_no_unquantised_copy_is_kept_and_a_tied_model_has_one_matrix(vocabulary:
 
 def test_a_row_of_logits_is_the_same_bits_in_any_batch(vocabulary: Vocabulary) -> None:
     hidden = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(0))
-    with rank_of(0, 1, vocabulary.vllm):
+    with _rank(0, 1, vocabulary.vllm):
         _, head = vocabulary.served()
     whole = head.quant_method.apply(head, hidden)
     for rows in range(1, 40):
@@ -115,25 +114,25 @@ def test_a_row_of_logits_is_the_same_bits_in_any_batch(vocabulary: Vocabulary) -
 @pytest.mark.parametrize("leave_out", ["weight_packed", "weight_scale"])
 def test_a_missing_tensor_is_refused_by_name(vocabulary: Vocabulary, leave_out: str) -> None:
     message = rf"tensor {vocabulary.module}\.{leave_out} is missing"
-    with rank_of(0, 1, vocabulary.vllm), pytest.raises(FormatError, match=message):
+    with _rank(0, 1, vocabulary.vllm), pytest.raises(FormatError, match=message):
         vocabulary.served(leave_out)
 
 
 def test_a_scale_that_is_no_number_is_refused_by_place(vocabulary: Vocabulary) -> None:
     vocabulary.model.tensors[f"{vocabulary.module}.weight_scale"][77] = float("nan")
     message = rf"{vocabulary.module}\.weight_scale\[77, 0\] is nan"
-    with rank_of(0, 1, vocabulary.vllm), pytest.raises(FormatError, match=message):
+    with _rank(0, 1, vocabulary.vllm), pytest.raises(FormatError, match=message):
         vocabulary.served()
 
 
 def test_logits_of_another_dtype_are_refused(vocabulary: Vocabulary) -> None:
     vocabulary.vllm.hf_config.head_dtype = "bfloat16"
-    with rank_of(0, 1, vocabulary.vllm), pytest.raises(FormatError, match=r"head_dtype torch\.bfloat16 is not served"):
+    with _rank(0, 1, vocabulary.vllm), pytest.raises(FormatError, match=r"head_dtype torch\.bfloat16 is not served"):
         vocabulary.served()
 
 
 def test_the_start_up_line_names_the_vocabulary(vocabulary: Vocabulary) -> None:
-    with rank_of(0, 1, vocabulary.vllm):
+    with _rank(0, 1, vocabulary.vllm):
         vocabulary.served()
     summary = vocabulary.model.config.summary
     assert summary.pending == 0

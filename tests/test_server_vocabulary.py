@@ -12,11 +12,12 @@ from benchmarks.server import Server, serve
 from offline.simulate import load_simulated
 from tests.tiny import VOCAB_SIZE, write_source
 
+SITE = {"input_activations": {"num_bits": 16}}
 RECIPE = {
     "name": "w4a16",
     "transform": "hadamard",
     "rounding": "rtn",
-    "sites": dict.fromkeys(("qkv", "o", "gate_up", "down"), {"input_activations": {"num_bits": 16}}),
+    "sites": {"qkv": SITE, "o": SITE, "gate_up": SITE, "down": SITE},
     "vocabulary_bits": 8,
 }
 
