@@ -22,7 +22,7 @@ from offline.recipe import SITES, Distillation, Recipe, load_recipe, preset_name
 from offline.report import Report, Stopwatch, checkpoint_sizes, peak_memory_bytes
 from offline.source import Source
 from offline.stream import Statistics, Stream
-from offline.student import Student
+from offline.student import Layer, Student
 from offline.transforms import Transforms
 from offline.vocabulary import quantize_vocabulary
 from offline.writer import Writer, atomic_folder, check_output, check_space
@@ -102,10 +102,11 @@ def _write_checkpoint(run: _Run, folder: Path, figures: Report, calibration: str
     with run.watch("rotation"):
         transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.device, run.progress)
     writer = Writer(folder)
-    writer.add(quantize_vocabulary(fold_ends(run.source, transforms), run.config, run.source.shape))
-    layers = _quantized_layers(run, tokens, transforms)
+    layers, final_norm = _quantized_layers(run, tokens, transforms), run.source.tensor("model.norm.weight")
     if run.recipe.distillation is not None and tokens is not None:
-        layers = _distilled_layers(run, run.recipe.distillation, list(layers), tokens, transforms)
+        layers, final_norm = _distilled(run, run.recipe.distillation, list(layers), tokens, transforms)
+    ends = fold_ends(run.source, transforms, final_norm)
+    writer.add(quantize_vocabulary(ends, run.config, run.source.shape))
     for index, tensors in enumerate(layers):
         writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
     writer.finish_tensors()
@@ -141,9 +142,7 @@ def _calibration(run: _Run, spec: str) -> torch.Tensor:
         )
 
 
-def _quantized_layers(
-    run: _Run, tokens: torch.Tensor | None, transforms: Transforms | None
-) -> Iterator[dict[str, torch.Tensor]]:
+def _quantized_layers(run: _Run, tokens: torch.Tensor | None, transforms: Transforms | None) -> Iterator[Layer]:
     """Every decoder layer's tensors by their names inside it."""
     layers = run.source.shape.num_hidden_layers
     stream = None
@@ -168,20 +167,20 @@ def _quantized_layers(
         run.progress("layers", layer + 1, layers, f"output error {mean:.4f}" if errors else "")
 
 
-def _distilled_layers(
-    run: _Run,
-    args: Distillation,
-    layers: list[dict[str, torch.Tensor]],
-    tokens: torch.Tensor,
-    transforms: Transforms | None,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The layers with what distillation changed, their latent codes left out."""
-    student = Student(run.source, run.config, layers, transforms)
+def _distilled(
+    run: _Run, args: Distillation, layers: list[Layer], tokens: torch.Tensor, transforms: Transforms | None
+) -> tuple[Iterator[Layer], torch.Tensor]:
+    """The layers and the final norm's weight with what distillation changed, latent codes left out."""
     with run.watch("distillation"):
+        student = Student(run.source, run.config, layers, transforms)
         distill(student, run.source, tokens, args, run.seed, run.progress)
-    for index, tensors in enumerate(layers):
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight_latent")}
-        yield kept | student.tensors(index)
+
+    def trained() -> Iterator[Layer]:
+        for index, tensors in enumerate(layers):
+            kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight_latent")}
+            yield kept | {name: t.to(kept[name].dtype) for name, t in student.tensors(index).items()}
+
+    return trained(), student.final_norm.detach()
 
 
 def _device(name: str) -> torch.device:

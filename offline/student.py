@@ -45,9 +45,8 @@ class Student(nn.Module):
         self.embedding = model.get_input_embeddings().weight
         self.head = model.get_output_embeddings().weight
         self._rotation = None if transforms is None else transforms.residual.float()
-        self.gain = None if transforms is None else model.model.norm.weight.clone()
-        if transforms is not None:
-            model.model.norm.weight.fill_(1.0)
+        self.final_norm = nn.Parameter(model.model.norm.weight.clone())
+        model.model.norm.weight.fill_(1.0)
         for index, tensors in enumerate(layers):
             self._quantise(model.model.layers[index], config, tensors)
         if config.kv_cache is not None:
@@ -72,10 +71,10 @@ class Student(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [sequences, length] to what lm_head reads, [sequences, length, hidden] float32."""
         embedded = functional.embedding(tokens, self.embedding)
-        if self._rotation is None:
-            return self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        hidden = self.decoder(inputs_embeds=embedded @ self._rotation, use_cache=False).last_hidden_state
-        return (hidden @ self._rotation.T) * self.gain
+        if self._rotation is not None:
+            embedded = embedded @ self._rotation
+        hidden = self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        return (hidden if self._rotation is None else hidden @ self._rotation.T) * self.final_norm
 
     def latents(self) -> list[nn.Parameter]:
         """The unrounded codes of all linears."""
@@ -84,6 +83,11 @@ class Student(nn.Module):
     def log_scales(self) -> list[nn.Parameter]:
         """Logarithms of the factors on the weight scales of all linears."""
         return [module.log_scale for module in self.modules() if isinstance(module, StudentLinear)]
+
+    def gains(self) -> list[nn.Parameter]:
+        """Weights of all norms, the last one's in the source's basis."""
+        norms = [p for name, p in self.decoder.named_parameters() if name.split(".")[-2].endswith("norm")]
+        return [self.final_norm, *(p for p in norms if p is not self.decoder.norm.weight)]
 
     def clips(self) -> list[nn.Parameter]:
         """Clip factors of all inputs, keys and values."""
@@ -102,9 +106,11 @@ class Student(nn.Module):
     def tensors(self, index: int) -> Layer:
         """What training changed of a decoder layer's checkpoint tensors."""
         found: Layer = {}
-        for name, module in self.decoder.layers[index].named_modules():
+        layer = self.decoder.layers[index]
+        for name, module in layer.named_modules():
             if isinstance(module, StudentLinear | StudentCache):
                 found |= {f"{name}.{key}": tensor for key, tensor in module.tensors().items()}
+        found |= {name: p.detach().clone() for name, p in layer.named_parameters() if name.endswith("norm.weight")}
         return found
 
 
