@@ -16,14 +16,18 @@ def stored_dtype(source: Source) -> torch.dtype:
 def fold_layer(source: Source, layer: int, transforms: Transforms | None) -> dict[str, torch.Tensor]:
     """Tensors of one decoder layer by their names inside it, float32, with `transforms` folded in.
 
-    The residual stream's norm weights are 1 then. down_proj is still without the rotation that its input meets at run
-    time (see `rotate_down`). Without transforms these are the source's tensors.
+    The residual stream's norm weights are 1 then. Weights are still without what undoes the transforms that
+    their inputs meet at run time (see `undo_in_weights`). Without transforms these are the source's tensors.
     """
     prefix = f"model.layers.{layer}."
     state = {n.removeprefix(prefix): source.tensor(n).double() for n in source.names if n.startswith(prefix)}
     if transforms is not None:
-        _fold_residual(state, transforms.residual, rules_for(source.shape))
-        _fold_heads(state, transforms.heads[layer], source.shape)
+        rules = rules_for(source.shape)
+        _fold_gains(state, rules)
+        if transforms.residual is not None:
+            _fold_residual(state, transforms.residual, rules)
+        if transforms.heads is not None:
+            _fold_heads(state, transforms.heads[layer], source.shape)
     return {name: tensor.float() for name, tensor in state.items()}
 
 
@@ -36,7 +40,7 @@ def fold_ends(source: Source, transforms: Transforms | None, final_norm: torch.T
     names = [name for name in source.names if not name.startswith("model.layers.")]
     state = {name: source.tensor(name) for name in names}
     norm, embed = state["model.norm.weight"], state["model.embed_tokens.weight"]
-    if transforms is None:
+    if transforms is None or transforms.residual is None:
         return state | {"model.norm.weight": final_norm.to(norm.dtype)}
     state["model.norm.weight"] = torch.ones_like(norm)
     if source.shape.tie_word_embeddings:
@@ -49,12 +53,17 @@ def fold_ends(source: Source, transforms: Transforms | None, final_norm: torch.T
     return state
 
 
-def _fold_residual(state: dict[str, torch.Tensor], rotation: torch.Tensor, rules: Rules) -> None:
+def _fold_gains(state: dict[str, torch.Tensor], rules: Rules) -> None:
     for norm, readers in rules.readers.items():
         gain = state[f"{norm}.weight"]
         for reader in readers:
-            state[f"{reader}.weight"] = (state[f"{reader}.weight"] * gain) @ rotation
+            state[f"{reader}.weight"] = state[f"{reader}.weight"] * gain
         state[f"{norm}.weight"] = torch.ones_like(gain)
+
+
+def _fold_residual(state: dict[str, torch.Tensor], rotation: torch.Tensor, rules: Rules) -> None:
+    for reader in (reader for readers in rules.readers.values() for reader in readers):
+        state[f"{reader}.weight"] = state[f"{reader}.weight"] @ rotation
     for writer in rules.writers:
         state[f"{writer}.weight"] = rotation.T @ state[f"{writer}.weight"]
         if f"{writer}.bias" in state:

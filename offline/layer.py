@@ -5,13 +5,14 @@ import torch
 from infoquant_vllm.format import ModelShape, activation_groups, pack_codes
 from offline.gptq import gptq, output_error
 from offline.recipe import SITES, Recipe, Site
-from offline.transforms import apply_hadamard
+from offline.transforms import InputTensors, transform_hessian, undo_in_weights
 from offline.weights import QuantizedWeight, round_to_nearest
 
 
 def quantize_layer(
     state: dict[str, torch.Tensor],
     hessians: dict[str, torch.Tensor] | None,
+    inputs: dict[str, InputTensors],
     recipe: Recipe,
     shape: ModelShape,
     dtype: torch.dtype,
@@ -19,7 +20,8 @@ def quantize_layer(
     """The checkpoint's tensors of one layer, and the output error of each linear where GPTQ rounds.
 
     state: the layer as `fold_layer` gives it, float32; names are local to the layer, here and in the results
-    hessians: of the inputs before the online rotation, by each site's first linear; None rounds to nearest
+    hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
+    inputs: tensors of the sites' input transforms, by site; each linear gets a copy
     dtype: of the norms and biases, which stay unquantised
     For distillation `weight_latent` [N, K] comes with each linear: what was rounded, in units of codes.
     """
@@ -27,26 +29,19 @@ def quantize_layer(
     errors: dict[str, float] = {}
     for name, linears in SITES.items():
         site: Site = getattr(recipe.sites, name)
-        weights = [state[f"{linear}.weight"] for linear in linears]
-        hessian = None if hessians is None else hessians[linears[0]]
-        if name == "down" and recipe.transform != "none":
-            weights, hessian = _rotate_online(weights, hessian)
+        transform, tensors_of_input = recipe.input_transform(name, shape), inputs.get(name, {})
+        weights = [undo_in_weights(state[f"{linear}.weight"], transform, tensors_of_input) for linear in linears]
+        hessian = None
+        if hessians is not None:
+            hessian = transform_hessian(hessians[linears[0]], transform, tensors_of_input)
         for linear, weight, rounded in zip(linears, weights, _round(weights, hessian, site, recipe), strict=True):
             tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site, shape).items()}
+            tensors |= {f"{linear}.{key}": t.clone() for key, t in tensors_of_input.items()}
             if recipe.distillation is not None:
                 tensors[f"{linear}.weight_latent"] = rounded.latent
             if hessian is not None:
                 errors[linear] = output_error(weight, rounded.values(), hessian)
     return tensors | _cache_clips(recipe, shape), errors
-
-
-def _rotate_online(
-    weights: list[torch.Tensor], hessian: torch.Tensor | None
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """W R and R^T H R for inputs x that become x R at run time, R = hadamard(size)."""
-    if hessian is not None:
-        hessian = apply_hadamard(apply_hadamard(hessian.double()).T).float()
-    return [apply_hadamard(weight.double()).float() for weight in weights], hessian
 
 
 def _round(

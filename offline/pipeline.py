@@ -160,7 +160,10 @@ def _quantized_layers(run: _Run, tokens: torch.Tensor | None, transforms: Transf
             if run.recipe.balance:
                 balance_layer(state, hessians, statistics, run.source.shape)
         with run.watch("weights"):
-            tensors, errors = quantize_layer(state, hessians, run.recipe, run.source.shape, stored_dtype(run.source))
+            inputs = transforms.inputs[layer] if transforms is not None and transforms.inputs else {}
+            tensors, errors = quantize_layer(
+                state, hessians, inputs, run.recipe, run.source.shape, stored_dtype(run.source)
+            )
         yield tensors
         run.errors |= {f"{prefix}.{name}": error for name, error in errors.items()}
         mean = sum(errors.values()) / max(len(errors), 1)

@@ -144,16 +144,21 @@ class Recipe(_Strict):
         """Whether any step looks at activations."""
         return self.rounding == "gptq" or self.transform == "psot-shared" or self.distillation is not None
 
+    def input_transform(self, site: str, shape: ModelShape) -> InputTransform:
+        """What the inputs of that site (see SITES) are multiplied by at run time."""
+        if site == "down" and self.transform != "none":
+            return InputTransform(type="hadamard", block_size=shape.intermediate_size)
+        return InputTransform()
+
     def quantization_config(self, shape: ModelShape) -> QuantizationConfigData:
         """`quantization_config` of the checkpoint that this recipe makes of a model of that shape."""
         rotated = self.transform != "none"
-        online = InputTransform(type="hadamard", block_size=shape.intermediate_size)
         groups = {
             name: ConfigGroup(
                 targets=list(linears),
                 weights=site.weights,
                 input_activations=site.input_activations.for_model(shape),
-                input_transform=online if rotated and name == "down" else InputTransform(),
+                input_transform=self.input_transform(name, shape),
             )
             for name, linears in SITES.items()
             for site in [getattr(self.sites, name)]

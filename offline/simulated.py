@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from infoquant_vllm.format import ActivationArgs, InputTransform, LinearScheme, WeightArgs, unpack_codes
-from offline.transforms import apply_hadamard, apply_kronecker
+from infoquant_vllm.format import ActivationArgs, LinearScheme, WeightArgs, unpack_codes
+from offline.transforms import apply_hadamard, transform_input
 
 EXACT_FLOAT32 = 2**24
 """Sums of integers up to here are exact in float32, whatever their order."""
@@ -18,19 +18,6 @@ SMALLEST_CACHE_SCALE = 2.0**-20
 LARGEST_HALF = 65504.0
 BLOCK_ELEMENTS = 2**22
 """Weights dequantised to float64 at a time."""
-
-
-def transform_input(x: torch.Tensor, transform: InputTransform, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """y = x @ R in float32 for x [tokens, K]; `tensors` holds the transform's by their local names."""
-    y = x.float()
-    if transform.type == "hadamard" and transform.block_size is not None:
-        return apply_hadamard(y.unflatten(1, (-1, transform.block_size))).flatten(1)
-    if transform.type == "blocks" and transform.block_size is not None:
-        blocks = y.unflatten(1, (-1, transform.block_size)).transpose(0, 1)
-        return (blocks @ tensors["input_blocks"]).transpose(0, 1).flatten(1)
-    if transform.type == "kronecker":
-        return apply_kronecker(y, (tensors["input_left"], tensors["input_right"]))
-    return y
 
 
 def quantize_input(y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +66,7 @@ class SimulatedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] in the model's dtype to [..., N] in the same."""
-        y = transform_input(x.flatten(0, -2), self.scheme.input_transform, dict(self.named_buffers()))
+        y = transform_input(x.flatten(0, -2).float(), self.scheme.input_transform, dict(self.named_buffers()))
         args = self.scheme.input_activations
         if args.num_bits == 16:
             out = self._float_product(y.to(x.dtype))

@@ -24,7 +24,7 @@ class Stream:
         model = empty_model(source.shape, config).model
         self._layer = model.layers[0].to_empty(device=device).eval().requires_grad_(False)
         self.hidden = nn.functional.embedding(tokens, source.tensor("model.embed_tokens.weight")).float()
-        if transforms is not None:
+        if transforms is not None and transforms.residual is not None:
             self.hidden = self.hidden @ transforms.residual.float()
         self._device = device
         positions = torch.arange(tokens.shape[1], device=device)[None]

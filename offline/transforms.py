@@ -1,24 +1,29 @@
-"""Rotations that leave a model's function unchanged, and their application along an axis."""
+"""Transforms that leave a model's function unchanged, and their application along an axis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from infoquant_vllm.format import ModelShape, hadamard, hadamard_factors
+from infoquant_vllm.format import InputTransform, ModelShape, hadamard, hadamard_factors
+
+InputTensors = dict[str, torch.Tensor]
+"""What an `InputTransform` reads from the checkpoint, float32 by local names; none for type none and hadamard."""
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """The orthogonal matrices folded into one model, all float64.
+    """The matrices of one model. Those folded into weights are orthogonal, float64; None is the identity.
 
     residual: [hidden, hidden], the basis of the residual stream, x_rot = x @ residual
     heads: [layers, kv_heads, head_dim, head_dim], the basis of each head's values
-    The input of down_proj is multiplied at run time by `hadamard(intermediate_size)`.
+    inputs: of each layer, by site, what linears multiply their inputs by at run time; empty where
+        no site has such matrices (the recipe tells which sites have a Hadamard)
     """
 
-    residual: torch.Tensor
-    heads: torch.Tensor
+    residual: torch.Tensor | None
+    heads: torch.Tensor | None
+    inputs: tuple[dict[str, InputTensors], ...] = ()
 
 
 def random_hadamard(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -30,6 +35,37 @@ def random_head_rotations(shape: ModelShape, generator: torch.Generator) -> torc
     """A random-sign Hadamard per layer and kv-head, [layers, kv_heads, head_dim, head_dim] float64."""
     signs = _random_signs((shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, 1), generator)
     return signs * hadamard(shape.head_dim)
+
+
+def transform_input(x: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:
+    """y = x @ R for x [rows, K], in the dtype of x; `tensors` holds the transform's by their local names."""
+    if transform.type == "hadamard" and transform.block_size is not None:
+        return apply_hadamard(x.unflatten(1, (-1, transform.block_size))).flatten(1)
+    if transform.type == "blocks" and transform.block_size is not None:
+        blocks = x.unflatten(1, (-1, transform.block_size)).transpose(0, 1)
+        return (blocks @ tensors["input_blocks"].to(x)).transpose(0, 1).flatten(1)
+    if transform.type == "kronecker":
+        return apply_kronecker(x, (tensors["input_left"], tensors["input_right"]))
+    return x
+
+
+def undo_in_weights(weight: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:
+    """W' = W R^-T for weight [N, K], so that (x R) W'^T = x W^T; computed in float64, returned as float32.
+
+    R need not be orthogonal; hadamard(n) is, and equals its own R^-T.
+    """
+    if transform.type == "none":
+        return weight
+    inverse = {name: torch.linalg.inv(matrix.double()).mT for name, matrix in tensors.items()}
+    return transform_input(weight.double(), transform, inverse).float()
+
+
+def transform_hessian(hessian: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:
+    """R^T H R, of inputs x R where `hessian` [K, K] is that of x; computed in float64, returned as float32."""
+    if transform.type == "none":
+        return hessian
+    half = transform_input(hessian.double(), transform, tensors)
+    return transform_input(half.T, transform, tensors).float()
 
 
 def apply_hadamard(x: torch.Tensor) -> torch.Tensor:

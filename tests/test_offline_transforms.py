@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from infoquant_vllm.format import hadamard
+from infoquant_vllm.format import InputTransform, hadamard
 from offline.progress import silent
 from offline.psot import cayley, learn_rotation, squared_range
 from offline.recipe import Psot
-from offline.transforms import apply_hadamard, apply_kronecker, random_hadamard
+from offline.transforms import (
+    apply_hadamard,
+    apply_kronecker,
+    random_hadamard,
+    transform_hessian,
+    transform_input,
+    undo_in_weights,
+)
 
 ODD_SIZES = (1, 2, 3, 7, 12, 43, 60, 96, 172, 576, 1376)
 
@@ -32,6 +39,26 @@ def test_kronecker_factors_act_in_order() -> None:
     left, right = (torch.randn(n, n, dtype=torch.float64, generator=generator) for n in (3, 4))
     x = torch.randn(5, 12, dtype=torch.float64, generator=generator)
     torch.testing.assert_close(apply_kronecker(x, (left, right)), x @ torch.kron(left, right))
+
+
+@pytest.mark.parametrize(
+    ("transform", "sizes"),
+    [
+        (InputTransform(), {}),
+        (InputTransform(type="hadamard", block_size=12), {}),
+        (InputTransform(type="blocks", block_size=4), {"input_blocks": (6, 4, 4)}),
+        (InputTransform(type="kronecker", factors=(3, 8)), {"input_left": (3, 3), "input_right": (8, 8)}),
+    ],
+)
+def test_weights_undo_any_transform_of_their_inputs_and_its_hessian_is_theirs(
+    transform: InputTransform, sizes: dict[str, tuple[int, ...]]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    x, weight = (torch.randn(rows, 24, generator=generator) for rows in (50, 7))
+    y = transform_input(x, transform, tensors)
+    torch.testing.assert_close(y @ undo_in_weights(weight, transform, tensors).T, x @ weight.T, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(transform_hessian(x.T @ x, transform, tensors), y.T @ y, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("size", [3, 96, 172])
