@@ -11,6 +11,7 @@ import torch
 from offline.architectures import rules_for
 from offline.fold import fold_layer
 from offline.progress import ProgressReport
+from offline.psot_layer import learn_layer_rotations
 from offline.recipe import Psot, Recipe
 from offline.source import Source
 from offline.stream import Stream
@@ -31,6 +32,8 @@ def make_transforms(
     if recipe.transform == "none":
         return None
     generator = torch.Generator().manual_seed(seed)
+    if recipe.transform == "psot-layer" and tokens is not None:
+        return learn_layer_rotations(source, tokens, recipe.psot_layer, generator, device, progress)
     residual = random_hadamard(source.shape.hidden_size, generator)
     heads = random_head_rotations(source.shape, generator)
     if recipe.transform == "psot-shared" and tokens is not None:

@@ -9,12 +9,12 @@ from offline.architectures import CausalLM
 from offline.fold import fold_ends, fold_layer
 from offline.progress import silent
 from offline.psot import make_transforms
-from offline.recipe import SITES, Psot, Recipe
+from offline.recipe import SITES, Psot, PsotLayer, Recipe
 from offline.source import Source
 from offline.transforms import Transforms, transform_input, undo_in_weights
 from tests.tiny import SIZES, VOCAB_SIZE, write_source
 
-TRANSFORMS = ("none", "hadamard", "psot-shared")
+TRANSFORMS = ("none", "hadamard", "psot-shared", "psot-layer")
 LARGEST_RELATIVE_ERROR = 1e-4
 
 
@@ -24,6 +24,7 @@ def recipe_for(transform: str) -> Recipe:
         transform=transform,
         rounding="gptq",
         psot=Psot(steps=5, learning_rate=0.05),
+        psot_layer=PsotLayer(epochs=2, blocks=4),
     )
 
 
