@@ -16,6 +16,7 @@ from offline.distill import distill
 from offline.errors import ToolError
 from offline.fold import fold_ends, fold_layer, stored_dtype
 from offline.layer import quantize_layer
+from offline.learned_clips import learn_clips
 from offline.progress import ProgressReport, console_progress
 from offline.psot import make_transforms
 from offline.recipe import SITES, Distillation, Recipe, load_recipe, preset_named
@@ -145,16 +146,17 @@ def _calibration(run: _Run, spec: str) -> torch.Tensor:
 def _quantized_layers(run: _Run, tokens: torch.Tensor | None, transforms: Transforms | None) -> Iterator[Layer]:
     """Every decoder layer's tensors by their names inside it."""
     layers = run.source.shape.num_hidden_layers
-    stream = None
+    stream, learned = None, run.recipe.learned_clips
     if run.recipe.rounding == "gptq":
         assert tokens is not None  # such recipes need calibration
         stream = Stream(run.source, tokens, transforms, run.device)
     for layer in range(layers):
-        prefix, hessians = f"model.layers.{layer}", None
+        prefix, hessians, before = f"model.layers.{layer}", None, None
         state = {name: tensor.to(run.device) for name, tensor in fold_layer(run.source, layer, transforms).items()}
         if stream is not None:
             with run.watch("activations"):
                 statistics = Statistics()
+                before = stream.hidden[: learned.sequences].clone() if learned is not None else None
                 stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe)
                 hessians = statistics.hessians()
             if run.recipe.balance:
@@ -164,6 +166,9 @@ def _quantized_layers(run: _Run, tokens: torch.Tensor | None, transforms: Transf
             tensors, errors = quantize_layer(
                 state, hessians, inputs, run.recipe, run.source.shape, stored_dtype(run.source)
             )
+        if stream is not None and learned is not None and before is not None:
+            with run.watch("clips"):
+                tensors |= learn_clips(tensors, stream, before, learned, run.recipe, run.source.shape)
         yield tensors
         run.errors |= {f"{prefix}.{name}": error for name, error in errors.items()}
         mean = sum(errors.values()) / max(len(errors), 1)

@@ -123,6 +123,21 @@ class PsotLayer(_Strict):
     outlier_weight: Annotated[float, Field(gt=0)] = 30.0
 
 
+class LearnedClips(_Strict):
+    """The optimisation of clip factors in place of the sites' fixed ones, layer by layer: AdamW.
+
+    As published: 128 sequences, 4 at a time.
+
+    sequences: how many of the calibration text's are used
+    """
+
+    sequences: Count = 8
+    epochs: Count = 5
+    batch_sequences: Count = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    warmup_steps: Count = 16
+
+
 class Distillation(_Strict):
     """End-to-end training against the source: Adam, warm-up and cosine; a rate of 0 leaves its part as it is.
 
@@ -152,12 +167,19 @@ class Recipe(_Strict):
     gptq: Gptq = Gptq()
     psot: Psot = Psot()
     psot_layer: PsotLayer = PsotLayer()
+    learned_clips: LearnedClips | None = None
     distillation: Distillation | None = None
 
     @model_validator(mode="after")
     def _balance_needs_statistics(self) -> "Recipe":
         if self.balance and self.rounding != "gptq":
             raise ValueError(f"balance reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
+        return self
+
+    @model_validator(mode="after")
+    def _clips_are_learnt_behind_gptq(self) -> "Recipe":
+        if self.learned_clips is not None and self.rounding != "gptq":
+            raise ValueError(f"learned_clips follow GPTQ; they do not go with rounding '{self.rounding}'")
         return self
 
     @property
@@ -212,6 +234,7 @@ PRESETS: dict[str, Recipe] = {
     for recipe in (
         Recipe(name="rtn", transform="none", rounding="rtn"),
         Recipe(name="quarot", transform="hadamard", rounding="gptq"),
+        Recipe(name="paper", transform="psot-layer", rounding="gptq", learned_clips=LearnedClips()),
         Recipe(name="fast", transform="psot-shared", balance=True, rounding="gptq"),
     )
 }

@@ -1,5 +1,6 @@
 """The calibration text's hidden states, carried through the decoder one layer at a time."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -46,6 +47,10 @@ class Stream:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def copy_layer(self) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+        """The layer that ran last, for others to change, and the cosines and sines that it needs."""
+        return copy.deepcopy(self._layer), self._rotary
 
 
 class Statistics:

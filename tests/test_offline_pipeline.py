@@ -9,15 +9,22 @@ import torch
 from infoquant_vllm.format import Checkpoint, WeightArgs, unpack_codes
 from offline import PRESETS, Recipe, ToolError, load_recipe, quantize
 from offline.progress import silent
-from offline.recipe import CalibrationSize, Psot, Site, SiteActivations, Sites
+from offline.recipe import CalibrationSize, LearnedClips, Psot, PsotLayer, Site, SiteActivations, Sites
+from offline.source import Source
 from tests.tiny import SIZES, write_source
 
-SMALL = {"calibration": CalibrationSize(sequences=4, sequence_length=64), "psot": Psot(steps=3)}
+SMALL = {
+    "calibration": CalibrationSize(sequences=4, sequence_length=64),
+    "psot": Psot(steps=3),
+    "psot_layer": PsotLayer(epochs=1),
+}
+CLIPS = LearnedClips(sequences=1, epochs=2)
 TEXT = "".join(f"The number {n} is followed by {n + 1}, and its square is {n * n}.\n\n" for n in range(300))
 
 
 def small(preset: str) -> Recipe:
-    return PRESETS[preset].model_copy(update=SMALL)
+    recipe = PRESETS[preset].model_copy(update=SMALL)
+    return recipe if recipe.learned_clips is None else recipe.model_copy(update={"learned_clips": CLIPS})
 
 
 @pytest.fixture
@@ -79,10 +86,11 @@ def test_groups_8_bits_and_unquantised_inputs_are_written_as_the_recipe_says(tmp
     assert "model.layers.0.self_attn.attn.key_clip" not in checkpoint.weight_map
 
 
-def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path, text: str, preset: str) -> None:
     source = write_source(tmp_path / "source", dtype=torch.bfloat16)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        quantize(source, tmp_path / name, recipe=small("fast"), calibration=text, seed=seed, progress=silent)
+        quantize(source, tmp_path / name, recipe=small(preset), calibration=text, seed=seed, progress=silent)
     a, b, c = (digests(tmp_path / name) for name in "abc")
     assert {k: v for k, v in a.items() if k != "README.md"} == {k: v for k, v in b.items() if k != "README.md"}
     assert a["model-00001-of-00001.safetensors"] != c["model-00001-of-00001.safetensors"]
@@ -121,6 +129,23 @@ def test_recipe_survives_its_yaml(tmp_path: Path, preset: str) -> None:
     assert load_recipe(tmp_path / "recipe.yaml") == PRESETS[preset]
 
 
+PUBLISHED = """\
+name: paper-as-published
+transform: psot-layer
+rounding: gptq
+calibration: {sequences: 128, sequence_length: 2048}
+psot_layer: {blocks: 4, epochs: 15}
+learned_clips: {sequences: 128, batch_sequences: 4}
+"""
+
+
+def test_published_setting_is_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(PUBLISHED)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.psot_layer == PsotLayer(blocks=4, epochs=15, learning_rate=2.0, last_learning_rate=0.02)
+    assert recipe.learned_clips == LearnedClips(sequences=128, epochs=5, batch_sequences=4, learning_rate=0.05)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -137,6 +162,28 @@ def test_wrong_recipe_is_refused_naming_file_and_field(tmp_path: Path, text: str
     with pytest.raises(ToolError, match=named) as refusal:
         load_recipe(file)
     assert str(file) in str(refusal.value)
+
+
+def test_paper_leaves_the_residual_stream_in_the_sources_basis(tmp_path: Path, text: str) -> None:
+    source = write_source(tmp_path / "source", dtype=torch.bfloat16)
+    quantize(source, tmp_path / "out", recipe=small("paper"), calibration=text, progress=silent)
+    checkpoint, opened = Checkpoint(tmp_path / "out"), Source.open(source)
+    assert not checkpoint.config.tied_residual_rotation
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(checkpoint.tensor(name), opened.tensor(name))
+    blocks = [checkpoint.tensor(f"model.layers.{layer}.mlp.up_proj.input_blocks") for layer in (0, 1)]
+    assert blocks[0].shape == (2, 128, 128)
+    assert not torch.equal(*blocks)
+    clip = checkpoint.tensor("model.layers.1.self_attn.o_proj.input_clip")
+    assert clip.shape == (4, 2)
+    assert len(clip.unique()) == 8
+
+
+def test_blocks_that_do_not_divide_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    recipe = small("paper").model_copy(update={"psot_layer": PsotLayer(blocks=3)})
+    with pytest.raises(ToolError, match="blocks 3 does not divide the hidden size 256"):
+        quantize(write_source(tmp_path / "source"), tmp_path / "out", recipe=recipe, progress=silent)
+    assert not (tmp_path / "out").exists()
 
 
 def test_group_size_that_does_not_divide_is_refused_before_anything_runs(tmp_path: Path) -> None:

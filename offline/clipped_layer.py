@@ -1,0 +1,145 @@
+"""A decoder layer as a checkpoint's tensors make it, with gradients to its clip factors."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from infoquant_vllm.format import ActivationArgs, InputTransform, ModelShape, WeightArgs, activation_groups
+from offline.recipe import SITES, KVCache, Recipe, Site
+from offline.simulated import integer_weights
+from offline.straight_through import fake_quantize, fake_store
+from offline.transforms import InputTensors, apply_hadamard, transform_input
+
+ATTENTION = "infoquant_clipped_cache"
+START = math.log(9)
+SHARED = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
+"""The modules that make the inputs which several linears share, by site."""
+
+
+class ClippedLayer(nn.Module):
+    """A layer in float32 whose weights are what their codes stand for and whose rounding passes gradients.
+
+    layer: a decoder layer of transformers, which is changed
+    tensors: the layer's, from `quantize_layer`; their clip factors are not read but start afresh
+    """
+
+    def __init__(self, layer: nn.Module, tensors: dict[str, torch.Tensor], recipe: Recipe, shape: ModelShape):
+        super().__init__()
+        layer.load_state_dict(_state(tensors, recipe))
+        self._layer, self._inputs = layer.requires_grad_(False), nn.ModuleDict()
+        for name, linears in SITES.items():
+            site: Site = getattr(recipe.sites, name)
+            features = layer.get_submodule(linears[0]).in_features
+            args, transform = site.input_activations.for_model(shape), recipe.input_transform(name, shape)
+            self._inputs[name] = ClippedInput(transform, _local(tensors, linears[0]), args, int(features))
+            place = SHARED.get(name, linears[0])
+            found = layer.get_submodule(place)
+            order = (found, self._inputs[name]) if name in SHARED else (self._inputs[name], found)
+            layer.set_submodule(place, nn.Sequential(*order))
+        self._cache = None
+        if recipe.kv_cache is not None:
+            self._cache = ClippedCache(recipe.kv_cache, recipe.transform != "none", shape.num_key_value_heads)
+            attention = layer.get_submodule("self_attn")
+            attention.attn = self._cache
+            AttentionInterface.register(ATTENTION, _attention)
+            attention.config._attn_implementation = ATTENTION
+
+    def forward(self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """hidden [sequences, length, hidden] float32 behind the layer; `rotary`: cosines and sines."""
+        return self._layer(hidden, position_embeddings=rotary)
+
+    def clips(self) -> dict[str, torch.Tensor]:
+        """The clip factors as the checkpoint's tensors, by their names inside the layer."""
+        clips = {}
+        for name, linears in SITES.items():
+            clip = self._inputs[name].clip
+            if clip is not None:
+                clips |= {f"{linear}.input_clip": clip().detach().cpu() for linear in linears}
+        if self._cache is not None:
+            clips["self_attn.attn.value_clip"] = self._cache.clip().detach().cpu()
+        return clips
+
+
+class Clip(nn.Module):
+    """Clip factors [groups, 2] on (minimum, maximum): (1 + sigmoid(logits)) / 2, 0.95 at first."""
+
+    def __init__(self, groups: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.full((groups, 2), START))
+
+    def forward(self) -> torch.Tensor:
+        """The factors."""
+        return (1 + self.logits.sigmoid()) / 2
+
+
+class ClippedInput(nn.Module):
+    """A site's input transform and activation quantiser; without clip factors where inputs keep 16 bits."""
+
+    def __init__(self, transform: InputTransform, tensors: InputTensors, args: ActivationArgs, features: int):
+        super().__init__()
+        self._transform, self._tensors, self._args = transform, tensors, args
+        self.clip = None if args.num_bits == 16 else Clip(activation_groups(args, features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] float32, transformed and quantised."""
+        y = transform_input(x.flatten(0, -2), self._transform, self._tensors).view(x.shape)
+        return y if self.clip is None else fake_quantize(y, self.clip(), self._args.num_bits, self._args.symmetric)
+
+
+class ClippedCache(nn.Module):
+    """A layer's KV cache; the clip of the keys stays the recipe's."""
+
+    def __init__(self, args: KVCache, rotate_keys: bool, heads: int):
+        super().__init__()
+        self._num_bits, self._rotate_keys = args.num_bits, rotate_keys
+        self.register_buffer("_key_clip", torch.full((heads, 2), args.key_clip))
+        self.clip = Clip(heads)
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or queries [..., head_size] as the scores are computed from."""
+        return apply_hadamard(x) if self._rotate_keys else x
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys [..., kv_heads, tokens, head_size] as read back from the cache."""
+        return fake_store(self.rotate(x), self.get_buffer("_key_clip"), self._num_bits)
+
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        """Values [..., kv_heads, tokens, head_size] as read back from the cache."""
+        return fake_store(x, self.clip(), self._num_bits)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface over `module.attn`, a `ClippedCache`."""
+    cache = module.attn
+    assert isinstance(cache, ClippedCache)
+    read = cache.rotate(query), cache.keys(key), cache.values(value)
+    return sdpa_attention_forward(module, *read, attention_mask, **kwargs)
+
+
+def _state(tensors: dict[str, torch.Tensor], recipe: Recipe) -> dict[str, torch.Tensor]:
+    """The layer's parameters: norms and biases, and the weights that the codes stand for."""
+    state = {name: tensor for name, tensor in tensors.items() if name.endswith(("norm.weight", ".bias"))}
+    for name, linears in SITES.items():
+        args: WeightArgs = getattr(recipe.sites, name).weights
+        for linear in linears:
+            local = _local(tensors, linear)
+            scale = local["weight_scale"]
+            codes = integer_weights(local, args).unflatten(1, (scale.shape[1], -1))
+            state[f"{linear}.weight"] = (codes * scale[:, :, None]).flatten(1)
+    return state
+
+
+def _local(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
+    prefix = f"{module}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
