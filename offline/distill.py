@@ -97,7 +97,7 @@ def _groups(student: Student, args: Distillation) -> list[dict[str, Any]]:
     groups = []
     for parameters, rate in (
         (student.latents(), args.code_learning_rate),
-        (student.log_scales() + student.gains(), args.scale_learning_rate),
+        (student.log_scales(), args.scale_learning_rate),
         (student.clips(), args.clip_learning_rate),
     ):
         if rate > 0:

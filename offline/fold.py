@@ -31,25 +31,24 @@ def fold_layer(source: Source, layer: int, transforms: Transforms | None) -> dic
     return {name: tensor.float() for name, tensor in state.items()}
 
 
-def fold_ends(source: Source, transforms: Transforms | None, final_norm: torch.Tensor) -> dict[str, torch.Tensor]:
+def fold_ends(source: Source, transforms: Transforms | None) -> dict[str, torch.Tensor]:
     """Embeddings, final norm and lm_head in the source's dtype, with the residual rotation folded in.
 
     A tied model keeps its matrix; rotation and final norm go along as float32 tensors of their own.
-    final_norm: [hidden], weight of the final norm, the source's own or what it was trained to
     """
     names = [name for name in source.names if not name.startswith("model.layers.")]
     state = {name: source.tensor(name) for name in names}
-    norm, embed = state["model.norm.weight"], state["model.embed_tokens.weight"]
     if transforms is None or transforms.residual is None:
-        return state | {"model.norm.weight": final_norm.to(norm.dtype)}
+        return state
+    norm, embed = state["model.norm.weight"], state["model.embed_tokens.weight"]
     state["model.norm.weight"] = torch.ones_like(norm)
     if source.shape.tie_word_embeddings:
         state["model.embed_tokens.residual_rotation"] = transforms.residual.float()
-        state["model.embed_tokens.final_norm_weight"] = final_norm.float()
+        state["model.embed_tokens.final_norm_weight"] = norm.float()
     else:
         head = state["lm_head.weight"]
         state["model.embed_tokens.weight"] = _rotate_rows(embed, transforms.residual)
-        state["lm_head.weight"] = _rotate_rows(head, final_norm.double()[:, None] * transforms.residual)
+        state["lm_head.weight"] = _rotate_rows(head, norm.double()[:, None] * transforms.residual)
     return state
 
 

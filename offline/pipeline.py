@@ -103,11 +103,10 @@ def _write_checkpoint(run: _Run, folder: Path, figures: Report, calibration: str
     with run.watch("rotation"):
         transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.device, run.progress)
     writer = Writer(folder)
-    layers, final_norm = _quantized_layers(run, tokens, transforms), run.source.tensor("model.norm.weight")
+    writer.add(quantize_vocabulary(fold_ends(run.source, transforms), run.config, run.source.shape))
+    layers = _quantized_layers(run, tokens, transforms)
     if run.recipe.distillation is not None and tokens is not None:
-        layers, final_norm = _distilled(run, run.recipe.distillation, list(layers), tokens, transforms)
-    ends = fold_ends(run.source, transforms, final_norm)
-    writer.add(quantize_vocabulary(ends, run.config, run.source.shape))
+        layers = _distilled(run, run.recipe.distillation, list(layers), tokens, transforms)
     for index, tensors in enumerate(layers):
         writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
     writer.finish_tensors()
@@ -177,18 +176,14 @@ def _quantized_layers(run: _Run, tokens: torch.Tensor | None, transforms: Transf
 
 def _distilled(
     run: _Run, args: Distillation, layers: list[Layer], tokens: torch.Tensor, transforms: Transforms | None
-) -> tuple[Iterator[Layer], torch.Tensor]:
-    """The layers and the final norm's weight with what distillation changed, latent codes left out."""
+) -> Iterator[Layer]:
+    """The layers with what distillation changed, latent codes left out."""
     with run.watch("distillation"):
         student = Student(run.source, run.config, layers, transforms)
         distill(student, run.source, tokens, args, run.seed, run.progress)
-
-    def trained() -> Iterator[Layer]:
-        for index, tensors in enumerate(layers):
-            kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight_latent")}
-            yield kept | {name: t.to(kept[name].dtype) for name, t in student.tensors(index).items()}
-
-    return trained(), student.final_norm.detach()
+    for index, tensors in enumerate(layers):
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight_latent")}
+        yield kept | student.tensors(index)
 
 
 def _device(name: str) -> torch.device:

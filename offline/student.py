@@ -15,10 +15,10 @@ from transformers.masking_utils import sdpa_mask
 
 from infoquant_vllm.format import KVCacheArgs, LinearScheme, QuantizationConfigData, pack_codes
 from offline.recipe import SITES
-from offline.simulated import integer_weights, transform_input
+from offline.simulated import integer_weights
 from offline.source import Source
 from offline.straight_through import fake_quantize, fake_store, round_codes
-from offline.transforms import Transforms, apply_hadamard
+from offline.transforms import Transforms, apply_hadamard, transform_input
 
 ATTENTION = "infoquant_student"
 CLIP_BOUNDS = (0.3, 1.0)
@@ -44,8 +44,9 @@ class Student(nn.Module):
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         self.embedding = model.get_input_embeddings().weight
         self.head = model.get_output_embeddings().weight
-        self._rotation = None if transforms is None else transforms.residual.float()
-        self.final_norm = nn.Parameter(model.model.norm.weight.clone())
+        rotation = None if transforms is None else transforms.residual
+        self._rotation = None if rotation is None else rotation.float()
+        self._final_norm = model.model.norm.weight.clone()
         model.model.norm.weight.fill_(1.0)
         for index, tensors in enumerate(layers):
             self._quantise(model.model.layers[index], config, tensors)
@@ -74,7 +75,7 @@ class Student(nn.Module):
         if self._rotation is not None:
             embedded = embedded @ self._rotation
         hidden = self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        return (hidden if self._rotation is None else hidden @ self._rotation.T) * self.final_norm
+        return (hidden if self._rotation is None else hidden @ self._rotation.T) * self._final_norm
 
     def latents(self) -> list[nn.Parameter]:
         """The unrounded codes of all linears."""
@@ -83,11 +84,6 @@ class Student(nn.Module):
     def log_scales(self) -> list[nn.Parameter]:
         """Logarithms of the factors on the weight scales of all linears."""
         return [module.log_scale for module in self.modules() if isinstance(module, StudentLinear)]
-
-    def gains(self) -> list[nn.Parameter]:
-        """Weights of all norms, the last one's in the source's basis."""
-        norms = [p for name, p in self.decoder.named_parameters() if name.split(".")[-2].endswith("norm")]
-        return [self.final_norm, *(p for p in norms if p is not self.decoder.norm.weight)]
 
     def clips(self) -> list[nn.Parameter]:
         """Clip factors of all inputs, keys and values."""
@@ -106,11 +102,9 @@ class Student(nn.Module):
     def tensors(self, index: int) -> Layer:
         """What training changed of a decoder layer's checkpoint tensors."""
         found: Layer = {}
-        layer = self.decoder.layers[index]
-        for name, module in layer.named_modules():
+        for name, module in self.decoder.layers[index].named_modules():
             if isinstance(module, StudentLinear | StudentCache):
                 found |= {f"{name}.{key}": tensor for key, tensor in module.tensors().items()}
-        found |= {name: p.detach().clone() for name, p in layer.named_parameters() if name.endswith("norm.weight")}
         return found
 
 

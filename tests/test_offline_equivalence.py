@@ -31,7 +31,7 @@ def recipe_for(transform: str) -> Recipe:
 def transformed_model(source: Source, transforms: Transforms | None, recipe: Recipe) -> CausalLM:
     """The source with `transforms` folded in, and with hooks that do what the server does at run time."""
     model = source.model(torch.float32)
-    ends = fold_ends(source, transforms, source.tensor("model.norm.weight"))
+    ends = fold_ends(source, transforms)
     model.model.norm.weight.data = ends["model.norm.weight"].float()
     for number, layer in enumerate(model.model.layers):
         layer.load_state_dict(fold_layer(source, number, transforms))
