@@ -7,14 +7,15 @@ from offline.errors import ToolError
 
 if TYPE_CHECKING:
     from offline.pipeline import quantize
-    from offline.recipe import PRESETS, Recipe, load_recipe
+    from offline.presets import PRESETS
+    from offline.recipe import Recipe, load_recipe
     from offline.report import Report
 
 __all__ = ["PRESETS", "Recipe", "Report", "ToolError", "load_recipe", "quantize"]
 
 _HOMES = {
     "quantize": "offline.pipeline",
-    "PRESETS": "offline.recipe",
+    "PRESETS": "offline.presets",
     "Recipe": "offline.recipe",
     "load_recipe": "offline.recipe",
     "Report": "offline.report",

@@ -31,15 +31,12 @@ def distill(
     progress: ProgressReport,
 ) -> None:
     """Train `student` in place on tokens [sequences, length] int64 that the source reads too."""
+    order = _batches(len(tokens), args, torch.Generator().manual_seed(seed))
+    tokens = tokens[: int(order.max()) + 1]
     targets = final_hidden(source, tokens, progress)
     optimizer = torch.optim.Adam(_groups(student, args), betas=BETAS, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, args))
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    for step in range(args.steps):
-        if len(order) < args.batch_sequences:
-            order = torch.cat((order, torch.randperm(len(tokens), generator=generator)))
-        rows, order = order[: args.batch_sequences], order[args.batch_sequences :]
+    for step, rows in enumerate(order, start=1):
         hidden = student(tokens[rows])
         loss = kl_of_heads(hidden.flatten(0, 1), targets[rows].flatten(0, 1), student.head)
         optimizer.zero_grad()
@@ -47,7 +44,15 @@ def distill(
         optimizer.step()
         schedule.step()
         student.bound()
-        progress("distillation", step + 1, args.steps, f"KL {loss.item():.3f}")
+        progress("distillation", step, args.steps, f"KL {loss.item():.3f}")
+
+
+def _batches(sequences: int, args: Distillation, generator: torch.Generator) -> torch.Tensor:
+    """Which sequences each step reads, [steps, batch]: the first ones, all as often, in random order."""
+    wanted = args.steps * args.batch_sequences
+    used = min(sequences, wanted)
+    passes = [torch.randperm(used, generator=generator) for _ in range(-(-wanted // used))]
+    return torch.cat(passes)[:wanted].view(args.steps, args.batch_sequences)
 
 
 @torch.no_grad()

@@ -17,9 +17,10 @@ from offline.errors import ToolError
 from offline.fold import fold_ends, fold_layer, stored_dtype
 from offline.layer import quantize_layer
 from offline.learned_clips import learn_clips
+from offline.presets import preset_named
 from offline.progress import ProgressReport, console_progress
 from offline.psot import make_transforms
-from offline.recipe import SITES, Distillation, Recipe, load_recipe, preset_named
+from offline.recipe import SITES, Distillation, Recipe, load_recipe
 from offline.report import Report, Stopwatch, checkpoint_sizes, peak_memory_bytes
 from offline.source import Source
 from offline.stream import Statistics, Stream

@@ -38,7 +38,9 @@ def make_transforms(
     heads = random_head_rotations(source.shape, generator)
     if recipe.transform == "psot-shared" and tokens is not None:
         inputs = collect_inputs(source, tokens, recipe.psot, device, progress)
-        residual = learn_rotation(inputs, residual, recipe.psot, generator, progress)
+        group = recipe.sites.qkv.input_activations.group_size
+        groups = 1 if group is None else source.shape.hidden_size // group
+        residual = learn_rotation(inputs, residual, groups, recipe.psot, generator, progress)
     return Transforms(residual, heads)
 
 
@@ -70,6 +72,7 @@ def collect_inputs(
 def learn_rotation(
     inputs: torch.Tensor,
     start: torch.Tensor,
+    groups: int,
     args: Psot,
     generator: torch.Generator,
     progress: ProgressReport,
@@ -78,6 +81,7 @@ def learn_rotation(
 
     inputs: [tokens, hidden] float32 or bfloat16, normalised inputs of all layers without the norms' gains
     start: [hidden, hidden] float64, a random Hadamard
+    groups: how many ranges a token is quantised with
     """
     hidden = len(start)
     base = start.to(inputs.device, torch.float32)
@@ -88,7 +92,7 @@ def learn_rotation(
     )
     for step in range(args.steps):
         rows = torch.randint(len(inputs), (args.batch_tokens,), generator=generator).to(inputs.device)
-        loss = squared_range((inputs[rows].float() @ base) @ cayley(parameter))
+        loss = squared_range(((inputs[rows].float() @ base) @ cayley(parameter)).unflatten(1, (groups, -1)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -106,5 +110,5 @@ def cayley(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def squared_range(y: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of (max(y, 0) - min(y, 0))^2, which the quantiser's error is proportional to."""
-    return (y.amax(1).clamp(min=0) - y.amin(1).clamp(max=0)).square().mean()
+    """Mean over ranges of (max(y, 0) - min(y, 0))^2, y [..., values], which quantisers' errors are proportional to."""
+    return (y.amax(-1).clamp(min=0) - y.amin(-1).clamp(max=0)).square().mean()

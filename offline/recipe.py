@@ -144,10 +144,10 @@ class Distillation(_Strict):
     Rates are in steps of codes for the weights' codes, relative for scales and absolute for clips.
     """
 
-    steps: Count = 150
-    batch_sequences: Count = 2
+    steps: Count = 120
+    batch_sequences: Count = 1
     warmup_steps: Count = 10
-    code_learning_rate: Rate = 3e-3
+    code_learning_rate: Rate = 0.0
     scale_learning_rate: Rate = 2e-3
     clip_learning_rate: Rate = 1e-2
 
@@ -227,25 +227,6 @@ class Recipe(_Strict):
     def dump(self) -> str:
         """The recipe as YAML; `load_recipe` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-PRESETS: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(name="rtn", transform="none", rounding="rtn"),
-        Recipe(name="quarot", transform="hadamard", rounding="gptq"),
-        Recipe(name="paper", transform="psot-layer", rounding="gptq", learned_clips=LearnedClips()),
-        Recipe(name="fast", transform="psot-shared", balance=True, rounding="gptq"),
-    )
-}
-"""Equal terms: the same codes, clips and calibration, apart from what names them."""
-
-
-def preset_named(name: str) -> Recipe:
-    """A preset by name; raises ToolError listing the known ones."""
-    if name not in PRESETS:
-        raise ToolError(f"no preset is named {name!r}; choose one of {', '.join(PRESETS)}, or write a recipe file")
-    return PRESETS[name]
 
 
 def load_recipe(file: str | Path) -> Recipe:

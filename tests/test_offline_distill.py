@@ -11,9 +11,9 @@ from offline.distill import final_hidden, kl_of_heads
 from offline.evaluate import compare
 from offline.fold import fold_layer
 from offline.layer import quantize_layer
+from offline.presets import PRESETS
 from offline.progress import silent
 from offline.recipe import (
-    PRESETS,
     CalibrationSize,
     Distillation,
     KVCache,
