@@ -2,7 +2,7 @@
 
 The loss is KL(source || quantised) over the whole vocabulary at every position of the calibration
 tokens, as in LLM-QAT (Liu et al., arXiv 2305.17888, section 3.2); the parameters are the scales of the
-weights, the clips and, if the recipe says so, what the weights' codes are rounded from.
+weights and the clips. Codes stay as they were rounded.
 """
 
 import math
@@ -101,7 +101,6 @@ def _groups(student: Student, args: Distillation) -> list[dict[str, Any]]:
     student.requires_grad_(False)
     groups = []
     for parameters, rate in (
-        (student.latents(), args.code_learning_rate),
         (student.log_scales(), args.scale_learning_rate),
         (student.clips(), args.clip_learning_rate),
     ):

@@ -18,7 +18,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping:
     with groups, over each group when its turn comes.
     """
     rest = weight.T.contiguous()  # [K, N]: what is rounded together lies together
-    codes, latent = torch.empty_like(rest), torch.empty_like(rest)
+    codes = torch.empty_like(rest)
     factor = inverse_factor(hessian, damping).to(weight.dtype)
     group = args.group_size or len(rest)
     found: list[Scales] = []
@@ -27,23 +27,22 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping:
         found.append(scales)
         for start in range(first, first + group, BLOCK):
             stop = min(start + BLOCK, first + group)
-            exact, errors = _round_block(rest[start:stop], factor[start:stop, start:stop], scales)
-            codes[start:stop], latent[start:stop] = scales.codes(exact.T).T, scales.latent(exact.T).T
+            codes[start:stop], errors = _round_block(rest[start:stop], factor[start:stop, start:stop], scales)
             rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     scale, zero = (torch.cat([getattr(scales, name) for scales in found], dim=1) for name in ("scale", "zero"))
-    return QuantizedWeight(codes.T, scale, zero, latent.T)
+    return QuantizedWeight(codes.T, scale, zero)
 
 
 def _round_block(rows: torch.Tensor, factor: torch.Tensor, scales: Scales) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is rounded, and the errors, [B, N] each, of B inputs' weights `rows` [B, N], one after the other."""
+    """Codes and errors [B, N] of B inputs' weights `rows` [B, N], one input after the other."""
     scales = Scales(scales.scale[:, 0], scales.zero[:, 0], scales.lowest, scales.highest)
-    exact, errors = torch.empty_like(rows), torch.empty_like(rows)
+    codes, errors = torch.empty_like(rows), torch.empty_like(rows)
     for index, row in enumerate(rows):
         if index:
             row = torch.addmv(row, errors[:index].T, factor[:index, index], alpha=-1)  # noqa: PLW2901
-        exact[index] = row
-        errors[index] = (row - scales.values(scales.codes(row))) / factor[index, index]
-    return exact, errors
+        codes[index] = scales.codes(row)
+        errors[index] = (row - scales.values(codes[index])) / factor[index, index]
+    return codes, errors
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:

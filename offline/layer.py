@@ -23,7 +23,6 @@ def quantize_layer(
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
     inputs: tensors of the sites' input transforms, by site; each linear gets a copy
     dtype: of the norms and biases, which stay unquantised
-    For distillation `weight_latent` [N, K] comes with each linear: what was rounded, in units of codes.
     """
     tensors = {name: tensor.to(dtype) for name, tensor in state.items() if not name.endswith("_proj.weight")}
     errors: dict[str, float] = {}
@@ -37,8 +36,6 @@ def quantize_layer(
         for linear, weight, rounded in zip(linears, weights, _round(weights, hessian, site, recipe), strict=True):
             tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site, shape).items()}
             tensors |= {f"{linear}.{key}": t.clone() for key, t in tensors_of_input.items()}
-            if recipe.distillation is not None:
-                tensors[f"{linear}.weight_latent"] = rounded.latent
             if hessian is not None:
                 errors[linear] = output_error(weight, rounded.values(), hessian)
     return tensors | _cache_clips(recipe, shape), errors

@@ -178,13 +178,12 @@ def _quantized_layers(run: _Run, tokens: torch.Tensor | None, transforms: Transf
 def _distilled(
     run: _Run, args: Distillation, layers: list[Layer], tokens: torch.Tensor, transforms: Transforms | None
 ) -> Iterator[Layer]:
-    """The layers with what distillation changed, latent codes left out."""
+    """The layers with what distillation changed."""
     with run.watch("distillation"):
         student = Student(run.source, run.config, layers, transforms)
         distill(student, run.source, tokens, args, run.seed, run.progress)
     for index, tensors in enumerate(layers):
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight_latent")}
-        yield kept | student.tensors(index)
+        yield tensors | student.tensors(index)
 
 
 def _device(name: str) -> torch.device:

@@ -139,15 +139,14 @@ class LearnedClips(_Strict):
 
 
 class Distillation(_Strict):
-    """End-to-end training against the source: Adam, warm-up and cosine; a rate of 0 leaves its part as it is.
+    """End-to-end training of weight scales and clips against the source: Adam, warm-up and cosine.
 
-    Rates are in steps of codes for the weights' codes, relative for scales and absolute for clips.
+    The rate is relative for scales and absolute for clips; 0 leaves them as they are.
     """
 
     steps: Count = 120
     batch_sequences: Count = 1
     warmup_steps: Count = 10
-    code_learning_rate: Rate = 0.0
     scale_learning_rate: Rate = 2e-3
     clip_learning_rate: Rate = 1e-2
 

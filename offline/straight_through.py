@@ -37,21 +37,6 @@ def fake_store(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tens
     return _FakeStore.apply(x, clip, num_bits)
 
 
-def round_codes(codes: torch.Tensor) -> torch.Tensor:
-    """The nearest whole numbers; gradients pass."""
-    return _Round.apply(codes)
-
-
-class _Round(Function):
-    @staticmethod
-    def forward(ctx: Any, codes: torch.Tensor) -> torch.Tensor:
-        return codes.round()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0]
-
-
 class _FakeQuantize(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric: bool) -> torch.Tensor:

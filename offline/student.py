@@ -1,4 +1,4 @@
-"""A quantised model that can be trained: straight-through codes, scales and clips as parameters.
+"""A quantised model that can be trained: weight scales and clips as parameters, codes as they are.
 
 Built from the tensors of a checkpoint, by layer, on the source's own transformers model. Everything
 but the quantised parts stays fixed; it runs in float32, in the rotated basis of the residual stream.
@@ -13,17 +13,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from infoquant_vllm.format import KVCacheArgs, LinearScheme, QuantizationConfigData, pack_codes
+from infoquant_vllm.format import KVCacheArgs, LinearScheme, QuantizationConfigData
 from offline.recipe import SITES
 from offline.simulated import integer_weights
 from offline.source import Source
-from offline.straight_through import fake_quantize, fake_store, round_codes
+from offline.straight_through import fake_quantize, fake_store
 from offline.transforms import Transforms, apply_hadamard, transform_input
 
 ATTENTION = "infoquant_student"
 CLIP_BOUNDS = (0.3, 1.0)
-INSIDE = 0.49
-"""Steps: how far a latent code may begin from the code that it must round to."""
 
 Layer = dict[str, torch.Tensor]
 
@@ -31,8 +29,7 @@ Layer = dict[str, torch.Tensor]
 class Student(nn.Module):
     """The source model with every decoder layer's linears and KV cache quantised as `layers` say.
 
-    layers: by decoder layer, the checkpoint's tensors by their names inside the layer, and for every
-        linear `weight_latent` [N, K] float32, what was rounded to its codes, in units of codes
+    layers: by decoder layer, the checkpoint's tensors by their names inside the layer
     """
 
     def __init__(
@@ -77,10 +74,6 @@ class Student(nn.Module):
         hidden = self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
         return (hidden if self._rotation is None else hidden @ self._rotation.T) * self._final_norm
 
-    def latents(self) -> list[nn.Parameter]:
-        """The unrounded codes of all linears."""
-        return [module.latent for module in self.modules() if isinstance(module, StudentLinear)]
-
     def log_scales(self) -> list[nn.Parameter]:
         """Logarithms of the factors on the weight scales of all linears."""
         return [module.log_scale for module in self.modules() if isinstance(module, StudentLinear)]
@@ -91,10 +84,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def bound(self) -> None:
-        """Bring codes and clips back to where the format can hold them; after every step."""
-        for module in self.modules():
-            if isinstance(module, StudentLinear):
-                module.latent.clamp_(module.lowest - INSIDE, module.highest + INSIDE)
+        """Bring clips back to where the format can hold them; after every step."""
         for clip in self.clips():
             clip.clamp_(*CLIP_BOUNDS)
 
@@ -131,44 +121,29 @@ class StudentInput(nn.Module):
 
 
 class StudentLinear(nn.Module):
-    """A linear whose codes are rounded from `latent` [N, K]; its scale is multiplied by exp(log_scale) [N, G]."""
+    """A linear of fixed codes whose scale is multiplied by exp(log_scale) [N, G]."""
 
     def __init__(self, site: StudentInput, scheme: LinearScheme, tensors: Layer):
         super().__init__()
-        self.site, self._args = [site], scheme.weights  # a list: several linears share the module
-        signed, half = scheme.weights.symmetric, 2 ** (scheme.weights.num_bits - 1)
-        self.lowest, self.highest = (-half, half - 1) if signed else (0, 2 * half - 1)
-        self._zero = None if signed else tensors["weight_zero_point"].float()
-        codes = integer_weights(tensors, scheme.weights).float()
-        if self._zero is not None:
-            codes = (codes.unflatten(1, (self._zero.shape[1], -1)) + self._zero[..., None]).flatten(1)
-        self.latent = nn.Parameter(
-            torch.minimum(torch.maximum(tensors["weight_latent"], codes - INSIDE), codes + INSIDE)
-        )
+        self.site = [site]  # a list: several linears share the module
+        self._codes = integer_weights(tensors, scheme.weights).float()
         self._scale = tensors["weight_scale"]
         self.log_scale = nn.Parameter(torch.zeros_like(self._scale))
         self._bias = tensors.get("bias")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] float32 to [..., N]."""
-        codes, scale = round_codes(self.latent), self._scale * self.log_scale.exp()
-        if self._zero is not None:
-            codes = (codes.unflatten(1, (self._zero.shape[1], -1)) - self._zero[..., None]).flatten(1)
-        y = self.site[0](x)
+        y, scale = self.site[0](x), self._scale * self.log_scale.exp()
         if scale.shape[1] == 1:
-            out = functional.linear(y, codes) * scale[:, 0]
+            out = functional.linear(y, self._codes) * scale[:, 0]
         else:
-            out = functional.linear(y, (codes.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1))
+            grouped = self._codes.unflatten(1, (scale.shape[1], -1))
+            out = functional.linear(y, (grouped * scale[..., None]).flatten(1))
         return out if self._bias is None else out + self._bias.float()
 
     def tensors(self) -> Layer:
-        """Codes, scales and clips as the checkpoint holds them."""
-        codes = self.latent.round()
-        found = {
-            "weight_packed": pack_codes(codes, self._args.num_bits, signed=self._args.symmetric),
-            "weight_scale": self._scale * self.log_scale.exp(),
-        }
-        clip = self.site[0].clip
+        """Scales and clips as the checkpoint holds them."""
+        found, clip = {"weight_scale": self._scale * self.log_scale.exp()}, self.site[0].clip
         return found if clip is None else found | {"input_clip": clip.detach().clone()}
 
 

@@ -24,10 +24,6 @@ class Scales:
         """The nearest codes, in the dtype of `weight`, which broadcasts against the scales."""
         return (weight / self.scale).round_().add_(self.zero).clamp_(self.lowest, self.highest)
 
-    def latent(self, weight: torch.Tensor) -> torch.Tensor:
-        """What `codes` rounds and clamps."""
-        return weight / self.scale + self.zero
-
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What codes stand for."""
         return (codes - self.zero) * self.scale
@@ -35,15 +31,11 @@ class Scales:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """codes [N, K] (signed where symmetric, as floats), scale [N, G] float32, zero [N, G].
-
-    latent: [N, K] float32, what was rounded to the codes, in their units
-    """
+    """codes [N, K] (signed where symmetric, as floats), scale [N, G] float32, zero [N, G]."""
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
-    latent: torch.Tensor
 
     def values(self) -> torch.Tensor:
         """The weights that the codes stand for, [N, K] float32."""
@@ -53,8 +45,7 @@ class QuantizedWeight:
 
     def split(self, rows: list[int]) -> list["QuantizedWeight"]:
         """The same cut into parts of that many rows."""
-        tensors = (self.codes, self.scale, self.zero, self.latent)
-        parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True)
         return [QuantizedWeight(*part) for part in parts]
 
 
@@ -87,8 +78,9 @@ def round_to_nearest(weight: torch.Tensor, args: WeightArgs) -> QuantizedWeight:
     parts = []
     for columns in weight.split(size, dim=1):
         scales = search_scales(columns, args)
-        parts.append((scales.codes(columns), scales.scale, scales.zero, scales.latent(columns)))
-    return QuantizedWeight(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
+        parts.append((scales.codes(columns), scales.scale, scales.zero))
+    codes, scale, zero = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    return QuantizedWeight(codes, scale, zero)
 
 
 def _scales(weight: torch.Tensor, args: WeightArgs, factor: float) -> Scales:

@@ -30,7 +30,7 @@ from offline.text import text_windows
 from offline.transforms import Transforms, random_hadamard, random_head_rotations
 from tests.tiny import SIZES, write_source
 
-TRAINED = Distillation(steps=12, batch_sequences=2, warmup_steps=2, code_learning_rate=1e-3)
+TRAINED = Distillation(steps=12, batch_sequences=2, warmup_steps=2)
 SITE_NAMES = tuple(Sites.model_fields)
 GROUPS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=32)
 ASYMMETRIC_GROUPS = Sites(
@@ -73,7 +73,7 @@ def divergence(folder: Path, checkpoint: Path) -> float:
 @pytest.mark.parametrize("sites", [Sites(), ASYMMETRIC_GROUPS], ids=["channel", "asymmetric-groups"])
 def test_a_student_that_learns_nothing_leaves_the_checkpoint_as_it_was(tmp_path: Path, size: str, sites: Sites) -> None:
     write_source(tmp_path / "source", **SIZES[size])
-    still = Distillation(steps=1, code_learning_rate=0.0, scale_learning_rate=1e-30, clip_learning_rate=0.0)
+    still = Distillation(steps=1, scale_learning_rate=1e-30, clip_learning_rate=0.0)
     trained, plain = (
         Checkpoint(made(tmp_path, name, recipe(sites=sites, distillation=distillation)))
         for name, distillation in (("trained", still), ("plain", None))
