@@ -26,8 +26,15 @@ def provenance(seed: int) -> dict[str, Any]:
 
 def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
     """Write rows as JSON."""
+    write_whole(json.dumps(rows, indent=1) + "\n", file)
+
+
+def write_whole(text: str, file: Path) -> None:
+    """Write a text file that is never seen half-written; makes its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def _git(*arguments: str) -> str:

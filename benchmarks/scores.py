@@ -25,22 +25,35 @@ class Scores:
         return math.exp(float(self.nll.mean()))
 
 
-def score(server: Server, windows: torch.Tensor, top: int, concurrent: int = 1) -> Scores:
-    """Score `windows` (int64 [windows, tokens]) on a server started with --max-logprobs >= top.
+def prompt_logprobs(
+    server: Server, prompts: list[list[int]], top: int, concurrent: int = 1
+) -> list[list[dict[int, tuple[float, int]]]]:
+    """What a server says of each prompt's tokens but the first, given those before them.
 
-    `concurrent` requests are in flight at a time.
+    Args:
+        server: started with --max-logprobs >= top.
+        prompts: token ids, at least one each.
+        top: how many of the likeliest tokens to list beside the prompt's own.
+        concurrent: how many requests are in flight at a time.
+
+    Returns for every prompt and position (log-probability in nats, rank) by token id; rank 1 is the likeliest.
     """
     client = server.client()
 
-    def positions(window: list[int]) -> list[dict[int, tuple[float, int]]]:
+    def positions(prompt: list[int]) -> list[dict[int, tuple[float, int]]]:
         reply = client.completions.create(
-            model=str(server.model), prompt=window, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": top}
+            model=str(server.model), prompt=prompt, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": top}
         )
         found = (reply.choices[0].model_extra or {})["prompt_logprobs"][1:]
         return [{int(token): (entry["logprob"], entry["rank"]) for token, entry in place.items()} for place in found]
 
     with ThreadPoolExecutor(concurrent) as pool:
-        replies = list(pool.map(positions, windows.tolist()))
+        return list(pool.map(positions, prompts))
+
+
+def score(server: Server, windows: torch.Tensor, top: int, concurrent: int = 1) -> Scores:
+    """Score `windows` (int64 [windows, tokens]); the other arguments are those of `prompt_logprobs`."""
+    replies = prompt_logprobs(server, windows.tolist(), top, concurrent)
     nll = [
         [-place[token][0] for place, token in zip(reply, window[1:], strict=True)]
         for reply, window in zip(replies, windows.tolist(), strict=True)

@@ -1,0 +1,113 @@
+"""Result rows of `benchmarks.accuracy` as one Markdown table, and as tables for a terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+Columns = dict[str, list[str]]
+"""Cells by heading, one per row."""
+
+
+def markdown(rows: list[Row]) -> str:
+    """Everything in one table; below it what the columns are, and what was measured on."""
+    columns = {"model": _names(rows)} | distances(rows) | task_scores(rows) | cost_figures(rows)
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
+    return "\n".join([*lines, "", *_notes(rows)]) + "\n"
+
+
+def terminal_tables(rows: list[Row]) -> list[Table]:
+    """The same columns in three tables, which a terminal has the width for."""
+    titles = {"distance to the reference": distances, "tasks": task_scores, "costs": cost_figures}
+    tables = []
+    for title, of in titles.items():
+        columns = {"model": _names(rows)} | of(rows)
+        if len(columns) > 1:
+            table = Table(*columns, title=title)
+            for cells in zip(*columns.values(), strict=True):
+                table.add_row(*cells)
+            tables.append(table)
+    return tables
+
+
+def distances(rows: list[Row]) -> Columns:
+    """Figures of the text."""
+    return {
+        "perplexity, served": [_figure(row, "perplexity", 2) for row in rows],
+        "top-1 agreement, served": [_figure(row, "top1_agreement") for row in rows],
+        f"KL ≥, served, {rows[0]['top']} likeliest tokens": [_figure(row, "kl_lower_bound") for row in rows],
+        "KL, simulated, whole vocabulary": [_figure(row, "simulated_kl") for row in rows],
+    }
+
+
+def task_scores(rows: list[Row]) -> Columns:
+    """Figures of the tasks, all served; none where there were none."""
+    done = next((row for row in rows if "tasks" in row), None)
+    if done is None:
+        return {}
+    columns: Columns = {}
+    for name, figures in done["tasks"].items():
+        found = [row.get("tasks", {}).get(name, {}) for row in rows]
+        columns[f"{name}, {figures['metric']}"] = [_figure(one, "score") for one in found]
+        if figures["metric"] == "greedy":
+            columns[f"{name}, bits per byte"] = [_figure(one, "bits_per_byte", 2) for one in found]
+    means = [row.get("task_mean", {}) for row in rows]
+    columns["mean of the tasks"] = [_figure(one, "score") for one in means]
+    columns["less the reference's"] = [_figure(one, "difference", sign="+") for one in means]
+    return columns
+
+
+def cost_figures(rows: list[Row]) -> Columns:
+    """Figures of config and report."""
+    return {
+        "bits per weight": [_number(row.get("bits_per_weight"), ".2f") for row in rows],
+        "multiply-adds added per token": [_added(row) for row in rows],
+        "quantising, s": [_number(row.get("quantising_seconds"), ",.0f") for row in rows],
+        "peak memory, GiB": [_number(row.get("peak_memory_bytes"), ".2f", 2**30) for row in rows],
+    }
+
+
+def _names(rows: list[Row]) -> list[str]:
+    return [row["model"] + (f" (failed: {row['failed']})" if "failed" in row else "") for row in rows]
+
+
+def _figure(row: Row, name: str, digits: int = 3, sign: str = "") -> str:
+    """mean ± standard error; a dash where the row has none."""
+    if row.get(name) is None:
+        return "-"
+    digits = 0 if abs(row[name]) >= 1000 else digits
+    return f"{row[name]:{sign}.{digits}f} ± {row[f'{name}_se']:.{digits}f}"
+
+
+def _number(value: float | None, spec: str, unit: int = 1) -> str:
+    return "-" if value is None else format(value / unit, spec)
+
+
+def _added(row: Row) -> str:
+    if "multiply_adds_added" not in row:
+        return "-"
+    added = row["multiply_adds_added"]
+    return f"{added:,} ({added / row['multiply_adds']:.1%})"
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    first = rows[0]
+    notes = [
+        f"± is one standard error. The first model is the reference. Text: {first['tokens']:,} tokens of "
+        f"{first['text']} in windows of {first['window']} (errors over windows). KL in nats per token: *served* is a "
+        f"lower bound, which takes all but the {first['top']} likeliest tokens as one; *simulated* is the whole of it, "
+        "computed by the tool's simulation of the server on the same windows.",
+    ]
+    if first["items"]:
+        notes[0] += (
+            " Tasks, served: "
+            + ", ".join(f"{count} items of {name}" for name, count in first["items"].items())
+            + " (errors over items); acc compares log-likelihoods of the choices, acc_norm those per byte, greedy asks "
+            "whether greedy decoding gives the one choice. The difference to the reference is over the same items."
+        )
+    notes[0] += (
+        " Multiply-adds added while serving are per token and, in brackets, relative to the model's own in linears and "
+        "lm_head."
+    )
+    return [*notes, "", f"Commit {first['commit']}, {first['device']}, {first['date'][:10]}, seed {first['seed']}."]

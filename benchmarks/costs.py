@@ -1,0 +1,85 @@
+"""What a checkpoint costs: arithmetic while serving, and what its report says of size and making."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infoquant_vllm.format import (
+    InputTransform,
+    ModelShape,
+    QuantizationConfigData,
+    hadamard_factors,
+    parse_config,
+    read_json,
+)
+from offline.recipe import SITES
+
+REPORT_FILE = "infoquant_report.json"
+
+
+@dataclass(frozen=True)
+class MultiplyAdds:
+    """Per token: `own` of the linears and lm_head of the unquantised model, `added` by transforms at run time."""
+
+    own: int
+    added: int
+
+
+def multiply_adds(shape: ModelShape, config: QuantizationConfigData | None) -> MultiplyAdds:
+    """Count the multiply-adds of a decoded token that do not depend on how long its context is.
+
+    Added are, per layer, the input transforms, once for linears that share their input; the Hadamard
+    on queries and keys, whose matrix of head_dim x head_dim the server multiplies by as a whole; and
+    for a tied model with `tied_residual_rotation` two products with [hidden, hidden], after the
+    embedding and before lm_head. Rotations folded into weights cost nothing. Not counted are the
+    element-wise work of the quantisers and, on both sides, attention itself.
+    """
+    linears = shape.linears()
+    own = sum(rows * features for rows, features in linears.values()) + shape.vocab_size * shape.hidden_size
+    if config is None:
+        return MultiplyAdds(own, 0)
+    added = 0
+    for module, (_, features) in linears.items():
+        scheme = config.scheme(module)
+        if scheme is not None and module.endswith(tuple(shared[0] for shared in SITES.values())):
+            added += features * per_feature(scheme.input_transform)
+    if config.kv_cache is not None and config.kv_cache.key_transform == "hadamard":
+        heads = shape.num_attention_heads + shape.num_key_value_heads
+        added += shape.num_hidden_layers * heads * shape.head_dim**2
+    if config.tied_residual_rotation:
+        added += 2 * shape.hidden_size**2
+    return MultiplyAdds(own, added)
+
+
+def per_feature(transform: InputTransform) -> int:
+    """Multiply-adds per input feature: the sizes of the matrices it is multiplied by one after another.
+
+    The entries of a Hadamard factor are +-1, so these are additions; they count alike.
+    """
+    if transform.type == "hadamard" and transform.block_size is not None:
+        return sum(len(factor) for factor in hadamard_factors(transform.block_size))
+    if transform.factors is not None:
+        return sum(transform.factors)
+    return transform.block_size or 0
+
+
+def costs(folder: Path) -> dict[str, Any]:
+    """The cost fields of a result's row. None stands for what the folder does not tell.
+
+    Of an unquantised model's weights the bits are those of its dtype. Raises FormatError where
+    config.json is not one of a Llama-architecture model, quantised by InfoQuant or not at all.
+    """
+    hf_config = read_json(folder / "config.json")
+    quantization = hf_config.get("quantization_config")
+    config = None if quantization is None else parse_config(quantization, str(folder / "config.json"))
+    counted = multiply_adds(ModelShape.from_hf(hf_config, str(folder / "config.json")), config)
+    report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
+    seconds = report.get("seconds")
+    plain_bits = 32 if hf_config.get("dtype", hf_config.get("torch_dtype")) == "float32" else 16
+    return {
+        "bits_per_weight": plain_bits if config is None else report.get("bits_per_weight"),
+        "multiply_adds": counted.own,
+        "multiply_adds_added": counted.added,
+        "quantising_seconds": sum(seconds.values()) if seconds else None,
+        "peak_memory_bytes": report.get("peak_memory_bytes"),
+    }
