@@ -212,6 +212,43 @@ def sample(
         print(f"{file}: {sequences} sequences of {length} tokens")
 
 
+@app.command(name="report")
+def report_command(
+    checkpoint: CheckpointFolder,
+    source: Annotated[
+        str | None, typer.Option(help="The unquantised model it was made from, for the figures before quantising.")
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Text, JSONL or data set to run on; else a few passages of the project's own.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write.  [default: CHECKPOINT-report.html beside it]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page written earlier.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a page with plots: activations, the paper's two criteria, errors and clips by layer, the recipe.
+
+    It is a single HTML file without scripts, which opens anywhere.
+
+    [bold]Example[/bold]
+
+      infoquant report ./model-w4a4kv4 --source ./model
+    """
+    with _refusals():
+        from offline.page.make import make_page
+        from offline.progress import console_progress
+
+        with console_progress() as progress:
+            found = make_page(checkpoint, output, source=source, corpus=corpus, overwrite=overwrite, progress=progress)
+        if as_json:
+            print(found.model_dump_json(indent=2))
+        else:
+            from offline.tables import print_page
+
+            print_page(found)
+
+
 @app.command(name="demo-model")
 def demo_model_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; must not exist yet.")],

@@ -79,6 +79,20 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
     )
 
 
+def scheme_words(scheme: LinearScheme | None) -> tuple[str, str, str]:
+    """Weights, inputs and input transform of a linear in words."""
+    if scheme is None:
+        return "unquantised", "unquantised", "none"
+    weights, inputs, transform = scheme.weights, scheme.input_activations, scheme.input_transform
+    shape = transform.block_size or transform.factors or ""
+    words = [
+        f"{args.num_bits} bits, {'symmetric' if args.symmetric else 'asymmetric'}, per {args.strategy}"
+        + (f" of {args.group_size}" if args.group_size else "")
+        for args in (weights, inputs)
+    ]
+    return words[0], "unquantised" if inputs.num_bits == 16 else words[1], f"{transform.type} {shape}".strip()
+
+
 def part_sizes(checkpoint: Checkpoint) -> dict[str, Size]:
     """Bytes of linears, embeddings, norms, transforms and clips, and of them all together."""
     sizes = {part: [0, 0] for part in ("linears", "embeddings", "norms", "residual rotation", "cache clips", "total")}

@@ -5,9 +5,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from infoquant_vllm.format import LinearScheme
 from offline.evaluate import Evaluation, Figure
-from offline.inspect import Inspection
+from offline.inspect import Inspection, scheme_words
+from offline.page.summary import Summary
 from offline.report import Report
 from offline.verify import Verification
 
@@ -55,7 +55,7 @@ def print_inspection(found: Inspection) -> None:
     )
     schemes = Table("linear", "weights", "input", "input transform", title="schemes")
     for name, scheme in found.schemes.items():
-        schemes.add_row(name, *_scheme_words(scheme))
+        schemes.add_row(name, *scheme_words(scheme))
     console.print(schemes)
     cache = found.kv_cache
     rotation = "rotated" if found.rotated_residual else "the source's, or folded into the embeddings"
@@ -90,6 +90,17 @@ def print_evaluation(found: Evaluation) -> None:
     console.print(f"text: {found.text}; {found.windows} windows of {found.window} tokens", markup=False)
 
 
+def print_page(found: Summary) -> None:
+    """Where the page is, and the worst places on it."""
+    console = Console()
+    for what, worst in (("quantised input", found.worst_input), ("rounded weight", found.worst_weight)):
+        if worst is not None:
+            console.print(f"worst {what}: layer {worst.layer}, {worst.place}, {worst.error:.2%} of its energy is noise")
+    if found.before is None:
+        console.print("without --source SOURCE the page lacks the figures before quantising")
+    console.print(found.page, markup=False, highlight=False, soft_wrap=True)
+
+
 def _error(figure: Figure) -> str:
     return "one window: unknown" if figure.standard_error is None else f"{figure.standard_error:.2g}"
 
@@ -99,16 +110,3 @@ def _sizes_table(title: str, sizes: dict[str, tuple[int, int]]) -> Table:
     for name, (ours, theirs) in sizes.items():
         table.add_row(name, f"{ours:,}", f"{theirs:,}", f"{ours / theirs:.3f}" if theirs else "-")
     return table
-
-
-def _scheme_words(scheme: LinearScheme | None) -> tuple[str, str, str]:
-    if scheme is None:
-        return "unquantised", "unquantised", "none"
-    weights, inputs, transform = scheme.weights, scheme.input_activations, scheme.input_transform
-    shape = transform.block_size or transform.factors or ""
-    words = [
-        f"{args.num_bits} bits, {'symmetric' if args.symmetric else 'asymmetric'}, per {args.strategy}"
-        + (f" of {args.group_size}" if args.group_size else "")
-        for args in (weights, inputs)
-    ]
-    return words[0], "unquantised" if inputs.num_bits == 16 else words[1], f"{transform.type} {shape}".strip()

@@ -1,0 +1,1 @@
+"""`infoquant report`: a checkpoint as a page for researchers, one file without scripts or outside resources."""
