@@ -30,20 +30,21 @@ class ClippedLayer(nn.Module):
     def __init__(self, layer: nn.Module, tensors: dict[str, torch.Tensor], recipe: Recipe, shape: ModelShape):
         super().__init__()
         layer.load_state_dict(_state(tensors, recipe))
-        self._layer, self._inputs = layer.requires_grad_(False), nn.ModuleDict()
+        self._layer = layer.requires_grad_(False)
+        self._inputs: dict[str, ClippedInput] = {}
+        self._cache: ClippedCache | None = None
         for name, linears in SITES.items():
             site: Site = getattr(recipe.sites, name)
-            features = layer.get_submodule(linears[0]).in_features
+            _, features = shape.linears()[f"model.layers.0.{linears[0]}"]
             args, transform = site.input_activations.for_model(shape), recipe.input_transform(name, shape)
-            self._inputs[name] = ClippedInput(transform, _local(tensors, linears[0]), args, int(features))
+            self._inputs[name] = ClippedInput(transform, _local(tensors, linears[0]), args, features)
             place = SHARED.get(name, linears[0])
             found = layer.get_submodule(place)
             order = (found, self._inputs[name]) if name in SHARED else (self._inputs[name], found)
             layer.set_submodule(place, nn.Sequential(*order))
-        self._cache = None
         if recipe.kv_cache is not None:
             self._cache = ClippedCache(recipe.kv_cache, recipe.transform != "none", shape.num_key_value_heads)
-            attention = layer.get_submodule("self_attn")
+            attention: Any = layer.get_submodule("self_attn")
             attention.attn = self._cache
             AttentionInterface.register(ATTENTION, _attention)
             attention.config._attn_implementation = ATTENTION
@@ -54,7 +55,7 @@ class ClippedLayer(nn.Module):
 
     def clips(self) -> dict[str, torch.Tensor]:
         """The clip factors as the checkpoint's tensors, by their names inside the layer."""
-        clips = {}
+        clips: dict[str, torch.Tensor] = {}
         for name, linears in SITES.items():
             clip = self._inputs[name].clip
             if clip is not None:

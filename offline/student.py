@@ -39,8 +39,8 @@ class Student(nn.Module):
         model = source.model(torch.float32)
         AttentionInterface.register(ATTENTION, _attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        self.embedding = model.get_input_embeddings().weight
-        self.head = model.get_output_embeddings().weight
+        self.embedding: torch.Tensor = model.model.embed_tokens.weight
+        self.head: torch.Tensor = model.lm_head.weight
         rotation = None if transforms is None else transforms.residual
         self._rotation = None if rotation is None else rotation.float()
         self._final_norm = model.model.norm.weight.clone()

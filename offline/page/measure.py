@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from infoquant_vllm.format import ActivationArgs, Checkpoint
+from offline.architectures import CausalLM
 from offline.errors import ToolError
 from offline.evaluate import Figure, compare, stored_dtype
 from offline.page.distribution import Distribution, Quantized, SiteFigures
 from offline.progress import ProgressReport
 from offline.recipe import SITES
 from offline.simulate import load_simulated
-from offline.simulated import SimulatedCache, SimulatedLinear, quantize_input, store_and_load, transform_input
+from offline.simulated import SimulatedCache, SimulatedLinear, quantize_input, store_and_load
 from offline.source import Source
+from offline.transforms import transform_input
 
 CACHE_CLIPS = {"k": "key_clip", "v": "value_clip"}
 """Sites of the KV cache: keys after RoPE, and values."""
@@ -87,13 +88,13 @@ def _as_it_is(x: torch.Tensor, linear: SimulatedLinear) -> torch.Tensor:
 
 
 def _as_quantized(x: torch.Tensor, linear: SimulatedLinear) -> torch.Tensor:
-    return transform_input(x, linear.scheme.input_transform, dict(linear.named_buffers()))
+    return transform_input(x.float(), linear.scheme.input_transform, dict(linear.named_buffers()))
 
 
 class _Observed:
     """Distributions by site and layer that fill as `model` runs, quantised as `simulated` would."""
 
-    def __init__(self, model: LlamaForCausalLM, simulated: LlamaForCausalLM, view: View):
+    def __init__(self, model: CausalLM, simulated: CausalLM, view: View):
         self._layers, self._view = simulated.model.layers, view
         self._exact = model is not simulated
         self._sites: dict[str, list[Distribution]] = {}
