@@ -49,8 +49,10 @@ def quantize(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="rtn: no rotation, round to nearest. quarot: random Hadamard rotations, GPTQ. "
-            "fast: learned rotation, GPTQ.  [default: fast]"
+            help="rtn: no rotation, round to nearest. quarot: random Hadamard rotations, GPTQ. paper: InfoQuant's "
+            "rotations per layer and learned clips. fast: one learned rotation, GPTQ. best: as fast, inputs in groups "
+            "of 64, distillation. balanced: best with 8 bits into down_proj. w4a8kv4, w4a16kv4: 8 bits, 16 bits into "
+            "all linears.  [default: fast]"
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file in place of a preset.")] = None,

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from infoquant_vllm.format import Checkpoint, WeightArgs, unpack_codes
 from offline import PRESETS, Recipe, ToolError, load_recipe, quantize
 from offline.progress import silent
-from offline.recipe import CalibrationSize, LearnedClips, Psot, PsotLayer, Site, SiteActivations, Sites
+from offline.recipe import CalibrationSize, Distillation, LearnedClips, Psot, PsotLayer, Site, SiteActivations, Sites
 from offline.source import Source
 from tests.tiny import SIZES, write_source
 
@@ -23,8 +24,10 @@ TEXT = "".join(f"The number {n} is followed by {n + 1}, and its square is {n * n
 
 
 def small(preset: str) -> Recipe:
-    recipe = PRESETS[preset].model_copy(update=SMALL)
-    return recipe if recipe.learned_clips is None else recipe.model_copy(update={"learned_clips": CLIPS})
+    recipe = PRESETS[preset]
+    steps = {"learned_clips": CLIPS, "distillation": Distillation(steps=2, warmup_steps=1)}
+    used = {name: value for name, value in steps.items() if getattr(recipe, name) is not None}
+    return recipe.model_copy(update=SMALL | used)
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [size for size in SIZES if size != "odd"])
 def test_every_preset_writes_a_whole_checkpoint(tmp_path: Path, text: str, preset: str, size: str) -> None:
     source = write_source(tmp_path / "source", **SIZES[size])
     report = quantize(source, tmp_path / "out", recipe=small(preset), calibration=text, progress=silent)
@@ -50,6 +53,27 @@ def test_every_preset_writes_a_whole_checkpoint(tmp_path: Path, text: str, prese
         checkpoint.tensor(name)  # raises for NaN, and for scales and clips that are not positive
     assert report.total_bytes == sum(checkpoint.tensor(name).nbytes for name in checkpoint.weight_map)
     assert report.source_bytes == sum(file.stat().st_size for file in source.glob("*.safetensors")) - header(source)
+
+
+@pytest.mark.parametrize("preset", ["rtn", "quarot", "paper", "fast", "w4a8kv4"])
+def test_sizes_that_are_no_powers_of_two_are_quantised(tmp_path: Path, text: str, preset: str) -> None:
+    source = write_source(tmp_path / "source", **SIZES["odd"])
+    quantize(source, tmp_path / "out", recipe=small(preset), calibration=text, progress=silent)
+    assert Checkpoint(tmp_path / "out").shape.intermediate_size == 1376
+
+
+@pytest.mark.parametrize("preset", ["best", "balanced"])
+def test_groups_that_do_not_divide_a_size_are_refused_by_name(tmp_path: Path, text: str, preset: str) -> None:
+    source = write_source(tmp_path / "source", hidden_size=288, num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(ToolError, match=f"recipe '{preset}' does not suit .*group_size 64 does not divide its 288"):
+        quantize(source, tmp_path / "out", recipe=small(preset), calibration=text, progress=silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_of_the_reproduction_page_is_one() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "reproduction.md").read_text()
+    recipe = Recipe.model_validate(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]))
+    assert recipe.calibration.sequences * recipe.calibration.sequence_length == 128 * 2048
 
 
 def header(source: Path) -> int:
