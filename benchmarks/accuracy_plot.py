@@ -23,14 +23,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             mean, error = _figure(row, name)
             if mean is not None:
                 axis.errorbar(mean, height, xerr=error, fmt="o", capsize=3, color="black" if height == 0 else "C0")
-                axis.annotate(
-                    f"{mean:.3g}", (mean, height), (0, 6), textcoords="offset points", ha="center", fontsize=8
-                )
+                value = f"{mean:.0f}" if mean >= 1000 else f"{mean:#.3g}"
+                axis.annotate(value, (mean, height), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         if (reference := _figure(rows[0], name)[0]) is not None:
             axis.axvline(reference, color="black", linestyle="--", linewidth=0.8)
         if name in LOGARITHMIC:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(x=0.08)  # room for the numbers
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", which="both", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), [_label(row) for row in rows])
