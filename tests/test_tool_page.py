@@ -6,12 +6,15 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import offline
+import offline.page.measure as measuring
+import offline.simulated as simulated_modules
 from infoquant_vllm.format import ActivationArgs, Checkpoint
 from offline.cli import app
 from offline.errors import ToolError
@@ -159,6 +162,28 @@ def page(rotated: Path, source: Path) -> tuple[Summary, str]:
 
 def tokens() -> list[torch.Tensor]:
     return list(torch.randint(3, VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3)))
+
+
+def test_what_is_measured_is_what_the_simulation_quantises(rotated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[tuple[str, str], list[torch.Tensor]] = {}
+
+    def record(module: ModuleType, name: str) -> None:
+        function, values = getattr(module, name), seen.setdefault((module.__name__, name), [])
+        monkeypatch.setattr(module, name, lambda x, *args: values.append(x) or function(x, *args))
+
+    for name in ("quantize_input", "store_and_load"):
+        record(simulated_modules, name)
+        record(measuring, name)
+    measure(Checkpoint(rotated), None, tokens()[:1], silent)
+    cells, inputs = (
+        (seen["offline.page.measure", name], seen["offline.simulated", name])
+        for name in ("store_and_load", "quantize_input")
+    )
+    assert len(cells[0]) == len(cells[1]) == 2 * 2
+    assert all(map(torch.equal, *cells))
+    firsts = [linear for layer in (0, 7) for linear in (layer, layer + 3, layer + 4, layer + 6)]
+    assert len(inputs[1]) == 2 * 7
+    assert all(map(torch.equal, inputs[0], [inputs[1][linear] for linear in firsts]))
 
 
 def test_unrotated_checkpoint_is_measured_where_its_source_is(plain: Path, source: Path) -> None:
