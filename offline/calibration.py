@@ -62,12 +62,17 @@ def calibration_tokens(
     return torch.cat(batches)
 
 
-def save_tokens(file: Path, tokens: torch.Tensor) -> None:
-    """Keep calibration tokens [sequences, length] int64, so that several runs can read the very same ones."""
+def check_tokens_file(file: Path) -> None:
+    """Refuse a name that `save_tokens` would not write to, before minutes go into tokens for it."""
     if file.suffix != TOKENS_SUFFIX:
         raise ToolError(f"{file}: a name that ends in {TOKENS_SUFFIX} was expected")
     if file.exists():
         raise ToolError(f"{file}: exists already; choose another name")
+
+
+def save_tokens(file: Path, tokens: torch.Tensor) -> None:
+    """Keep calibration tokens [sequences, length] int64, so that several runs can read the very same ones."""
+    check_tokens_file(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
         save_file({"tokens": tokens.contiguous()}, partial)

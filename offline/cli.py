@@ -202,10 +202,11 @@ def sample(
       infoquant sample ./model tokens.safetensors
     """
     with _refusals():
-        from offline.calibration import calibration_tokens, save_tokens
+        from offline.calibration import calibration_tokens, check_tokens_file, save_tokens
         from offline.progress import console_progress
         from offline.source import Source
 
+        check_tokens_file(file)
         with console_progress() as progress:
             tokens = calibration_tokens(
                 "self", Source.open(source), sequences, length, seed, lambda done, of: progress("sampling", done, of)
