@@ -5,16 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from infoquant_vllm.format import ActivationArgs, InputTransform, ModelShape, WeightArgs, activation_groups
+from offline.layer import local_tensors
 from offline.recipe import SITES, KVCache, Recipe, Site
 from offline.simulated import integer_weights
-from offline.straight_through import fake_quantize, fake_store
-from offline.transforms import InputTensors, apply_hadamard, transform_input
+from offline.straight_through import fake_quantize
+from offline.trained_cache import ATTENTION, TrainedCache, register_attention
+from offline.transforms import InputTensors, transform_input
 
-ATTENTION = "infoquant_clipped_cache"
 START = math.log(9)
 SHARED = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 """The modules that make the inputs which several linears share, by site."""
@@ -37,7 +36,7 @@ class ClippedLayer(nn.Module):
             site: Site = getattr(recipe.sites, name)
             _, features = shape.linears()[f"model.layers.0.{linears[0]}"]
             args, transform = site.input_activations.for_model(shape), recipe.input_transform(name, shape)
-            self._inputs[name] = ClippedInput(transform, _local(tensors, linears[0]), args, features)
+            self._inputs[name] = ClippedInput(transform, local_tensors(tensors, linears[0]), args, features)
             place = SHARED.get(name, linears[0])
             found = layer.get_submodule(place)
             order = (found, self._inputs[name]) if name in SHARED else (self._inputs[name], found)
@@ -46,7 +45,7 @@ class ClippedLayer(nn.Module):
             self._cache = ClippedCache(recipe.kv_cache, recipe.transform != "none", shape.num_key_value_heads)
             attention: Any = layer.get_submodule("self_attn")
             attention.attn = self._cache
-            AttentionInterface.register(ATTENTION, _attention)
+            register_attention()
             attention.config._attn_implementation = ATTENTION
 
     def forward(self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -91,41 +90,17 @@ class ClippedInput(nn.Module):
         return y if self.clip is None else fake_quantize(y, self.clip(), self._args.num_bits, self._args.symmetric)
 
 
-class ClippedCache(nn.Module):
+class ClippedCache(TrainedCache):
     """A layer's KV cache; the clip of the keys stays the recipe's."""
 
     def __init__(self, args: KVCache, rotate_keys: bool, heads: int):
-        super().__init__()
-        self._num_bits, self._rotate_keys = args.num_bits, rotate_keys
+        super().__init__(args.num_bits, rotate_keys)
         self.register_buffer("_key_clip", torch.full((heads, 2), args.key_clip))
         self.clip = Clip(heads)
 
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys or queries [..., head_size] as the scores are computed from."""
-        return apply_hadamard(x) if self._rotate_keys else x
-
-    def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys [..., kv_heads, tokens, head_size] as read back from the cache."""
-        return fake_store(self.rotate(x), self.get_buffer("_key_clip"), self._num_bits)
-
-    def values(self, x: torch.Tensor) -> torch.Tensor:
-        """Values [..., kv_heads, tokens, head_size] as read back from the cache."""
-        return fake_store(x, self.clip(), self._num_bits)
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface over `module.attn`, a `ClippedCache`."""
-    cache = module.attn
-    assert isinstance(cache, ClippedCache)
-    read = cache.rotate(query), cache.keys(key), cache.values(value)
-    return sdpa_attention_forward(module, *read, attention_mask, **kwargs)
+    def clips(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip factors [kv_heads, 2] of keys and of values."""
+        return self.get_buffer("_key_clip"), self.clip()
 
 
 def _state(tensors: dict[str, torch.Tensor], recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -134,13 +109,8 @@ def _state(tensors: dict[str, torch.Tensor], recipe: Recipe) -> dict[str, torch.
     for name, linears in SITES.items():
         args: WeightArgs = getattr(recipe.sites, name).weights
         for linear in linears:
-            local = _local(tensors, linear)
+            local = local_tensors(tensors, linear)
             scale = local["weight_scale"]
             codes = integer_weights(local, args).unflatten(1, (scale.shape[1], -1))
             state[f"{linear}.weight"] = (codes * scale[:, :, None]).flatten(1)
     return state
-
-
-def _local(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
-    prefix = f"{module}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

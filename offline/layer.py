@@ -76,3 +76,9 @@ def _cache_clips(recipe: Recipe, shape: ModelShape) -> dict[str, torch.Tensor]:
         "self_attn.attn.key_clip": torch.full(size, recipe.kv_cache.key_clip),
         "self_attn.attn.value_clip": torch.full(size, recipe.kv_cache.value_clip),
     }
+
+
+def local_tensors(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
+    """A module's tensors out of those of its layer, by their names inside the module."""
+    prefix = f"{module}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

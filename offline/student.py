@@ -4,23 +4,19 @@ Built from the tensors of a checkpoint, by layer, on the source's own transforme
 but the quantised parts stays fixed; it runs in float32, in the rotated basis of the residual stream.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from infoquant_vllm.format import KVCacheArgs, LinearScheme, QuantizationConfigData
+from offline.layer import local_tensors
 from offline.recipe import SITES
 from offline.simulated import integer_weights
 from offline.source import Source
-from offline.straight_through import fake_quantize, fake_store
-from offline.transforms import Transforms, apply_hadamard, transform_input
+from offline.straight_through import fake_quantize
+from offline.trained_cache import ATTENTION, TrainedCache, register_attention
+from offline.transforms import Transforms, transform_input
 
-ATTENTION = "infoquant_student"
 CLIP_BOUNDS = (0.3, 1.0)
 
 Layer = dict[str, torch.Tensor]
@@ -37,8 +33,7 @@ class Student(nn.Module):
     ):
         super().__init__()
         model = source.model(torch.float32)
-        AttentionInterface.register(ATTENTION, _attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        register_attention()
         self.embedding: torch.Tensor = model.model.embed_tokens.weight
         self.head: torch.Tensor = model.lm_head.weight
         rotation = None if transforms is None else transforms.residual
@@ -58,13 +53,15 @@ class Student(nn.Module):
         for linears in SITES.values():
             scheme = config.scheme(linears[0])
             assert scheme is not None  # every linear of a decoder layer is quantised
-            local = [_local(tensors, linear) for linear in linears]
+            local = [local_tensors(tensors, linear) for linear in linears]
             site = StudentInput(scheme, local[0])
             for linear, own in zip(linears, local, strict=True):
                 parent, _, child = linear.rpartition(".")
                 setattr(layer.get_submodule(parent), child, StudentLinear(site, scheme, own))
         if config.kv_cache is not None:
-            layer.get_submodule("self_attn").attn = StudentCache(config.kv_cache, _local(tensors, "self_attn.attn"))
+            layer.get_submodule("self_attn").attn = StudentCache(
+                config.kv_cache, local_tensors(tensors, "self_attn.attn")
+            )
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [sequences, length] to what lm_head reads, [sequences, length, hidden] float32."""
@@ -147,43 +144,17 @@ class StudentLinear(nn.Module):
         return found if clip is None else found | {"input_clip": clip.detach().clone()}
 
 
-class StudentCache(nn.Module):
-    """Keys and values through the codes of the KV cache."""
+class StudentCache(TrainedCache):
+    """A layer's KV cache with the clips of keys and values as parameters."""
 
     def __init__(self, args: KVCacheArgs, tensors: Layer):
-        super().__init__()
-        self._args = args
+        super().__init__(args.num_bits, args.key_transform == "hadamard")
         self.key_clip, self.value_clip = (nn.Parameter(tensors[f"{name}_clip"].clone()) for name in ("key", "value"))
 
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys or queries [..., head_size] as the scores are computed from."""
-        return apply_hadamard(x) if self._args.key_transform == "hadamard" else x
-
-    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[sequences, kv_heads, tokens, head_size] each, as read back from the cache."""
-        bits = self._args.num_bits
-        return fake_store(self.rotate(key), self.key_clip, bits), fake_store(value, self.value_clip, bits)
+    def clips(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip factors [kv_heads, 2] of keys and of values."""
+        return self.key_clip, self.value_clip
 
     def tensors(self) -> Layer:
         """The clips as the checkpoint holds them."""
         return {"key_clip": self.key_clip.detach().clone(), "value_clip": self.value_clip.detach().clone()}
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface over a quantised cache, `module.attn`: a `StudentCache`."""
-    cache = module.attn
-    assert isinstance(cache, StudentCache)
-    key, value = cache(key, value)
-    out, _ = sdpa_attention_forward(module, cache.rotate(query), key, value, attention_mask, **kwargs)
-    return out, None
-
-
-def _local(tensors: Layer, module: str) -> Layer:
-    return {name[len(module) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{module}.")}

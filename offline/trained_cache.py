@@ -1,0 +1,56 @@
+"""A KV cache whose codes pass gradients, and attention over it, for what learns clip factors."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from offline.straight_through import fake_store
+from offline.transforms import apply_hadamard
+
+ATTENTION = "infoquant_trained_cache"
+
+
+class TrainedCache(nn.Module):
+    """Keys and values of one layer through the codes of the KV cache."""
+
+    def __init__(self, num_bits: int, rotate_keys: bool):
+        super().__init__()
+        self._num_bits, self._rotate_keys = num_bits, rotate_keys
+
+    def clips(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip factors [kv_heads, 2] of keys and of values."""
+        raise NotImplementedError
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or queries [..., head_size] as the scores are computed from."""
+        return apply_hadamard(x) if self._rotate_keys else x
+
+    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[sequences, kv_heads, tokens, head_size] each, as read back from the cache."""
+        key_clip, value_clip = self.clips()
+        return fake_store(self.rotate(key), key_clip, self._num_bits), fake_store(value, value_clip, self._num_bits)
+
+
+def register_attention() -> None:
+    """Let transformers find attention over `module.attn`, a `TrainedCache`, under the name ATTENTION."""
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    cache = module.attn
+    assert isinstance(cache, TrainedCache)
+    key, value = cache(key, value)
+    out, _ = sdpa_attention_forward(module, cache.rotate(query), key, value, attention_mask, **kwargs)
+    return out, None
