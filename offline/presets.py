@@ -1,5 +1,6 @@
 """The recipes that have a name."""
 
+from infoquant_vllm.format import WeightArgs
 from offline.errors import ToolError
 from offline.recipe import (
     CalibrationSize,
@@ -12,10 +13,14 @@ from offline.recipe import (
     Sites,
 )
 
-GROUPS = Site(input_activations=SiteActivations(strategy="group", group_size=64))
-EIGHT = Site(input_activations=SiteActivations(num_bits=8), clip=1.0)
-EIGHT_BY_HEAD = Site(input_activations=SiteActivations(num_bits=8, strategy="head"), clip=1.0)
-SIXTEEN = Site(input_activations=SiteActivations(num_bits=16))
+WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=64)
+"""Of the distilled presets: a fifth less KL than one symmetric scale per row, for 0.6 bits per weight more."""
+
+BY_GROUP = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=64))
+BY_HEAD = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="head"))
+EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip=1.0)
+EIGHT_BY_HEAD = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8, strategy="head"), clip=1.0)
+SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
 
 
 def _distilled(name: str, sites: Sites) -> Recipe:
@@ -39,8 +44,8 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="quarot", transform="hadamard", rounding="gptq"),
         Recipe(name="paper", transform="psot-layer", rounding="gptq", learned_clips=LearnedClips()),
         Recipe(name="fast", transform="psot-shared", balance=True, rounding="gptq"),
-        _distilled("best", Sites(qkv=GROUPS, gate_up=GROUPS, down=GROUPS)),
-        _distilled("balanced", Sites(qkv=GROUPS, gate_up=GROUPS, down=EIGHT)),
+        _distilled("best", Sites(qkv=BY_GROUP, o=BY_HEAD, gate_up=BY_GROUP, down=BY_GROUP)),
+        _distilled("balanced", Sites(qkv=BY_GROUP, o=BY_HEAD, gate_up=BY_GROUP, down=EIGHT)),
         _distilled("w4a8kv4", Sites(qkv=EIGHT, o=EIGHT_BY_HEAD, gate_up=EIGHT, down=EIGHT)),
         _distilled("w4a16kv4", Sites(qkv=SIXTEEN, o=SIXTEEN, gate_up=SIXTEEN, down=SIXTEEN)),
     )
