@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from benchmarks.models import ROOT
+from offline.writer import atomic_file
 
 
 def provenance(seed: int) -> dict[str, Any]:
@@ -32,9 +33,8 @@ def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
 def write_whole(text: str, file: Path) -> None:
     """Write a text file that is never seen half-written; makes its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    with atomic_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _git(*arguments: str) -> str:

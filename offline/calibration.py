@@ -17,6 +17,7 @@ from offline.architectures import CausalLM
 from offline.errors import ToolError
 from offline.source import Source
 from offline.text import text_windows
+from offline.writer import atomic_file
 
 SEPARATOR = "<|endoftext|>"
 """What closes a document in the pre-training text of models whose BOS is a chat token, or that have none."""
@@ -73,13 +74,8 @@ def check_tokens_file(file: Path) -> None:
 def save_tokens(file: Path, tokens: torch.Tensor) -> None:
     """Keep calibration tokens [sequences, length] int64, so that several runs can read the very same ones."""
     check_tokens_file(file)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
+    with atomic_file(file) as partial:
         save_file({"tokens": tokens.contiguous()}, partial)
-        partial.rename(file)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise ToolError(f"{file}: not written ({error})") from None
 
 
 def read_tokens(file: Path, num_sequences: int, sequence_length: int, vocab_size: int) -> torch.Tensor:

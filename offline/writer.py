@@ -126,6 +126,22 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(output: Path) -> Iterator[Path]:
+    """A path beside `output` for the block to write; the file takes its place when the block ends well.
+
+    Raises ToolError where the disk does not take it.
+    """
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(output)
+    except (OSError, SafetensorError) as error:
+        raise ToolError(f"{output}: cannot be written ({error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _replace(partial: Path, output: Path) -> None:
     if output.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))

@@ -11,7 +11,7 @@ import pytest
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline import ToolError, quantize
 from offline.progress import silent
-from offline.writer import check_space
+from offline.writer import atomic_file, check_space
 from tests.tiny import write_source
 
 QUANTIZE = """
@@ -74,6 +74,18 @@ def test_disk_that_is_too_small_is_refused_before_anything_runs(tmp_path: Path) 
     check_space(tmp_path / "not" / "yet" / "there", 1)
     with pytest.raises(ToolError, match="MB are needed"):
         check_space(tmp_path / "not" / "yet" / "there", 10**18)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_file_whose_writing_fails_stays_as_it_was_with_nothing_beside_it(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    file = tmp_path / "page.html"
+    file.write_text("old")
+    with pytest.raises((KeyboardInterrupt, ToolError)), atomic_file(file) as partial:  # noqa: PT012
+        partial.write_text("half")
+        raise error("interrupted")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_existing_output_is_refused_and_replaced_only_when_asked(tmp_path: Path, source: Path) -> None:

@@ -1,7 +1,6 @@
 """From a checkpoint folder to a file with its page: measure, draw, fill in the template, write."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from offline.prompts import PASSAGES
 from offline.report import Report
 from offline.source import Source, read_tokenizer
 from offline.text import leading_tokens, text_windows
+from offline.writer import atomic_file
 
 WINDOWS, WINDOW = 4, 512
 """Windows read of a text that the user gives, and tokens of each."""
@@ -173,11 +173,5 @@ def _head(file: Path) -> bytes:
 
 def _write(file: Path, page: str) -> None:
     """Write the page whole or not at all; what UTF-8 cannot say becomes a question mark."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
+    with atomic_file(file) as partial:
         partial.write_bytes(page.encode("utf-8", errors="replace"))
-        partial.replace(file)
-    except OSError as error:
-        raise ToolError(f"{file}: cannot be written ({error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
