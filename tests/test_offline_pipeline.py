@@ -1,6 +1,7 @@
 """`quantize` writes whole checkpoints, the same ones for the same seed, and refuses what it must."""
 
 import hashlib
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,14 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("size", [size for size in SIZES if size != "odd"])
+EVEN = [size for size in SIZES if size != "odd"]
+RUNS = sorted(
+    {(preset, size) for preset in PRESETS for size in ("tied", "qwen3")} | set(product(("fast", "paper"), EVEN))
+)
+"""Every preset on two families, and the two kinds of rotations on all of them."""
+
+
+@pytest.mark.parametrize(("preset", "size"), RUNS)
 def test_every_preset_writes_a_whole_checkpoint(tmp_path: Path, text: str, preset: str, size: str) -> None:
     source = write_source(tmp_path / "source", **SIZES[size])
     report = quantize(source, tmp_path / "out", recipe=small(preset), calibration=text, progress=silent)
@@ -55,14 +62,14 @@ def test_every_preset_writes_a_whole_checkpoint(tmp_path: Path, text: str, prese
     assert report.source_bytes == sum(file.stat().st_size for file in source.glob("*.safetensors")) - header(source)
 
 
-@pytest.mark.parametrize("preset", ["rtn", "quarot", "paper", "fast", "w4a8kv4"])
+@pytest.mark.parametrize("preset", ["rtn", "quarot", "paper", "fast"])
 def test_sizes_that_are_no_powers_of_two_are_quantised(tmp_path: Path, text: str, preset: str) -> None:
     source = write_source(tmp_path / "source", **SIZES["odd"])
     quantize(source, tmp_path / "out", recipe=small(preset), calibration=text, progress=silent)
     assert Checkpoint(tmp_path / "out").shape.intermediate_size == 1376
 
 
-@pytest.mark.parametrize("preset", ["best", "balanced"])
+@pytest.mark.parametrize("preset", ["best", "balanced", "w4a8kv4", "w4a16kv4"])
 def test_groups_that_do_not_divide_a_size_are_refused_by_name(tmp_path: Path, text: str, preset: str) -> None:
     source = write_source(tmp_path / "source", hidden_size=288, num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(ToolError, match=f"recipe '{preset}' does not suit .*group_size 64 does not divide its 288"):
