@@ -7,8 +7,8 @@ import torch
 from infoquant_vllm.format import WeightArgs
 
 CLIP_GRID = tuple(1.0 - 0.025 * step for step in range(21))
-ROWS_AT_A_TIME = 64
-"""Rows of weights searched together: few enough to stay in a processor's cache."""
+ELEMENTS_AT_A_TIME = 2**16
+"""Weights searched together: few enough to stay in a processor's cache, many enough for it to be worth a call."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ class QuantizedWeight:
 
 def search_scales(weight: torch.Tensor, args: WeightArgs) -> Scales:
     """Scales [N, 1] for rows [N, K], the clipping factor of each row chosen by its squared error."""
-    parts = [
-        _search_rows(rows, args)
-        for rows in weight.split(ROWS_AT_A_TIME if weight.device.type == "cpu" else len(weight))
-    ]
+    rows = len(weight) if weight.device.type != "cpu" else max(1, ELEMENTS_AT_A_TIME // weight.shape[1])
+    parts = [_search_rows(part, args) for part in weight.split(rows)]
     scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "zero"))
     return Scales(scale, zero, parts[0].lowest, parts[0].highest)
 
