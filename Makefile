@@ -4,6 +4,7 @@ BIN := .venv/bin
 PACKAGES := .venv/packages-installed
 STAMP := .venv/installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+NATIVE := $(wildcard infoquant_vllm/kernels/native/*.cpp infoquant_vllm/kernels/native/*.h)
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 
 define NO_TORCH
@@ -33,9 +34,9 @@ lock:  ## choose new versions: resolve requirements/cpu.in into requirements/cpu
 	$(PYTHON) requirements/lock.py
 
 clean:
-	rm -rf .venv .demo .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo .mypy_cache .ruff_cache .hypothesis infoquant_vllm/kernels/native/*.so
 
-$(STAMP): $(PACKAGES) pyproject.toml
+$(STAMP): $(PACKAGES) pyproject.toml hatch_build.py $(NATIVE)
 	$(INSTALL) --no-build-isolation --editable .
 	touch $@
 

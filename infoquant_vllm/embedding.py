@@ -12,6 +12,7 @@ from infoquant_vllm.format import FormatError
 from infoquant_vllm.loading import LoadTracker
 from infoquant_vllm.ops.quantized_linear import prepare_weight
 from infoquant_vllm.ops.rotate_rows import rotate_rows
+from infoquant_vllm.ops.table import served_by
 from infoquant_vllm.ops.weight_only_linear import weight_only_linear
 
 if TYPE_CHECKING:
@@ -97,7 +98,11 @@ class VocabularyMethod(QuantizeMethodBase):
             packed = layer.weight_packed
             if packed.dtype == torch.uint8:
                 packed.data = prepare_weight(packed.data, 8, signed=True)
-            self.summary.vocabulary("W8A16 (torch)", packed.nbytes + layer.weight_scale.nbytes, 2 * packed.numel())
+            self.summary.vocabulary(
+                f"W8A16 ({served_by('weight_only_linear')})",
+                packed.nbytes + layer.weight_scale.nbytes,
+                2 * packed.numel(),
+            )
 
     def _checked(self, rotation: torch.Tensor) -> torch.Tensor:
         error = (rotation @ rotation.t() - torch.eye(len(rotation))).abs().max().item()

@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from infoquant_vllm.attention import BACKENDS
 from infoquant_vllm.format import FormatError, KVCacheArgs
 from infoquant_vllm.loading import LoadTracker
+from infoquant_vllm.ops.table import served_by
 
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
@@ -60,7 +61,9 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         super().process_weights_after_loading(layer)
         layer.infoquant_tracker.require_all()
         cell = layer.impl.cell_bytes
-        self.summary.cache(f"KV{self.args.num_bits}", cell, 4 * layer.head_size)
+        self.summary.cache(
+            f"KV{self.args.num_bits} ({served_by('kv_store', 'kv_attention')})", cell, 4 * layer.head_size
+        )
 
 
 def _load_kv_heads(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, 
 from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.ops.quantized_linear import prepare_weight, quantized_linear
 from infoquant_vllm.ops.rotate_quantize import rotate_quantize
+from infoquant_vllm.ops.table import served_by
 from infoquant_vllm.ops.weight_only_linear import weight_only_linear
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
                 setattr(layer, name, _frozen(getattr(layer, name).data))
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
         inputs = self.scheme.input_activations.num_bits
-        kind = f"W{weights.num_bits}A{inputs} ({'torch' if inputs == 16 else 'oneDNN int8'})"
+        operations = ("weight_only_linear",) if inputs == 16 else ("rotate_quantize", "quantized_linear")
+        kind = f"W{weights.num_bits}A{inputs} ({served_by(*operations)})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
 
     def _matrices(self, layer: Any) -> list[torch.Tensor]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from vllm.logger import init_logger
 
+from infoquant_vllm.kernels.native.library import library
+
 logger = init_logger("vllm.infoquant")
 
 MIB = 2**20
@@ -37,7 +39,7 @@ class Summary:
         self._finish()
 
     def cache(self, kind: str, cell: int, bf16: int) -> None:
-        """A finished attention layer: its kind ("KV4"), bytes per token and kv-head and those in bf16."""
+        """A finished attention layer: its kind ("KV4 (torch)"), bytes per token and kv-head and those in bf16."""
         self.caches[kind] += 1
         self.cell_bytes, self.cell_bf16_bytes = cell, bf16
         self._finish()
@@ -55,7 +57,7 @@ class Summary:
     def line(self) -> str:
         """The line's text."""
         parts = [f"{count} linears {kind}" for kind, count in self.linears.items()]
-        parts += [f"{count} caches {kind} (torch)" for kind, count in self.caches.items()]
+        parts += [f"{count} caches {kind}" for kind, count in self.caches.items()]
         if self.linears:
             held, bf16 = self.held_bytes / MIB, self.bf16_bytes / MIB
             parts.append(f"linear weights hold {held:.1f} MiB, {bf16:.1f} MiB in bf16 ({held / bf16:.3f} x)")
@@ -65,4 +67,6 @@ class Summary:
         if self.caches:
             gain = self.cell_bf16_bytes / self.cell_bytes
             parts.append(f"{self.cell_bytes} bytes per token and kv-head of the cache, {gain:.2f} x the tokens of bf16")
+        if library().problem:
+            parts.append(f"no native kernels ({library().problem})")
         return ", ".join(parts)

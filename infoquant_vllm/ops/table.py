@@ -6,24 +6,41 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+from infoquant_vllm.kernels.native.library import library
+
+# Modules of infoquant_vllm.kernels, the best first; those of `native` serve where its library is there for this CPU.
 KERNELS = MappingProxyType(
     {
-        ("rotate_quantize", "cpu"): "infoquant_vllm.kernels.cpu.rotate_quantize",
-        ("prepare_weight", "cpu"): "infoquant_vllm.kernels.cpu.quantized_linear",
-        ("quantized_linear", "cpu"): "infoquant_vllm.kernels.cpu.quantized_linear",
-        ("weight_only_linear", "cpu"): "infoquant_vllm.kernels.cpu.weight_only_linear",
-        ("rotate_rows", "cpu"): "infoquant_vllm.kernels.cpu.rotate_rows",
-        ("kv_store", "cpu"): "infoquant_vllm.kernels.cpu.kv_cache",
-        ("kv_attention", "cpu"): "infoquant_vllm.kernels.cpu.kv_cache",
+        ("rotate_quantize", "cpu"): ("cpu.rotate_quantize",),
+        ("prepare_weight", "cpu"): ("cpu.quantized_linear",),
+        ("quantized_linear", "cpu"): ("cpu.quantized_linear",),
+        ("weight_only_linear", "cpu"): ("cpu.weight_only_linear",),
+        ("rotate_rows", "cpu"): ("cpu.rotate_rows",),
+        ("kv_store", "cpu"): ("cpu.kv_cache",),
+        ("kv_attention", "cpu"): ("cpu.kv_cache",),
     }
 )
+NAMES = MappingProxyType({"cpu.quantized_linear": "oneDNN int8"})  # of the modules that are not plain torch
 
 
 @cache
 def kernel(operation: str, device: str) -> Callable[..., Any]:
     """The one kernel for `operation` on a device type; raises NotImplementedError where there is none."""
-    module = KERNELS.get((operation, device))
-    if module is None:
-        served = sorted(known for name, known in KERNELS if name == operation)
-        raise NotImplementedError(f"infoquant: no kernel for {operation} on {device}; this release has {served}")
-    return getattr(import_module(module), operation)
+    return getattr(import_module(f"infoquant_vllm.kernels.{_module(operation, device)}"), operation)
+
+
+def served_by(*operations: str, device: str = "cpu") -> str:
+    """Names of the kernels behind some operations, for people: "native avx512vnni", "torch, oneDNN int8"."""
+    return ", ".join(dict.fromkeys(_name(_module(operation, device)) for operation in operations))
+
+
+def _module(operation: str, device: str) -> str:
+    for module in KERNELS.get((operation, device), ()):
+        if not module.startswith("native.") or library().handle is not None:
+            return module
+    served = sorted(known for name, known in KERNELS if name == operation)
+    raise NotImplementedError(f"infoquant: no kernel for {operation} on {device}; this release has {served}")
+
+
+def _name(module: str) -> str:
+    return f"native {library().target}" if module.startswith("native.") else NAMES.get(module, "torch")

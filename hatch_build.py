@@ -1,0 +1,60 @@
+"""Build hook: compiles the native CPU kernels, one shared library per target, into the package."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+FOLDER = Path(__file__).parent / "infoquant_vllm" / "kernels" / "native"
+TARGETS = {
+    "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
+    "avx2": ["-march=x86-64-v3"],
+}
+# No -ffast-math and no contraction to fused multiply-adds: the order of roundings is part of what a kernel computes.
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-fPIC", "-shared"]
+
+
+class NativeKernels(BuildHookInterface):
+    """Runs for wheels, editable ones too. Without its libraries the package works, on torch's kernels."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and tag the wheel for this platform; whatever fails becomes a warning."""
+        problems = compile_native(FOLDER, os.environ.get("CXX", "g++"))
+        for problem in problems:
+            self.app.display_warning(f"native CPU kernels are left out, torch's will serve: {problem}")
+        if len(problems) < len(TARGETS):
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{platform.system().lower()}_{platform.machine()}"
+
+
+def compile_native(folder: Path, compiler: str) -> list[str]:
+    """Compile folder/*.cpp into folder/_native_TARGET.so for every target; returns what went wrong, target by target.
+
+    A library that cannot be made anew is removed: it would belong to other sources.
+    """
+    problems = {target: _compile(folder, target, compiler) for target in TARGETS}
+    return [f"{target}: {problem}" for target, problem in problems.items() if problem]
+
+
+def _compile(folder: Path, target: str, compiler: str) -> str:
+    library = folder / f"_native_{target}.so"
+    if platform.machine() != "x86_64":
+        library.unlink(missing_ok=True)
+        return f"no kernels for {platform.machine()}"
+    partial = library.with_suffix(".partial")
+    command = [compiler, *FLAGS, *TARGETS[target], "-o", str(partial), *map(str, sorted(folder.glob("*.cpp")))]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except OSError as error:
+        problem = f"{compiler}: {error.strerror}"
+    except subprocess.CalledProcessError as error:
+        problem = f"{' '.join(command)} failed:\n{error.stderr}"
+    else:
+        partial.replace(library)
+        return ""
+    partial.unlink(missing_ok=True)
+    library.unlink(missing_ok=True)
+    return problem

@@ -1,0 +1,67 @@
+"""The compiled kernels for this CPU, loaded once per process."""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1
+FOLDER = Path(__file__).parent
+TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name
+    "avx512vnni": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni"),
+    "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt"),
+}
+POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+@dataclass(frozen=True)
+class Library:
+    """Compiled kernels and the target that they are for, or why there are none."""
+
+    target: str
+    handle: ctypes.CDLL | None
+    problem: str = ""
+
+
+@cache
+def library() -> Library:
+    """The library for this CPU's features.
+
+    It needs libgomp.so.1, which is torch's own where torch is loaded first: one pool of threads for
+    both, of the size that torch.set_num_threads sets.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    targets = [name for name, features in TARGETS.items() if all(capabilities.get(each) for each in features)]
+    if not targets:
+        return Library("", None, "this CPU has no AVX2")
+    return _load(targets[0], FOLDER / f"_native_{targets[0]}.so")
+
+
+def _load(target: str, file: Path) -> Library:
+    if not file.exists():
+        return Library(target, None, "not compiled, `pip install -v` says why")
+    try:
+        handle = ctypes.CDLL(str(file))
+        version = handle.infoquant_abi_version
+        version.restype = SIZE
+    except (OSError, AttributeError) as error:
+        return Library(target, None, str(error))
+    if version() != ABI_VERSION:
+        return Library(target, None, f"{file.name} is version {version()}, not {ABI_VERSION}: install again")
+    return Library(target, handle)
+
+
+def function(name: str, *arguments: type) -> Callable[..., None]:
+    """A function of the library that returns nothing, by its arguments' types (POINTER, SIZE, FLOAT).
+
+    Raises RuntimeError where no library serves.
+    """
+    handle = library().handle
+    if handle is None:
+        raise RuntimeError(f"infoquant: no native kernels: {library().problem}")
+    found = getattr(handle, name)
+    found.argtypes, found.restype = arguments, None
+    return found

@@ -1,0 +1,107 @@
+"""The compiled kernels: how they are built and found, and what happens where they are not."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hatch_build import FOLDER, TARGETS, compile_native
+from infoquant_vllm.kernels.native import library as native
+from infoquant_vllm.ops.table import KERNELS, kernel, served_by
+from infoquant_vllm.summary import Summary
+
+
+@pytest.fixture(autouse=True)
+def _fresh_choice() -> Iterator[None]:
+    """Let every test choose its library anew, and later tests too."""
+    native.library.cache_clear()
+    kernel.cache_clear()
+    yield
+    native.library.cache_clear()
+    kernel.cache_clear()
+
+
+def _summary_line() -> str:
+    summary = Summary(pending=2)
+    summary.linear(f"W4A4 ({served_by('rotate_quantize', 'quantized_linear')})", 2**20, 2**22)
+    return summary.line()
+
+
+def test_targets_and_sources_are_those_that_the_library_knows() -> None:
+    assert list(TARGETS) == list(native.TARGETS)
+    modules = [module.split(".") for served in KERNELS.values() for module in served]
+    assert all((FOLDER.parent / family / f"{name}.py").exists() for family, name in modules)
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx2"), reason="no library for this CPU")
+def test_the_library_for_this_cpu_loads_into_torchs_own_openmp() -> None:
+    code = (
+        "from infoquant_vllm.kernels.native.library import library; assert library().handle, library().problem; "
+        "maps = [line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line]; "
+        "assert len(set(maps)) == 1, set(maps)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert native.library().problem == ""
+    assert "no native" not in _summary_line()
+
+
+def test_without_a_library_torch_serves_and_the_summary_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    for operation, device in KERNELS:
+        assert kernel(operation, device).__module__.startswith("infoquant_vllm.kernels.cpu.")
+    line = _summary_line()
+    assert "1 linears W4A4 (torch, oneDNN int8)" in line
+    assert line.endswith("no native kernels (not compiled, `pip install -v` says why)")
+    with pytest.raises(RuntimeError, match="not compiled"):
+        native.function("any")
+
+
+def test_a_cpu_without_avx2_has_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64"})
+    assert native.library().problem == "this CPU has no AVX2"
+
+
+def test_the_best_target_is_chosen_by_the_cpus_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    features = dict.fromkeys(native.TARGETS["avx2"], True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert native.library().target == "avx2"
+    features |= dict.fromkeys(native.TARGETS["avx512vnni"], True)
+    native.library.cache_clear()
+    assert native.library().target == "avx512vnni"
+
+
+def test_a_library_of_other_sources_or_none_at_all_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "abi.cpp"
+    for text, problem in (
+        ('extern "C" long infoquant_abi_version() { return 0; }', "version 0"),
+        ('extern "C" long other() { return 0; }', "undefined symbol"),
+    ):
+        source.write_text(text)
+        file = tmp_path / f"{problem[:3]}.so"
+        subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(file)], check=True)
+        found = native._load("avx2", file)
+        assert found.handle is None
+        assert problem in found.problem
+
+
+def test_every_target_compiles(tmp_path: Path) -> None:
+    for file in (*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")):
+        (tmp_path / file.name).write_text(file.read_text())
+    assert compile_native(tmp_path, "g++") == []
+    assert {file.name for file in tmp_path.glob("*.so")} == {f"_native_{target}.so" for target in TARGETS}
+
+
+@pytest.mark.parametrize(("compiler", "problem"), [("no-such-compiler", "No such file"), ("g++", "#error broken")])
+def test_a_failed_compilation_is_told_and_leaves_no_old_library(tmp_path: Path, compiler: str, problem: str) -> None:
+    (tmp_path / "broken.cpp").write_text("#error broken\n")
+    (tmp_path / "_native_avx2.so").touch()
+    problems = compile_native(tmp_path, compiler)
+    assert len(problems) == len(TARGETS)
+    assert all(problem in each for each in problems)
+    assert [file.name for file in tmp_path.iterdir()] == ["broken.cpp"]
