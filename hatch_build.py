@@ -14,7 +14,7 @@ TARGETS = {
     "avx2": ["-march=x86-64-v3"],
 }
 # No -ffast-math and no contraction to fused multiply-adds: the order of roundings is part of what a kernel computes.
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-fPIC", "-shared"]
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared"]
 
 
 class NativeKernels(BuildHookInterface):

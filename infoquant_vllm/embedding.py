@@ -10,10 +10,9 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from infoquant_vllm.format import FormatError
 from infoquant_vllm.loading import LoadTracker
-from infoquant_vllm.ops.quantized_linear import prepare_weight
 from infoquant_vllm.ops.rotate_rows import rotate_rows
 from infoquant_vllm.ops.table import served_by
-from infoquant_vllm.ops.weight_only_linear import weight_only_linear
+from infoquant_vllm.ops.weight_only_linear import prepare_weight_only, weight_only_linear
 
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
@@ -97,7 +96,7 @@ class VocabularyMethod(QuantizeMethodBase):
         if self.quantized:
             packed = layer.weight_packed
             if packed.dtype == torch.uint8:
-                packed.data = prepare_weight(packed.data, 8, signed=True)
+                packed.data = prepare_weight_only(packed.data, 8, signed=True)
             self.summary.vocabulary(
                 f"W8A16 ({served_by('weight_only_linear')})",
                 packed.nbytes + layer.weight_scale.nbytes,

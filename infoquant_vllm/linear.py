@@ -16,14 +16,15 @@ from vllm.model_executor.parameter import (
 
 from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, hadamard_factors
 from infoquant_vllm.loading import LoadTracker, Shard
-from infoquant_vllm.ops.quantized_linear import prepare_weight, quantized_linear
+from infoquant_vllm.ops.quantized_linear import prepare_grid, prepare_weight, quantized_linear
 from infoquant_vllm.ops.rotate_quantize import rotate_quantize
 from infoquant_vllm.ops.table import served_by
-from infoquant_vllm.ops.weight_only_linear import weight_only_linear
+from infoquant_vllm.ops.weight_only_linear import prepare_weight_only, weight_only_linear
 
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
 
+GRIDS = ("weight_scale", "weight_zero_point")
 INPUT_TENSORS = ("input_clip", "input_blocks", "input_left", "input_right")
 
 
@@ -137,12 +138,18 @@ class InfoQuantLinearMethod(LinearMethodBase):
         weights = self.scheme.weights
         packed = layer.weight_packed.data
         layer.infoquant_matrices = self._matrices(layer)
-        layer.weight_packed = _frozen(prepare_weight(packed, weights.num_bits, weights.symmetric))
-        for name in ("weight_scale", "weight_zero_point", *INPUT_TENSORS):
-            if hasattr(layer, name):
-                setattr(layer, name, _frozen(getattr(layer, name).data))
-        held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
         inputs = self.scheme.input_activations.num_bits
+        if inputs == 16:
+            prepared = prepare_weight_only(packed, weights.num_bits, weights.symmetric)
+        else:
+            groups = max(len(layer.input_clip), layer.weight_scale.shape[1])
+            prepared = prepare_weight(packed, weights.num_bits, weights.symmetric, groups)
+        layer.weight_packed = _frozen(prepared)
+        for name in (*GRIDS, *INPUT_TENSORS):
+            if hasattr(layer, name):
+                data = getattr(layer, name).data
+                setattr(layer, name, _frozen(prepare_grid(data) if name in GRIDS and inputs != 16 else data))
+        held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
         operations = ("weight_only_linear",) if inputs == 16 else ("rotate_quantize", "quantized_linear")
         kind = f"W{weights.num_bits}A{inputs} ({served_by(*operations)})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)

@@ -6,9 +6,17 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from infoquant_vllm.ops.table import kernel
 
 
-def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool) -> torch.Tensor:
-    """Checkpoint bytes [N, K * num_bits / 8] in the layout that the device's kernel reads."""
-    return kernel("prepare_weight", packed.device.type)(packed, num_bits, signed)
+def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: int) -> torch.Tensor:
+    """Checkpoint bytes [N, K * num_bits / 8] in the layout that the device's kernel reads.
+
+    groups: the finer of both groupings, of the weights and of the activations.
+    """
+    return kernel("prepare_weight", packed.device.type)(packed, num_bits, signed, groups)
+
+
+def prepare_grid(grid: torch.Tensor) -> torch.Tensor:
+    """Scales or zero points of weights [N, groups], of the same shape, as the device's kernel reads them."""
+    return kernel("prepare_grid", grid.device.type)(grid)
 
 
 def _quantized_linear(

@@ -12,8 +12,10 @@ from infoquant_vllm.kernels.native.library import library
 KERNELS = MappingProxyType(
     {
         ("rotate_quantize", "cpu"): ("cpu.rotate_quantize",),
-        ("prepare_weight", "cpu"): ("cpu.quantized_linear",),
-        ("quantized_linear", "cpu"): ("cpu.quantized_linear",),
+        ("prepare_weight", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
+        ("prepare_grid", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
+        ("quantized_linear", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
+        ("prepare_weight_only", "cpu"): ("cpu.weight_only_linear",),
         ("weight_only_linear", "cpu"): ("cpu.weight_only_linear",),
         ("rotate_rows", "cpu"): ("cpu.rotate_rows",),
         ("kv_store", "cpu"): ("cpu.kv_cache",),

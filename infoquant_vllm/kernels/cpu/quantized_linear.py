@@ -13,8 +13,8 @@ EXPAND_ROWS = 64
 _scratch = torch.empty(0, dtype=torch.int8)
 
 
-def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool) -> torch.Tensor:
-    """Checkpoint bytes [N, K * num_bits / 8] to this kernel's layout, as many bytes.
+def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: int = 1) -> torch.Tensor:
+    """Checkpoint bytes [N, K * num_bits / 8] to this kernel's layout, as many bytes, whatever the groups are.
 
     All codes become signed (unsigned ones lose 2^(bits-1), as their zero points must). A 4-bit row
     holds feature j in the low and feature K/2 + j in the high nibble of byte j.
@@ -24,6 +24,11 @@ def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool) -> torch.T
     nibbles = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)  # [N, K] in order of K
     low, high = (nibbles if signed else nibbles ^ 8).chunk(2, dim=1)
     return (low | (high << 4)).view(torch.int8).contiguous()
+
+
+def prepare_grid(grid: torch.Tensor) -> torch.Tensor:
+    """Scales or zero points [N, groups] as they are."""
+    return grid
 
 
 def quantized_linear(

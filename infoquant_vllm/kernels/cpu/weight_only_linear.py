@@ -7,12 +7,14 @@ batch is, at about half the speed of float32.
 
 import torch
 
-from infoquant_vllm.kernels.cpu.quantized_linear import UNPACKED_FACTOR
+from infoquant_vllm.kernels.cpu.quantized_linear import UNPACKED_FACTOR, prepare_weight
 from infoquant_vllm.kernels.cpu.rotate_quantize import rotate
 
 BLOCK_ELEMENTS = 2**17  # 1 MiB of float64 weights at a time
 
 _scratch = torch.empty(0, dtype=torch.float64)
+
+prepare_weight_only = prepare_weight
 
 
 def weight_only_linear(
@@ -23,7 +25,7 @@ def weight_only_linear(
     weight_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As the reference, on a weight from `prepare_weight`."""
+    """As the reference, on a weight from `prepare_weight_only`."""
     features, rows = x.shape[1], len(weight)
     y = rotate(x.float(), matrices).to(x.dtype).double()
     out = x.new_empty(len(x), rows)

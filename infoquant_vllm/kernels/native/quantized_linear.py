@@ -1,0 +1,77 @@
+"""Quantised linear of the compiled library: weights stay packed in memory and are unpacked in registers."""
+
+from collections.abc import Callable
+from functools import cache
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+
+from infoquant_vllm.kernels.native.library import POINTER, SIZE, function
+
+PANEL = 32  # channels
+STEP = 4  # features
+OUT_TYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
+
+
+def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: int) -> torch.Tensor:
+    """Checkpoint bytes [N, K * num_bits / 8] to lines [N / 32, K / 4, 16 * num_bits] uint8.
+
+    A line holds four features of 32 channels, in unsigned codes (signed ones plus 2^(bits-1)): byte
+    4c + j is feature j of channel c, with that of channel 16 + c in the high nibble or, at 8 bits, 64
+    bytes further. Zeros fill N to a multiple of 32 and the features of each group to one of 4.
+    """
+    codes = torch.stack((packed & 0xF, packed >> 4), -1).flatten(1) if num_bits == 4 else packed
+    grouped = (codes ^ 2 ** (num_bits - 1) if signed else codes).view(len(codes), groups, -1)
+    padded = F.pad(grouped, (0, -grouped.shape[2] % STEP, 0, 0, 0, -len(codes) % PANEL))
+    lines = padded.view(len(padded) // PANEL, 2, PANEL // 2, -1, STEP).permute(0, 3, 1, 2, 4)
+    return (lines[:, :, 0] | lines[:, :, 1] << 4 if num_bits == 4 else lines).flatten(2).contiguous()
+
+
+def prepare_grid(grid: torch.Tensor) -> torch.Tensor:
+    """Scales or zero points [N, groups], of that shape still, but a group's channels one after the other."""
+    return grid.t().contiguous().t()
+
+
+def quantized_linear(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_bits: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """As the reference, on what `prepare_weight` and `prepare_grid` make, and on contiguous activations."""
+    assert all(each.is_contiguous() for each in (codes, scale, zero))
+    tokens, features = codes.shape
+    channels, weight_groups = weight_scale.shape
+    out = torch.empty(tokens, channels, dtype=dtype)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    _run()(
+        codes.data_ptr(),
+        scale.data_ptr(),
+        zero.data_ptr(),
+        weight.data_ptr(),
+        weight_scale.data_ptr(),
+        None if weight_zero is None else weight_zero.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        features,
+        channels,
+        scale.shape[1],
+        weight_groups,
+        weight.shape[2] // 16,
+        num_bits,
+        OUT_TYPES[dtype],
+    )
+    return out
+
+
+@cache
+def _run() -> Callable[..., None]:
+    return function("infoquant_quantized_linear", *[POINTER] * 8, *[SIZE] * 8)

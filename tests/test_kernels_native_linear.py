@@ -1,0 +1,129 @@
+"""The compiled quantised linear against the reference, bit by bit, of every library that this CPU can run."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from infoquant_vllm.format import pack_codes
+from infoquant_vllm.kernels.native import library as native
+from infoquant_vllm.kernels.native import quantized_linear as linear
+from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference
+
+CAPABILITIES = torch.cpu.get_capabilities()
+RUNNABLE = [name for name, features in native.TARGETS.items() if all(CAPABILITIES.get(each) for each in features)]
+
+
+@pytest.fixture(autouse=True, params=RUNNABLE)
+def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each library in turn."""
+    chosen = native._load(request.param, native.FOLDER / f"_native_{request.param}.so")
+    monkeypatch.setattr(native, "library", lambda: chosen)
+    linear._run.cache_clear()
+    yield
+    linear._run.cache_clear()
+
+
+class Layer:
+    """Random weights and activations, and their product by the reference and by the library."""
+
+    def __init__(
+        self,
+        rows: int,
+        channels: int = 35,
+        features: int = 576,
+        bits: tuple[int, int] = (4, 4),
+        signed: bool = True,
+        groups: tuple[int, int] = (1, 1),
+    ):
+        torch.manual_seed(rows)
+        (weight_bits, self.num_bits), (weight_groups, input_groups) = bits, groups
+        low = -(2 ** (weight_bits - 1)) if signed else 0
+        self.packed = pack_codes(torch.randint(low, low + 2**weight_bits, (channels, features)), weight_bits, signed)
+        self.weight = linear.prepare_weight(self.packed, weight_bits, signed, max(groups))
+        self.scale = (torch.rand(channels, weight_groups) + 0.5) / features**0.5
+        zeros = torch.randint(0, 2**weight_bits, (channels, weight_groups), dtype=torch.uint8)
+        self.zero = None if signed else zeros
+        self.bias: torch.Tensor | None = torch.randn(channels)
+        codes = torch.randint(0, 2**self.num_bits, (rows, features), dtype=torch.uint8)
+        zero = torch.randint(0, 2**self.num_bits, (rows, input_groups), dtype=torch.int32)
+        self.inputs = codes, torch.rand(rows, input_groups) + 0.5, zero
+
+    def expected(self, dtype: torch.dtype) -> torch.Tensor:
+        return reference(*self.inputs, self.packed, self.scale, self.zero, self.bias, dtype)
+
+    def found(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
+        zero = None if self.zero is None else linear.prepare_grid(self.zero)
+        inputs = [each[rows] for each in self.inputs]
+        grid = linear.prepare_grid(self.scale)
+        return linear.quantized_linear(*inputs, self.weight, grid, zero, self.bias, self.num_bits, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 123])
+@pytest.mark.parametrize("bits", [(4, 4), (4, 8), (8, 4), (8, 8)])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("groups", [(1, 1), (1, 9), (9, 1), (9, 9), (9, 18), (9, 3)])
+@pytest.mark.parametrize("features", [576, 126])  # groups of 64 and, where padding is needed, of 14
+def test_products_are_those_of_the_reference(
+    rows: int, bits: tuple[int, int], signed: bool, groups: tuple[int, int], features: int
+) -> None:
+    layer = Layer(rows, features=features, bits=bits, signed=signed, groups=groups)
+    assert torch.equal(layer.found(torch.float32), layer.expected(torch.float32))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 11, 12, 13, 16, 25, 60, 61, 300])
+@pytest.mark.parametrize(("channels", "features"), [(16, 64), (129, 2), (288, 1536)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_number_of_rows_and_channels_in_any_dtype(
+    rows: int, channels: int, features: int, dtype: torch.dtype
+) -> None:
+    layer = Layer(rows, channels, features)
+    assert torch.equal(layer.found(dtype), layer.expected(dtype))
+    layer.bias = None
+    assert torch.equal(layer.found(dtype), layer.expected(dtype))
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (9, 9)])
+@pytest.mark.parametrize("bits", [(4, 4), (4, 8)])
+def test_a_row_is_the_same_bits_in_any_batch_on_any_number_of_threads(
+    groups: tuple[int, int], bits: tuple[int, int]
+) -> None:
+    layer, threads = Layer(123, 300, bits=bits, groups=groups), torch.get_num_threads()
+    whole = layer.found(torch.float32)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in (1, 2, 5, 16, 64, 123):
+                assert torch.equal(layer.found(torch.float32, slice(rows)), whole[:rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_largest_sums_that_the_format_admits_are_exact() -> None:
+    for bits, features, code, weight_code in (((4, 8), 32764, 255, 0), ((8, 8), 32764, 255, 0), ((4, 4), 65536, 0, 15)):
+        layer = Layer(1, 32, features, bits, signed=False)
+        codes, _, zero = layer.inputs
+        codes.fill_(code)
+        zero.fill_(0 if code else 15)
+        layer.packed.fill_(weight_code * 17)
+        layer.weight = linear.prepare_weight(layer.packed, bits[0], False, 1)
+        assert layer.zero is not None
+        layer.zero.fill_(0 if weight_code else 2 ** bits[0] - 1)
+        assert torch.equal(layer.found(torch.float32), layer.expected(torch.float32))
+
+
+def test_what_is_not_a_number_stays_so_and_too_large_numbers_become_infinite() -> None:
+    layer = Layer(2, 40)
+    layer.inputs[1][0] = torch.nan
+    layer.inputs[1][1] = 1e36
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = layer.found(dtype)
+        assert found[0].isnan().all()
+        assert torch.equal(found[1], layer.expected(dtype)[1])
+
+
+@pytest.mark.parametrize(("bits", "channels"), [(4, 576), (8, 576), (4, 1000)])
+def test_prepared_weights_take_the_checkpoints_bytes_but_for_padding(bits: int, channels: int) -> None:
+    packed = torch.randint(0, 256, (channels, 576 * bits // 8), dtype=torch.uint8)
+    weight = linear.prepare_weight(packed, bits, True, 9)
+    assert weight.nbytes == packed.nbytes // channels * (-(-channels // 32) * 32)
