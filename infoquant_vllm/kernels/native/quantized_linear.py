@@ -45,7 +45,8 @@ def quantized_linear(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """As the reference, on what `prepare_weight` and `prepare_grid` make, and on contiguous activations."""
-    assert all(each.is_contiguous() for each in (codes, scale, zero))
+    if not (codes.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()):
+        raise ValueError("infoquant: codes, scales and zeros of activations must be contiguous")
     tokens, features = codes.shape
     channels, weight_groups = weight_scale.shape
     out = torch.empty(tokens, channels, dtype=dtype)
