@@ -8,7 +8,7 @@ from infoquant_vllm.format import (
     InputTransform,
     ModelShape,
     QuantizationConfigData,
-    hadamard_factors,
+    hadamard_dense,
     parse_config,
     read_json,
 )
@@ -29,10 +29,9 @@ def multiply_adds(shape: ModelShape, config: QuantizationConfigData | None) -> M
     """Count the multiply-adds of a decoded token that do not depend on how long its context is.
 
     Added are, per layer, the input transforms, once for linears that share their input; the Hadamard
-    on queries and keys, whose matrix of head_dim x head_dim the server multiplies by as a whole; and
-    for a tied model with `tied_residual_rotation` two products with [hidden, hidden], after the
-    embedding and before lm_head. Rotations folded into weights cost nothing. Not counted are the
-    element-wise work of the quantisers and, on both sides, attention itself.
+    on queries and keys; and for a tied model with `tied_residual_rotation` two products with
+    [hidden, hidden], after the embedding and before lm_head. Rotations folded into weights cost
+    nothing. Not counted are the element-wise work of the quantisers and, on both sides, attention itself.
     """
     linears = shape.linears()
     own = sum(rows * features for rows, features in linears.values()) + shape.vocab_size * shape.hidden_size
@@ -45,22 +44,25 @@ def multiply_adds(shape: ModelShape, config: QuantizationConfigData | None) -> M
             added += features * per_feature(scheme.input_transform)
     if config.kv_cache is not None and config.kv_cache.key_transform == "hadamard":
         heads = shape.num_attention_heads + shape.num_key_value_heads
-        added += shape.num_hidden_layers * heads * shape.head_dim**2
+        added += shape.num_hidden_layers * heads * shape.head_dim * hadamard_adds(shape.head_dim)
     if config.tied_residual_rotation:
         added += 2 * shape.hidden_size**2
     return MultiplyAdds(own, added)
 
 
 def per_feature(transform: InputTransform) -> int:
-    """Multiply-adds per input feature: the sizes of the matrices it is multiplied by one after another.
-
-    The entries of a Hadamard factor are +-1, so these are additions; they count alike.
-    """
+    """Multiply-adds per input feature: the sizes of the matrices it is multiplied by one after another."""
     if transform.type == "hadamard" and transform.block_size is not None:
-        return sum(len(factor) for factor in hadamard_factors(transform.block_size))
+        return hadamard_adds(transform.block_size)
     if transform.factors is not None:
         return sum(transform.factors)
     return transform.block_size or 0
+
+
+def hadamard_adds(size: int) -> int:
+    """Per feature, the steps of the butterflies, and the dense factor's order where it has one."""
+    order = len(hadamard_dense(size))
+    return (size // order).bit_length() - 1 + (order if order > 1 else 0)
 
 
 def costs(folder: Path) -> dict[str, Any]:

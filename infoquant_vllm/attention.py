@@ -1,7 +1,6 @@
 """The attention backend over the quantised KV cache: spec, metadata and implementation."""
 
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,6 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
 
-from infoquant_vllm.format import hadamard
 from infoquant_vllm.ops.table import kernel
 
 PARAMETER_BYTES = 8  # float16 scale and zero of key and value
@@ -146,7 +144,7 @@ class KVImpl(AttentionImpl[KVMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.num_bits, self.key_transform = num_bits, key_transform
+        self.num_bits, self.hadamard = num_bits, key_transform == "hadamard"
         self.cell_bytes = cell_bytes(head_size, num_bits)
 
     def do_kv_cache_update(
@@ -161,8 +159,7 @@ class KVImpl(AttentionImpl[KVMetadata]):
         if kv_cache.numel() == 0:  # the run that measures memory has no cache yet
             return
         store = kernel("kv_store", key.device.type)
-        rotation = self._rotation(key.device)
-        store(key, value, kv_cache, slot_mapping, layer.key_clip, layer.value_clip, rotation, self.num_bits)
+        store(key, value, kv_cache, slot_mapping, layer.key_clip, layer.value_clip, self.hadamard, self.num_bits)
 
     def forward(  # type: ignore[override]
         self,
@@ -188,17 +185,9 @@ class KVImpl(AttentionImpl[KVMetadata]):
             attn_metadata.query_starts,
             attn_metadata.seq_lens,
             attn_metadata.block_table,
-            self._rotation(query.device),
+            self.hadamard,
             self.scale,
             self.sliding_window,
             self.num_bits,
         )
         return output
-
-    def _rotation(self, device: torch.device) -> torch.Tensor | None:
-        return _hadamard(self.head_size, device) if self.key_transform == "hadamard" else None
-
-
-@cache
-def _hadamard(size: int, device: torch.device) -> torch.Tensor:
-    return hadamard(size).to(device, torch.float32)

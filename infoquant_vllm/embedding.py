@@ -125,5 +125,5 @@ class VocabularyMethod(QuantizeMethodBase):
         """Hidden states [rows, H], without the final norm's gain where rotated, to logits [rows, vocab]."""
         rows = rotate_rows(x, layer.residual_rotation.t(), layer.final_norm_weight) if self.rotated else x
         if self.quantized:
-            return weight_only_linear(rows, [], layer.weight_packed, layer.weight_scale, None, bias)
+            return weight_only_linear(rows, [], 0, layer.weight_packed, layer.weight_scale, None, bias)
         return F.linear(rows, layer.weight, bias)

@@ -1,7 +1,6 @@
 """The linear method: parameters and their sharding, and the operations of a forward pass."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from vllm.model_executor.parameter import (
     RowvLLMParameter,
 )
 
-from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, hadamard_factors
+from infoquant_vllm.format import FormatError, LinearScheme, activation_groups
 from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.ops.quantized_linear import prepare_grid, prepare_weight, quantized_linear
 from infoquant_vllm.ops.rotate_quantize import rotate_quantize
@@ -137,7 +136,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
         layer.infoquant_tracker.require_all()
         weights = self.scheme.weights
         packed = layer.weight_packed.data
-        layer.infoquant_matrices = self._matrices(layer)
+        layer.infoquant_matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
         inputs = self.scheme.input_activations.num_bits
         if inputs == 16:
             prepared = prepare_weight_only(packed, weights.num_bits, weights.symmetric)
@@ -154,29 +153,21 @@ class InfoQuantLinearMethod(LinearMethodBase):
         kind = f"W{weights.num_bits}A{inputs} ({served_by(*operations)})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
 
-    def _matrices(self, layer: Any) -> list[torch.Tensor]:
-        transform = self.scheme.input_transform
-        if transform.type == "hadamard" and transform.block_size is not None:
-            return _hadamard_matrices(transform.block_size, layer.weight_packed.device)
-        return [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
-
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] in the model's dtype to [..., N] in the same."""
-        args, matrices = self.scheme.input_activations, layer.infoquant_matrices
+        args, transform = self.scheme.input_activations, self.scheme.input_transform
+        hadamard = transform.block_size or 0 if transform.type == "hadamard" else 0
+        matrices = layer.infoquant_matrices
         weight, weight_scale = layer.weight_packed, layer.weight_scale
         zero_point = None if self.scheme.weights.symmetric else layer.weight_zero_point
         rows = x.reshape(-1, x.shape[-1])
         if args.num_bits == 16:
-            out = weight_only_linear(rows, matrices, weight, weight_scale, zero_point, bias)
+            out = weight_only_linear(rows, matrices, hadamard, weight, weight_scale, zero_point, bias)
         else:
-            codes, scale, zero = rotate_quantize(rows, matrices, layer.input_clip, args.num_bits, args.symmetric)
+            clip = layer.input_clip
+            codes, scale, zero = rotate_quantize(rows, matrices, hadamard, clip, args.num_bits, args.symmetric)
             out = quantized_linear(codes, scale, zero, weight, weight_scale, zero_point, bias, args.num_bits, x.dtype)
         return out.view(*x.shape[:-1], out.shape[-1])
-
-
-@cache
-def _hadamard_matrices(size: int, device: torch.device) -> list[torch.Tensor]:
-    return [factor.to(device, torch.float32) for factor in hadamard_factors(size)]
 
 
 def _frozen(data: torch.Tensor) -> torch.nn.Parameter:

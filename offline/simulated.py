@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from infoquant_vllm.format import ActivationArgs, LinearScheme, WeightArgs, unpack_codes
-from offline.transforms import apply_hadamard, transform_input
+from infoquant_vllm.format import ActivationArgs, LinearScheme, WeightArgs, apply_hadamard, unpack_codes
+from offline.transforms import transform_input
 
 EXACT_FLOAT32 = 2**24
 """Sums of integers up to here are exact in float32, whatever their order."""

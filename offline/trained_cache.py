@@ -8,8 +8,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from infoquant_vllm.format import apply_hadamard
 from offline.straight_through import fake_store
-from offline.transforms import apply_hadamard
 
 ATTENTION = "infoquant_trained_cache"
 

@@ -1,11 +1,10 @@
 """Transforms that leave a model's function unchanged, and their application along an axis."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from infoquant_vllm.format import InputTransform, ModelShape, hadamard, hadamard_factors
+from infoquant_vllm.format import InputTransform, ModelShape, apply_hadamard, hadamard
 
 InputTensors = dict[str, torch.Tensor]
 """What an `InputTransform` reads from the checkpoint, float32 by local names; none for type none and hadamard."""
@@ -38,14 +37,17 @@ def random_head_rotations(shape: ModelShape, generator: torch.Generator) -> torc
 
 
 def transform_input(x: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:
-    """y = x @ R for x [rows, K], in the dtype of x; `tensors` holds the transform's by their local names."""
+    """y = x @ R for x [rows, K], in the dtype of x; `tensors` holds the transform's by their local names.
+
+    Rounds as the server does: sums over a learned matrix are in float64.
+    """
     if transform.type == "hadamard" and transform.block_size is not None:
         return apply_hadamard(x.unflatten(1, (-1, transform.block_size))).flatten(1)
     if transform.type == "blocks" and transform.block_size is not None:
         blocks = x.unflatten(1, (-1, transform.block_size)).transpose(0, 1)
-        return (blocks @ tensors["input_blocks"].to(x)).transpose(0, 1).flatten(1)
+        return (blocks.double() @ tensors["input_blocks"].double()).to(x.dtype).transpose(0, 1).flatten(1)
     if transform.type == "kronecker":
-        return apply_kronecker(x, (tensors["input_left"], tensors["input_right"]))
+        return apply_kronecker(x, tensors["input_left"], tensors["input_right"])
     return x
 
 
@@ -68,18 +70,11 @@ def transform_hessian(hessian: torch.Tensor, transform: InputTransform, tensors:
     return transform_input(half.T, transform, tensors).float()
 
 
-def apply_hadamard(x: torch.Tensor) -> torch.Tensor:
-    """x [..., size] @ hadamard(size), one Kronecker factor at a time, in the dtype of x."""
-    return apply_kronecker(x, hadamard_factors(x.shape[-1]))
-
-
-def apply_kronecker(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """x [..., K] @ (factors[0] (x) factors[1] (x) ...), where the factors' sizes multiply to K."""
-    y = x.reshape(-1, *(len(factor) for factor in factors))
-    for axis, factor in enumerate(factors, start=1):
-        product = torch.tensordot(y, factor.to(x), dims=([axis], [0]))
-        y = product.movedim(-1, axis)
-    return y.reshape(x.shape)
+def apply_kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """x [..., a * b] @ (left [a, a] (x) right [b, b]): left first, each sum in float64, rounded to the dtype of x."""
+    rows = x.reshape(-1, len(left), len(right)).double()
+    halfway = (left.double().mT @ rows).to(x.dtype)
+    return (halfway.double() @ right.double()).to(x.dtype).view(x.shape)
 
 
 def _random_signs(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -13,8 +13,8 @@ from tests.tiny import write_source
 
 OWN = 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 384 * 256) + 512 * 256
 """Per layer q and o, k and v, gate, up and down; then lm_head."""
-DOWN = 384 * (12 + 32)  # the Hadamard of 384 is one of 12 by one of 32
-QUERIES_AND_KEYS = (4 + 2) * 64 * 64
+DOWN = 384 * (12 + 5)  # the Hadamard of 384 is one of 12 and five steps of butterflies
+QUERIES_AND_KEYS = (4 + 2) * 64 * 6
 
 
 def count(quantization: dict[str, Any] | None = None, **changes: Any) -> MultiplyAdds:
@@ -26,8 +26,8 @@ def count(quantization: dict[str, Any] | None = None, **changes: Any) -> Multipl
     ("transform", "expected"),
     [
         (InputTransform(), 0),
-        (InputTransform(type="hadamard", block_size=64), 64),
-        (InputTransform(type="hadamard", block_size=1536), 12 + 16 + 8),
+        (InputTransform(type="hadamard", block_size=64), 6),
+        (InputTransform(type="hadamard", block_size=1536), 12 + 7),
         (InputTransform(type="blocks", block_size=288), 288),
         (InputTransform(type="kronecker", factors=(12, 128)), 140),
     ],

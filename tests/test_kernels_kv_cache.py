@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from infoquant_vllm.attention import cell_bytes
-from infoquant_vllm.format import hadamard
 from infoquant_vllm.kernels.cpu import kv_cache as cpu
 from infoquant_vllm.kernels.reference import kv_cache as reference
 
@@ -52,13 +51,16 @@ def _clips(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("size", [64, 80, 128])
 @pytest.mark.parametrize("tokens", [1, 5, 123])
 @pytest.mark.parametrize("kv_heads", [1, 3])
-def test_stored_cells_are_those_of_the_reference(num_bits: int, size: int, tokens: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_stored_cells_are_those_of_the_reference(
+    num_bits: int, size: int, tokens: int, kv_heads: int, hadamard: bool
+) -> None:
     batch = Batch([1], [tokens] if tokens <= 80 else [80, 43], kv_heads, kv_heads, size)
     batch.slots[::4] = -1
     clips = _clips(kv_heads)
     found, expected = batch.cache(num_bits), batch.cache(num_bits)
-    cpu.kv_store(batch.key, batch.value, found, batch.slots, *clips, None, num_bits)
-    reference.kv_store(batch.key, batch.value, expected, batch.slots, *clips, None, num_bits)
+    cpu.kv_store(batch.key, batch.value, found, batch.slots, *clips, hadamard, num_bits)
+    reference.kv_store(batch.key, batch.value, expected, batch.slots, *clips, hadamard, num_bits)
     assert torch.equal(found, expected)
     assert (found.flatten(1).any(1).sum() > 0) == (tokens > 1)
 
@@ -66,18 +68,16 @@ def test_stored_cells_are_those_of_the_reference(num_bits: int, size: int, token
 def test_tokens_without_a_slot_leave_the_cache_alone() -> None:
     batch = Batch([1], [20], 2, 2, 64)
     cache = batch.cache(4).fill_(7)
-    cpu.kv_store(batch.key, batch.value, cache, torch.full_like(batch.slots, -1), *_clips(2), None, 4)
+    cpu.kv_store(batch.key, batch.value, cache, torch.full_like(batch.slots, -1), *_clips(2), False, 4)
     assert (cache == 7).all()
 
 
-def test_rotated_keys_are_within_a_code_of_the_reference_and_alone_as_in_a_batch() -> None:
-    batch, rotation, clips = Batch([1], [70], 3, 3, 64), hadamard(64).float(), _clips(3)
-    found, expected, alone = batch.cache(8), batch.cache(8), batch.cache(8)
-    cpu.kv_store(batch.key, batch.value, found, batch.slots, *clips, rotation, 8)
-    reference.kv_store(batch.key, batch.value, expected, batch.slots, *clips, rotation, 8)
-    assert (found[..., :128].int() - expected[..., :128].int()).abs().max() <= 1
+def test_keys_are_stored_alone_as_in_a_batch() -> None:
+    batch, clips = Batch([1], [70], 3, 3, 64), _clips(3)
+    found, alone = batch.cache(8), batch.cache(8)
+    cpu.kv_store(batch.key, batch.value, found, batch.slots, *clips, True, 8)
     for t in range(70):
-        cpu.kv_store(batch.key[t : t + 1], batch.value[t : t + 1], alone, batch.slots[t : t + 1], *clips, rotation, 8)
+        cpu.kv_store(batch.key[t : t + 1], batch.value[t : t + 1], alone, batch.slots[t : t + 1], *clips, True, 8)
     assert torch.equal(found, alone)
 
 
@@ -89,19 +89,19 @@ def test_attention_is_that_of_the_reference(
     name: str, num_bits: int, heads: int, kv_heads: int, size: int, window: int | None
 ) -> None:
     counts, lens = BATCHES[name]
-    batch, rotation = Batch(counts, lens, heads, kv_heads, size), hadamard(size).float()
+    batch = Batch(counts, lens, heads, kv_heads, size)
     cache = batch.cache(num_bits)
-    reference.kv_store(batch.key, batch.value, cache, batch.slots, *_clips(kv_heads), rotation, num_bits)
-    args = (cache, batch.query_starts, lens, batch.block_table, rotation, size**-0.5, window, num_bits)
+    reference.kv_store(batch.key, batch.value, cache, batch.slots, *_clips(kv_heads), True, num_bits)
+    args = (cache, batch.query_starts, lens, batch.block_table, True, size**-0.5, window, num_bits)
     found, expected = cpu.kv_attention(batch.query, *args), reference.kv_attention(batch.query, *args)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_does_not_depend_on_tiles_chunks_or_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch, rotation = Batch([60, 1], [60, 33], 9, 3, 64), hadamard(64).float()
+    batch = Batch([60, 1], [60, 33], 9, 3, 64)
     cache = batch.cache(4)
-    cpu.kv_store(batch.key, batch.value, cache, batch.slots, *_clips(3), rotation, 4)
-    rest = (rotation, 0.125, None, 4)
+    cpu.kv_store(batch.key, batch.value, cache, batch.slots, *_clips(3), True, 4)
+    rest = (True, 0.125, None, 4)
     whole = cpu.kv_attention(batch.query, cache, batch.query_starts, batch.lens, batch.block_table, *rest).bfloat16()
     monkeypatch.setattr(cpu, "SCORE_ELEMENTS", 9 * 60 * 7)  # seven queries at a time
     tiled = cpu.kv_attention(batch.query, cache, batch.query_starts, batch.lens, batch.block_table, *rest)
@@ -112,10 +112,10 @@ def test_attention_does_not_depend_on_tiles_chunks_or_the_batch(monkeypatch: pyt
 
 
 def test_cells_beyond_a_sequence_do_not_matter() -> None:
-    batch, rotation = Batch([1, 1], [5, 40], 4, 2, 64), hadamard(64).float()
+    batch = Batch([1, 1], [5, 40], 4, 2, 64)
     cache = batch.cache(4)
-    cpu.kv_store(batch.key, batch.value, cache, batch.slots, *_clips(2), rotation, 4)
-    args = (batch.query_starts, batch.lens, batch.block_table, rotation, 0.125, None, 4)
+    cpu.kv_store(batch.key, batch.value, cache, batch.slots, *_clips(2), True, 4)
+    args = (batch.query_starts, batch.lens, batch.block_table, True, 0.125, None, 4)
     before = cpu.kv_attention(batch.query, cache, *args)
     cache[int(batch.block_table[0, 0]), :, 5:] = 255  # float16 NaN among the parameters
     cache[0] = 255

@@ -117,7 +117,7 @@ def test_simulated_ends_equal_the_reference_bit_by_bit(
         rotation = checkpoint.tensor("model.embed_tokens.residual_rotation")
         rows = rotate_rows(rows, rotation, None)
         restored = rotate_rows(hidden, rotation.T, checkpoint.tensor("model.embed_tokens.final_norm_weight"))
-    expected = weight_only_linear(restored[0], [], packed, scale, None, None)
+    expected = weight_only_linear(restored[0], [], 0, packed, scale, None, None)
     assert torch.equal(model.lm_head(hidden)[0], expected)
     if tied:
         assert torch.equal(model.model.embed_tokens(ids), rows)

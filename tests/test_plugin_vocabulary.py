@@ -65,7 +65,7 @@ class Vocabulary:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.rotation is not None:
             hidden = rotate_rows(hidden, self.rotation.T, self.gain)
-        return weight_only_linear(hidden, [], self.packed, self.scale, None, None)
+        return weight_only_linear(hidden, [], 0, self.packed, self.scale, None, None)
 
 
 @pytest.fixture(params=KINDS)

@@ -10,7 +10,7 @@ from infoquant_vllm.format.architectures import ARCHITECTURES
 from infoquant_vllm.format.checkpoint import INDEX_FILE, Checkpoint, check_values, read_json
 from infoquant_vllm.format.codes import pack_codes, unpack_codes
 from infoquant_vllm.format.errors import FormatError
-from infoquant_vllm.format.hadamard import hadamard, hadamard_factors
+from infoquant_vllm.format.hadamard import apply_hadamard, hadamard, hadamard_dense
 from infoquant_vllm.format.schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -48,10 +48,11 @@ __all__ = [
     "TensorSpec",
     "WeightArgs",
     "activation_groups",
+    "apply_hadamard",
     "check_values",
     "expected_tensors",
     "hadamard",
-    "hadamard_factors",
+    "hadamard_dense",
     "linear_tensors",
     "pack_codes",
     "parse_config",

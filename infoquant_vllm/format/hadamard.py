@@ -1,7 +1,7 @@
-"""The matrix that the name "hadamard" stands for in a checkpoint, for any size."""
+"""What the name "hadamard" stands for in a checkpoint, for any size: a matrix, and how it is applied."""
 
 import math
-from functools import cache, reduce
+from functools import cache
 
 import torch
 
@@ -9,54 +9,74 @@ from infoquant_vllm.format.errors import FormatError
 
 MAX_DENSE_FACTOR = 2048  # an odd factor above this would cost more than the product it serves
 MAX_PALEY_ORDER = 256  # a dense factor costs its order in multiply-adds per feature
-MAX_SYLVESTER_DOUBLINGS = 6
+CHUNK_ELEMENTS = 2**16  # of rows transformed at a time, few enough for the processor's cache
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """The orthonormal matrix [size, size], float64, that the format calls Hadamard.
+
+    It is the Kronecker product of `hadamard_dense(size)` and a Sylvester matrix, over sqrt(size).
+    """
+    matrix = hadamard_dense(size)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
+    return matrix / math.sqrt(size)
 
 
 @cache
-def hadamard_factors(size: int) -> tuple[torch.Tensor, ...]:
-    """Small orthonormal float64 matrices whose Kronecker product, in order, is `hadamard(size)`.
+def hadamard_dense(size: int) -> torch.Tensor:
+    """The factor of `hadamard(size)` that takes more than butterflies, [order, order] float64, not normalised.
 
-    First a dense factor F where `size` is no power of two, then Sylvester matrices of at most
-    64, as even as can be. F is Paley's Hadamard matrix (Paley, J. Math. Phys. 12, 1933) of the
-    smallest fitting order up to MAX_PALEY_ORDER, or, where neither of his constructions with a
-    prime gives one, the discrete Hartley matrix of the odd part of `size`.
+    [[1]] where `size` is a power of two. Else Paley's Hadamard matrix (Paley, J. Math. Phys. 12,
+    1933) of the smallest fitting order up to MAX_PALEY_ORDER, entries +-1, its order a multiple of
+    4; or, where neither of his constructions with a prime gives one, the discrete Hartley matrix of
+    the odd part of `size`. The rest, size / order, is a power of two.
 
     Raises FormatError where the odd part is above MAX_DENSE_FACTOR.
     """
     odd = size >> ((size & -size).bit_length() - 1)
     if odd > MAX_DENSE_FACTOR:
         raise FormatError(f"hadamard of {size}: its odd factor {odd} is above {MAX_DENSE_FACTOR}; use smaller blocks")
-    dense = _dense_factor(size, odd)
-    factors = [] if len(dense) == 1 else [dense]
-    doublings = (size // len(dense)).bit_length() - 1
-    parts = -(-doublings // MAX_SYLVESTER_DOUBLINGS)
-    factors += [_sylvester(2 ** ((doublings + part) // parts)) for part in reversed(range(parts))]
-    return tuple(factors or [dense])
-
-
-def hadamard(size: int) -> torch.Tensor:
-    """The orthonormal matrix [size, size], float64, that the format calls Hadamard."""
-    return reduce(torch.kron, hadamard_factors(size))
-
-
-def _dense_factor(size: int, odd: int) -> torch.Tensor:
     order = odd
     while order > 1 and size % order == 0 and order <= MAX_PALEY_ORDER:
         factor = _paley(order)
         if factor is not None:
-            return factor / math.sqrt(order)
+            return factor
         order *= 2
     angle = torch.arange(odd, dtype=torch.float64)
     angle = torch.outer(angle, angle) % odd * (2 * math.pi / odd)
-    return (angle.cos() + angle.sin()) / math.sqrt(odd)
+    return angle.cos() + angle.sin()
 
 
-def _sylvester(size: int) -> torch.Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
-    while matrix.shape[0] < size:
-        matrix = torch.kron(step, matrix)
-    return matrix
+def apply_hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x [..., size] @ hadamard(size), in the dtype of x. Every operation rounds, and their order is the format's.
+
+    With x as [order, n], order that of the dense factor F and n a power of two:
+
+    1. butterflies over n: for h = 1, 2, 4, ..., n / 2, entries a and b that are h apart, in blocks
+       of 2 h, become a + b and a - b;
+    2. where order > 1, y[j] = x[0] * F[0, j] + x[1] * F[1, j] + ..., from left to right;
+    3. all times 1 / sqrt(size).
+    """
+    rows = x.reshape(-1, x.shape[-1]).split(max(1, CHUNK_ELEMENTS // x.shape[-1]))
+    return torch.cat([_transform_rows(chunk) for chunk in rows]).view(x.shape)
+
+
+def _transform_rows(x: torch.Tensor) -> torch.Tensor:
+    """`apply_hadamard` of x [rows, size]; the rows come last meanwhile, so that all of it is over contiguous runs."""
+    size, factor = x.shape[1], hadamard_dense(x.shape[1]).to(x)
+    y = x.view(len(x), len(factor), size // len(factor)).permute(1, 2, 0).contiguous()  # [order, n, rows]
+    for _ in range((size // len(factor)).bit_length() - 1):
+        # Neighbours meet, sums go to the first half and differences to the second: what was twice as
+        # far apart are neighbours now, and after the last step everything is back in its place.
+        a, b = y[:, 0::2], y[:, 1::2]
+        y = torch.cat((a + b, a - b), 1)
+    if len(factor) > 1:
+        total = torch.zeros_like(y)
+        for weights, entries in zip(factor, y, strict=True):
+            total = total + weights[:, None, None] * entries
+        y = total
+    return (y * (1 / math.sqrt(size))).permute(2, 0, 1).reshape(x.shape)
 
 
 def _paley(order: int) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from infoquant_vllm.format.architectures import ARCHITECTURES, architecture_name
 from infoquant_vllm.format.errors import FormatError
-from infoquant_vllm.format.hadamard import hadamard_factors
+from infoquant_vllm.format.hadamard import hadamard_dense
 from infoquant_vllm.format.schema import ActivationArgs, LinearScheme, QuantizationConfigData, Size
 
 
@@ -124,7 +124,7 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
         if size is not None and in_features % size:
             raise FormatError(f"{label} {size} does not divide its {in_features} input features")
     if transform.type == "hadamard" and transform.block_size is not None:
-        hadamard_factors(transform.block_size)
+        hadamard_dense(transform.block_size)
     if transform.factors is not None and math.prod(transform.factors) != in_features:
         raise FormatError(f"input_transform factors {transform.factors} do not multiply to {in_features}")
     groups = 1 if weights.group_size is None else in_features // weights.group_size

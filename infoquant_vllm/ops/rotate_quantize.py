@@ -7,13 +7,13 @@ from infoquant_vllm.ops.table import kernel
 
 
 def _rotate_quantize(
-    x: torch.Tensor, matrices: list[torch.Tensor], clip: torch.Tensor, num_bits: int, symmetric: bool
+    x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, clip: torch.Tensor, num_bits: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return kernel("rotate_quantize", x.device.type)(x, matrices, clip, num_bits, symmetric)
+    return kernel("rotate_quantize", x.device.type)(x, matrices, hadamard, clip, num_bits, symmetric)
 
 
 def _fake(
-    x: torch.Tensor, matrices: list[torch.Tensor], clip: torch.Tensor, num_bits: int, symmetric: bool
+    x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, clip: torch.Tensor, num_bits: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     per_group = (x.shape[0], clip.shape[0])
     return (

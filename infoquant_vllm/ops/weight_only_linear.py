@@ -14,17 +14,19 @@ def prepare_weight_only(packed: torch.Tensor, num_bits: int, signed: bool) -> to
 def _weight_only_linear(
     x: torch.Tensor,
     matrices: list[torch.Tensor],
+    hadamard: int,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    return kernel("weight_only_linear", x.device.type)(x, matrices, weight, weight_scale, weight_zero, bias)
+    return kernel("weight_only_linear", x.device.type)(x, matrices, hadamard, weight, weight_scale, weight_zero, bias)
 
 
 def _fake(
     x: torch.Tensor,
     matrices: list[torch.Tensor],
+    hadamard: int,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None,

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from infoquant_vllm.kernels.cpu.rotate_quantize import matmul_rows
+from infoquant_vllm.format import apply_hadamard
 
 SCORE_ELEMENTS = 2**22  # 32 MiB of float64 scores at a time
 QUERY_TILE = 64  # few enough that a tile skips most of the keys that come after its queries
@@ -21,24 +21,18 @@ def kv_store(
     slots: torch.Tensor,
     key_clip: torch.Tensor,
     value_clip: torch.Tensor,
-    rotation: torch.Tensor | None,
+    hadamard: bool,
     num_bits: int,
 ) -> None:
     """As the reference."""
     written = slots >= 0
     places = slots[written]
-    key, value = _rotate(key[: len(slots)][written], rotation), value[: len(slots)][written].float()
-    k_codes, k_params = _quantise(key, key_clip, num_bits)
+    key, value = (x[: len(slots)][written].float() for x in (key, value))
+    k_codes, k_params = _quantise(apply_hadamard(key) if hadamard else key, key_clip, num_bits)
     v_codes, v_params = _quantise(value, value_clip, num_bits)
     params = torch.cat((k_params, v_params), -1).view(torch.uint8)
     block = cache.shape[2]
     cache[places // block, :, places % block] = torch.cat((k_codes, v_codes, params), -1)
-
-
-def _rotate(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
-    if rotation is None:
-        return x.float()
-    return matmul_rows(x.reshape(-1, x.shape[-1]).float(), rotation).view(x.shape)
 
 
 def _quantise(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,14 +53,15 @@ def kv_attention(
     query_starts: list[int],
     seq_lens: list[int],
     block_table: torch.Tensor,
-    rotation: torch.Tensor | None,
+    hadamard: bool,
     scale: float,
     window: int | None,
     num_bits: int,
 ) -> torch.Tensor:
     """As the reference; all sequences with one query together, others one by one in query tiles."""
     out = torch.empty(query.shape, dtype=torch.float64)
-    q = _rotate(query, rotation).double()
+    q = query.float()
+    q = (apply_hadamard(q) if hadamard else q).double()
     for rows, queries in _batches(query_starts, seq_lens, query.shape[1] * query.shape[2]):
         lens = [seq_lens[row] for row in rows]
         cells = _Cells(cache, block_table[rows], torch.tensor(lens), query.shape[2], num_bits)

@@ -8,7 +8,7 @@ batch is, at about half the speed of float32.
 import torch
 
 from infoquant_vllm.kernels.cpu.quantized_linear import UNPACKED_FACTOR, prepare_weight
-from infoquant_vllm.kernels.cpu.rotate_quantize import rotate
+from infoquant_vllm.kernels.reference.rotate_quantize import rotate
 
 BLOCK_ELEMENTS = 2**17  # 1 MiB of float64 weights at a time
 
@@ -20,6 +20,7 @@ prepare_weight_only = prepare_weight
 def weight_only_linear(
     x: torch.Tensor,
     matrices: list[torch.Tensor],
+    hadamard: int,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None,
@@ -27,7 +28,7 @@ def weight_only_linear(
 ) -> torch.Tensor:
     """As the reference, on a weight from `prepare_weight_only`."""
     features, rows = x.shape[1], len(weight)
-    y = rotate(x.float(), matrices).to(x.dtype).double()
+    y = rotate(x.float(), matrices, hadamard).to(x.dtype).double()
     out = x.new_empty(len(x), rows)
     step = max(1, BLOCK_ELEMENTS // features)
     for start in range(0, rows, step):

@@ -2,7 +2,7 @@
 
 import torch
 
-from infoquant_vllm.format import pack_codes, unpack_codes
+from infoquant_vllm.format import apply_hadamard, pack_codes, unpack_codes
 
 
 def kv_store(
@@ -12,20 +12,20 @@ def kv_store(
     slots: torch.Tensor,
     key_clip: torch.Tensor,
     value_clip: torch.Tensor,
-    rotation: torch.Tensor | None,
+    hadamard: bool,
     num_bits: int,
 ) -> None:
     """Write key, value [tokens, kv_heads, head_size] into cache [blocks, kv_heads, block, bytes].
 
     Slot s is place s % block of block s // block; tokens with a negative slot are skipped.
-    key_clip, value_clip [kv_heads, 2]; rotation [head_size, head_size] float32 is for keys.
+    key_clip, value_clip [kv_heads, 2]; keys go through `apply_hadamard` where `hadamard` says so.
     A cell: key codes | value codes | float16 key scale, key zero, value scale, value zero.
     """
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
         k, v = key[token].float(), value[token].float()
-        k_codes, k_params = _quantise(k if rotation is None else k @ rotation, key_clip, num_bits)
+        k_codes, k_params = _quantise(apply_hadamard(k) if hadamard else k, key_clip, num_bits)
         v_codes, v_params = _quantise(v, value_clip, num_bits)
         params = torch.cat((k_params, v_params), -1).view(torch.uint8)
         cache[slot // cache.shape[2], :, slot % cache.shape[2]] = torch.cat((k_codes, v_codes, params), -1)
@@ -56,7 +56,7 @@ def kv_attention(
     query_starts: list[int],
     seq_lens: list[int],
     block_table: torch.Tensor,
-    rotation: torch.Tensor | None,
+    hadamard: bool,
     scale: float,
     window: int | None,
     num_bits: int,
@@ -73,7 +73,7 @@ def kv_attention(
         cells = cache[block_table[i].long()].transpose(0, 1).flatten(1, 2)[:, :length]  # [kv_heads, length, bytes]
         key, value = kv_read(cells, query.shape[2], num_bits)
         q = query[start:end].float()
-        q = (q if rotation is None else q @ rotation).double()
+        q = (apply_hadamard(q) if hadamard else q).double()
         share = query.shape[1] // len(key)
         scores = torch.einsum("thd,hld->htl", q, key.repeat_interleave(share, 0)) * scale
         age = torch.arange(length - end + start, length)[:, None] - torch.arange(length)

@@ -1,0 +1,142 @@
+// The Hadamard of the format, with the roundings of `apply_hadamard` in infoquant_vllm/format/hadamard.py:
+// butterflies, then the dense factor from left to right, then 1 / sqrt(size).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "floats.h"
+
+namespace infoquant {
+
+constexpr int MAX_RADIX = LANES;  // so many vectors fit in the registers, with some to spare
+
+// Pairs of lanes a and b that are H apart become a + b and a - b. The product with +-1 is exact, so
+// that the fused operation rounds as the sum does.
+template <int H, int... LANE>
+inline Floats butterfly(Floats x, std::integer_sequence<int, LANE...>) {
+    typedef int32_t Indices __attribute__((vector_size(4 * LANES)));
+    const Floats signs = {(LANE & H ? -1.0f : 1.0f)...};
+    return fma(x, signs, __builtin_shuffle(x, Indices{(LANE ^ H)...}));
+}
+
+inline Floats butterflies_of_lanes(Floats x) {
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+    x = butterfly<1>(x, lanes);
+    x = butterfly<2>(x, lanes);
+    x = butterfly<4>(x, lanes);
+#ifdef __AVX512F__
+    x = butterfly<8>(x, lanes);
+#endif
+    return x;
+}
+
+// log2(RADIX) steps over RADIX vectors that are h apart, the first one at x; where FIRST, those within a vector before.
+template <int RADIX, bool FIRST>
+inline void butterflies_of_vectors(float* x, int64_t h, float scale) {
+    Floats v[RADIX];
+#pragma GCC unroll 16
+    for (int k = 0; k < RADIX; ++k) {
+        v[k] = load(x + k * h);
+        if (FIRST) v[k] = butterflies_of_lanes(v[k]);
+    }
+#pragma GCC unroll 4
+    for (int step = 1; step < RADIX; step *= 2) {
+#pragma GCC unroll 16
+        for (int k = 0; k < RADIX; ++k) {
+            if (k & step) continue;
+            const Floats a = v[k], b = v[k + step];
+            v[k] = a + b;
+            v[k + step] = a - b;
+        }
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < RADIX; ++k) store(x + k * h, v[k] * scale);
+}
+
+// The steps h, 2 h, ..., RADIX / 2 * h over x [size]; where FIRST, h is LANES and the steps before are done too.
+template <int RADIX, bool FIRST>
+inline void steps(float* x, int64_t size, int64_t h, float scale) {
+    for (int64_t block = 0; block < size; block += RADIX * h) {
+        for (int64_t i = 0; i < h; i += LANES) butterflies_of_vectors<RADIX, FIRST>(x + block + i, h, scale);
+    }
+}
+
+template <bool FIRST>
+inline void steps(float* x, int64_t size, int64_t h, int64_t radix, float scale) {
+    switch (radix) {
+        case 1: return steps<1, FIRST>(x, size, h, scale);
+        case 2: return steps<2, FIRST>(x, size, h, scale);
+        case 4: return steps<4, FIRST>(x, size, h, scale);
+        case 8: return steps<8, FIRST>(x, size, h, scale);
+        default: return steps<MAX_RADIX, FIRST>(x, size, h, scale);
+    }
+}
+
+// Butterflies over runs of n, a power of two, in x [size]; then all times scale.
+inline void butterflies(float* x, int64_t size, int64_t n, float scale) {
+    if (n < LANES) {
+        for (int64_t h = 1; h < n; h *= 2) {
+            for (int64_t i = 0; i < size; ++i) {
+                if (i & h) continue;  // n divides size, so that the place in x tells the place in a run
+                const float a = x[i], b = x[i + h];
+                x[i] = a + b;
+                x[i + h] = a - b;
+            }
+        }
+        for (int64_t i = 0; i < size; ++i) x[i] *= scale;
+        return;
+    }
+    int64_t radix = std::min<int64_t>(n / LANES, MAX_RADIX), h = radix * LANES;
+    steps<true>(x, size, LANES, radix, h == n ? scale : 1.0f);
+    for (; h < n; h *= radix) {
+        radix = std::min<int64_t>(n / h, MAX_RADIX);
+        steps<false>(x, size, h, radix, h * radix == n ? scale : 1.0f);
+    }
+}
+
+// Rows j .. j + ROWS of the dense factor's product with `column`, LANES columns of x [order, n]; times scale.
+template <int ROWS, bool UNIT>
+inline void dense_rows(Floats* out, const Floats* column, const float* dense, int64_t order, int64_t j, float scale) {
+    Floats sums[ROWS] = {};
+    for (int64_t i = 0; i < order; ++i) {
+#pragma GCC unroll 12
+        for (int k = 0; k < ROWS; ++k) {
+            const Floats weight = splat(dense[i * order + j + k]);
+            sums[k] = UNIT ? fma(column[i], weight, sums[k]) : sums[k] + column[i] * weight;
+        }
+    }
+#pragma GCC unroll 12
+    for (int k = 0; k < ROWS; ++k) out[j + k] = sums[k] * scale;
+}
+
+// y[j] = sum over i of x[i] * dense[i, j] for x [order, n] in place, then times scale. Where the entries
+// are +-1 (UNIT), products are exact and the fused operation rounds as the sum does.
+template <bool UNIT>
+inline void apply_dense(float* x, int64_t n, const float* dense, int64_t order, float scale) {
+    std::vector<Floats> column(2 * order);
+    Floats* out = column.data() + order;
+    for (int64_t c = 0; c < n; c += LANES) {
+        const int64_t width = std::min<int64_t>(n - c, LANES);
+        for (int64_t i = 0; i < order; ++i) column[i] = load_some(x + i * n + c, width);
+        int64_t j = 0;
+        for (; j + 12 <= order; j += 12) dense_rows<12, UNIT>(out, column.data(), dense, order, j, scale);
+        for (; j + 4 <= order; j += 4) dense_rows<4, UNIT>(out, column.data(), dense, order, j, scale);
+        for (; j < order; ++j) dense_rows<1, UNIT>(out, column.data(), dense, order, j, scale);
+        for (int64_t i = 0; i < order; ++i) store_some(x + i * n + c, out[i], width);
+    }
+}
+
+// x [size] times the Hadamard matrix of its size, in place; dense [order, order] is `hadamard_dense(size)`.
+inline void hadamard(float* x, int64_t size, const float* dense, int64_t order) {
+    const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)));
+    butterflies(x, size, size / order, order == 1 ? scale : 1.0f);
+    if (order == 1) return;
+    // Paley's matrices have an even order and entries +-1, those of Hartley an odd order.
+    if (order % 2 == 0) return apply_dense<true>(x, size / order, dense, order, scale);
+    apply_dense<false>(x, size / order, dense, order, scale);
+}
+
+}  // namespace infoquant
