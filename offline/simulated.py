@@ -38,8 +38,8 @@ def quantize_input(y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor) ->
         zero = torch.full_like(scale, half)
     else:
         scale = ((high - low) / largest).clamp(min=SMALLEST_SCALE)
-        zero = torch.round(-low / scale)
-    codes = (grouped / scale).round_().clamp_(-zero, largest - zero)
+        zero = torch.round(-low * (1 / scale))
+    codes = (grouped * (1 / scale)).round_().clamp_(-zero, largest - zero)
     return codes.flatten(1), scale.squeeze(-1)
 
 

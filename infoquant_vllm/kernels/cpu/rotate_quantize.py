@@ -18,6 +18,6 @@ def rotate_quantize(
         zero = torch.full_like(scale, 2 ** (num_bits - 1))
     else:
         scale = (high - low).div_(qmax).clamp_(min=1e-12)
-        zero = torch.round(-low / scale)
-    codes = (y / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, qmax)
+        zero = torch.round(-low * (1 / scale))
+    codes = (y * (1 / scale)[..., None]).round_().add_(zero[..., None]).clamp_(0, qmax)
     return codes.to(torch.uint8).view(x.shape), scale, zero.to(torch.int32)

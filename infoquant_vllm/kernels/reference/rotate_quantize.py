@@ -12,7 +12,7 @@ def rotate_quantize(
 
     Returns codes [tokens, K] uint8, scale [tokens, G] float32, zero [tokens, G] int32. Everything is
     in float32 and every operation rounds: a last bit decides about codes, and a code about all that
-    comes after it.
+    comes after it. A value is multiplied by 1 / scale, rounded, rather than divided by the scale.
     """
     y = rotate(x.float(), matrices, hadamard).unflatten(-1, (len(clip), -1))  # [tokens, groups, group_size]
     qmax = 2**num_bits - 1
@@ -23,8 +23,8 @@ def rotate_quantize(
         zero = torch.full_like(scale, 2 ** (num_bits - 1))
     else:
         scale = ((high - low) / qmax).clamp(min=1e-12)
-        zero = torch.round(-low / scale)
-    codes = torch.clamp(torch.round(y / scale[..., None]) + zero[..., None], 0, qmax)
+        zero = torch.round(-low * (1 / scale))
+    codes = torch.clamp(torch.round(y * (1 / scale)[..., None]) + zero[..., None], 0, qmax)
     return codes.flatten(-2).to(torch.uint8), scale, zero.to(torch.int32)
 
 
