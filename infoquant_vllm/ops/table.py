@@ -11,7 +11,7 @@ from infoquant_vllm.kernels.native.library import library
 # Modules of infoquant_vllm.kernels, the best first; those of `native` serve where its library is there for this CPU.
 KERNELS = MappingProxyType(
     {
-        ("rotate_quantize", "cpu"): ("cpu.rotate_quantize",),
+        ("rotate_quantize", "cpu"): ("native.rotate_quantize", "cpu.rotate_quantize"),
         ("prepare_weight", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("prepare_grid", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("quantized_linear", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),

@@ -15,6 +15,7 @@ constexpr int LANES = 8;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 inline Floats load(const float* source) {
     Floats v;
@@ -51,6 +52,59 @@ inline Floats fma(Floats a, Floats b, Floats c) {
     return _mm512_fmadd_ps(a, b, c);
 #else
     return _mm256_fmadd_ps(a, b, c);
+#endif
+}
+
+inline Floats smaller(Floats a, Floats b) {
+#ifdef __AVX512F__
+    return _mm512_min_ps(a, b);
+#else
+    return _mm256_min_ps(a, b);
+#endif
+}
+
+inline Floats larger(Floats a, Floats b) {
+#ifdef __AVX512F__
+    return _mm512_max_ps(a, b);
+#else
+    return _mm256_max_ps(a, b);
+#endif
+}
+
+// The nearest integers, ties to even.
+inline Ints nearest(Floats v) {
+#ifdef __AVX512F__
+    return (Ints)_mm512_cvtps_epi32(v);
+#else
+    return (Ints)_mm256_cvtps_epi32(v);
+#endif
+}
+
+// Lanes of 0 .. 255 as bytes.
+inline void store_bytes(uint8_t* target, Ints v) {
+#ifdef __AVX512F__
+    _mm_storeu_si128((__m128i*)target, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    const __m256i words = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    const int32_t halves[2] = {_mm256_extract_epi32(bytes, 0), _mm256_extract_epi32(bytes, 4)};
+    std::memcpy(target, halves, sizeof halves);
+#endif
+}
+
+inline Floats from_float16(const uint16_t* source) {
+#ifdef __AVX512F__
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)source));
+#else
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)source));
+#endif
+}
+
+inline Floats from_bfloat16(const uint16_t* source) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)source)), 16);
+#else
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)source)), 16);
 #endif
 }
 

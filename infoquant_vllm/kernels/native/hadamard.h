@@ -17,9 +17,8 @@ constexpr int MAX_RADIX = LANES;  // so many vectors fit in the registers, with 
 // that the fused operation rounds as the sum does.
 template <int H, int... LANE>
 inline Floats butterfly(Floats x, std::integer_sequence<int, LANE...>) {
-    typedef int32_t Indices __attribute__((vector_size(4 * LANES)));
     const Floats signs = {(LANE & H ? -1.0f : 1.0f)...};
-    return fma(x, signs, __builtin_shuffle(x, Indices{(LANE ^ H)...}));
+    return fma(x, signs, __builtin_shuffle(x, Ints{(LANE ^ H)...}));
 }
 
 inline Floats butterflies_of_lanes(Floats x) {

@@ -1,0 +1,101 @@
+// Products of a few float32 matrices that a transform consists of. Sums are in float64, where products of
+// float32 are exact, and rounded to float32 once.
+#pragma once
+
+#include "floats.h"
+
+namespace infoquant {
+
+constexpr int WIDTH = LANES / 2;  // float64 in a vector
+typedef double Doubles __attribute__((vector_size(8 * WIDTH)));
+
+inline Doubles widen(const float* source) {
+#ifdef __AVX512F__
+    return _mm512_cvtps_pd(_mm256_loadu_ps(source));
+#else
+    return _mm256_cvtps_pd(_mm_loadu_ps(source));
+#endif
+}
+
+inline void narrow(float* target, Doubles v) {
+#ifdef __AVX512F__
+    _mm256_storeu_ps(target, _mm512_cvtpd_ps(v));
+#else
+    _mm_storeu_ps(target, _mm256_cvtpd_ps(v));
+#endif
+}
+
+// a * b + c; a and b hold float32, so that only the sum rounds.
+inline Doubles fma(double a, Doubles b, Doubles c) {
+#ifdef __AVX512F__
+    return _mm512_fmadd_pd(_mm512_set1_pd(a), b, c);
+#else
+    return _mm256_fmadd_pd(_mm256_set1_pd(a), b, c);
+#endif
+}
+
+// A matrix of float32 values held as doubles: element (row, k) is at row * row_stride + k * k_stride.
+struct Left {
+    const double* data;
+    int64_t row_stride, k_stride;
+};
+
+// out [rows, columns] = left [rows, size] @ right [size, columns], for ROWS rows and VECTORS * WIDTH columns.
+template <int ROWS, int VECTORS>
+inline void product_tile(Left left, const float* right, int64_t right_stride, int64_t size, float* out,
+                         int64_t out_stride) {
+    Doubles sums[ROWS][VECTORS] = {};
+    for (int64_t k = 0; k < size; ++k) {
+        Doubles values[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) values[v] = widen(right + k * right_stride + v * WIDTH);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r) {
+            const double weight = left.data[r * left.row_stride + k * left.k_stride];
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] = fma(weight, values[v], sums[r][v]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECTORS; ++v) narrow(out + r * out_stride + v * WIDTH, sums[r][v]);
+    }
+}
+
+// The same for ROWS rows and all columns, from the widest tiles to single columns.
+template <int ROWS, int VECTORS>
+inline void product_rows(Left left, const float* right, int64_t columns, int64_t size, float* out, int64_t out_stride) {
+    int64_t c = 0;
+    for (; c + VECTORS * WIDTH <= columns; c += VECTORS * WIDTH) {
+        product_tile<ROWS, VECTORS>(left, right + c, columns, size, out + c, out_stride);
+    }
+    for (; c + WIDTH <= columns; c += WIDTH) {
+        product_tile<ROWS, 1>(left, right + c, columns, size, out + c, out_stride);
+    }
+    for (; c < columns; ++c) {
+        for (int r = 0; r < ROWS; ++r) {
+            double sum = 0;
+            for (int64_t k = 0; k < size; ++k) {
+                sum += left.data[r * left.row_stride + k * left.k_stride] * right[k * columns + c];
+            }
+            out[r * out_stride + c] = static_cast<float>(sum);
+        }
+    }
+}
+
+// out [rows, columns] = left [rows, size] @ right [size, columns], where out's rows are out_stride apart.
+inline void product(Left left, const float* right, int64_t rows, int64_t columns, int64_t size, float* out,
+                    int64_t out_stride) {
+    constexpr int VECTORS = LANES == 16 ? 4 : 2;  // with six rows, as many sums as registers hold
+    int64_t r = 0;
+    const auto rest = [&] { return Left{left.data + r * left.row_stride, left.row_stride, left.k_stride}; };
+    for (; r + 6 <= rows; r += 6) {
+        product_rows<6, VECTORS>(rest(), right, columns, size, out + r * out_stride, out_stride);
+    }
+    for (; r + 2 <= rows; r += 2) {
+        product_rows<2, VECTORS>(rest(), right, columns, size, out + r * out_stride, out_stride);
+    }
+    for (; r < rows; ++r) {
+        product_rows<1, 2 * VECTORS>(rest(), right, columns, size, out + r * out_stride, out_stride);
+    }
+}
+
+}  // namespace infoquant

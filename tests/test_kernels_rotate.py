@@ -1,0 +1,122 @@
+"""The compiled input transform and activation quantiser give the reference's bits."""
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from infoquant_vllm.kernels.native import library as native
+from infoquant_vllm.kernels.native import rotate_quantize as module
+from infoquant_vllm.kernels.native.rotate_quantize import rotate, rotate_quantize
+from infoquant_vllm.kernels.reference.rotate_quantize import rotate as reference_rotate
+from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRANSFORMS = {  # features, and what they go through: ("hadamard", size), ("blocks", size), ("kronecker", a, b)
+    "none": (576, ()),
+    "none, odd": (77, ()),
+    "hadamard 12 x 128": (1536, ("hadamard", 1536)),
+    "hadamard 28 x 64": (1792, ("hadamard", 1792)),
+    "hadamard 4096": (4096, ("hadamard", 4096)),
+    "hadamard 28 x 512": (14336, ("hadamard", 14336)),
+    "hadamard 43 x 4": (344, ("hadamard", 172)),
+    "hadamard 12 x 1": (24, ("hadamard", 12)),
+    "hadamard of heads": (576, ("hadamard", 64)),
+    "blocks of 288": (576, ("blocks", 288)),
+    "blocks of 64": (576, ("blocks", 64)),
+    "blocks of 7": (35, ("blocks", 7)),
+    "kronecker 12 x 128": (1536, ("kronecker", 12, 128)),
+    "kronecker 5 x 7": (35, ("kronecker", 5, 7)),
+    "kronecker 64 x 64": (4096, ("kronecker", 64, 64)),
+}
+
+
+@pytest.fixture(autouse=True, params=native.TARGETS)
+def _target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run a test with the library of every target that was compiled and that this CPU has."""
+    file = native.FOLDER / f"_native_{request.param}.so"
+    capabilities = torch.cpu.get_capabilities()
+    if not file.exists() or not all(capabilities.get(feature) for feature in native.TARGETS[request.param]):
+        pytest.skip(f"no {request.param} here")
+    library = native.Library(request.param, ctypes.CDLL(str(file)))
+    monkeypatch.setattr(native, "library", lambda: library)
+    for cached in (module._rotate_quantize, module._rotate):
+        cached.cache_clear()
+    yield
+    for cached in (module._rotate_quantize, module._rotate):
+        cached.cache_clear()
+
+
+def _transform(kind: tuple, features: int) -> tuple[list[torch.Tensor], int]:
+    """Matrices, and the size of a Hadamard."""
+    if not kind or kind[0] == "hadamard":
+        return [], kind[1] if kind else 0
+    if kind[0] == "blocks":
+        return [torch.randn(features // kind[1], kind[1], kind[1])], 0
+    return [torch.randn(size, size) for size in kind[1:]], 0
+
+
+def _assert_equal(x: torch.Tensor, *args) -> None:
+    for found, expected in zip(rotate_quantize(x, *args), reference(x, *args), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_are_the_references(name: str, tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens)
+    features, kind = TRANSFORMS[name]
+    transform, x = _transform(kind, features), (3 * torch.randn(tokens, features)).to(dtype)
+    _assert_equal(x, *transform, 0.7 + 0.3 * torch.rand(1, 2), 4, False)
+    assert torch.equal(rotate(x, *transform), reference_rotate(x.float(), *transform))
+
+
+@pytest.mark.parametrize("group_size", [1, 12, 16, 64, 128, 1536])
+@pytest.mark.parametrize(("num_bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
+def test_groups_and_bits_are_the_references(group_size: int, num_bits: int, symmetric: bool) -> None:
+    torch.manual_seed(0)
+    clip = 0.7 + 0.3 * torch.rand(1536 // group_size, 2)
+    for transform in (([], 0), ([], 1536)):
+        _assert_equal(torch.randn(5, 1536).bfloat16(), *transform, clip, num_bits, symmetric)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("hadamard", [0, 96])
+def test_extremes_are_the_references(num_bits: int, symmetric: bool, hadamard: int) -> None:
+    torch.manual_seed(0)
+    outlier = torch.randn(96)
+    outlier[17] = 1e6
+    halves = torch.arange(96) / 2  # values half way between codes: ties
+    rows = [torch.zeros(96), torch.full((96,), 1e30), torch.full((96,), -3.0), torch.rand(96) * 1e-20, outlier, halves]
+    for clip in (1.0, 0.5, 0.0):
+        _assert_equal(torch.stack(rows), [], hadamard, torch.full((1, 2), clip), num_bits, symmetric)
+
+
+@pytest.mark.parametrize("name", ["hadamard 12 x 128", "blocks of 288", "kronecker 12 x 128"])
+def test_a_row_is_the_same_bits_in_any_batch_and_by_any_number_of_threads(name: str) -> None:
+    torch.manual_seed(0)
+    features, kind = TRANSFORMS[name]
+    transform, x = _transform(kind, features), torch.randn(123, features).bfloat16()
+    args = (*transform, torch.ones(features // 64, 2), 4, False)
+    before = torch.get_num_threads()
+    whole = rotate_quantize(x, *args)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for rows in (1, 2, 7, 64, 123):
+                for found, expected in zip(rotate_quantize(x[:rows], *args), whole, strict=True):
+                    assert torch.equal(found, expected[:rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(7, 256).bfloat16()
+    found = rotate_quantize(x[:, 64:192], [], 128, torch.ones(1, 2), 4, False)
+    expected = rotate_quantize(x[:, 64:192].contiguous(), [], 128, torch.ones(1, 2), 4, False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
