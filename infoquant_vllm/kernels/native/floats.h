@@ -71,7 +71,18 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// The nearest integers, ties to even.
+// Over all lanes.
+inline float smallest(Floats v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_min_ps(v);
+#else
+    const __m128 half = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 pair = _mm_min_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_min_ss(pair, _mm_movehdup_ps(pair)));
+#endif
+}
+
+// The nearest integers, ties to even; the least integer for what is beyond them all.
 inline Ints nearest(Floats v) {
 #ifdef __AVX512F__
     return (Ints)_mm512_cvtps_epi32(v);
@@ -80,15 +91,21 @@ inline Ints nearest(Floats v) {
 #endif
 }
 
-// Lanes of 0 .. 255 as bytes.
-inline void store_bytes(uint8_t* target, Ints v) {
+// 4 * LANES integers plus an offset, at least 0, as bytes. The sums are at most 255, the offset below 2^15.
+inline void store_codes(uint8_t* target, Ints a, Ints b, Ints c, Ints d, int16_t offset) {
+    // Packing saturates, and leaves the 128-bit lanes of the four side by side.
 #ifdef __AVX512F__
-    _mm_storeu_si128((__m128i*)target, _mm512_cvtepi32_epi8((__m512i)v));
+    const __m512i all = _mm512_set1_epi16(offset);
+    const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b), all);
+    const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32((__m512i)c, (__m512i)d), all);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(target, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
 #else
-    const __m256i words = _mm256_packus_epi32((__m256i)v, (__m256i)v);
-    const __m256i bytes = _mm256_packus_epi16(words, words);
-    const int32_t halves[2] = {_mm256_extract_epi32(bytes, 0), _mm256_extract_epi32(bytes, 4)};
-    std::memcpy(target, halves, sizeof halves);
+    const __m256i all = _mm256_set1_epi16(offset);
+    const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b), all);
+    const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32((__m256i)c, (__m256i)d), all);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i*)target, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
 #endif
 }
 

@@ -32,8 +32,9 @@ inline Floats butterflies_of_lanes(Floats x) {
     return x;
 }
 
-// log2(RADIX) steps over RADIX vectors that are h apart, the first one at x; where FIRST, those within a vector before.
-template <int RADIX, bool FIRST>
+// log2(RADIX) steps over RADIX vectors that are h apart, the first one at x; where FIRST, those within a
+// vector before; where LAST, times scale after them.
+template <int RADIX, bool FIRST, bool LAST>
 inline void butterflies_of_vectors(float* x, int64_t h, float scale) {
     Floats v[RADIX];
 #pragma GCC unroll 16
@@ -52,25 +53,25 @@ inline void butterflies_of_vectors(float* x, int64_t h, float scale) {
         }
     }
 #pragma GCC unroll 16
-    for (int k = 0; k < RADIX; ++k) store(x + k * h, v[k] * scale);
+    for (int k = 0; k < RADIX; ++k) store(x + k * h, LAST ? v[k] * scale : v[k]);
 }
 
-// The steps h, 2 h, ..., RADIX / 2 * h over x [size]; where FIRST, h is LANES and the steps before are done too.
-template <int RADIX, bool FIRST>
+// The steps h, 2 h, ..., RADIX / 2 * h over x [size], with the above around them.
+template <int RADIX, bool FIRST, bool LAST>
 inline void steps(float* x, int64_t size, int64_t h, float scale) {
     for (int64_t block = 0; block < size; block += RADIX * h) {
-        for (int64_t i = 0; i < h; i += LANES) butterflies_of_vectors<RADIX, FIRST>(x + block + i, h, scale);
+        for (int64_t i = 0; i < h; i += LANES) butterflies_of_vectors<RADIX, FIRST, LAST>(x + block + i, h, scale);
     }
 }
 
-template <bool FIRST>
+template <bool FIRST, bool LAST>
 inline void steps(float* x, int64_t size, int64_t h, int64_t radix, float scale) {
     switch (radix) {
-        case 1: return steps<1, FIRST>(x, size, h, scale);
-        case 2: return steps<2, FIRST>(x, size, h, scale);
-        case 4: return steps<4, FIRST>(x, size, h, scale);
-        case 8: return steps<8, FIRST>(x, size, h, scale);
-        default: return steps<MAX_RADIX, FIRST>(x, size, h, scale);
+        case 1: return steps<1, FIRST, LAST>(x, size, h, scale);
+        case 2: return steps<2, FIRST, LAST>(x, size, h, scale);
+        case 4: return steps<4, FIRST, LAST>(x, size, h, scale);
+        case 8: return steps<8, FIRST, LAST>(x, size, h, scale);
+        default: return steps<MAX_RADIX, FIRST, LAST>(x, size, h, scale);
     }
 }
 
@@ -89,10 +90,12 @@ inline void butterflies(float* x, int64_t size, int64_t n, float scale) {
         return;
     }
     int64_t radix = std::min<int64_t>(n / LANES, MAX_RADIX), h = radix * LANES;
-    steps<true>(x, size, LANES, radix, h == n ? scale : 1.0f);
+    if (h == n) return steps<true, true>(x, size, LANES, radix, scale);
+    steps<true, false>(x, size, LANES, radix, scale);
     for (; h < n; h *= radix) {
         radix = std::min<int64_t>(n / h, MAX_RADIX);
-        steps<false>(x, size, h, radix, h * radix == n ? scale : 1.0f);
+        if (h * radix == n) return steps<false, true>(x, size, h, radix, scale);
+        steps<false, false>(x, size, h, radix, scale);
     }
 }
 
@@ -101,13 +104,13 @@ template <int ROWS, bool UNIT>
 inline void dense_rows(Floats* out, const Floats* column, const float* dense, int64_t order, int64_t j, float scale) {
     Floats sums[ROWS] = {};
     for (int64_t i = 0; i < order; ++i) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
         for (int k = 0; k < ROWS; ++k) {
             const Floats weight = splat(dense[i * order + j + k]);
             sums[k] = UNIT ? fma(column[i], weight, sums[k]) : sums[k] + column[i] * weight;
         }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int k = 0; k < ROWS; ++k) out[j + k] = sums[k] * scale;
 }
 
@@ -121,7 +124,11 @@ inline void apply_dense(float* x, int64_t n, const float* dense, int64_t order, 
         const int64_t width = std::min<int64_t>(n - c, LANES);
         for (int64_t i = 0; i < order; ++i) column[i] = load_some(x + i * n + c, width);
         int64_t j = 0;
+        if (LANES == 16) {  // the target that has registers for it
+            for (; j + 16 <= order; j += 16) dense_rows<16, UNIT>(out, column.data(), dense, order, j, scale);
+        }
         for (; j + 12 <= order; j += 12) dense_rows<12, UNIT>(out, column.data(), dense, order, j, scale);
+        for (; j + 8 <= order; j += 8) dense_rows<8, UNIT>(out, column.data(), dense, order, j, scale);
         for (; j + 4 <= order; j += 4) dense_rows<4, UNIT>(out, column.data(), dense, order, j, scale);
         for (; j < order; ++j) dense_rows<1, UNIT>(out, column.data(), dense, order, j, scale);
         for (int64_t i = 0; i < order; ++i) store_some(x + i * n + c, out[i], width);

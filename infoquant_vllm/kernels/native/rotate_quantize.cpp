@@ -30,66 +30,100 @@ struct Transform {
     int64_t left_size, right_size;
 };
 
-// What a thread works in; kept between calls.
-struct Scratch {
-    std::vector<float> rows, halfway;
-    std::vector<double> wide, left;
+// Numbers at the start of a cache line, kept between calls.
+template <typename T>
+class Buffer {
+  public:
+    T* reserve(int64_t size) {
+        if ((int64_t)(lines_.size() * sizeof(Line)) < size * (int64_t)sizeof(T)) {
+            lines_.resize((size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line));
+        }
+        return reinterpret_cast<T*>(lines_.data());
+    }
 
-    void reserve(int64_t elements, const Transform& t) {
-        if ((int64_t)rows.size() < elements) rows.resize(elements);
+  private:
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    std::vector<Line> lines_;
+};
+
+// What a thread works in.
+struct Scratch {
+    float *rows, *halfway;
+    double *wide, *left;
+
+    Scratch(int64_t elements, const Transform& t) {
+        thread_local Buffer<float> rows_buffer, halfway_buffer;
+        thread_local Buffer<double> wide_buffer, left_buffer;
+        rows = rows_buffer.reserve(elements);
         if (t.kind < BLOCKS) return;
-        if ((int64_t)wide.size() < elements) wide.resize(elements), halfway.resize(elements);
-        if (t.kind == KRONECKER) left.assign(t.left, t.left + t.left_size * t.left_size);
+        wide = wide_buffer.reserve(elements);
+        if (t.kind != KRONECKER) return;
+        halfway = halfway_buffer.reserve(elements);
+        left = left_buffer.reserve(t.left_size * t.left_size);
+        std::copy_n(t.left, t.left_size * t.left_size, left);
     }
 };
 
-Floats load_as(const void* source, int64_t dtype) {
-    if (dtype == FLOAT32) return load(static_cast<const float*>(source));
-    return dtype == BFLOAT16 ? from_bfloat16(static_cast<const uint16_t*>(source))
+template <int64_t DTYPE>
+Floats load_as(const void* source) {
+    if (DTYPE == FLOAT32) return load(static_cast<const float*>(source));
+    return DTYPE == BFLOAT16 ? from_bfloat16(static_cast<const uint16_t*>(source))
                              : from_float16(static_cast<const uint16_t*>(source));
 }
 
-// x [count] in its dtype to float32.
-void load_rows(const Transform& t, int64_t first, int64_t count, float* target) {
-    const int64_t bytes = t.dtype == FLOAT32 ? 4 : 2;
-    const char* source = static_cast<const char*>(t.x) + first * bytes;
+// Elements first .. first + count of x to float32.
+template <int64_t DTYPE>
+void load_rows(const void* x, int64_t first, int64_t count, float* target) {
+    constexpr int64_t BYTES = DTYPE == FLOAT32 ? 4 : 2;
+    const char* source = static_cast<const char*>(x) + first * BYTES;
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(target + i, load_as(source + i * bytes, t.dtype));
+    for (; i + LANES <= count; i += LANES) {
+        __builtin_prefetch(source + (count + i) * BYTES);  // the next rows, which come in while these are worked on
+        store(target + i, load_as<DTYPE>(source + i * BYTES));
+    }
     if (i == count) return;
     char last[4 * LANES] = {};
-    std::memcpy(last, source + i * bytes, (count - i) * bytes);
-    store_some(target + i, load_as(last, t.dtype), count - i);
+    std::memcpy(last, source + i * BYTES, (count - i) * BYTES);
+    store_some(target + i, load_as<DTYPE>(last), count - i);
 }
 
-void multiply_blocks(const Transform& t, int64_t tokens, Scratch& scratch) {
+void load_rows(const Transform& t, int64_t first, int64_t count, float* target) {
+    if (t.dtype == FLOAT32) return load_rows<FLOAT32>(t.x, first, count, target);
+    if (t.dtype == BFLOAT16) return load_rows<BFLOAT16>(t.x, first, count, target);
+    load_rows<FLOAT16>(t.x, first, count, target);
+}
+
+void multiply_blocks(const Transform& t, int64_t tokens, const Scratch& scratch) {
     const int64_t size = t.right_size;
     for (int64_t block = 0; block * size < t.features; ++block) {
-        float* rows = scratch.rows.data() + block * size;
+        float* rows = scratch.rows + block * size;
         for (int64_t token = 0; token < tokens; ++token) {
-            std::copy_n(rows + token * t.features, size, scratch.wide.data() + token * size);
+            std::copy_n(rows + token * t.features, size, scratch.wide + token * size);
         }
-        product({scratch.wide.data(), size, 1}, t.right + block * size * size, tokens, size, size, rows, t.features);
+        product({scratch.wide, size, 1}, t.right + block * size * size, tokens, size, size, rows, t.features);
     }
 }
 
 // Each row is a matrix X [left_size, right_size] and becomes left^T X right.
-void multiply_kronecker(const Transform& t, int64_t tokens, Scratch& scratch) {
+void multiply_kronecker(const Transform& t, int64_t tokens, const Scratch& scratch) {
     const int64_t a = t.left_size, b = t.right_size;
     for (int64_t token = 0; token < tokens; ++token) {
         const int64_t first = token * t.features;
-        product({scratch.left.data(), 1, a}, scratch.rows.data() + first, a, b, a, scratch.halfway.data() + first, b);
+        product({scratch.left, 1, a}, scratch.rows + first, a, b, a, scratch.halfway + first, b);
     }
-    std::copy_n(scratch.halfway.data(), tokens * t.features, scratch.wide.data());
-    product({scratch.wide.data(), b, 1}, t.right, tokens * a, b, b, scratch.rows.data(), b);
+    std::copy_n(scratch.halfway, tokens * t.features, scratch.wide);
+    product({scratch.wide, b, 1}, t.right, tokens * a, b, b, scratch.rows, b);
 }
 
 // Rows first .. first + tokens, transformed, into scratch.rows.
-void transform_rows(const Transform& t, int64_t first, int64_t tokens, Scratch& scratch) {
+void transform_rows(const Transform& t, int64_t first, int64_t tokens, const Scratch& scratch) {
     const int64_t count = tokens * t.features;
-    load_rows(t, first * t.features, count, scratch.rows.data());
+    load_rows(t, first * t.features, count, scratch.rows);
     if (t.kind == HADAMARD) {
         for (int64_t i = 0; i < count; i += t.right_size) {
-            hadamard(scratch.rows.data() + i, t.right_size, t.left, t.left_size);
+            hadamard(scratch.rows + i, t.right_size, t.left, t.left_size);
         }
     } else if (t.kind == BLOCKS) {
         multiply_blocks(t, tokens, scratch);
@@ -104,22 +138,27 @@ struct Range {
 
 // Minimum and maximum of a group and of zero.
 Range range(const float* y, int64_t size) {
-    Floats low{}, high{};
+    constexpr int CHAINS = 4;  // a minimum takes several cycles, but more than one can be under way
+    Floats low[CHAINS] = {}, high[CHAINS] = {};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        const Floats v = load(y + i);
-        low = smaller(low, v);
-        high = larger(high, v);
+    for (; i + CHAINS * LANES <= size; i += CHAINS * LANES) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < CHAINS; ++chain) {
+            const Floats v = load(y + i + chain * LANES);
+            low[chain] = smaller(low[chain], v);
+            high[chain] = larger(high[chain], v);
+        }
     }
-    const Floats last = load_some(y + i, size - i);  // the zeros that fill it do not count
-    low = smaller(low, last);
-    high = larger(high, last);
-    Range found{0, 0};
-    for (int lane = 0; lane < LANES; ++lane) {
-        found.low = std::min(found.low, low[lane]);
-        found.high = std::max(found.high, high[lane]);
+    for (; i < size; i += LANES) {
+        const Floats v = load_some(y + i, size - i);  // the zeros that may fill it do not count
+        low[0] = smaller(low[0], v);
+        high[0] = larger(high[0], v);
     }
-    return found;
+    for (int chain = 1; chain < CHAINS; ++chain) {
+        low[0] = smaller(low[0], low[chain]);
+        high[0] = larger(high[0], high[chain]);
+    }
+    return {smallest(low[0]), -smallest(-high[0])};
 }
 
 void quantise_group(const float* y, int64_t size, const float* clip, int64_t num_bits, bool symmetric, uint8_t* codes,
@@ -129,22 +168,22 @@ void quantise_group(const float* y, int64_t size, const float* clip, int64_t num
     const float largest = static_cast<float>((1 << num_bits) - 1), half = static_cast<float>(1 << (num_bits - 1));
     const float step = std::max(symmetric ? std::max(-low, high) / (half - 1) : (high - low) / largest, 1e-12f);
     const float inverse = 1 / step, middle = symmetric ? half : std::nearbyint(-low * inverse);
+    const int32_t offset = static_cast<int32_t>(middle);
     *scale = step;
-    *zero = static_cast<int32_t>(middle);
-    // Both bounds are integers, so that they may come before the rounding.
-    const Floats lowest = splat(-middle), highest = splat(largest - middle);
-    const Ints offset = Ints{} + *zero;
+    *zero = offset;
+    const float highest = largest - middle;  // an integer, so that the bound may come before the rounding
+    const auto integers = [&](int64_t i) { return nearest(smaller(load(y + i) * inverse, splat(highest))); };
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        store_bytes(codes + i, nearest(larger(smaller(load(y + i) * inverse, highest), lowest)) + offset);
+    for (; i + 4 * LANES <= size; i += 4 * LANES) {
+        store_codes(codes + i, integers(i), integers(i + LANES), integers(i + 2 * LANES), integers(i + 3 * LANES), offset);
     }
     for (; i < size; ++i) {
-        const float bounded = std::max(std::min(y[i] * inverse, largest - middle), -middle);
-        codes[i] = static_cast<uint8_t>(std::nearbyint(bounded) + middle);
+        const float code = std::nearbyint(std::min(y[i] * inverse, highest)) + middle;
+        codes[i] = static_cast<uint8_t>(std::max(code, 0.0f));
     }
 }
 
-// Calls `each(first, tokens, scratch)` for all rows in tiles, by several threads where that is worth it.
+// Calls `each(first, tokens, rows)` for all rows in tiles, by several threads where that is worth it.
 template <typename Each>
 void for_tiles(const Transform& t, int64_t tokens, Each each) {
     const int64_t per_value = t.kind < BLOCKS ? 1 : t.left_size + t.right_size;
@@ -152,13 +191,12 @@ void for_tiles(const Transform& t, int64_t tokens, Each each) {
     const int64_t tile = t.kind < BLOCKS ? 1 : std::clamp<int64_t>((tokens + threads - 1) / threads, 1, MATRIX_TOKENS);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        thread_local Scratch scratch;
-        scratch.reserve(tile * t.features, t);
+        const Scratch scratch(tile * t.features, t);
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < tokens; first += tile) {
             const int64_t count = std::min(tile, tokens - first);
             transform_rows(t, first, count, scratch);
-            each(first, count, scratch.rows.data());
+            each(first, count, scratch.rows);
         }
     }
 }
