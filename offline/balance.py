@@ -20,18 +20,22 @@ SMALLEST = 1e-6
 def balance_layer(
     state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: Statistics, shape: ModelShape
 ) -> None:
-    """Balance a layer's weights in place, and the Hessians with them; see `Statistics` and `fold_layer`."""
+    """Balance a layer's weights in place, and the Hessians and the sums of keys with them; see `fold_layer`."""
     queries, keys = (
         output_energies(state, module, hessians[QKV], statistics.sums[QKV], statistics.tokens[QKV])
         for module in (QKV, "self_attn.k_proj")
     )
-    balance_keys(state, queries, keys, shape)
+    scale, keys_module = balance_keys(state, queries, keys, shape), rules_for(shape).keys
+    if keys_module in statistics.sums:
+        statistics.sums[keys_module] *= scale
     energy = statistics.energies["mlp.down_proj"]
     hessians["mlp.down_proj"] = balance_down(state, hessians["mlp.down_proj"], energy)
 
 
-def balance_keys(state: dict[str, torch.Tensor], queries: torch.Tensor, keys: torch.Tensor, shape: ModelShape) -> None:
-    """Scale keys up and queries down, or the reverse, in place.
+def balance_keys(
+    state: dict[str, torch.Tensor], queries: torch.Tensor, keys: torch.Tensor, shape: ModelShape
+) -> torch.Tensor:
+    """Scale keys up and queries down, or the reverse, in place; returns the factors of keys [kv_heads * head_dim].
 
     RoPE turns features i and i + head_dim / 2 together, so both get the same scale. A norm over
     each head would undo the scales of the linear before it; its gain takes them, one for all heads.
@@ -46,6 +50,7 @@ def balance_keys(state: dict[str, torch.Tensor], queries: torch.Tensor, keys: to
     _scale_rows(state, rules.keys, scale.flatten())
     group = len(state[f"{rules.queries}.weight"]) // scale.numel()
     _scale_rows(state, rules.queries, 1 / scale.repeat_interleave(group, dim=0).flatten())
+    return scale.expand(shape.num_key_value_heads, -1).flatten()
 
 
 def balance_down(state: dict[str, torch.Tensor], hessian: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:

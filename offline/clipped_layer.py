@@ -42,7 +42,9 @@ class ClippedLayer(nn.Module):
             order = (found, self._inputs[name]) if name in SHARED else (self._inputs[name], found)
             layer.set_submodule(place, nn.Sequential(*order))
         if recipe.kv_cache is not None:
-            self._cache = ClippedCache(recipe.kv_cache, recipe.transform != "none", shape.num_key_value_heads)
+            key_offset = tensors.get("self_attn.attn.key_offset")
+            heads = shape.num_key_value_heads
+            self._cache = ClippedCache(recipe.kv_cache, recipe.transform != "none", key_offset, heads)
             attention: Any = layer.get_submodule("self_attn")
             attention.attn = self._cache
             register_attention()
@@ -93,8 +95,8 @@ class ClippedInput(nn.Module):
 class ClippedCache(TrainedCache):
     """A layer's KV cache; the clip of the keys stays the recipe's."""
 
-    def __init__(self, args: KVCache, rotate_keys: bool, heads: int):
-        super().__init__(args.num_bits, rotate_keys)
+    def __init__(self, args: KVCache, rotate_keys: bool, key_offset: torch.Tensor | None, heads: int):
+        super().__init__(args.num_bits, rotate_keys, key_offset)
         self.register_buffer("_key_clip", torch.full((heads, 2), args.key_clip))
         self.clip = Clip(heads)
 

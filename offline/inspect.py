@@ -113,7 +113,7 @@ def _part(name: str, linears: dict[str, tuple[int, int]]) -> str:
     module, _, kind = name.rpartition(".")
     if module in linears:
         return "linears"
-    if kind in ("key_clip", "value_clip"):
+    if kind in ("key_clip", "value_clip", "key_offset"):
         return "cache clips"
     if kind in ("residual_rotation", "final_norm_weight"):
         return "residual rotation"

@@ -13,6 +13,7 @@ def quantize_layer(
     state: dict[str, torch.Tensor],
     hessians: dict[str, torch.Tensor] | None,
     inputs: dict[str, InputTensors],
+    keys: torch.Tensor | None,
     recipe: Recipe,
     shape: ModelShape,
     dtype: torch.dtype,
@@ -22,6 +23,7 @@ def quantize_layer(
     state: the layer as `fold_layer` gives it, float32; names are local to the layer, here and in the results
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
     inputs: tensors of the sites' input transforms, by site; each linear gets a copy
+    keys: their offset [kv_heads, head_dim], where the recipe has one
     dtype: of the norms and biases, which stay unquantised
     """
     tensors = {name: tensor.to(dtype) for name, tensor in state.items() if not name.endswith("_proj.weight")}
@@ -38,7 +40,7 @@ def quantize_layer(
             tensors |= {f"{linear}.{key}": t.clone() for key, t in tensors_of_input.items()}
             if hessian is not None:
                 errors[linear] = output_error(weight, rounded.values(), hessian)
-    return tensors | _cache_clips(recipe, shape), errors
+    return tensors | _cache_tensors(recipe, keys, shape), errors
 
 
 def _round(
@@ -68,14 +70,15 @@ def _linear_tensors(weight: QuantizedWeight, site: Site, shape: ModelShape) -> d
     return tensors
 
 
-def _cache_clips(recipe: Recipe, shape: ModelShape) -> dict[str, torch.Tensor]:
+def _cache_tensors(recipe: Recipe, keys: torch.Tensor | None, shape: ModelShape) -> dict[str, torch.Tensor]:
     if recipe.kv_cache is None:
         return {}
     size = (shape.num_key_value_heads, 2)
-    return {
+    tensors = {
         "self_attn.attn.key_clip": torch.full(size, recipe.kv_cache.key_clip),
         "self_attn.attn.value_clip": torch.full(size, recipe.kv_cache.value_clip),
     }
+    return tensors if keys is None else tensors | {"self_attn.attn.key_offset": keys}
 
 
 def local_tensors(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:

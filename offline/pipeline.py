@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 from infoquant_vllm.format import Checkpoint, FormatError, QuantizationConfigData
+from offline.architectures import rules_for
 from offline.balance import balance_layer
 from offline.calibration import calibration_tokens
 from offline.card import model_card
 from offline.distill import distill
 from offline.errors import ToolError
 from offline.fold import fold_ends, fold_layer, stored_dtype
+from offline.key_offset import key_offset
 from offline.layer import quantize_layer
 from offline.learned_clips import learn_clips
 from offline.presets import preset_named
@@ -146,25 +148,29 @@ def _calibration(run: _Run, spec: str) -> torch.Tensor:
 def _quantized_layers(run: _Run, tokens: torch.Tensor | None, transforms: Transforms | None) -> Iterator[Layer]:
     """Every decoder layer's tensors by their names inside it."""
     layers = run.source.shape.num_hidden_layers
+    positions = None if run.recipe.kv_cache is None else run.recipe.kv_cache.key_offset_positions
     stream, learned = None, run.recipe.learned_clips
     if run.recipe.rounding == "gptq":
         assert tokens is not None  # such recipes need calibration
         stream = Stream(run.source, tokens, transforms, run.device)
     for layer in range(layers):
-        prefix, hessians, before = f"model.layers.{layer}", None, None
+        prefix, hessians, before, keys = f"model.layers.{layer}", None, None, None
         state = {name: tensor.to(run.device) for name, tensor in fold_layer(run.source, layer, transforms).items()}
         if stream is not None:
             with run.watch("activations"):
                 statistics = Statistics()
                 before = stream.hidden[: learned.sequences].clone() if learned is not None else None
-                stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe)
+                outputs = () if positions is None else (rules_for(run.source.shape).keys,)
+                stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe, outputs)
                 hessians = statistics.hessians()
             if run.recipe.balance:
                 balance_layer(state, hessians, statistics, run.source.shape)
+            if positions is not None:
+                keys = key_offset(statistics, stream, positions, run.source.shape)
         with run.watch("weights"):
             inputs = transforms.inputs[layer] if transforms is not None and transforms.inputs else {}
             tensors, errors = quantize_layer(
-                state, hessians, inputs, run.recipe, run.source.shape, stored_dtype(run.source)
+                state, hessians, inputs, keys, run.recipe, run.source.shape, stored_dtype(run.source)
             )
         if stream is not None and learned is not None and before is not None:
             with run.watch("clips"):

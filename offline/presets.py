@@ -5,6 +5,7 @@ from offline.errors import ToolError
 from offline.recipe import (
     CalibrationSize,
     Distillation,
+    KVCache,
     LearnedClips,
     Psot,
     Recipe,
@@ -20,6 +21,7 @@ BY_GROUP = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="gro
 BY_HEAD = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="head"))
 EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip=1.0)
 EIGHT_BY_HEAD = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8, strategy="head"), clip=1.0)
+CENTRED_KEYS = KVCache(key_offset_positions=2048)
 SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
 
 
@@ -31,6 +33,7 @@ def _distilled(name: str, sites: Sites) -> Recipe:
         balance=True,
         rounding="gptq",
         sites=sites,
+        kv_cache=CENTRED_KEYS,
         calibration=CalibrationSize(sequences=96),
         psot=Psot(steps=1000),
         distillation=Distillation(),
@@ -43,7 +46,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="rtn", transform="none", rounding="rtn"),
         Recipe(name="quarot", transform="hadamard", rounding="gptq"),
         Recipe(name="paper", transform="psot-layer", rounding="gptq", learned_clips=LearnedClips()),
-        Recipe(name="fast", transform="psot-shared", balance=True, rounding="gptq"),
+        Recipe(name="fast", transform="psot-shared", balance=True, rounding="gptq", kv_cache=CENTRED_KEYS),
         _distilled("best", Sites(qkv=BY_GROUP, o=BY_HEAD, gate_up=BY_GROUP, down=BY_GROUP)),
         _distilled("balanced", Sites(qkv=BY_GROUP, o=BY_HEAD, gate_up=BY_GROUP, down=EIGHT)),
         _distilled("w4a8kv4", Sites(qkv=EIGHT, o=EIGHT_BY_HEAD, gate_up=EIGHT, down=EIGHT)),

@@ -74,11 +74,16 @@ class Sites(_Strict):
 
 
 class KVCache(_Strict):
-    """Bits of the KV cache and the factors that shrink the ranges of keys and values."""
+    """Bits of the KV cache and the factors that shrink the ranges of keys and values.
+
+    key_offset_positions: keys are quantised less their mean over that many positions (see
+        `offline/key_offset.py`), which RoPE turns from one to the next; None leaves them as they are
+    """
 
     num_bits: Literal[4, 8] = 4
     key_clip: Clip = 1.0
     value_clip: Clip = 0.95
+    key_offset_positions: Annotated[int, Field(ge=1, le=131_072)] | None = None
 
 
 class CalibrationSize(_Strict):
@@ -176,6 +181,12 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _key_offset_needs_statistics(self) -> "Recipe":
+        if self.kv_cache is not None and self.kv_cache.key_offset_positions and self.rounding != "gptq":
+            raise ValueError(f"key_offset_positions reads GPTQ's statistics; it does not go with '{self.rounding}'")
+        return self
+
+    @model_validator(mode="after")
     def _clips_are_learnt_behind_gptq(self) -> "Recipe":
         if self.learned_clips is not None and self.rounding != "gptq":
             raise ValueError(f"learned_clips follow GPTQ; they do not go with rounding '{self.rounding}'")
@@ -212,7 +223,11 @@ class Recipe(_Strict):
         }
         kv_cache = None
         if self.kv_cache is not None:
-            kv_cache = KVCacheArgs(num_bits=self.kv_cache.num_bits, key_transform="hadamard" if rotated else "none")
+            kv_cache = KVCacheArgs(
+                num_bits=self.kv_cache.num_bits,
+                key_transform="hadamard" if rotated else "none",
+                key_offset=self.kv_cache.key_offset_positions is not None,
+            )
         return QuantizationConfigData(
             quant_method="infoquant",
             format_version=FORMAT_VERSION,

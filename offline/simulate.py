@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from infoquant_vllm.format import Checkpoint, FormatError, linear_tensors
+from infoquant_vllm.format import Checkpoint, FormatError, cache_tensors, linear_tensors
 from offline.architectures import CausalLM, empty_model, read_config
 from offline.errors import ToolError
 from offline.simulated import (
@@ -77,8 +77,8 @@ def _replace_attention(model: CausalLM, checkpoint: Checkpoint) -> None:
     for layer in range(checkpoint.shape.num_hidden_layers):
         _set(model, f"model.layers.{layer}.self_attn.rotary", rotary)
         name = f"model.layers.{layer}.self_attn.attn"
-        clips = [checkpoint.tensor(f"{name}.{clip}") for clip in ("key_clip", "value_clip")]
-        _set(model, name, SimulatedCache(cache.num_bits, cache.key_transform == "hadamard", *clips))
+        names = cache_tensors(cache, checkpoint.shape)
+        _set(model, name, SimulatedCache(cache, {local: checkpoint.tensor(f"{name}.{local}") for local in names}))
 
 
 def _replace_ends(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

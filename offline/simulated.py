@@ -8,7 +8,14 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from infoquant_vllm.format import ActivationArgs, LinearScheme, WeightArgs, apply_hadamard, unpack_codes
+from infoquant_vllm.format import (
+    ActivationArgs,
+    KVCacheArgs,
+    LinearScheme,
+    WeightArgs,
+    apply_hadamard,
+    unpack_codes,
+)
 from offline.transforms import transform_input
 
 EXACT_FLOAT32 = 2**24
@@ -141,21 +148,26 @@ class RotatedHead(nn.Module):
 
 
 class SimulatedCache(nn.Module):
-    """One layer's KV cache scheme: `key_clip` and `value_clip` [kv_heads, 2] float32."""
+    """One layer's KV cache, from its tensors in the checkpoint."""
 
-    def __init__(self, num_bits: int, rotate_keys: bool, key_clip: torch.Tensor, value_clip: torch.Tensor):
+    def __init__(self, args: KVCacheArgs, tensors: dict[str, torch.Tensor]):
         super().__init__()
-        self.num_bits, self.rotate_keys = num_bits, rotate_keys
-        self.register_buffer("key_clip", key_clip)
-        self.register_buffer("value_clip", value_clip)
+        self.num_bits, self.rotate_keys = args.num_bits, args.key_transform == "hadamard"
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Keys or queries [..., head_size] as the scores are computed from, float32."""
         return apply_hadamard(x.float()) if self.rotate_keys else x.float()
 
+    def prepared(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys [..., kv_heads, tokens, head_size] as they are quantised: less their offset, and rotated."""
+        offset = dict(self.named_buffers()).get("key_offset")
+        return self.rotate(keys if offset is None else keys.float() - offset[:, None])
+
     def keys(self, keys: torch.Tensor) -> torch.Tensor:
         """Keys [..., kv_heads, tokens, head_size] as read back from the cache."""
-        return store_and_load(self.rotate(keys), self.num_bits, self.get_buffer("key_clip"))
+        return store_and_load(self.prepared(keys), self.num_bits, self.get_buffer("key_clip"))
 
     def values(self, values: torch.Tensor) -> torch.Tensor:
         """Values [..., kv_heads, tokens, head_size] as read back from the cache."""

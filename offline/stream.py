@@ -29,17 +29,28 @@ class Stream:
             self.hidden = self.hidden @ transforms.residual.float()
         self._device = device
         positions = torch.arange(tokens.shape[1], device=device)[None]
-        self._rotary = model.rotary_emb.to(device)(self.hidden.new_empty(0), position_ids=positions)
+        self._rotary_embedding = model.rotary_emb.to(device)
+        self._rotary = self._rotary_embedding(self.hidden.new_empty(0), position_ids=positions)
 
     @torch.no_grad()
-    def advance(self, state: dict[str, torch.Tensor], modules: list[str], observe: Observer) -> None:
-        """Run a layer with weights `state` (see `fold_layer`), showing what enters each of `modules`."""
+    def advance(
+        self, state: dict[str, torch.Tensor], modules: list[str], observe: Observer, outputs: tuple[str, ...] = ()
+    ) -> None:
+        """Run a layer with weights `state` (see `fold_layer`).
+
+        Shows what enters each of `modules` and, under its name too, what leaves each of `outputs`.
+        """
         self._layer.load_state_dict(state)
         handles = [
             self._layer.get_submodule(name).register_forward_pre_hook(
                 lambda _, args, name=name: observe(name, args[0].flatten(0, -2))
             )
             for name in modules
+        ] + [
+            self._layer.get_submodule(name).register_forward_hook(
+                lambda _, args, out, name=name: observe(name, out.flatten(2).flatten(0, 1))
+            )
+            for name in outputs
         ]
         try:
             for batch in self.hidden.split(max(1, TOKENS_PER_BATCH // self.hidden.shape[1])):
@@ -47,6 +58,13 @@ class Stream:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def turn_mean(self, keys: torch.Tensor, positions: int) -> torch.Tensor:
+        """Mean over the first `positions` of keys [kv_heads, head_dim], the same everywhere, behind RoPE."""
+        where = torch.arange(positions, device=self._device)[None]
+        cos, sin = (t[0].mean(0) for t in self._rotary_embedding(self.hidden.new_empty(0), position_ids=where))
+        first, second = keys.chunk(2, -1)
+        return keys * cos + torch.cat((-second, first), -1) * sin
 
     def copy_layer(self) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
         """The layer that ran last, for others to change, and the cosines and sines that it needs."""

@@ -148,7 +148,7 @@ class StudentCache(TrainedCache):
     """A layer's KV cache with the clips of keys and values as parameters."""
 
     def __init__(self, args: KVCacheArgs, tensors: Layer):
-        super().__init__(args.num_bits, args.key_transform == "hadamard")
+        super().__init__(args.num_bits, args.key_transform == "hadamard", tensors.get("key_offset"))
         self.key_clip, self.value_clip = (nn.Parameter(tensors[f"{name}_clip"].clone()) for name in ("key", "value"))
 
     def clips(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,9 +17,9 @@ ATTENTION = "infoquant_trained_cache"
 class TrainedCache(nn.Module):
     """Keys and values of one layer through the codes of the KV cache."""
 
-    def __init__(self, num_bits: int, rotate_keys: bool):
+    def __init__(self, num_bits: int, rotate_keys: bool, key_offset: torch.Tensor | None):
         super().__init__()
-        self._num_bits, self._rotate_keys = num_bits, rotate_keys
+        self._num_bits, self._rotate_keys, self._key_offset = num_bits, rotate_keys, key_offset
 
     def clips(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip factors [kv_heads, 2] of keys and of values."""
@@ -32,6 +32,7 @@ class TrainedCache(nn.Module):
     def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[sequences, kv_heads, tokens, head_size] each, as read back from the cache."""
         key_clip, value_clip = self.clips()
+        key = key if self._key_offset is None else key - self._key_offset[:, None]
         return fake_store(self.rotate(key), key_clip, self._num_bits), fake_store(value, value_clip, self._num_bits)
 
 

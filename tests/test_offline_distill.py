@@ -105,7 +105,7 @@ def test_a_student_in_eight_bits_predicts_as_its_source(tmp_path: Path, size: st
         random_hadamard(source.shape.hidden_size, generator), random_head_rotations(source.shape, generator)
     )
     run_layers = [
-        quantize_layer(fold_layer(source, layer, transforms), None, {}, chosen, source.shape, torch.float32)[0]
+        quantize_layer(fold_layer(source, layer, transforms), None, {}, None, chosen, source.shape, torch.float32)[0]
         for layer in range(source.shape.num_hidden_layers)
     ]
     student = Student(source, chosen.quantization_config(source.shape), run_layers, transforms)

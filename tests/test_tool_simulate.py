@@ -11,6 +11,7 @@ import offline
 from infoquant_vllm.format import (
     ActivationArgs,
     InputTransform,
+    KVCacheArgs,
     LinearScheme,
     WeightArgs,
     linear_tensors,
@@ -143,7 +144,8 @@ def test_cache_gives_back_what_the_reference_reads(num_bits: int, rotate: bool) 
     cells = torch.zeros(1, 2, 32, 2 * 64 * num_bits // 8 + 8, dtype=torch.uint8)
     kv_store(key, value, cells, torch.arange(TOKENS), key_clip, value_clip, rotate, num_bits)
     expected_key, expected_value = kv_read(cells[0, :, :TOKENS], 64, num_bits)
-    cache = SimulatedCache(num_bits, rotate, key_clip, value_clip)
+    args = KVCacheArgs(num_bits=num_bits, key_transform="hadamard" if rotate else "none")
+    cache = SimulatedCache(args, {"key_clip": key_clip, "value_clip": value_clip})
     assert torch.equal(cache.values(value.transpose(0, 1)), expected_value.float())
     assert torch.equal(cache.keys(key.transpose(0, 1)), expected_key.float())
 

@@ -27,6 +27,7 @@ from infoquant_vllm.format.tensors import (
     ModelShape,
     TensorSpec,
     activation_groups,
+    cache_tensors,
     expected_tensors,
     linear_tensors,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "WeightArgs",
     "activation_groups",
     "apply_hadamard",
+    "cache_tensors",
     "check_values",
     "expected_tensors",
     "hadamard",

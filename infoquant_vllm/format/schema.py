@@ -90,11 +90,14 @@ class ConfigGroup(LinearScheme):
 class KVCacheArgs(_Strict):
     """The KV cache: asymmetric codes per token and kv-head, keys optionally through a Hadamard.
 
-    `self_attn.attn.key_clip` and `.value_clip` [num_kv_heads, 2] hold the factors on (min, max).
+    `self_attn.attn.key_clip` and `.value_clip` [num_kv_heads, 2] hold the factors on (min, max). With
+    `key_offset`, `self_attn.attn.key_offset` [num_kv_heads, head_dim] is subtracted from every key behind
+    RoPE and before the Hadamard; all scores of a query change by the same, so attention does not.
     """
 
     num_bits: Bits
     key_transform: Literal["none", "hadamard"] = "none"
+    key_offset: bool = False
 
 
 class QuantizationConfigData(_Strict):

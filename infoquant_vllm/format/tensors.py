@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from infoquant_vllm.format.architectures import ARCHITECTURES, architecture_name
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import hadamard_dense
-from infoquant_vllm.format.schema import ActivationArgs, LinearScheme, QuantizationConfigData, Size
+from infoquant_vllm.format.schema import ActivationArgs, KVCacheArgs, LinearScheme, QuantizationConfigData, Size
 
 
 class TensorSpec(BaseModel):
@@ -146,6 +146,15 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
     return tensors
 
 
+def cache_tensors(args: KVCacheArgs, shape: ModelShape) -> dict[str, TensorSpec]:
+    """Tensors of one layer's KV cache by their local names."""
+    heads = shape.num_key_value_heads
+    tensors = {name: TensorSpec(shape=(heads, 2), dtype="F32") for name in ("key_clip", "value_clip")}
+    if args.key_offset:
+        tensors["key_offset"] = TensorSpec(shape=(heads, shape.head_dim), dtype="F32")
+    return tensors
+
+
 def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[str, TensorSpec]:
     """Every tensor that a checkpoint of this config must hold, and no others."""
     hidden, vocab = shape.hidden_size, shape.vocab_size
@@ -163,9 +172,8 @@ def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[
         tensors["model.embed_tokens.final_norm_weight"] = TensorSpec(shape=(hidden,), dtype="F32")
     if config.kv_cache is not None:
         for layer in range(shape.num_hidden_layers):
-            for clip in ("key_clip", "value_clip"):
-                spec = TensorSpec(shape=(shape.num_key_value_heads, 2), dtype="F32")
-                tensors[f"model.layers.{layer}.self_attn.attn.{clip}"] = spec
+            local = cache_tensors(config.kv_cache, shape)
+            tensors |= {f"model.layers.{layer}.self_attn.attn.{name}": spec for name, spec in local.items()}
     for module, (out_features, in_features) in shape.linears().items():
         scheme = config.scheme(module)
         if scheme is None:

@@ -131,7 +131,7 @@ class _Observed:
             attention, codes = layer.self_attn, layer.self_attn.attn
             keys, values = cache.layers[index].keys.float(), cache.layers[index].values.float()
             if not self._exact:
-                keys = codes.rotate(attention.rotary.turn(cache.layers[index].keys, 0))
+                keys = codes.prepared(attention.rotary.turn(cache.layers[index].keys, 0))
             for site, x in (("k", keys), ("v", values)):
                 self._sites[site][index].add(*_quantized_cells(x, codes.num_bits, codes.get_buffer(CACHE_CLIPS[site])))
 

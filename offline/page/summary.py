@@ -97,8 +97,8 @@ def site_words(checkpoint: Checkpoint, site: str) -> tuple[str, str, str]:
     if site not in SITES:
         cache = checkpoint.config.kv_cache
         assert cache is not None
-        transform = cache.key_transform if site == "k" else "none"
-        return "", f"{cache.num_bits} bits, asymmetric, per token and head", transform
+        steps = ["centred"] * cache.key_offset + [cache.key_transform] if site == "k" else ["none"]
+        return "", f"{cache.num_bits} bits, asymmetric, per token and head", ", ".join(steps)
     modules = [f"model.layers.{layer}.{SITES[site][0]}" for layer in range(checkpoint.shape.num_hidden_layers)]
     ways = dict.fromkeys(scheme_words(checkpoint.config.scheme(module)) for module in modules)
     weights, inputs, transforms = (" / ".join(dict.fromkeys(words)) for words in zip(*ways, strict=True))
