@@ -16,14 +16,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
 
+from infoquant_vllm.kernels.reference.kv_cache import cell_bytes
 from infoquant_vllm.ops.table import kernel
-
-PARAMETER_BYTES = 8  # float16 scale and zero of key and value
-
-
-def cell_bytes(head_size: int, num_bits: int) -> int:
-    """Bytes of the cache per token and kv-head."""
-    return 2 * head_size * num_bits // 8 + PARAMETER_BYTES
 
 
 class KV4Backend(AttentionBackend):
@@ -87,8 +81,8 @@ BACKENDS: dict[int, type[KV4Backend]] = {4: KV4Backend, 8: KV8Backend}
 class KVMetadata(AttentionMetadata):
     """A batch: sequence i has queries query_starts[i] .. query_starts[i + 1], its last tokens."""
 
-    query_starts: list[int]
-    seq_lens: list[int]
+    query_starts: torch.Tensor  # [sequences + 1] int32
+    seq_lens: torch.Tensor  # [sequences] int32
     block_table: torch.Tensor  # [sequences, blocks] int32
     num_actual_tokens: int
 
@@ -108,8 +102,8 @@ class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
         if common_attn_metadata.causal is not True:
             raise NotImplementedError("infoquant: attention that is not causal is not served")
         return KVMetadata(
-            query_starts=common_attn_metadata.query_start_loc_cpu.tolist(),
-            seq_lens=common_attn_metadata.seq_lens.tolist(),
+            query_starts=common_attn_metadata.query_start_loc,
+            seq_lens=common_attn_metadata.seq_lens,
             block_table=common_attn_metadata.block_table_tensor,
             num_actual_tokens=common_attn_metadata.num_actual_tokens,
         )
@@ -159,7 +153,8 @@ class KVImpl(AttentionImpl[KVMetadata]):
         if kv_cache.numel() == 0:  # the run that measures memory has no cache yet
             return
         store = kernel("kv_store", key.device.type)
-        store(key, value, kv_cache, slot_mapping, layer.key_clip, layer.value_clip, self.hadamard, self.num_bits)
+        ranges = layer.key_clip, layer.value_clip, getattr(layer, "key_offset", None)
+        store(key, value, kv_cache, slot_mapping, *ranges, self.hadamard, self.num_bits)
 
     def forward(  # type: ignore[override]
         self,
@@ -179,7 +174,7 @@ class KVImpl(AttentionImpl[KVMetadata]):
         if attn_metadata is None:  # the run that measures memory
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
-        output[:tokens] = kernel("kv_attention", query.device.type)(
+        kernel("kv_attention", query.device.type)(
             query[:tokens],
             kv_cache,
             attn_metadata.query_starts,
@@ -189,5 +184,6 @@ class KVImpl(AttentionImpl[KVMetadata]):
             self.scale,
             self.sliding_window,
             self.num_bits,
+            output[:tokens],
         )
         return output

@@ -18,6 +18,7 @@ from infoquant_vllm.ops.table import served_by
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
 
+MAX_HEAD_SIZE = 512
 SERVED_CACHE_DTYPES = ("auto", "int4_per_token_head")
 
 
@@ -30,16 +31,20 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         self.summary = config.summary
 
     def create_weights(self, layer: Any) -> None:
-        """Runs at the end of `Attention.__init__`: register the clips and take over the layer."""
+        """Runs at the end of `Attention.__init__`: register the cache's tensors and take over the layer."""
         super().create_weights(layer)
         _refuse_what_is_not_served(layer)
-        if layer.head_size * self.args.num_bits % 8:
-            raise FormatError(f"{layer.layer_name}: head size {layer.head_size} cannot be packed into bytes")
+        if layer.head_size % 8 or layer.head_size > MAX_HEAD_SIZE:
+            raise FormatError(
+                f"{layer.layer_name}: head size {layer.head_size} is not a multiple of 8 up to {MAX_HEAD_SIZE}"
+            )
         layer.infoquant_tracker = LoadTracker({None: layer.layer_name})
-        for name in ("key_clip", "value_clip"):
-            clip = torch.nn.Parameter(torch.empty(layer.num_kv_heads, 2, dtype=torch.float32), requires_grad=False)
-            set_weight_attrs(clip, {"weight_loader": layer.infoquant_tracker.track(name, _load_kv_heads)})
-            layer.register_parameter(name, clip)
+        sizes = {"key_clip": 2, "value_clip": 2} | ({"key_offset": layer.head_size} if self.args.key_offset else {})
+        for name, size in sizes.items():
+            data = torch.empty(layer.num_kv_heads, size, dtype=torch.float32)
+            param = torch.nn.Parameter(data, requires_grad=False)
+            set_weight_attrs(param, {"weight_loader": layer.infoquant_tracker.track(name, _load_kv_heads)})
+            layer.register_parameter(name, param)
         backend = BACKENDS[self.args.num_bits]
         layer.attn_backend, layer.backend = backend, AttentionBackendEnum.CUSTOM
         layer.impl = backend.get_impl_cls()(
@@ -57,7 +62,7 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         self.summary.expect()
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Refuse missing clips."""
+        """Refuse missing tensors."""
         super().process_weights_after_loading(layer)
         layer.infoquant_tracker.require_all()
         cell = layer.impl.cell_bytes

@@ -1,4 +1,4 @@
-"""Modules that compute what the server computes from a checkpoint's tensors, in plain torch."""
+"""Modules that compute what the server computes from a checkpoint's tensors, in plain torch but for attention."""
 
 import math
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from infoquant_vllm.format import (
     ActivationArgs,
@@ -16,6 +15,8 @@ from infoquant_vllm.format import (
     apply_hadamard,
     unpack_codes,
 )
+from infoquant_vllm.kernels.reference.kv_cache import TILE, cell_bytes
+from infoquant_vllm.ops.table import kernel
 from offline.transforms import transform_input
 
 EXACT_FLOAT32 = 2**24
@@ -162,16 +163,38 @@ class SimulatedCache(nn.Module):
 
     def prepared(self, keys: torch.Tensor) -> torch.Tensor:
         """Keys [..., kv_heads, tokens, head_size] as they are quantised: less their offset, and rotated."""
-        offset = dict(self.named_buffers()).get("key_offset")
-        return self.rotate(keys if offset is None else keys.float() - offset[:, None])
+        return self.rotate(keys if self._key_offset is None else keys.float() - self._key_offset[:, None])
 
-    def keys(self, keys: torch.Tensor) -> torch.Tensor:
-        """Keys [..., kv_heads, tokens, head_size] as read back from the cache."""
-        return store_and_load(self.prepared(keys), self.num_bits, self.get_buffer("key_clip"))
+    @property
+    def _key_offset(self) -> torch.Tensor | None:
+        return dict(self.named_buffers()).get("key_offset")
 
-    def values(self, values: torch.Tensor) -> torch.Tensor:
-        """Values [..., kv_heads, tokens, head_size] as read back from the cache."""
-        return store_and_load(values.float(), self.num_bits, self.get_buffer("value_clip"))
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
+    ) -> torch.Tensor:
+        """Causal attention by the server's kernels, [batch, tokens, heads, head_size] in the dtype of query.
+
+        query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size];
+        window: how many tokens a query sees, itself among them; None: all before it
+        """
+        batch, heads, queries, size = query.shape
+        length = key.shape[2]
+        block = -(-length // TILE) * TILE  # a sequence is a block
+        cells = torch.empty(batch, key.shape[1], block, cell_bytes(size, self.num_bits), dtype=torch.uint8)
+        slots = (torch.arange(batch)[:, None] * block + torch.arange(length)).flatten()
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        ranges = self.get_buffer("key_clip"), self.get_buffer("value_clip"), self._key_offset
+        kernel("kv_store", "cpu")(*rows[1:], cells, slots, *ranges, self.rotate_keys, self.num_bits)
+        starts = torch.arange(batch + 1, dtype=torch.int32) * queries
+        lengths, table = (
+            torch.full((batch,), length, dtype=torch.int32),
+            torch.arange(batch, dtype=torch.int32)[:, None],
+        )
+        out = torch.empty(rows[0].shape, dtype=query.dtype)
+        kernel("kv_attention", "cpu")(
+            rows[0], cells, starts, lengths, table, self.rotate_keys, scale, window, self.num_bits, out
+        )
+        return out.view(batch, queries, heads, size)
 
 
 class DeferredRotary(nn.Module):
@@ -220,22 +243,20 @@ def cached_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface over a quantised cache, `module.attn`: a `SimulatedCache`.
 
     Queries and keys come without their rotary embedding, which `module.rotary` applies here.
 
-    query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size].
+    query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size]. The
+    sequences of a batch are of one length; what the mask says beyond causality and the window is not looked at.
     Transformers' own cache stays exact: the codes of a token are the same whenever they are made.
-    Scores, softmax and sums are in float64, as in the server.
     """
     cache, rotary = module.attn, module.rotary
     assert isinstance(cache, SimulatedCache)
     assert isinstance(rotary, DeferredRotary)
     query, key = rotary.turn(query, key.shape[2] - query.shape[2]), rotary.turn(key, 0)
-    q, k, v = (x.double() for x in (cache.rotate(query), cache.keys(key), cache.values(value)))
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.double()
-    out, _ = sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
-    return out.to(query.dtype), None
+    return cache.attend(query, key, value, scaling, sliding_window), None

@@ -1,122 +1,202 @@
-"""The CPU kernels of the quantised KV cache against the reference."""
+"""The kernels of the quantised KV cache, compiled and in torch: bit by bit those of the reference."""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from infoquant_vllm.attention import cell_bytes
 from infoquant_vllm.kernels.cpu import kv_cache as cpu
+from infoquant_vllm.kernels.native import kv_cache as native
+from infoquant_vllm.kernels.native.library import library
 from infoquant_vllm.kernels.reference import kv_cache as reference
 
-BLOCK = 16
 BATCHES = {
-    "decode": ([1, 1, 1], [1, 37, 64]),
-    "fresh prefill": ([45], [45]),
-    "chunk continuation": ([7], [40]),
-    "mixed": ([1, 37, 5, 1], [20, 37, 38, 3]),
+    "decode": ([1] * 6, [1, 15, 16, 17, 128, 300]),
+    "long decode": ([1], [1000]),
+    "fresh prefill": ([150], [150]),
+    "chunk continuation": ([7], [140]),
+    "mixed": ([1, 37, 5, 1], [20, 37, 138, 3]),
     "with an idle row": ([1, 0, 4], [9, 0, 20]),
 }
+KERNELS = [
+    cpu,
+    pytest.param(native, marks=pytest.mark.skipif(library().handle is None, reason=f"no library: {library().problem}")),
+]
+every_kernel = pytest.mark.parametrize("kernels", KERNELS, ids=["torch", "native"])
 
 
 class Batch:
     """Keys, values and queries of some sequences, with their places in a cache of shuffled blocks."""
 
-    def __init__(self, counts: list[int], lens: list[int], heads: int, kv_heads: int, size: int):
-        torch.manual_seed(1)
-        self.lens, tokens = lens, sum(lens)
-        self.query_starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-        self.query = torch.randn(sum(counts), heads, size, dtype=torch.bfloat16)
-        self.key = torch.randn(tokens, kv_heads, size, dtype=torch.bfloat16) * 2 + 0.5
-        self.value = torch.randn(tokens, kv_heads, size, dtype=torch.bfloat16)
-        blocks = torch.randperm(64)
-        self.block_table = torch.zeros(len(lens), 5, dtype=torch.int32)
-        slots, used = [], 0
+    def __init__(
+        self,
+        counts: list[int],
+        lens: list[int],
+        heads: int = 4,
+        kv_heads: int = 2,
+        size: int = 64,
+        num_bits: int = 4,
+        block: int = 16,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        generator = torch.Generator().manual_seed(1)
+        self.num_bits, self.block, tokens = num_bits, block, sum(lens)
+        self.query_starts = torch.tensor([0, *counts]).cumsum(0).int()
+        self.lens = torch.tensor(lens, dtype=torch.int32)
+        self.query = (2 * torch.randn(sum(counts), heads, size, generator=generator)).to(dtype)
+        self.key = (2 * torch.randn(tokens, kv_heads, size, generator=generator) + 0.5).to(dtype)
+        self.value = torch.randn(tokens, kv_heads, size, generator=generator).to(dtype)
+        self.clips = tuple(0.8 + 0.2 * torch.rand(2, kv_heads, 2, generator=generator))
+        self.key_offset = torch.randn(kv_heads, size, generator=torch.Generator().manual_seed(2))
+        used = [-(-length // block) for length in lens]
+        self.blocks = torch.randperm(sum(used) + 2, generator=generator)
+        self.block_table = torch.zeros(len(lens), max(used) + 1, dtype=torch.int32)
+        slots, first = [], 0
         for row, length in enumerate(lens):
-            count = -(-length // BLOCK)
-            self.block_table[row, :count] = blocks[used : used + count]
-            slots += [int(self.block_table[row, t // BLOCK]) * BLOCK + t % BLOCK for t in range(length)]
-            used += count
+            self.block_table[row, : used[row]] = self.blocks[first : first + used[row]]
+            slots += [int(self.block_table[row, t // block]) * block + t % block for t in range(length)]
+            first += used[row]
         self.slots = torch.tensor(slots)
 
-    def cache(self, num_bits: int) -> torch.Tensor:
-        """An empty cache [blocks, kv_heads, block, bytes]."""
+    def empty_cache(self) -> torch.Tensor:
+        """A cache [blocks, kv_heads, block, bytes] of what used to be there: NaN as parameters."""
         _, kv_heads, size = self.key.shape
-        return torch.zeros(64, kv_heads, BLOCK, cell_bytes(size, num_bits), dtype=torch.uint8)
+        shape = (len(self.blocks), kv_heads, self.block, reference.cell_bytes(size, self.num_bits))
+        return torch.full(shape, 255, dtype=torch.uint8)
+
+    def store(self, kernels: ModuleType, hadamard: bool = True, offset: bool = True) -> torch.Tensor:
+        """The cache after all tokens are stored."""
+        cache, ranges = self.empty_cache(), (*self.clips, self.key_offset if offset else None)
+        kernels.kv_store(self.key, self.value, cache, self.slots, *ranges, hadamard, self.num_bits)
+        return cache
+
+    def attend(self, kernels: ModuleType, cache: torch.Tensor, window: int | None = None, **other: Any) -> torch.Tensor:
+        """Attention of the batch, or of one that differs from it."""
+        batch = {"query": self.query, "starts": self.query_starts, "lens": self.lens, "table": self.block_table} | other
+        out = torch.empty_like(batch["query"])
+        scale = self.query.shape[2] ** -0.5
+        rest = (batch["starts"], batch["lens"], batch["table"], True, scale, window, self.num_bits, out)
+        kernels.kv_attention(batch["query"], cache, *rest)
+        return out
 
 
-def _clips(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return 0.8 + 0.2 * torch.rand(heads, 2), 0.8 + 0.2 * torch.rand(heads, 2)
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
+@every_kernel
 @pytest.mark.parametrize("num_bits", [4, 8])
-@pytest.mark.parametrize("size", [64, 80, 128])
-@pytest.mark.parametrize("tokens", [1, 5, 123])
-@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("size", [64, 80, 96, 120, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 45])
 @pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("offset", [False, True])
 def test_stored_cells_are_those_of_the_reference(
-    num_bits: int, size: int, tokens: int, kv_heads: int, hadamard: bool
+    kernels: ModuleType, num_bits: int, size: int, tokens: int, hadamard: bool, offset: bool
 ) -> None:
-    batch = Batch([1], [tokens] if tokens <= 80 else [80, 43], kv_heads, kv_heads, size)
+    batch = Batch([1], [tokens], 3, 3, size, num_bits)
     batch.slots[::4] = -1
-    clips = _clips(kv_heads)
-    found, expected = batch.cache(num_bits), batch.cache(num_bits)
-    cpu.kv_store(batch.key, batch.value, found, batch.slots, *clips, hadamard, num_bits)
-    reference.kv_store(batch.key, batch.value, expected, batch.slots, *clips, hadamard, num_bits)
-    assert torch.equal(found, expected)
-    assert (found.flatten(1).any(1).sum() > 0) == (tokens > 1)
+    found = batch.store(kernels, hadamard, offset)
+    assert torch.equal(found, batch.store(reference, hadamard, offset))
+    assert tokens == 1 or not torch.equal(found, batch.store(kernels, hadamard, not offset))
+    assert torch.equal(found, batch.empty_cache()) == (tokens == 1)
 
 
-def test_tokens_without_a_slot_leave_the_cache_alone() -> None:
-    batch = Batch([1], [20], 2, 2, 64)
-    cache = batch.cache(4).fill_(7)
-    cpu.kv_store(batch.key, batch.value, cache, torch.full_like(batch.slots, -1), *_clips(2), False, 4)
-    assert (cache == 7).all()
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_a_wider_tensor_are_stored_where_they_are(kernels: ModuleType, dtype: torch.dtype) -> None:
+    batch = Batch([1], [40], 2, 2, 64, dtype=dtype)
+    expected = batch.store(reference)
+    joined = torch.cat((batch.key, batch.value), 1)
+    batch.key, batch.value = joined[:, :2], joined[:, 2:]
+    assert not batch.key.is_contiguous()
+    assert torch.equal(batch.store(kernels), expected)
 
 
-def test_keys_are_stored_alone_as_in_a_batch() -> None:
-    batch, clips = Batch([1], [70], 3, 3, 64), _clips(3)
-    found, alone = batch.cache(8), batch.cache(8)
-    cpu.kv_store(batch.key, batch.value, found, batch.slots, *clips, True, 8)
+@every_kernel
+def test_keys_are_stored_alone_as_in_a_batch(kernels: ModuleType) -> None:
+    batch = Batch([1], [70], 3, 3)
+    alone = batch.empty_cache()
     for t in range(70):
-        cpu.kv_store(batch.key[t : t + 1], batch.value[t : t + 1], alone, batch.slots[t : t + 1], *clips, True, 8)
-    assert torch.equal(found, alone)
+        one = slice(t, t + 1)
+        kernels.kv_store(
+            batch.key[one], batch.value[one], alone, batch.slots[one], *batch.clips, batch.key_offset, True, 4
+        )
+    assert torch.equal(batch.store(kernels), alone)
 
 
+@every_kernel
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("num_bits", [4, 8])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (2, 1, 80)])
-@pytest.mark.parametrize("window", [None, 10])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (7, 1, 80)])
+@pytest.mark.parametrize("window", [None, 20])
 def test_attention_is_that_of_the_reference(
-    name: str, num_bits: int, heads: int, kv_heads: int, size: int, window: int | None
+    kernels: ModuleType, name: str, num_bits: int, heads: int, kv_heads: int, size: int, window: int | None
 ) -> None:
-    counts, lens = BATCHES[name]
-    batch = Batch(counts, lens, heads, kv_heads, size)
-    cache = batch.cache(num_bits)
-    reference.kv_store(batch.key, batch.value, cache, batch.slots, *_clips(kv_heads), True, num_bits)
-    args = (cache, batch.query_starts, lens, batch.block_table, True, size**-0.5, window, num_bits)
-    found, expected = cpu.kv_attention(batch.query, *args), reference.kv_attention(batch.query, *args)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    batch = Batch(*BATCHES[name], heads, kv_heads, size, num_bits)
+    cache = batch.store(reference)
+    assert torch.equal(batch.attend(kernels, cache, window), batch.attend(reference, cache, window))
 
 
-def test_attention_does_not_depend_on_tiles_chunks_or_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Batch([60, 1], [60, 33], 9, 3, 64)
-    cache = batch.cache(4)
-    cpu.kv_store(batch.key, batch.value, cache, batch.slots, *_clips(3), True, 4)
-    rest = (True, 0.125, None, 4)
-    whole = cpu.kv_attention(batch.query, cache, batch.query_starts, batch.lens, batch.block_table, *rest).bfloat16()
-    monkeypatch.setattr(cpu, "SCORE_ELEMENTS", 9 * 60 * 7)  # seven queries at a time
-    tiled = cpu.kv_attention(batch.query, cache, batch.query_starts, batch.lens, batch.block_table, *rest)
-    assert torch.equal(tiled.bfloat16(), whole)
-    for length in range(1, 61):  # one token after the other
-        row = cpu.kv_attention(batch.query[length - 1 : length], cache, [0, 1], [length], batch.block_table[:1], *rest)
-        assert torch.equal(row.bfloat16(), whole[length - 1 : length])
+@every_kernel
+@pytest.mark.parametrize(("size", "block"), [(96, 32), (120, 16), (128, 128), (256, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_head_sizes_blocks_and_dtypes_are_those_of_the_reference(
+    kernels: ModuleType, size: int, block: int, dtype: torch.dtype
+) -> None:
+    batch = Batch([1, 30, 1], [300, 30, 17], 4, 2, size, block=block, dtype=dtype)
+    cache = batch.store(reference)
+    assert torch.equal(batch.attend(kernels, cache), batch.attend(reference, cache))
 
 
-def test_cells_beyond_a_sequence_do_not_matter() -> None:
-    batch = Batch([1, 1], [5, 40], 4, 2, 64)
-    cache = batch.cache(4)
-    cpu.kv_store(batch.key, batch.value, cache, batch.slots, *_clips(2), True, 4)
-    args = (batch.query_starts, batch.lens, batch.block_table, True, 0.125, None, 4)
-    before = cpu.kv_attention(batch.query, cache, *args)
-    cache[int(batch.block_table[0, 0]), :, 5:] = 255  # float16 NaN among the parameters
-    cache[0] = 255
-    assert torch.equal(cpu.kv_attention(batch.query, cache, *args), before)
+@every_kernel
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("window", [None, 150])
+def test_a_row_does_not_depend_on_chunks_the_batch_or_the_split(
+    kernels: ModuleType, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch([600, 1], [600, 333], 9, 3)
+    cache = batch.store(kernels)
+    whole = batch.attend(kernels, cache, window)
+    monkeypatch.setattr(cpu, "SCORE_ELEMENTS", 9 * 640 * 7)  # seven queries at a time
+    assert torch.equal(batch.attend(kernels, cache, window), whole)
+    ends = [1, 130, 257, 258, 599, 600]
+    for first, last in zip([0, *ends], ends, strict=False):
+        starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, last - first], [last]))
+        part = {"query": batch.query[first:last], "starts": starts, "lens": lens, "table": batch.block_table[:1]}
+        assert torch.equal(batch.attend(kernels, cache, window, **part), whole[first:last])
+
+
+@every_kernel
+def test_huge_scores_and_queries_of_zeros_are_those_of_the_reference(kernels: ModuleType) -> None:
+    batch = Batch([3, 1], [140, 300])
+    batch.query[0], batch.query[1] = 0, batch.query[1] * 1000
+    cache = batch.store(reference)
+    found = batch.attend(kernels, cache)
+    assert torch.equal(found, batch.attend(reference, cache))
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("sink", [0.0, 6.0, 12.0])
+def test_rounding_to_whole_numbers_costs_nothing_beside_the_codes(sink: float) -> None:
+    """Against float64 over the same codes; with a sink, most of the weight is on the first token, as in real models."""
+    batch = Batch([4], [4096], 2, 1, 128, dtype=torch.float32)
+    batch.key[0], batch.value[0] = sink * batch.query[0, 0] / batch.query[0, 0].norm(), batch.value[0] / 16
+    batch.query[:] = batch.query[0, 0]
+    cache = batch.store(cpu, hadamard=False, offset=False)
+    keys, values, params = reference.kv_read(cache, batch.block_table[0], 128, 4)
+    keys, values = (
+        (codes[0, :4096] * params[i, 0, :4096, None].double() + params[i + 1, 0, :4096, None].double())
+        for i, codes in ((0, keys), (2, values))
+    )
+    weights = (batch.query[3, 0].double() @ keys.T * 128**-0.5).softmax(-1)
+    out = torch.empty_like(batch.query)
+    rest = (batch.query_starts, batch.lens, batch.block_table, False, 128**-0.5, None, 4, out)
+    cpu.kv_attention(batch.query, cache, *rest)
+    expected = weights @ values
+    assert (out[3, 0] - expected).norm() / expected.norm() < 1e-3  # that of the codes is 0.1

@@ -7,6 +7,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from offline.page.measure import _quantized_cells, _quantized_input, clips, meas
 from offline.page.summary import Summary, mean
 from offline.progress import silent
 from offline.recipe import Recipe
+from offline.simulated import SimulatedCache
 from offline.source import Source
 from tests.checkpoints import write_random
 from tests.tiny import VOCAB_SIZE, write_source
@@ -171,16 +173,25 @@ def test_what_is_measured_is_what_the_simulation_quantises(rotated: Path, monkey
         function, values = getattr(module, name), seen.setdefault((module.__name__, name), [])
         monkeypatch.setattr(module, name, lambda x, *args: values.append(x) or function(x, *args))
 
-    for name in ("quantize_input", "store_and_load"):
-        record(simulated_modules, name)
-        record(measuring, name)
+    for module, name in (
+        (simulated_modules, "quantize_input"),
+        (measuring, "quantize_input"),
+        (measuring, "store_and_load"),
+    ):
+        record(module, name)
+    stored: list[torch.Tensor] = []
+    attend = SimulatedCache.attend
+
+    def record_cells(cache: SimulatedCache, *args: Any) -> torch.Tensor:
+        stored.extend((cache.rotate(args[1]), args[2]))
+        return attend(cache, *args)
+
+    monkeypatch.setattr(SimulatedCache, "attend", record_cells)
     measure(Checkpoint(rotated), None, tokens()[:1], silent)
-    cells, inputs = (
-        (seen["offline.page.measure", name], seen["offline.simulated", name])
-        for name in ("store_and_load", "quantize_input")
-    )
-    assert len(cells[0]) == len(cells[1]) == 2 * 2
-    assert all(map(torch.equal, *cells))
+    cells = seen["offline.page.measure", "store_and_load"]
+    inputs = (seen["offline.page.measure", "quantize_input"], seen["offline.simulated", "quantize_input"])
+    assert len(cells) == len(stored) == 2 * 2
+    assert all(map(torch.equal, cells, stored))
     firsts = [linear for layer in (0, 7) for linear in (layer, layer + 3, layer + 4, layer + 6)]
     assert len(inputs[1]) == 2 * 7
     assert all(map(torch.equal, inputs[0], [inputs[1][linear] for linear in firsts]))

@@ -16,7 +16,7 @@ from infoquant_vllm.format import (
     WeightArgs,
     linear_tensors,
 )
-from infoquant_vllm.kernels.reference.kv_cache import kv_attention, kv_read, kv_store
+from infoquant_vllm.kernels.reference.kv_cache import cell_bytes, kv_attention, kv_read, kv_store
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
@@ -136,18 +136,46 @@ def test_weight_only_linear_equals_the_reference_after_every_transform(transform
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
-@pytest.mark.parametrize("rotate", [True, False])
-def test_cache_gives_back_what_the_reference_reads(num_bits: int, rotate: bool) -> None:
+def test_what_is_read_back_is_what_the_reference_reads(num_bits: int) -> None:
     generator = torch.Generator().manual_seed(3)
     key, value = torch.randn(2, TOKENS, 2, 64, generator=generator)
-    key_clip, value_clip = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
-    cells = torch.zeros(1, 2, 32, 2 * 64 * num_bits // 8 + 8, dtype=torch.uint8)
-    kv_store(key, value, cells, torch.arange(TOKENS), key_clip, value_clip, rotate, num_bits)
-    expected_key, expected_value = kv_read(cells[0, :, :TOKENS], 64, num_bits)
-    args = KVCacheArgs(num_bits=num_bits, key_transform="hadamard" if rotate else "none")
-    cache = SimulatedCache(args, {"key_clip": key_clip, "value_clip": value_clip})
-    assert torch.equal(cache.values(value.transpose(0, 1)), expected_value.float())
-    assert torch.equal(cache.keys(key.transpose(0, 1)), expected_key.float())
+    clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
+    cells = torch.zeros(1, 2, 32, cell_bytes(64, num_bits), dtype=torch.uint8)
+    kv_store(key, value, cells, torch.arange(TOKENS), *clips, None, False, num_bits)
+    keys, values, params = kv_read(cells, torch.tensor([0]), 64, num_bits)
+    for x, clip, codes, scale, zero in (
+        (key, clips[0], keys, params[0], params[1]),
+        (value, clips[1], values, params[2], params[3]),
+    ):
+        expected = codes * scale.float()[..., None] + zero.float()[..., None]
+        assert torch.equal(store_and_load(x.transpose(0, 1), num_bits, clip), expected[:, :TOKENS])
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("rotate", [True, False])
+def test_attention_equals_the_reference_bit_by_bit(num_bits: int, rotate: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(2, 4, 5, 64, generator=generator)
+    key, value = torch.randn(2, 2, 2, TOKENS, 64, generator=generator)
+    clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
+    offset = torch.randn(2, 64, generator=generator)
+    args = KVCacheArgs(num_bits=num_bits, key_transform="hadamard" if rotate else "none", key_offset=True)
+    tensors = {"key_clip": clips[0], "value_clip": clips[1], "key_offset": offset}
+    found = SimulatedCache(args, tensors).attend(query, key, value, 0.125)
+    for i in range(2):
+        cells = torch.zeros(1, 2, 32, cell_bytes(64, num_bits), dtype=torch.uint8)
+        rows = key[i].transpose(0, 1), value[i].transpose(0, 1)
+        kv_store(*rows, cells, torch.arange(TOKENS), *clips, offset, rotate, num_bits)
+        expected = _attention(query[i].transpose(0, 1), cells, rotate, num_bits)
+        assert torch.equal(found[i], expected)
+
+
+def _attention(query: torch.Tensor, cells: torch.Tensor, rotate: bool, num_bits: int) -> torch.Tensor:
+    """The reference's attention of a sequence's last tokens [tokens, heads, head_size]; its cells are block 0."""
+    starts, lens, table = (torch.tensor(x, dtype=torch.int32) for x in ([0, len(query)], [TOKENS], [[0]]))
+    out = torch.empty_like(query)
+    kv_attention(query, cells, starts, lens, table, rotate, 0.125, None, num_bits, out)
+    return out
 
 
 def test_cache_survives_values_beyond_half_precision() -> None:
@@ -155,7 +183,7 @@ def test_cache_survives_values_beyond_half_precision() -> None:
     assert torch.isfinite(store_and_load(torch.cat((huge, -huge, 0 * huge), 1), 4, torch.ones(1, 2))).all()
 
 
-def test_attention_equals_the_reference(tmp_path: Path) -> None:
+def test_a_models_attention_is_the_references(tmp_path: Path) -> None:
     model = load_simulated(write_random(tmp_path / "checkpoint"), torch.float32)
     attention = model.model.layers[0].self_attn
     recorded: list[torch.Tensor] = []
@@ -170,9 +198,9 @@ def test_attention_equals_the_reference(tmp_path: Path) -> None:
     query, key = apply_rotary_pos_emb(query, key, cos[0], sin[0])
     cells = torch.zeros(1, 2, 32, 72, dtype=torch.uint8)
     cache, value = attention.attn, rows["v_proj"].view(TOKENS, 2, 64)
-    kv_store(key, value, cells, torch.arange(TOKENS), cache.key_clip, cache.value_clip, True, 4)
-    expected = kv_attention(query, cells, [0, TOKENS], [TOKENS], torch.tensor([[0]]), True, 0.125, None, 4)
-    found = recorded[0][0].view(TOKENS, 4, 64).double()
+    kv_store(key, value, cells, torch.arange(TOKENS), cache.key_clip, cache.value_clip, None, True, 4)
+    expected = _attention(query, cells, True, 4)
+    found = recorded[0][0].view(TOKENS, 4, 64)
     assert (found - expected).norm() / expected.norm() < 2e-3
 
 

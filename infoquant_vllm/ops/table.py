@@ -18,8 +18,8 @@ KERNELS = MappingProxyType(
         ("prepare_weight_only", "cpu"): ("cpu.weight_only_linear",),
         ("weight_only_linear", "cpu"): ("cpu.weight_only_linear",),
         ("rotate_rows", "cpu"): ("cpu.rotate_rows",),
-        ("kv_store", "cpu"): ("cpu.kv_cache",),
-        ("kv_attention", "cpu"): ("cpu.kv_cache",),
+        ("kv_store", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
+        ("kv_attention", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
     }
 )
 NAMES = MappingProxyType({"cpu.quantized_linear": "oneDNN int8"})  # of the modules that are not plain torch

@@ -1,17 +1,29 @@
 """KV cache on the CPU, in vectorised torch; semantics: kernels/reference/kv_cache.py.
 
-Scores, softmax and the sum over values run in float64: their rounding is then so far below that of
-the result's dtype that a row comes out the same whatever the batch, the chunk and the padding are.
+Products of whole numbers run in float64, which holds their sums exactly.
 """
 
+import math
 from itertools import pairwise
 
 import torch
 
 from infoquant_vllm.format import apply_hadamard
+from infoquant_vllm.kernels.reference.kv_cache import (
+    CHUNK,
+    CUT,
+    LEVELS,
+    POWER,
+    TILE,
+    TINY,
+    quantise,
+    sum_by_halves,
+    tile_parts,
+)
 
-SCORE_ELEMENTS = 2**22  # 32 MiB of float64 scores at a time
-QUERY_TILE = 64  # few enough that a tile skips most of the keys that come after its queries
+SCORE_ELEMENTS = 2**18  # so that the many steps from scores to weights stay in the processor's cache
+CODE_ELEMENTS = 2**23  # 64 MiB of float64 codes at a time
+HIDDEN, LOWEST = -(2.0**30), -(2.0**20)  # scores of tokens that are not seen, and less than any other's exponent
 
 
 def kv_store(
@@ -21,58 +33,57 @@ def kv_store(
     slots: torch.Tensor,
     key_clip: torch.Tensor,
     value_clip: torch.Tensor,
+    key_offset: torch.Tensor | None,
     hadamard: bool,
     num_bits: int,
 ) -> None:
     """As the reference."""
     written = slots >= 0
     places = slots[written]
+    if len(places) == 0:
+        return
     key, value = (x[: len(slots)][written].float() for x in (key, value))
-    k_codes, k_params = _quantise(apply_hadamard(key) if hadamard else key, key_clip, num_bits)
-    v_codes, v_params = _quantise(value, value_clip, num_bits)
-    params = torch.cat((k_params, v_params), -1).view(torch.uint8)
-    block = cache.shape[2]
-    cache[places // block, :, places % block] = torch.cat((k_codes, v_codes, params), -1)
-
-
-def _quantise(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [tokens, kv_heads, head_size] float32 to bytes and float16 [tokens, kv_heads, (scale, zero)]."""
-    qmax = 2**num_bits - 1
-    low, high = torch.aminmax(x, dim=-1)
-    low, high = low.clamp_(max=0).mul_(clip[:, 0]), high.clamp_(min=0).mul_(clip[:, 1])
-    scale = (high - low).div_(qmax).clamp_(2**-20, 65504).half()
-    zero = low.clamp_(-65504, 65504).half()
-    codes = (x - zero.float()[..., None]).div_(scale.float()[..., None]).round_().clamp_(0, qmax).to(torch.uint8)
-    packed = codes if num_bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return packed, torch.stack((scale, zero), -1)
+    key = key if key_offset is None else key - key_offset
+    k_codes, *k_params = quantise(apply_hadamard(key) if hadamard else key, key_clip, num_bits)
+    v_codes, *v_params = quantise(value, value_clip, num_bits)
+    if num_bits == 4:
+        k_codes = k_codes.unflatten(-1, (-1, 2, 4))
+        k_codes = k_codes[..., 0, :] | (k_codes[..., 1, :] << 4)
+        first, second = v_codes.chunk(2, -1)
+        v_codes = first | (second << 4)
+    blocks, kv_heads, block, _ = cache.shape
+    keys, values, params = tile_parts(cache.view(blocks, kv_heads, block // TILE, -1), key.shape[2], num_bits)
+    place, tile, lane = places // block, places % block // TILE, places % TILE
+    keys[place, :, tile, :, lane] = k_codes.reshape(len(places), kv_heads, -1, 4)
+    values[place, :, tile, lane // 4, :, lane % 4] = v_codes
+    params[place, :, tile, :, lane] = torch.stack((*k_params, *v_params), -1)
 
 
 def kv_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
-    query_starts: list[int],
-    seq_lens: list[int],
+    query_starts: torch.Tensor,
+    seq_lens: torch.Tensor,
     block_table: torch.Tensor,
     hadamard: bool,
     scale: float,
     window: int | None,
     num_bits: int,
-) -> torch.Tensor:
-    """As the reference; all sequences with one query together, others one by one in query tiles."""
-    out = torch.empty(query.shape, dtype=torch.float64)
+    out: torch.Tensor,
+) -> None:
+    """As the reference; all sequences with one query together, others one by one."""
+    tokens, heads, size = query.shape
+    kv_heads = cache.shape[1]
     q = query.float()
-    q = (apply_hadamard(q) if hadamard else q).double()
-    for rows, queries in _batches(query_starts, seq_lens, query.shape[1] * query.shape[2]):
-        lens = [seq_lens[row] for row in rows]
-        cells = _Cells(cache, block_table[rows], torch.tensor(lens), query.shape[2], num_bits)
-        starts = torch.tensor([query_starts[row] for row in rows])
-        tile = max(1, min(QUERY_TILE, SCORE_ELEMENTS // (len(rows) * query.shape[1] * max(lens))))
-        for first in range(0, queries, tile):
-            count = min(tile, queries - first)
-            where = starts[:, None] + torch.arange(first, first + count)  # [sequences, queries]
-            last_seen = torch.tensor(lens)[:, None] - queries + torch.arange(first, first + count)
-            out[where] = _attend(q[where], cells, last_seen, scale, window)
-    return out
+    q = (apply_hadamard(q) if hadamard else q).view(tokens, kv_heads, -1, size)
+    starts, lens = query_starts.tolist(), seq_lens.tolist()
+    for rows, queries in _batches(starts, lens, heads * size):
+        where = torch.tensor([starts[row] for row in rows])[:, None] + torch.arange(queries)  # [sequences, queries]
+        lengths = torch.tensor([lens[row] for row in rows])
+        keys, values, params = _read(cache, block_table[rows], lengths, size, num_bits)
+        last_seen = lengths[:, None] - queries + torch.arange(queries)
+        found = attend_causally(q[where].permute(0, 2, 3, 1, 4), keys, values, params, last_seen, scale, window)
+        out[where] = found.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)
 
 
 def _batches(query_starts: list[int], seq_lens: list[int], head_elements: int) -> list[tuple[list[int], int]]:
@@ -81,62 +92,125 @@ def _batches(query_starts: list[int], seq_lens: list[int], head_elements: int) -
     batches = [([row], count) for row, count in enumerate(counts) if count > 1]
     group: list[int] = []
     for row in sorted((r for r, count in enumerate(counts) if count == 1), key=lambda r: seq_lens[r]):
-        if group and (len(group) + 1) * seq_lens[row] * head_elements > 2 * SCORE_ELEMENTS:
+        if group and (len(group) + 1) * seq_lens[row] * head_elements > CODE_ELEMENTS:
             batches.append((group, 1))
             group = []
         group.append(row)
     return batches + ([(group, 1)] if group else [])
 
 
-class _Cells:
-    """The cells of some sequences, padded to one length, as float64 codes and their parameters."""
-
-    def __init__(self, cache: torch.Tensor, blocks: torch.Tensor, lens: torch.Tensor, head_size: int, num_bits: int):
-        length = int(lens.max())
-        used = -(-length // cache.shape[2])
-        cells = cache[blocks[:, :used].long()].transpose(1, 2).flatten(2, 3)[:, :, :length]
-        width = head_size * num_bits // 8
-        self.num_bits = num_bits
-        key, value = self._codes(cells[..., :width]), self._codes(cells[..., width : 2 * width])
-        params = cells[..., 2 * width :].contiguous().view(torch.float16).double()
-        # Beyond a sequence's end lies what was there before, which may be no number at all.
-        params.masked_fill_((torch.arange(length) >= lens[:, None])[:, None, :, None], 0)
-        # [sequences, kv_heads, length, head_size] twice, then [sequences, kv_heads, length] four times:
-        # key scale, key zero, value scale, value zero
-        self.parts = (key, value, *params.unbind(-1))
-
-    def _codes(self, packed: torch.Tensor) -> torch.Tensor:
-        """Even features first, then the odd ones: spares an interleaving copy (see `_attend`)."""
-        if self.num_bits == 8:
-            return packed.double()
-        half = packed.shape[-1]
-        codes = torch.empty(*packed.shape[:-1], 2 * half, dtype=torch.float64)
-        codes[..., :half] = packed & 0xF
-        codes[..., half:] = packed >> 4
-        return codes
+def _read(
+    cache: torch.Tensor, blocks: torch.Tensor, lengths: torch.Tensor, size: int, num_bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of keys and values and parameters of some sequences, as `attend` takes them."""
+    kv_heads, length = cache.shape[1], int(lengths.max())
+    used, tiles = -(-length // cache.shape[2]), -(-length // TILE)
+    found = cache[blocks[:, :used].long()].transpose(1, 2).reshape(len(blocks), kv_heads, -1, TILE * cache.shape[3])
+    keys, values, params = tile_parts(found[:, :, :tiles], size, num_bits)
+    keys, values = keys.transpose(-3, -2), values.transpose(-2, -1)  # features last
+    if num_bits == 4:
+        keys = torch.stack((keys & 15, keys >> 4), -2)
+        values = torch.cat((values & 15, values >> 4), -1)
+    padded = -(-length // CHUNK) * CHUNK
+    codes = torch.zeros(2, len(blocks), kv_heads, padded, size, dtype=torch.float64)
+    for to, part in zip(codes, (keys, values), strict=True):
+        to[:, :, : tiles * TILE] = part.reshape(len(blocks), kv_heads, -1, size)
+    numbers = torch.zeros(4, len(blocks), kv_heads, padded)
+    numbers[..., : tiles * TILE] = params.movedim(-2, 0).flatten(-2)
+    # Beyond a sequence's end lies what was there before, which may be no number at all.
+    numbers.masked_fill_((torch.arange(padded) >= lengths[:, None])[:, None], 0)
+    return codes[0], codes[1], numbers
 
 
-def _attend(q: torch.Tensor, cells: _Cells, last_seen: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
-    """q [sequences, queries, heads, head_size] over the cells up to last_seen [sequences, queries].
+def attend_causally(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    params: torch.Tensor,
+    last_seen: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """`attend` for q [sequences, kv_heads, share, queries, head_size], in pieces, without chunks that none sees.
 
-    A key is code * s + z, so q . key = s * (q . code) + z * sum(q); likewise for the values.
+    last_seen [sequences, queries] are the queries' own places.
     """
-    sequences, queries, heads, size = q.shape
-    length = int(last_seen.max()) + 1
-    key, value, key_scale, key_zero, value_scale, value_zero = (part[:, :, :length] for part in cells.parts)
-    kv_heads = key.shape[1]
-    share = heads // kv_heads
-    if cells.num_bits == 4:
-        q = torch.cat((q[..., 0::2], q[..., 1::2]), -1)
-    q = q.view(sequences, queries, kv_heads, share, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores = (q @ key.transpose(-1, -2)).mul_(key_scale[:, :, None])
-    scores.addcmul_(q.sum(-1, keepdim=True), key_zero[:, :, None]).mul_(scale)
-    age = last_seen[:, :, None] - torch.arange(length)  # [sequences, queries, length]
-    hidden = age < 0 if window is None else (age < 0) | (age >= window)
-    weights = scores.view(sequences, kv_heads, share, queries, length)
-    weights = weights.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1).flatten(2, 3)
-    out = (weights * value_scale[:, :, None]) @ value
-    out += weights @ value_zero[..., None]
-    if cells.num_bits == 4:
-        out = torch.stack(out.chunk(2, -1), -1)
-    return out.view(sequences, kv_heads, share, queries, size).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    out = torch.empty_like(q)
+    step = max(1, SCORE_ELEMENTS // (q[..., 0, 0].numel() * keys.shape[-2]))
+    for start in range(0, q.shape[-2], step):
+        last = last_seen[:, start : start + step, None]
+        end = -(-(int(last.max()) + 1) // CHUNK) * CHUNK
+        age = last - torch.arange(end)
+        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        cells = (keys[..., :end, :], values[..., :end, :], params[..., :end])
+        out[..., start : start + step, :] = attend(
+            q[..., start : start + step, :], *cells, hidden[:, None, None], scale
+        )
+    return out
+
+
+def attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: torch.Tensor, hidden: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The reference's `attend` for many heads, all chunks at once.
+
+    Args:
+        q: [..., share, queries, head_size] float32.
+        keys, values: codes [..., tokens, head_size] float64; tokens are whole chunks.
+        params: [4, ..., tokens] float32; beyond the sequence any number but NaN.
+        hidden: what is not seen, bool, broadcast to [..., share, queries, tokens].
+        scale: of the scores.
+    """
+    shape = q.shape
+    key_scale, key_zero, value_scale, value_zero = params[..., None, :].unbind()
+    rows = q.flatten(-3, -2)
+    whole, step = _whole_numbers(rows, rows.abs())
+    scores = (whole @ keys.mT).float().mul_(key_scale)
+    scores.add_(whole.sum(-1, keepdim=True).float() * key_zero).mul_(step * (scale * math.log2(math.e)))
+    scores.view(*shape[:-1], -1).masked_fill_(hidden, HIDDEN)
+    scores = scores.unflatten(-1, (-1, CHUNK))  # [..., rows, chunks, CHUNK]
+    exponents = scores.amax(-1, keepdim=True).round_().clamp_(min=LOWEST)
+    weights = _powers(scores, exponents)
+    scaled = weights * value_scale.unflatten(-1, (-1, CHUNK))
+    whole, steps = _whole_numbers(scaled, scaled)
+    products = (whole.transpose(-3, -2) @ values.unflatten(-2, (-1, CHUNK))).float().transpose(-3, -2)
+    totals = sum_by_halves(weights)
+    zeros = sum_by_halves(weights.mul_(value_zero.unflatten(-1, (-1, CHUNK))))
+    return _sum_chunks(exponents, products, steps, totals, zeros).view(shape)
+
+
+def _whole_numbers(x: torch.Tensor, magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    largest = magnitude.amax(-1, keepdim=True).clamp_(min=TINY)
+    return (x * (torch.full_like(largest, LEVELS) / largest)).round_().double(), largest / LEVELS
+
+
+def _powers(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """2^(x - exponent), in place of x."""
+    whole = x.round()
+    fraction = x.sub_(whole)
+    y = fraction * POWER[0]
+    for coefficient in POWER[1:-1]:
+        y.add_(coefficient).mul_(fraction)
+    return y.add_(POWER[-1]).mul_(_power_of_two(whole.sub_(exponent)))
+
+
+def _power_of_two(k: torch.Tensor) -> torch.Tensor:
+    """2^k by its bits; an exponent of 127 less than none is zero."""
+    return (torch.where(k >= CUT, k, -127.0).to(torch.int32) + 127).bitwise_left_shift_(23).view(torch.float32)
+
+
+def _sum_chunks(
+    exponents: torch.Tensor, products: torch.Tensor, steps: torch.Tensor, totals: torch.Tensor, zeros: torch.Tensor
+) -> torch.Tensor:
+    """Results [..., rows, head_size] from products [..., rows, chunks, head_size] and [..., rows, chunks, 1]."""
+    largest = exponents.cummax(-2).values
+    before = torch.cat((torch.full_like(largest[..., :1, :], LOWEST), largest[..., :-1, :]), -2)
+    old, new = _power_of_two(before - largest), _power_of_two(exponents - largest)
+    products = products * (steps * new)
+    totals, zeros = totals * new, zeros * new
+    result, total, zero = (torch.zeros_like(part[..., 0, :]) for part in (products, totals, zeros))
+    for i in range(products.shape[-2]):
+        result = result * old[..., i, :] + products[..., i, :]
+        total = total * old[..., i, :] + totals[..., i, :]
+        zero = zero * old[..., i, :] + zeros[..., i, :]
+    return (result + zero) / total

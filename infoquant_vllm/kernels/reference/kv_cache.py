@@ -1,8 +1,36 @@
-"""The quantised KV cache: what is stored for a token, and attention over it."""
+"""The quantised KV cache: what is stored for a token, and attention over it.
+
+The cache is [blocks, kv_heads, block, bytes] uint8, a block being a multiple of 16 tokens. Sixteen
+tokens of a block and kv-head are a tile of 16 * bytes, in which features and tokens stand as
+products of four bytes at a time need them. With 4-bit codes:
+
+1. keys [head_size / 8, 16 tokens, 4]: byte j of features 8 i .. 8 i + 7 holds feature 8 i + j in its
+   low nibble and 8 i + 4 + j in its high one
+2. values [4, head_size / 2, 4 tokens]: the byte of feature d and of d + head_size / 2, likewise
+3. float16 [4, 16 tokens]: key scales, key zeros, value scales, value zeros
+
+With 8-bit codes keys are [head_size / 4, 16 tokens, 4] and values [4, head_size, 4 tokens].
+"""
+
+import math
 
 import torch
+from torch.nn import functional
 
-from infoquant_vllm.format import apply_hadamard, pack_codes, unpack_codes
+from infoquant_vllm.format import apply_hadamard
+
+TILE = 16
+PARAMETER_BYTES = 8  # float16 scale and zero of key and value
+CHUNK = 128  # tokens that are summed together
+LEVELS = 32512  # 127 * 256: whole numbers up to here are 256 a + b with signed bytes a and b
+TINY = 2.0**-100
+CUT = -64  # weights below 2^CUT of the largest count as none
+POWER = (0.009600395, 0.055916894, 0.24023719, 0.69312197, 1.0)  # of 2^f on [-1/2, 1/2], to 3e-6
+
+
+def cell_bytes(head_size: int, num_bits: int) -> int:
+    """Bytes of the cache per token and kv-head."""
+    return 2 * head_size * num_bits // 8 + PARAMETER_BYTES
 
 
 def kv_store(
@@ -12,72 +40,179 @@ def kv_store(
     slots: torch.Tensor,
     key_clip: torch.Tensor,
     value_clip: torch.Tensor,
+    key_offset: torch.Tensor | None,
     hadamard: bool,
     num_bits: int,
 ) -> None:
-    """Write key, value [tokens, kv_heads, head_size] into cache [blocks, kv_heads, block, bytes].
+    """Write key, value [tokens, kv_heads, head_size] into the cache.
 
     Slot s is place s % block of block s // block; tokens with a negative slot are skipped.
-    key_clip, value_clip [kv_heads, 2]; keys go through `apply_hadamard` where `hadamard` says so.
-    A cell: key codes | value codes | float16 key scale, key zero, value scale, value zero.
+    key_clip, value_clip [kv_heads, 2]; key_offset [kv_heads, head_size] is subtracted from keys, which then
+    go through `apply_hadamard` where `hadamard` says so.
     """
+    block, size = cache.shape[2], key.shape[2]
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
         k, v = key[token].float(), value[token].float()
-        k_codes, k_params = _quantise(apply_hadamard(k) if hadamard else k, key_clip, num_bits)
-        v_codes, v_params = _quantise(v, value_clip, num_bits)
-        params = torch.cat((k_params, v_params), -1).view(torch.uint8)
-        cache[slot // cache.shape[2], :, slot % cache.shape[2]] = torch.cat((k_codes, v_codes, params), -1)
+        k = k if key_offset is None else k - key_offset
+        tiles = cache[slot // block].view(cache.shape[1], block // TILE, -1)[:, slot % block // TILE]
+        keys, values, params = tile_parts(tiles, size, num_bits)
+        lane = slot % TILE
+        k_codes, params[:, 0, lane], params[:, 1, lane] = quantise(
+            apply_hadamard(k) if hadamard else k, key_clip, num_bits
+        )
+        v_codes, params[:, 2, lane], params[:, 3, lane] = quantise(v, value_clip, num_bits)
+        if num_bits == 4:
+            k_codes = k_codes.unflatten(-1, (-1, 2, 4))
+            k_codes = k_codes[:, :, 0] | (k_codes[:, :, 1] << 4)
+            v_codes = v_codes[:, : size // 2] | (v_codes[:, size // 2 :] << 4)
+        keys[:, :, lane] = k_codes.view(len(tiles), -1, 4)
+        values[:, lane // 4, :, lane % 4] = v_codes
 
 
-def _quantise(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    qmax = 2**num_bits - 1
+def tile_parts(tiles: torch.Tensor, size: int, num_bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of tiles [..., bytes]: keys [..., features, 16, 4], values [..., 4, features, 4], float16 [..., 4, 16]."""
+    codes = TILE * size * num_bits // 8
+    keys = tiles[..., :codes].unflatten(-1, (-1, TILE, 4))
+    values = tiles[..., codes : 2 * codes].unflatten(-1, (4, -1, 4))
+    return keys, values, tiles[..., 2 * codes :].view(torch.float16).unflatten(-1, (4, TILE))
+
+
+def quantise(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 of x [..., kv_heads, head_size] float32, their scales and zeros float16 [..., kv_heads]."""
+    largest = 2**num_bits - 1
     low = x.amin(-1).clamp(max=0) * clip[:, 0]
     high = x.amax(-1).clamp(min=0) * clip[:, 1]
-    scale = ((high - low) / qmax).clamp(2**-20, 65504).half()
+    scale = ((high - low) / largest).clamp(2**-20, 65504).half()
     zero = low.clamp(-65504, 65504).half()
-    codes = torch.round((x - zero.float()[:, None]) / scale.float()[:, None]).clamp(0, qmax)
-    return pack_codes(codes, num_bits, signed=False), torch.stack((scale, zero), -1)
+    codes = torch.round((x - zero.float()[..., None]) / scale.float()[..., None]).clamp(0, largest)
+    return codes.to(torch.uint8), scale, zero
 
 
-def kv_read(cells: torch.Tensor, head_size: int, num_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys (rotated as they were stored) and values [..., head_size] float64 of cells [..., bytes]."""
-    width = head_size * num_bits // 8
-    params = cells[..., 2 * width :].contiguous().view(torch.float16).double()
-    key = unpack_codes(cells[..., :width], num_bits, signed=False) * params[..., 0:1] + params[..., 1:2]
-    value = unpack_codes(cells[..., width : 2 * width], num_bits, signed=False) * params[..., 2:3] + params[..., 3:4]
-    return key, value
+def kv_read(
+    cache: torch.Tensor, blocks: torch.Tensor, size: int, num_bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Key and value codes uint8 [kv_heads, tokens, head_size] of some blocks, parameters [4, kv_heads, tokens] float16.
+
+    A key (rotated as it was stored) or a value is code * scale + zero; see the tile for the parameters' order.
+    """
+    tiles = cache[blocks.long()].transpose(0, 1).reshape(cache.shape[1], -1, TILE * cache.shape[3])
+    keys, values, params = tile_parts(tiles, size, num_bits)
+    keys, values = keys.permute(0, 1, 3, 2, 4), values.permute(0, 1, 2, 4, 3)  # [heads, tiles, 16, n, 4], [.., 4, 4, n]
+    if num_bits == 4:
+        keys = torch.stack((keys & 15, keys >> 4), -2)
+        values = torch.cat((values & 15, values >> 4), -1)
+    tokens = tiles.shape[1] * TILE
+    return (
+        keys.reshape(len(tiles), tokens, size),
+        values.reshape(len(tiles), tokens, size),
+        params.permute(2, 0, 1, 3).flatten(2),
+    )
 
 
 def kv_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
-    query_starts: list[int],
-    seq_lens: list[int],
+    query_starts: torch.Tensor,
+    seq_lens: torch.Tensor,
     block_table: torch.Tensor,
     hadamard: bool,
     scale: float,
     window: int | None,
     num_bits: int,
-) -> torch.Tensor:
+    out: torch.Tensor,
+) -> None:
     """Causal attention of query [tokens, heads, head_size] over the cache, sequence by sequence.
 
     Sequence i has the queries query_starts[i] .. query_starts[i + 1], which are its last tokens,
-    and its seq_lens[i] cells in the blocks block_table[i]. A query sees itself and the tokens
-    before it, with a window only the last `window` of these. Returns float64, shaped as query.
+    and its seq_lens[i] cells in the blocks block_table[i]; all three int32. A query sees itself and
+    the tokens before it, with a window only the last `window` of these. Writes `out`, shaped as
+    query, in its dtype; see `attend` for what is computed.
     """
-    out = torch.zeros(query.shape, dtype=torch.float64)
-    for i, length in enumerate(seq_lens):
-        start, end = query_starts[i], query_starts[i + 1]
-        cells = cache[block_table[i].long()].transpose(0, 1).flatten(1, 2)[:, :length]  # [kv_heads, length, bytes]
-        key, value = kv_read(cells, query.shape[2], num_bits)
-        q = query[start:end].float()
-        q = (apply_hadamard(q) if hadamard else q).double()
-        share = query.shape[1] // len(key)
-        scores = torch.einsum("thd,hld->htl", q, key.repeat_interleave(share, 0)) * scale
+    for i, length in enumerate(seq_lens.tolist()):
+        start, end = query_starts[i : i + 2].tolist()
+        if start == end:
+            continue
+        keys, values, params = kv_read(cache, block_table[i], query.shape[2], num_bits)
         age = torch.arange(length - end + start, length)[:, None] - torch.arange(length)
-        hidden = (age < 0) | (age >= window) if window is not None else age < 0
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        out[start:end] = torch.einsum("htl,hld->thd", weights, value.repeat_interleave(share, 0))
-    return out
+        visible = (age >= 0) & (age < window) if window is not None else age >= 0
+        q = query[start:end].float()
+        q = apply_hadamard(q) if hadamard else q
+        for head in range(query.shape[1]):
+            h = head * len(keys) // query.shape[1]
+            cells = (keys[h, :length], values[h, :length], params[:, h, :length])
+            out[start:end, head] = attend(q[:, head], *cells, visible, scale).to(out.dtype)
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    params: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """One head: q [queries, head_size] float32, keys and values [tokens, head_size] codes, params [4, tokens].
+
+    softmax(scale * q @ k.T) @ v, where visible [queries, tokens], with queries and weights rounded
+    to whole numbers. The products with codes are exact then, in any order; all else is float32, and
+    every operation rounds, in the order stated here. So a row is the same bits in every batch,
+    chunk, split of the context and number of threads.
+
+    Tokens are summed in chunks of CHUNK, counted from the sequence's first token. The weights of a
+    chunk are relative to 2^exponent, its greatest score in powers of two; sums over chunks
+    (`result`, `total`, `zero`) are relative to 2^largest, the greatest exponent so far. Going from
+    one to the other is a factor that is a power of two, so it does not round. After Dao et al.,
+    FlashAttention, 2022, and Milakov and Gimelshein, Online normalizer calculation, 2018.
+    """
+    padding = -len(keys) % CHUNK
+    key_scale, key_zero, value_scale, value_zero = params.float()
+    whole_q, step = whole_numbers(q)
+    products = (whole_q @ keys.double().T).float() * key_scale + whole_q.sum(-1, keepdim=True).float() * key_zero
+    scores = (products * (step * (scale * math.log2(math.e)))).masked_fill(~visible, -math.inf)
+    scores = functional.pad(scores, (0, padding), value=-math.inf)
+    value_scale, value_zero = (functional.pad(x, (0, padding)) for x in (value_scale, value_zero))
+    values = functional.pad(values.double(), (0, 0, 0, padding))
+    largest = torch.full((len(q), 1), -math.inf)
+    result, total, zero = torch.zeros_like(q), torch.zeros(len(q), 1), torch.zeros(len(q), 1)
+    for start in range(0, len(values), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        exponent = scores[:, chunk].amax(-1, keepdim=True).round()
+        weights = powers(scores[:, chunk], exponent)
+        whole, step = whole_numbers(weights * value_scale[chunk])
+        before, largest = largest, torch.maximum(largest, exponent)
+        old, new = power_of_two(before - largest), power_of_two(exponent - largest)
+        result = result * old + (whole @ values[chunk]).float() * (step * new)
+        total = total * old + sum_by_halves(weights) * new
+        zero = zero * old + sum_by_halves(weights * value_zero[chunk]) * new
+    return (result + zero) / total
+
+
+def whole_numbers(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., n] as whole numbers up to LEVELS, float64 for exact sums of products, times steps [..., 1]."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=TINY)
+    return torch.round(x * (torch.full_like(largest, LEVELS) / largest)).double(), largest / LEVELS
+
+
+def powers(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """2^(x - exponent) for a whole exponent, by a polynomial in what x is above or below a whole number."""
+    whole = x.round()
+    fraction, power = x - whole, power_of_two(whole - exponent)
+    y = torch.full_like(x, POWER[0])
+    for coefficient in POWER[1:]:
+        y = y * fraction + coefficient
+    return torch.where(power > 0, y * power, 0)
+
+
+def power_of_two(k: torch.Tensor) -> torch.Tensor:
+    """2^k for whole k <= 0; 0 below CUT, and for what is not a number (of a chunk of which nothing is visible)."""
+    return torch.where(k >= CUT, torch.exp2(k.double()).float(), 0)
+
+
+def sum_by_halves(x: torch.Tensor) -> torch.Tensor:
+    """Sums [..., 1] of x [..., CHUNK]: entries 64 apart first, of the sums those 32 apart, and so on."""
+    while x.shape[-1] > 1:
+        first, second = x.chunk(2, -1)
+        x = first + second
+    return x
