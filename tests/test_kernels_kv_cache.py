@@ -139,7 +139,7 @@ def test_attention_is_that_of_the_reference(
     kernels: ModuleType, name: str, num_bits: int, heads: int, kv_heads: int, size: int, window: int | None
 ) -> None:
     batch = Batch(*BATCHES[name], heads, kv_heads, size, num_bits)
-    cache = batch.store(reference)
+    cache = batch.store(cpu)
     assert torch.equal(batch.attend(kernels, cache, window), batch.attend(reference, cache, window))
 
 
@@ -150,7 +150,7 @@ def test_head_sizes_blocks_and_dtypes_are_those_of_the_reference(
     kernels: ModuleType, size: int, block: int, dtype: torch.dtype
 ) -> None:
     batch = Batch([1, 30, 1], [300, 30, 17], 4, 2, size, block=block, dtype=dtype)
-    cache = batch.store(reference)
+    cache = batch.store(cpu)
     assert torch.equal(batch.attend(kernels, cache), batch.attend(reference, cache))
 
 
@@ -176,7 +176,7 @@ def test_a_row_does_not_depend_on_chunks_the_batch_or_the_split(
 def test_huge_scores_and_queries_of_zeros_are_those_of_the_reference(kernels: ModuleType) -> None:
     batch = Batch([3, 1], [140, 300])
     batch.query[0], batch.query[1] = 0, batch.query[1] * 1000
-    cache = batch.store(reference)
+    cache = batch.store(cpu)
     found = batch.attend(kernels, cache)
     assert torch.equal(found, batch.attend(reference, cache))
     assert torch.isfinite(found).all()
