@@ -149,7 +149,7 @@ class Distillation(_Strict):
     The rate is relative for scales and absolute for clips; 0 leaves them as they are.
     """
 
-    steps: Count = 150
+    steps: Count = 200
     batch_sequences: Count = 1
     warmup_steps: Count = 10
     scale_learning_rate: Rate = 2e-3
