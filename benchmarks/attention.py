@@ -116,7 +116,7 @@ def kernels(case: Case) -> dict[str, Callable[[], object]]:
     batch = (starts, lens, blocks.int()[None])
     codes = torch.zeros(len(blocks), kv_heads, BLOCK, cell_bytes(size, 4), dtype=torch.uint8)
     clip = torch.ones(kv_heads, 2)
-    native_kernels.kv_store(key, value, codes, slots, clip, clip, True, 4)
+    native_kernels.kv_store(key, value, codes, slots, clip, clip, None, True, 4)
 
     def ours(module: ModuleType) -> Callable[[], object]:
         out = torch.empty_like(query)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from vllm import _custom_ops
 
+from benchmarks.kernels_rotate import rotate_rows
 from benchmarks.provenance import provenance, write_rows
 from infoquant_vllm.kernels.native.library import POINTER, SIZE, function, library
 from infoquant_vllm.kernels.native.quantized_linear import prepare_grid, prepare_weight, quantized_linear
@@ -66,8 +67,13 @@ def linear_rows(seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
+def input_rows(seconds: float) -> list[dict[str, Any]]:
+    """rotate_quantize as a share of the product's time."""
+    return rotate_rows(seconds, take_turns, lambda *shape: _int4_linear(*shape, 4, 1))
+
+
 OPERATIONS: MappingProxyType[str, Callable[[float], list[dict[str, Any]]]] = MappingProxyType(
-    {"int4_linear": linear_rows}
+    {"int4_linear": linear_rows, "rotate_quantize": input_rows}
 )
 
 
@@ -101,13 +107,14 @@ def _row(name: str, times: list[float], first: list[float]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
     printed = Table(title=f"{rows[0]['kernels']}, one thread, microseconds (median, quartiles, lowest)")
-    for heading in ("tokens", "contender", "median", "quartiles", "lowest", "ratio"):
+    for heading in ("tokens", "features", "channels", "contender", "median", "quartiles", "lowest", "ratio"):
         printed.add_column(heading)
     for row in rows:
         low, high = row["quartiles_us"]
         numbers = f"{row['median_us']:.0f}", f"{low:.0f} to {high:.0f}", f"{row['lowest_us']:.0f}"
         ratio = f"{row['over_first']:.2f}"
-        printed.add_row(str(row["tokens"]), row["contender"], *numbers, ratio)
+        sizes = (str(row[name]) for name in ("tokens", "features", "channels"))
+        printed.add_row(*sizes, row["contender"], *numbers, ratio)
     return printed
 
 

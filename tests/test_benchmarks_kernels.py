@@ -12,4 +12,6 @@ def test_contenders_take_turns_on_ever_other_weights_and_are_told_over_the_first
     assert rows[0]["over_first"] == 1
     assert rows[0]["rounds"] == MIN_ROUNDS - 1
     assert all(row["lowest_us"] <= row["median_us"] <= row["quartiles_us"][1] for row in rows)
-    assert table([row | {"kernels": "native", "tokens": 1} for row in rows]).row_count == 2
+    assert (
+        table([row | {"kernels": "native", "tokens": 1, "features": 64, "channels": 32} for row in rows]).row_count == 2
+    )
