@@ -8,6 +8,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -69,7 +70,7 @@ def linear_rows(seconds: float) -> list[dict[str, Any]]:
 
 def input_rows(seconds: float) -> list[dict[str, Any]]:
     """rotate_quantize as a share of the product's time."""
-    return rotate_rows(seconds, take_turns, lambda *shape: _int4_linear(*shape, 4, 1))
+    return rotate_rows(seconds, take_turns, partial(_int4_linear, num_bits=4, groups=1))
 
 
 OPERATIONS: MappingProxyType[str, Callable[[float], list[dict[str, Any]]]] = MappingProxyType(
