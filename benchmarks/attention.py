@@ -21,7 +21,7 @@ from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.provenance import provenance, write_rows
-from infoquant_vllm.attention import cell_bytes
+from infoquant_vllm.format import cell_bytes
 from infoquant_vllm.kernels.cpu import kv_cache as torch_kernels
 from infoquant_vllm.kernels.native import kv_cache as native_kernels
 

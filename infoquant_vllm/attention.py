@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
 
-from infoquant_vllm.kernels.reference.kv_cache import cell_bytes
+from infoquant_vllm.format import cell_bytes
 from infoquant_vllm.ops.table import kernel
 
 

@@ -8,13 +8,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 
-from infoquant_vllm.format import Checkpoint, FormatError, LinearScheme, ModelShape, read_json
+from infoquant_vllm.format import Checkpoint, FormatError, LinearScheme, ModelShape, cell_bytes, read_json
 from offline.errors import ToolError
 
 DTYPE_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 BF16_BYTES = 2
-CACHE_SCALE_BYTES = 8
-"""Scale and zero point of keys and of values, float16 each."""
 
 
 class Size(BaseModel):
@@ -72,7 +70,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         vocabulary_bits=checkpoint.config.vocabulary_bits,
         sizes=sizes,
         bits_per_weight=8 * sizes["linears"].bytes / weights,
-        kv_bytes_per_token=plain_kv if cache is None else heads * _cell_bytes(shape.head_dim, cache.num_bits),
+        kv_bytes_per_token=plain_kv if cache is None else heads * cell_bytes(shape.head_dim, cache.num_bits),
         kv_bf16_bytes_per_token=plain_kv,
         recipe=_recipe(checkpoint.folder / "infoquant_recipe.yaml"),
         report=found,
@@ -126,10 +124,6 @@ def _plain_bytes(name: str, shape: list[int], linears: dict[str, tuple[int, int]
     if kind == "weight_packed":
         return (math.prod(linears[module]) if module in linears else math.prod(shape)) * BF16_BYTES
     return math.prod(shape) * BF16_BYTES if kind in ("weight", "bias") else 0
-
-
-def _cell_bytes(head_dim: int, num_bits: int) -> int:
-    return 2 * head_dim * num_bits // 8 + CACHE_SCALE_BYTES
 
 
 def _schemes(checkpoint: Checkpoint) -> dict[str, LinearScheme | None]:

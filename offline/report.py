@@ -10,13 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from infoquant_vllm.format import QuantizationConfigData, TensorSpec, expected_tensors
+from infoquant_vllm.format import QuantizationConfigData, TensorSpec, cell_bytes, expected_tensors
 from offline.fold import stored_dtype
 from offline.source import Source
 
 BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
-KV_SCALES_BYTES = 8
-"""Per token and kv-head: scale and zero of keys and of values, float16."""
 
 
 class Report(BaseModel):
@@ -80,7 +78,7 @@ def checkpoint_sizes(source: Source, config: QuantizationConfigData) -> dict[str
     quantized = cached * width
     if config.kv_cache is not None:
         heads = shape.num_hidden_layers * shape.num_key_value_heads
-        quantized = cached * config.kv_cache.num_bits // 8 + heads * KV_SCALES_BYTES
+        quantized = heads * cell_bytes(shape.head_dim, config.kv_cache.num_bits)
     return {
         "source_linear_bytes": (weights + biases) * width,
         "linear_bytes": linear_bytes,

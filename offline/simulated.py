@@ -13,9 +13,10 @@ from infoquant_vllm.format import (
     LinearScheme,
     WeightArgs,
     apply_hadamard,
+    cell_bytes,
     unpack_codes,
 )
-from infoquant_vllm.kernels.reference.kv_cache import TILE, cell_bytes
+from infoquant_vllm.kernels.reference.kv_cache import TILE
 from infoquant_vllm.ops.table import kernel
 from offline.transforms import transform_input
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from infoquant_vllm.format import cell_bytes
 from infoquant_vllm.kernels.cpu import kv_cache as cpu
 from infoquant_vllm.kernels.native import kv_cache as native
 from infoquant_vllm.kernels.native.library import library
@@ -63,7 +64,7 @@ class Batch:
     def empty_cache(self) -> torch.Tensor:
         """A cache [blocks, kv_heads, block, bytes] of what used to be there: NaN as parameters."""
         _, kv_heads, size = self.key.shape
-        shape = (len(self.blocks), kv_heads, self.block, reference.cell_bytes(size, self.num_bits))
+        shape = (len(self.blocks), kv_heads, self.block, cell_bytes(size, self.num_bits))
         return torch.full(shape, 255, dtype=torch.uint8)
 
     def store(self, kernels: ModuleType, hadamard: bool = True, offset: bool = True) -> torch.Tensor:

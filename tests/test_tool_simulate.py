@@ -14,9 +14,10 @@ from infoquant_vllm.format import (
     KVCacheArgs,
     LinearScheme,
     WeightArgs,
+    cell_bytes,
     linear_tensors,
 )
-from infoquant_vllm.kernels.reference.kv_cache import cell_bytes, kv_attention, kv_read, kv_store
+from infoquant_vllm.kernels.reference.kv_cache import kv_attention, kv_read, kv_store
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear

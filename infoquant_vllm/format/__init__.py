@@ -28,6 +28,7 @@ from infoquant_vllm.format.tensors import (
     TensorSpec,
     activation_groups,
     cache_tensors,
+    cell_bytes,
     expected_tensors,
     linear_tensors,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "activation_groups",
     "apply_hadamard",
     "cache_tensors",
+    "cell_bytes",
     "check_values",
     "expected_tensors",
     "hadamard",

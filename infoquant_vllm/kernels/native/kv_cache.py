@@ -3,14 +3,11 @@
 import math
 from collections.abc import Callable
 from functools import cache
-from types import MappingProxyType
 
 import torch
 
 from infoquant_vllm.format import apply_hadamard
-from infoquant_vllm.kernels.native.library import FLOAT, POINTER, SIZE, function
-
-DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
+from infoquant_vllm.kernels.native.library import DTYPES, FLOAT, POINTER, SIZE, function
 
 
 def kv_store(

@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from functools import cache
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 
-from infoquant_vllm.kernels.native.library import POINTER, SIZE, function
+from infoquant_vllm.kernels.native.library import DTYPES, POINTER, SIZE, function
 
 PANEL = 32  # channels
 STEP = 4  # features
-OUT_TYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
 
 
 def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: int) -> torch.Tensor:
@@ -68,7 +66,7 @@ def quantized_linear(
         weight_groups,
         weight.shape[2] // 16,
         num_bits,
-        OUT_TYPES[dtype],
+        DTYPES[dtype],
     )
     return out
 

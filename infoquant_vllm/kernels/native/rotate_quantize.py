@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from functools import cache
-from types import MappingProxyType
 
 import torch
 
 from infoquant_vllm.format import hadamard_dense
-from infoquant_vllm.kernels.native.library import POINTER, SIZE, function
+from infoquant_vllm.kernels.native.library import DTYPES, POINTER, SIZE, function
 
-DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
 NONE, HADAMARD, BLOCKS, KRONECKER = range(4)
 
 

@@ -20,17 +20,11 @@ from torch.nn import functional
 from infoquant_vllm.format import apply_hadamard
 
 TILE = 16
-PARAMETER_BYTES = 8  # float16 scale and zero of key and value
 CHUNK = 128  # tokens that are summed together
 LEVELS = 32512  # 127 * 256: whole numbers up to here are 256 a + b with signed bytes a and b
 TINY = 2.0**-100
 CUT = -64  # weights below 2^CUT of the largest count as none
 POWER = (0.009600395, 0.055916894, 0.24023719, 0.69312197, 1.0)  # of 2^f on [-1/2, 1/2], to 3e-6
-
-
-def cell_bytes(head_size: int, num_bits: int) -> int:
-    """Bytes of the cache per token and kv-head."""
-    return 2 * head_size * num_bits // 8 + PARAMETER_BYTES
 
 
 def kv_store(
