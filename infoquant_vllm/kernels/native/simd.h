@@ -1,18 +1,9 @@
-// Vectors of 32-bit lanes as wide as the target's registers; arithmetic on them is GCC's vector extension.
+// What products of bytes need beside `floats.h`: dot products within lanes, and results in 16 bits.
 #pragma once
-#include <immintrin.h>
+#include "floats.h"
 
-#include <cstdint>
-#include <cstring>
+using namespace infoquant;
 
-#ifdef __AVX512VNNI__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
-
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
