@@ -12,7 +12,7 @@ from offline.recipe import SITES, KVCache, Recipe, Site
 from offline.simulated import integer_weights
 from offline.straight_through import fake_quantize
 from offline.trained_cache import ATTENTION, TrainedCache, register_attention
-from offline.transforms import InputTensors, transform_input
+from offline.transforms import InputTensors, hadamard_product, transform_input
 
 START = math.log(9)
 SHARED = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
@@ -88,7 +88,7 @@ class ClippedInput(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] float32, transformed and quantised."""
-        y = transform_input(x.flatten(0, -2), self._transform, self._tensors).view(x.shape)
+        y = transform_input(x.flatten(0, -2), self._transform, self._tensors, hadamard_product).view(x.shape)
         return y if self.clip is None else fake_quantize(y, self.clip(), self._args.num_bits, self._args.symmetric)
 
 

@@ -1,4 +1,4 @@
-"""A quantised model that can be trained: weight scales and clips as parameters, codes as they are.
+"""A quantised model that can be trained: a factor per row of weights and clips as parameters, codes as they are.
 
 Built from the tensors of a checkpoint, by layer, on the source's own transformers model. Everything
 but the quantised parts stays fixed; it runs in float32, in the rotated basis of the residual stream.
@@ -15,7 +15,7 @@ from offline.simulated import integer_weights
 from offline.source import Source
 from offline.straight_through import fake_quantize
 from offline.trained_cache import ATTENTION, TrainedCache, register_attention
-from offline.transforms import Transforms, transform_input
+from offline.transforms import Transforms, hadamard_product, transform_input
 
 CLIP_BOUNDS = (0.3, 1.0)
 
@@ -72,7 +72,7 @@ class Student(nn.Module):
         return (hidden if self._rotation is None else hidden @ self._rotation.T) * self._final_norm
 
     def log_scales(self) -> list[nn.Parameter]:
-        """Logarithms of the factors on the weight scales of all linears."""
+        """Logarithms of the factors on the rows of all linears' weights."""
         return [module.log_scale for module in self.modules() if isinstance(module, StudentLinear)]
 
     def clips(self) -> list[nn.Parameter]:
@@ -112,35 +112,36 @@ class StudentInput(nn.Module):
         return self._quantised
 
     def _quantise(self, x: torch.Tensor) -> torch.Tensor:
-        y = transform_input(x.flatten(0, -2), self.scheme.input_transform, self._matrices).view(x.shape)
+        transform = self.scheme.input_transform
+        y = transform_input(x.flatten(0, -2), transform, self._matrices, hadamard_product).view(x.shape)
         args = self.scheme.input_activations
         return y if self.clip is None else fake_quantize(y.contiguous(), self.clip, args.num_bits, args.symmetric)
 
 
 class StudentLinear(nn.Module):
-    """A linear of fixed codes whose scale is multiplied by exp(log_scale) [N, G]."""
+    """A linear whose weights, codes times scales, are multiplied by exp(log_scale) [N], row by row.
+
+    One factor per row even where weights have a scale per group: those have hundreds of times as many,
+    more than a few steps can tell apart, and they learn the text by heart (docs/method.md).
+    """
 
     def __init__(self, site: StudentInput, scheme: LinearScheme, tensors: Layer):
         super().__init__()
         self.site = [site]  # a list: several linears share the module
-        self._codes = integer_weights(tensors, scheme.weights).float()
         self._scale = tensors["weight_scale"]
-        self.log_scale = nn.Parameter(torch.zeros_like(self._scale))
+        codes = integer_weights(tensors, scheme.weights).unflatten(1, (self._scale.shape[1], -1))
+        self._weight = (codes * self._scale[:, :, None]).flatten(1)
+        self.log_scale = nn.Parameter(torch.zeros(len(self._scale)))
         self._bias = tensors.get("bias")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] float32 to [..., N]."""
-        y, scale = self.site[0](x), self._scale * self.log_scale.exp()
-        if scale.shape[1] == 1:
-            out = functional.linear(y, self._codes) * scale[:, 0]
-        else:
-            grouped = self._codes.unflatten(1, (scale.shape[1], -1))
-            out = functional.linear(y, (grouped * scale[..., None]).flatten(1))
+        out = functional.linear(self.site[0](x), self._weight) * self.log_scale.exp()
         return out if self._bias is None else out + self._bias.float()
 
     def tensors(self) -> Layer:
         """Scales and clips as the checkpoint holds them."""
-        found, clip = {"weight_scale": self._scale * self.log_scale.exp()}, self.site[0].clip
+        found, clip = {"weight_scale": self._scale * self.log_scale.exp()[:, None]}, self.site[0].clip
         return found if clip is None else found | {"input_clip": clip.detach().clone()}
 
 

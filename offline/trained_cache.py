@@ -8,8 +8,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from infoquant_vllm.format import apply_hadamard
 from offline.straight_through import fake_store
+from offline.transforms import hadamard_product
 
 ATTENTION = "infoquant_trained_cache"
 
@@ -27,7 +27,7 @@ class TrainedCache(nn.Module):
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Keys or queries [..., head_size] as the scores are computed from."""
-        return apply_hadamard(x) if self._rotate_keys else x
+        return hadamard_product(x) if self._rotate_keys else x
 
     def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[sequences, kv_heads, tokens, head_size] each, as read back from the cache."""

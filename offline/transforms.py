@@ -1,10 +1,12 @@
 """Transforms that leave a model's function unchanged, and their application along an axis."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from infoquant_vllm.format import InputTransform, ModelShape, apply_hadamard, hadamard
+from infoquant_vllm.format import InputTransform, ModelShape, apply_hadamard, hadamard, hadamard_dense
 
 InputTensors = dict[str, torch.Tensor]
 """What an `InputTransform` reads from the checkpoint, float32 by local names; none for type none and hadamard."""
@@ -36,19 +38,33 @@ def random_head_rotations(shape: ModelShape, generator: torch.Generator) -> torc
     return signs * hadamard(shape.head_dim)
 
 
-def transform_input(x: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:
+def transform_input(
+    x: torch.Tensor,
+    transform: InputTransform,
+    tensors: InputTensors,
+    by_hadamard: Callable[[torch.Tensor], torch.Tensor] = apply_hadamard,
+) -> torch.Tensor:
     """y = x @ R for x [rows, K], in the dtype of x; `tensors` holds the transform's by their local names.
 
-    Rounds as the server does: sums over a learned matrix are in float64.
+    Rounds as the server does: sums over a learned matrix are in float64. What trains gives
+    `hadamard_product` for `by_hadamard`.
     """
     if transform.type == "hadamard" and transform.block_size is not None:
-        return apply_hadamard(x.unflatten(1, (-1, transform.block_size))).flatten(1)
+        return by_hadamard(x.unflatten(1, (-1, transform.block_size))).flatten(1)
     if transform.type == "blocks" and transform.block_size is not None:
         blocks = x.unflatten(1, (-1, transform.block_size)).transpose(0, 1)
         return (blocks.double() @ tensors["input_blocks"].double()).to(x.dtype).transpose(0, 1).flatten(1)
     if transform.type == "kronecker":
         return apply_kronecker(x, tensors["input_left"], tensors["input_right"])
     return x
+
+
+def hadamard_product(x: torch.Tensor) -> torch.Tensor:
+    """x [..., size] @ hadamard(size) by matrix products: few operations, for gradients; other last bits."""
+    dense = hadamard_dense(x.shape[-1]).to(x)
+    rows = x.unflatten(-1, (len(dense), -1))
+    rows = rows @ hadamard(rows.shape[-1]).to(x)
+    return (rows if len(dense) == 1 else dense.T @ rows / math.sqrt(len(dense))).flatten(-2)
 
 
 def undo_in_weights(weight: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from infoquant_vllm.format import InputTransform
+from infoquant_vllm.format import InputTransform, hadamard
 from offline.progress import silent
 from offline.psot import cayley, learn_rotation, squared_range
 from offline.recipe import Psot
 from offline.transforms import (
     apply_kronecker,
+    hadamard_product,
     random_hadamard,
     transform_hessian,
     transform_input,
@@ -20,6 +21,12 @@ ODD_SIZES = (1, 2, 3, 7, 12, 43, 60, 96, 172, 576, 1376)
 
 def distance_from_orthogonal(matrix: torch.Tensor) -> float:
     return (matrix @ matrix.T - torch.eye(len(matrix), dtype=matrix.dtype)).abs().max().item()
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_hadamard_by_products_is_the_formats(size: int) -> None:
+    x = torch.randn(3, 5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(hadamard_product(x), x @ hadamard(size))
 
 
 @pytest.mark.parametrize("size", ODD_SIZES)
