@@ -81,12 +81,18 @@ def round_to_nearest(weight: torch.Tensor, args: WeightArgs) -> QuantizedWeight:
     return QuantizedWeight(codes, scale, zero)
 
 
-def _scales(weight: torch.Tensor, args: WeightArgs, factor: float) -> Scales:
+def code_range(args: WeightArgs) -> tuple[int, int]:
+    """Lowest and highest code."""
     half = 2 ** (args.num_bits - 1)
+    return (-half, half - 1) if args.symmetric else (0, 2 * half - 1)
+
+
+def _scales(weight: torch.Tensor, args: WeightArgs, factor: float) -> Scales:
+    lowest, highest = code_range(args)
     if args.symmetric:
-        scale = (weight.abs().amax(1, keepdim=True) * (factor / (half - 1))).clamp(min=1e-12)
-        return Scales(scale, torch.zeros_like(scale), -half, half - 1)
+        scale = (weight.abs().amax(1, keepdim=True) * (factor / highest)).clamp(min=1e-12)
+        return Scales(scale, torch.zeros_like(scale), lowest, highest)
     low = weight.amin(1, keepdim=True).clamp(max=0) * factor
     high = weight.amax(1, keepdim=True).clamp(min=0) * factor
-    scale = ((high - low) / (2 * half - 1)).clamp(min=1e-12)
-    return Scales(scale, torch.round(-low / scale), 0, 2 * half - 1)
+    scale = ((high - low) / highest).clamp(min=1e-12)
+    return Scales(scale, torch.round(-low / scale), lowest, highest)

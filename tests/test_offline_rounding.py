@@ -5,6 +5,7 @@ import torch
 
 from infoquant_vllm.format import WeightArgs
 from offline.gptq import gptq, inverse_factor, output_error
+from offline.refine import descend, refine, refit_scales
 from offline.weights import round_to_nearest, search_scales
 
 SCHEMES = [
@@ -34,7 +35,8 @@ def test_codes_fit_their_bits(args: WeightArgs, extreme: float) -> None:
     lowest, highest = (
         (-(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1) - 1) if args.symmetric else (0, 2**args.num_bits - 1)
     )
-    for rounded in (round_to_nearest(weight, args), gptq(weight, correlated_hessian(), args, DAMPING)):
+    by_gptq, hessian = gptq(weight, correlated_hessian(), args, DAMPING), correlated_hessian()
+    for rounded in (round_to_nearest(weight, args), by_gptq, refine(weight, by_gptq, hessian, args, 2)):
         assert lowest <= rounded.codes.min()
         assert rounded.codes.max() <= highest
         assert torch.equal(rounded.codes, rounded.codes.round())
@@ -55,6 +57,56 @@ def test_gptq_on_uncorrelated_inputs_is_rounding(args: WeightArgs) -> None:
     plain, same = round_to_nearest(weight, args), gptq(weight, torch.eye(96), args, DAMPING)
     for field in ("codes", "scale", "zero"):
         assert torch.equal(getattr(plain, field), getattr(same, field)), field
+
+
+@pytest.mark.parametrize("args", SCHEMES)
+def test_each_step_of_refining_lowers_the_error_of_outputs(args: WeightArgs) -> None:
+    weight, hessian = random_weight(), correlated_hessian()
+    start = gptq(weight, hessian, args, DAMPING)
+    moved = descend(weight, start, hessian, args)
+    scaled = refit_scales(weight, moved, hessian)
+    errors = [output_error(weight, rounded.values(), hessian) for rounded in (start, moved, scaled)]
+    assert errors[0] > errors[1] > errors[2]
+    assert output_error(weight, refine(weight, start, hessian, args, 3).values(), hessian) < 0.97 * errors[0]
+
+
+def test_no_single_code_is_better_than_the_one_that_descending_ends_with() -> None:
+    args, weight, hessian = WeightArgs(num_bits=4), random_weight(6, 24), correlated_hessian(24)
+    rounded = gptq(weight, hessian, args, DAMPING)
+    for _ in range(20):
+        rounded = descend(weight, rounded, hessian, args)
+    least = output_error(weight, rounded.values(), hessian)
+    for row, column in torch.cartesian_prod(torch.arange(6), torch.arange(24)).tolist():
+        for step in (-1, 1):
+            if -8 <= rounded.codes[row, column] + step <= 7:
+                values = rounded.values()
+                values[row, column] += step * rounded.scale[row, 0]
+                assert output_error(weight, values, hessian) >= least * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("args", SCHEMES)
+def test_refitted_scales_are_those_of_least_squares(args: WeightArgs) -> None:
+    weight, x = random_weight().double(), torch.randn(300, 96, dtype=torch.float64)
+    rounded = round_to_nearest(weight, args)
+    found = refit_scales(weight, rounded, x.T @ x)
+    groups = rounded.scale.shape[1]
+    for row in (0, 69):
+        codes = rounded.codes[row].unflatten(0, (groups, -1)) - rounded.zero[row, :, None]
+        columns = torch.stack([x.unflatten(1, (groups, -1))[:, g] @ codes[g] for g in range(groups)], dim=1)
+        expected = torch.linalg.lstsq(columns, (x @ weight[row])[:, None]).solution[:, 0]
+        torch.testing.assert_close(found.scale[row], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("args", SCHEMES)
+def test_refining_leaves_weights_alone_that_nothing_is_known_of(args: WeightArgs) -> None:
+    weight = random_weight()
+    rounded = gptq(weight, torch.zeros(96, 96), args, DAMPING)
+    assert refine(weight, rounded, torch.zeros(96, 96), args, 2) is rounded
+    few = torch.zeros(96, 96)
+    few[3, 3] = 1.0  # only one input was ever seen
+    refined = refine(weight, rounded, few, args, 2)
+    assert torch.isfinite(refined.values()).all()
+    assert (refined.scale > 0).all()
 
 
 @pytest.mark.parametrize("rank", [0, 10, 96])
