@@ -20,7 +20,7 @@ SMALLEST = 1e-6
 def balance_layer(
     state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: Statistics, shape: ModelShape
 ) -> None:
-    """Balance a layer's weights in place, and the Hessians and the sums of keys with them; see `fold_layer`."""
+    """Balance a layer's weights in place, and what was measured of keys and down_proj; see `fold_layer`."""
     queries, keys = (
         output_energies(state, module, hessians[QKV], statistics.sums[QKV], statistics.tokens[QKV])
         for module in (QKV, "self_attn.k_proj")
@@ -28,8 +28,9 @@ def balance_layer(
     scale, keys_module = balance_keys(state, queries, keys, shape), rules_for(shape).keys
     if keys_module in statistics.sums:
         statistics.sums[keys_module] *= scale
-    energy = statistics.energies["mlp.down_proj"]
-    hessians["mlp.down_proj"] = balance_down(state, hessians["mlp.down_proj"], energy)
+    scale = balance_down(state, statistics.energies["mlp.down_proj"])
+    hessians["mlp.down_proj"] *= scale * scale[:, None]
+    statistics.rescale("mlp.down_proj", scale)
 
 
 def balance_keys(
@@ -53,8 +54,8 @@ def balance_keys(
     return scale.expand(shape.num_key_value_heads, -1).flatten()
 
 
-def balance_down(state: dict[str, torch.Tensor], hessian: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
-    """Scale the rows of up_proj against the columns of down_proj in place; returns down_proj's new Hessian.
+def balance_down(state: dict[str, torch.Tensor], energy: torch.Tensor) -> torch.Tensor:
+    """Scale the rows of up_proj against the columns of down_proj in place; returns the factors of down_proj's inputs.
 
     energy: [intermediate], of each input feature of down_proj, every token counting the same
     """
@@ -62,7 +63,7 @@ def balance_down(state: dict[str, torch.Tensor], hessian: torch.Tensor, energy: 
     scale = _scale(weight.norm(dim=0), energy.sqrt())
     state["mlp.down_proj.weight"] = weight / scale
     _scale_rows(state, "mlp.up_proj", scale)
-    return hessian * scale * scale[:, None]
+    return scale
 
 
 def output_energies(

@@ -2,16 +2,19 @@
 
 import torch
 
-from infoquant_vllm.format import ModelShape, activation_groups, pack_codes
+from infoquant_vllm.format import InputTransform, ModelShape, activation_groups, pack_codes
+from offline.clip_search import search_clips
 from offline.gptq import gptq, output_error
 from offline.recipe import SITES, Recipe, Site
-from offline.transforms import InputTensors, transform_hessian, undo_in_weights
+from offline.refine import refine
+from offline.transforms import InputTensors, transform_hessian, transform_input, undo_in_weights
 from offline.weights import QuantizedWeight, round_to_nearest
 
 
 def quantize_layer(
     state: dict[str, torch.Tensor],
     hessians: dict[str, torch.Tensor] | None,
+    samples: dict[str, torch.Tensor],
     inputs: dict[str, InputTensors],
     keys: torch.Tensor | None,
     recipe: Recipe,
@@ -22,6 +25,7 @@ def quantize_layer(
 
     state: the layer as `fold_layer` gives it, float32; names are local to the layer, here and in the results
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
+    samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
     inputs: tensors of the sites' input transforms, by site; each linear gets a copy
     keys: their offset [kv_heads, head_dim], where the recipe has one
     dtype: of the norms and biases, which stay unquantised
@@ -35,9 +39,10 @@ def quantize_layer(
         hessian = None
         if hessians is not None:
             hessian = transform_hessian(hessians[linears[0]], transform, tensors_of_input)
+        clip = _input_clip(site, shape, weights[0].shape[1], samples.get(linears[0]), transform, tensors_of_input)
         for linear, weight, rounded in zip(linears, weights, _round(weights, hessian, site, recipe), strict=True):
-            tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site, shape).items()}
-            tensors |= {f"{linear}.{key}": t.clone() for key, t in tensors_of_input.items()}
+            tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site).items()}
+            tensors |= {f"{linear}.{key}": t.clone() for key, t in (tensors_of_input | clip).items()}
             if hessian is not None:
                 errors[linear] = output_error(weight, rounded.values(), hessian)
     return tensors | _cache_tensors(recipe, keys, shape), errors
@@ -52,10 +57,30 @@ def _round(
         rounded = round_to_nearest(stacked, site.weights)
     else:
         rounded = gptq(stacked, hessian, site.weights, recipe.gptq.damping)
+        rounded = refine(stacked, rounded, hessian, site.weights, recipe.gptq.refinements)
     return rounded.split([len(weight) for weight in weights])
 
 
-def _linear_tensors(weight: QuantizedWeight, site: Site, shape: ModelShape) -> dict[str, torch.Tensor]:
+def _input_clip(
+    site: Site,
+    shape: ModelShape,
+    features: int,
+    sample: torch.Tensor | None,
+    transform: InputTransform,
+    tensors: InputTensors,
+) -> dict[str, torch.Tensor]:
+    """The factors on the ranges of an input, where it has any."""
+    args = site.input_activations.for_model(shape)
+    if args.num_bits == 16:
+        return {}
+    groups = activation_groups(args, features)
+    if site.clip != "search":
+        return {"input_clip": torch.full((groups, 2), site.clip)}
+    assert sample is not None  # such recipes need calibration
+    return {"input_clip": search_clips(transform_input(sample, transform, tensors), args, groups)}
+
+
+def _linear_tensors(weight: QuantizedWeight, site: Site) -> dict[str, torch.Tensor]:
     args = site.weights
     tensors = {
         "weight_packed": pack_codes(weight.codes, args.num_bits, signed=args.symmetric),
@@ -63,10 +88,6 @@ def _linear_tensors(weight: QuantizedWeight, site: Site, shape: ModelShape) -> d
     }
     if not args.symmetric:
         tensors["weight_zero_point"] = weight.zero.to(torch.uint8)
-    activations = site.input_activations.for_model(shape)
-    if activations.num_bits != 16:
-        groups = activation_groups(activations, weight.codes.shape[1])
-        tensors["input_clip"] = torch.full((groups, 2), site.clip)
     return tensors
 
 

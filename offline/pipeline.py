@@ -147,38 +147,38 @@ def _calibration(run: _Run, spec: str) -> torch.Tensor:
 
 def _quantized_layers(run: _Run, tokens: torch.Tensor | None, transforms: Transforms | None) -> Iterator[Layer]:
     """Every decoder layer's tensors by their names inside it."""
-    layers = run.source.shape.num_hidden_layers
+    shape, dtype = run.source.shape, stored_dtype(run.source)
     positions = None if run.recipe.kv_cache is None else run.recipe.kv_cache.key_offset_positions
     stream, learned = None, run.recipe.learned_clips
     if run.recipe.rounding == "gptq":
         assert tokens is not None  # such recipes need calibration
         stream = Stream(run.source, tokens, transforms, run.device)
-    for layer in range(layers):
+    for layer in range(shape.num_hidden_layers):
         prefix, hessians, before, keys = f"model.layers.{layer}", None, None, None
+        statistics = Statistics()
         state = {name: tensor.to(run.device) for name, tensor in fold_layer(run.source, layer, transforms).items()}
         if stream is not None:
             with run.watch("activations"):
-                statistics = Statistics()
                 before = stream.hidden[: learned.sequences].clone() if learned is not None else None
-                outputs = () if positions is None else (rules_for(run.source.shape).keys,)
+                outputs = () if positions is None else (rules_for(shape).keys,)
                 stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe, outputs)
                 hessians = statistics.hessians()
-            if run.recipe.balance:
-                balance_layer(state, hessians, statistics, run.source.shape)
-            if positions is not None:
-                keys = key_offset(statistics, stream, positions, run.source.shape)
+                if run.recipe.balance:
+                    balance_layer(state, hessians, statistics, shape)
+                if positions is not None:
+                    keys = key_offset(statistics, stream, positions, shape)
         with run.watch("weights"):
             inputs = transforms.inputs[layer] if transforms is not None and transforms.inputs else {}
             tensors, errors = quantize_layer(
-                state, hessians, inputs, keys, run.recipe, run.source.shape, stored_dtype(run.source)
+                state, hessians, statistics.samples(), inputs, keys, run.recipe, shape, dtype
             )
         if stream is not None and learned is not None and before is not None:
             with run.watch("clips"):
-                tensors |= learn_clips(tensors, stream, before, learned, run.recipe, run.source.shape)
+                tensors |= learn_clips(tensors, stream, before, learned, run.recipe, shape)
         yield tensors
         run.errors |= {f"{prefix}.{name}": error for name, error in errors.items()}
         mean = sum(errors.values()) / max(len(errors), 1)
-        run.progress("layers", layer + 1, layers, f"output error {mean:.4f}" if errors else "")
+        run.progress("layers", layer + 1, shape.num_hidden_layers, f"output error {mean:.4f}" if errors else "")
 
 
 def _distilled(

@@ -5,6 +5,7 @@ from offline.errors import ToolError
 from offline.recipe import (
     CalibrationSize,
     Distillation,
+    Gptq,
     KVCache,
     LearnedClips,
     Psot,
@@ -17,10 +18,8 @@ from offline.recipe import (
 WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=64)
 """Of the distilled presets: a fifth less KL than one symmetric scale per row, for 0.6 bits per weight more."""
 
-BY_GROUP = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=64))
-BY_HEAD = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="head"))
-EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip=1.0)
-EIGHT_BY_HEAD = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8, strategy="head"), clip=1.0)
+FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip="search")
+EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip="search")
 CENTRED_KEYS = KVCache(key_offset_positions=2048)
 SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
 
@@ -32,6 +31,7 @@ def _distilled(name: str, sites: Sites) -> Recipe:
         transform="psot-shared",
         balance=True,
         rounding="gptq",
+        gptq=Gptq(refinements=2),
         sites=sites,
         kv_cache=CENTRED_KEYS,
         calibration=CalibrationSize(sequences=96),
@@ -47,9 +47,9 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="quarot", transform="hadamard", rounding="gptq"),
         Recipe(name="paper", transform="psot-layer", rounding="gptq", learned_clips=LearnedClips()),
         Recipe(name="fast", transform="psot-shared", balance=True, rounding="gptq", kv_cache=CENTRED_KEYS),
-        _distilled("best", Sites(qkv=BY_GROUP, o=BY_HEAD, gate_up=BY_GROUP, down=BY_GROUP)),
-        _distilled("balanced", Sites(qkv=BY_GROUP, o=BY_HEAD, gate_up=BY_GROUP, down=EIGHT)),
-        _distilled("w4a8kv4", Sites(qkv=EIGHT, o=EIGHT_BY_HEAD, gate_up=EIGHT, down=EIGHT)),
+        _distilled("best", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=FOUR)),
+        _distilled("balanced", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=EIGHT)),
+        _distilled("w4a8kv4", Sites(qkv=EIGHT, o=EIGHT, gate_up=EIGHT, down=EIGHT)),
         _distilled("w4a16kv4", Sites(qkv=SIXTEEN, o=SIXTEEN, gate_up=SIXTEEN, down=SIXTEEN)),
     )
 }

@@ -57,11 +57,14 @@ class SiteActivations(_Strict):
 
 
 class Site(_Strict):
-    """Codes of the weights and of the input they share, and the factor that shrinks the input's range."""
+    """Codes of the weights and of the input they share, and the factor that shrinks the input's range.
+
+    clip: one number, or "search" for the best one of each layer and group (see `offline/clip_search.py`)
+    """
 
     weights: WeightArgs = WeightArgs(num_bits=4)
     input_activations: SiteActivations = SiteActivations()
-    clip: Clip = 0.9
+    clip: Clip | Literal["search"] = 0.9
 
 
 class Sites(_Strict):
@@ -94,9 +97,14 @@ class CalibrationSize(_Strict):
 
 
 class Gptq(_Strict):
-    """GPTQ's damping, as a share of the Hessian's mean diagonal."""
+    """Rounding of the weights.
+
+    damping: as a share of the Hessian's mean diagonal
+    refinements: passes over codes and scales behind it (see `offline/refine.py`)
+    """
 
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    refinements: Annotated[int, Field(ge=0, le=100)] = 0
 
 
 class Psot(_Strict):
@@ -184,6 +192,13 @@ class Recipe(_Strict):
     def _key_offset_needs_statistics(self) -> "Recipe":
         if self.kv_cache is not None and self.kv_cache.key_offset_positions and self.rounding != "gptq":
             raise ValueError(f"key_offset_positions reads GPTQ's statistics; it does not go with '{self.rounding}'")
+        return self
+
+    @model_validator(mode="after")
+    def _searched_clips_need_statistics(self) -> "Recipe":
+        for name in SITES:
+            if getattr(self.sites, name).clip == "search" and self.rounding != "gptq":
+                raise ValueError(f"sites.{name}.clip 'search' reads GPTQ's statistics; it does not go with rtn")
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,8 @@ from offline.source import Source
 from offline.transforms import Transforms
 
 TOKENS_PER_BATCH = 4096
+TOKENS_PER_SAMPLE = 16
+"""Of the inputs that pass by, one in so many is kept."""
 
 Observer = Callable[[str, torch.Tensor], None]
 """Called with a module's name inside the layer and its inputs, [tokens, features] float32."""
@@ -78,6 +80,7 @@ class Statistics:
     energies: sums of x^2 / |x|^2, [features], every token counting the same
     sums: of x, [features]
     tokens: how many there were
+    samples: [some, features], evenly spaced among them
     """
 
     def __init__(self) -> None:
@@ -85,13 +88,14 @@ class Statistics:
         self.energies: dict[str, torch.Tensor] = {}
         self.sums: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, int] = {}
+        self._samples: dict[str, list[torch.Tensor]] = {}
 
     def observe(self, module: str, x: torch.Tensor) -> None:
         """Add inputs x [tokens, features]; an `Observer`."""
         features = x.shape[1]
         if module not in self._upper:
             self._upper[module], self.energies[module] = x.new_zeros(features, features), x.new_zeros(features)
-            self.sums[module], self.tokens[module] = x.new_zeros(features), 0
+            self.sums[module], self.tokens[module], self._samples[module] = x.new_zeros(features), 0, []
         step = max(64, -(-features // 4))
         for start in range(0, features, step):  # the upper triangle, by strips
             self._upper[module][start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:])
@@ -99,7 +103,16 @@ class Statistics:
         self.energies[module] += share @ x.square()
         self.sums[module] += x.sum(0)
         self.tokens[module] += len(x)
+        self._samples[module].append(x[::TOKENS_PER_SAMPLE].clone())
 
     def hessians(self) -> dict[str, torch.Tensor]:
         """The whole matrices; they are symmetric."""
         return {module: upper.triu() + upper.triu(1).T for module, upper in self._upper.items()}
+
+    def samples(self) -> dict[str, torch.Tensor]:
+        """Some of the inputs."""
+        return {module: torch.cat(parts) for module, parts in self._samples.items()}
+
+    def rescale(self, module: str, scale: torch.Tensor) -> None:
+        """Multiply the samples of a module's inputs by `scale` [features], as its weights were divided by it."""
+        self._samples[module] = [part * scale for part in self._samples[module]]

@@ -41,9 +41,8 @@ def test_down_input_times_weight_norm_is_smallest_where_balanced() -> None:
         "mlp.up_proj.weight": torch.eye(64),
     }
     before = x.norm() * state["mlp.down_proj.weight"].norm()
-    hessian = balance_down(state, x.T @ x, x.square().sum(0))
-    scaled = x @ state["mlp.up_proj.weight"].T
-    torch.testing.assert_close(hessian, scaled.T @ scaled, rtol=1e-3, atol=1e-3)
+    scaled = x * balance_down(state, x.square().sum(0))
+    torch.testing.assert_close(scaled, x @ state["mlp.up_proj.weight"].T)
     after = scaled.norm() * state["mlp.down_proj.weight"].norm()
     assert after < 0.8 * before
     best = (x.norm(dim=0) * (state["mlp.down_proj.weight"] * state["mlp.up_proj.weight"].diagonal()).norm(dim=0)).sum()

@@ -104,10 +104,10 @@ def test_a_student_in_eight_bits_predicts_as_its_source(tmp_path: Path, size: st
     transforms = Transforms(
         random_hadamard(source.shape.hidden_size, generator), random_head_rotations(source.shape, generator)
     )
-    run_layers = [
-        quantize_layer(fold_layer(source, layer, transforms), None, {}, None, chosen, source.shape, torch.float32)[0]
-        for layer in range(source.shape.num_hidden_layers)
-    ]
+    run_layers = []
+    for layer in range(source.shape.num_hidden_layers):
+        state = fold_layer(source, layer, transforms)
+        run_layers.append(quantize_layer(state, None, {}, {}, None, chosen, source.shape, torch.float32)[0])
     student = Student(source, chosen.quantization_config(source.shape), run_layers, transforms)
     tokens = torch.randint(3, 250, (2, 40), generator=generator)
     ours = (student(tokens) @ student.head.T).log_softmax(-1)

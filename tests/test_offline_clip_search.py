@@ -1,0 +1,50 @@
+"""The clip search finds what loses least, group by group."""
+
+import pytest
+import torch
+
+from infoquant_vllm.format import ActivationArgs
+from offline.clip_search import GRID, search_clips
+from offline.simulated import quantize_input
+
+BY_TOKEN = ActivationArgs(num_bits=4, symmetric=False, strategy="token")
+
+
+def normal(tokens: int, features: int) -> torch.Tensor:
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("features", "low", "high"), [(32, 0.97, 1.0), (64, 0.92, 0.98), (576, 0.8, 0.88)])
+def test_gaussian_ranges_shrink_more_the_more_values_share_them(features: int, low: float, high: float) -> None:
+    found = search_clips(normal(2000, features), BY_TOKEN, 1)
+    assert found.shape == (1, 2)
+    assert low <= found.min()
+    assert found.max() <= high
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_no_other_factor_loses_less_in_any_group(num_bits: int, symmetric: bool) -> None:
+    args = ActivationArgs(num_bits=num_bits, symmetric=symmetric, strategy="group", group_size=48)  # type: ignore[arg-type]
+    y = normal(300, 192) * torch.tensor([1.0, 5.0, 0.1, 1.0]).repeat_interleave(48)
+    y[:, 60] *= 8
+    y /= y.square().mean(1, keepdim=True).sqrt()
+
+    def lost(clip: torch.Tensor) -> torch.Tensor:
+        codes, scale = quantize_input(y, args, clip)
+        return (codes.unflatten(1, (4, -1)) * scale[..., None] - y.unflatten(1, (4, -1))).square().sum((0, 2))
+
+    least = lost(search_clips(y, args, 4))
+    for factor in GRID:
+        assert (least <= lost(torch.full((4, 2), factor)) * (1 + 1e-5)).all()
+
+
+def test_a_huge_token_counts_no_more_than_any_other() -> None:
+    y = normal(200, 64)
+    huge = y.clone()
+    huge[0] *= 1e4
+    assert torch.equal(search_clips(y, BY_TOKEN, 1), search_clips(huge, BY_TOKEN, 1))
+
+
+def test_inputs_that_are_always_zero_have_factors_too() -> None:
+    assert torch.equal(search_clips(torch.zeros(5, 64), BY_TOKEN, 1), torch.ones(1, 2))
