@@ -27,6 +27,7 @@ from infoquant_vllm.kernels.native import kv_cache as native_kernels
 
 BLOCK = 128
 BASELINE, NATIVE, FALLBACK = "vLLM bf16", "KV4 native", "KV4 torch"
+FOUR_BITS = (4, 4)  # of keys and of values
 TURNS = 4  # at least
 SHAPES = {"8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}  # heads, kv-heads, head size
 DECODE_CONTEXTS = (256, 1024, 4096, 16384)
@@ -114,13 +115,13 @@ def kernels(case: Case) -> dict[str, Callable[[], object]]:
     slots = blocks[places // BLOCK] * BLOCK + places % BLOCK
     starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, case.queries], [case.context]))
     batch = (starts, lens, blocks.int()[None])
-    codes = torch.zeros(len(blocks), kv_heads, BLOCK, cell_bytes(size, 4), dtype=torch.uint8)
+    codes = torch.zeros(len(blocks), kv_heads, BLOCK, cell_bytes(size, FOUR_BITS), dtype=torch.uint8)
     clip = torch.ones(kv_heads, 2)
-    native_kernels.kv_store(key, value, codes, slots, clip, clip, None, True, 4)
+    native_kernels.kv_store(key, value, codes, slots, clip, clip, None, True, FOUR_BITS)
 
     def ours(module: ModuleType) -> Callable[[], object]:
         out = torch.empty_like(query)
-        return lambda: module.kv_attention(query, codes, *batch, True, size**-0.5, None, 4, out)
+        return lambda: module.kv_attention(query, codes, *batch, True, size**-0.5, None, FOUR_BITS, out)
 
     return {
         BASELINE: bf16_kernel(query, key, value, slots, batch),

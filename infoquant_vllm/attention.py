@@ -23,7 +23,7 @@ from infoquant_vllm.ops.table import kernel
 class KV4Backend(AttentionBackend):
     """Attention over 4-bit codes."""
 
-    num_bits: ClassVar[int] = 4
+    num_bits: ClassVar[tuple[int, int]] = (4, 4)
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "int4_per_token_head"]
@@ -63,7 +63,7 @@ class KV4Backend(AttentionBackend):
         """Let vLLM reserve the bytes that a cell takes."""
         if spec.state_content_bytes is not None:
             return spec
-        mode = KVQuantMode.INT4_PER_TOKEN_HEAD if cls.num_bits == 4 else KVQuantMode.INT8_PER_TOKEN_HEAD
+        mode = KVQuantMode.INT4_PER_TOKEN_HEAD if cls.num_bits == (4, 4) else KVQuantMode.INT8_PER_TOKEN_HEAD
         content = cell_bytes(spec.head_size, cls.num_bits)
         return replace(spec, dtype=torch.uint8, state_content_bytes=content, kv_quant_mode=mode)
 
@@ -71,10 +71,25 @@ class KV4Backend(AttentionBackend):
 class KV8Backend(KV4Backend):
     """The same with 8-bit codes."""
 
-    num_bits: ClassVar[int] = 8
+    num_bits: ClassVar[tuple[int, int]] = (8, 8)
 
 
-BACKENDS: dict[int, type[KV4Backend]] = {4: KV4Backend, 8: KV8Backend}
+class K8V4Backend(KV4Backend):
+    """8-bit keys, 4-bit values."""
+
+    num_bits: ClassVar[tuple[int, int]] = (8, 4)
+
+
+class K4V8Backend(KV4Backend):
+    """4-bit keys, 8-bit values."""
+
+    num_bits: ClassVar[tuple[int, int]] = (4, 8)
+
+
+BACKENDS: dict[tuple[int, int], type[KV4Backend]] = {
+    backend.num_bits: backend for backend in (KV4Backend, KV8Backend, K8V4Backend, K4V8Backend)
+}
+"""By the bits of keys and of values. Classes, since vLLM asks them for the size of a cell."""
 
 
 @dataclass
@@ -127,7 +142,7 @@ class KVImpl(AttentionImpl[KVMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
-        num_bits: int = 4,
+        num_bits: tuple[int, int] = (4, 4),
         key_transform: str = "none",
     ):
         if alibi_slopes is not None or logits_soft_cap or attn_type != AttentionType.DECODER:

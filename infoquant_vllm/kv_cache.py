@@ -65,10 +65,10 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         """Refuse missing tensors."""
         super().process_weights_after_loading(layer)
         layer.infoquant_tracker.require_all()
-        cell = layer.impl.cell_bytes
-        self.summary.cache(
-            f"KV{self.args.num_bits} ({served_by('kv_store', 'kv_attention')})", cell, 4 * layer.head_size
-        )
+        keys, values = self.args.num_bits
+        codes = f"KV{keys}" if keys == values else f"K{keys}V{values}"
+        kernels = served_by("kv_store", "kv_attention")
+        self.summary.cache(f"{codes} ({kernels})", layer.impl.cell_bytes, 4 * layer.head_size)
 
 
 def _load_kv_heads(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:

@@ -96,7 +96,7 @@ class ClippedCache(TrainedCache):
     """A layer's KV cache; the clip of the keys stays the recipe's."""
 
     def __init__(self, args: KVCache, rotate_keys: bool, key_offset: torch.Tensor | None, heads: int):
-        super().__init__(args.num_bits, rotate_keys, key_offset)
+        super().__init__((args.key_bits, args.value_bits), rotate_keys, key_offset)
         self.register_buffer("_key_clip", torch.full((heads, 2), args.key_clip))
         self.clip = Clip(heads)
 

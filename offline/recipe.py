@@ -77,13 +77,14 @@ class Sites(_Strict):
 
 
 class KVCache(_Strict):
-    """Bits of the KV cache and the factors that shrink the ranges of keys and values.
+    """Bits of keys and values in the cache, and the factors that shrink their ranges.
 
     key_offset_positions: keys are quantised less their mean over that many positions (see
         `offline/key_offset.py`), which RoPE turns from one to the next; None leaves them as they are
     """
 
-    num_bits: Literal[4, 8] = 4
+    key_bits: Literal[4, 8] = 4
+    value_bits: Literal[4, 8] = 4
     key_clip: Clip = 1.0
     value_clip: Clip = 0.95
     key_offset_positions: Annotated[int, Field(ge=1, le=131_072)] | None = None
@@ -152,16 +153,16 @@ class LearnedClips(_Strict):
 
 
 class Distillation(_Strict):
-    """End-to-end training of weight scales and clips against the source: Adam, warm-up and cosine.
+    """End-to-end training of a factor per row of weights and of clips against the source: Adam, warm-up and cosine.
 
     The rate is relative for scales and absolute for clips; 0 leaves them as they are.
     """
 
-    steps: Count = 200
+    steps: Count = 100
     batch_sequences: Count = 1
     warmup_steps: Count = 10
     scale_learning_rate: Rate = 2e-3
-    clip_learning_rate: Rate = 1e-2
+    clip_learning_rate: Rate = 3e-3
 
 
 class Recipe(_Strict):
@@ -239,7 +240,8 @@ class Recipe(_Strict):
         kv_cache = None
         if self.kv_cache is not None:
             kv_cache = KVCacheArgs(
-                num_bits=self.kv_cache.num_bits,
+                key_bits=self.kv_cache.key_bits,
+                value_bits=self.kv_cache.value_bits,
                 key_transform="hadamard" if rotated else "none",
                 key_offset=self.kv_cache.key_offset_positions is not None,
             )

@@ -17,7 +17,7 @@ ATTENTION = "infoquant_trained_cache"
 class TrainedCache(nn.Module):
     """Keys and values of one layer through the codes of the KV cache."""
 
-    def __init__(self, num_bits: int, rotate_keys: bool, key_offset: torch.Tensor | None):
+    def __init__(self, num_bits: tuple[int, int], rotate_keys: bool, key_offset: torch.Tensor | None):
         super().__init__()
         self._num_bits, self._rotate_keys, self._key_offset = num_bits, rotate_keys, key_offset
 
@@ -33,7 +33,8 @@ class TrainedCache(nn.Module):
         """[sequences, kv_heads, tokens, head_size] each, as read back from the cache."""
         key_clip, value_clip = self.clips()
         key = key if self._key_offset is None else key - self._key_offset[:, None]
-        return fake_store(self.rotate(key), key_clip, self._num_bits), fake_store(value, value_clip, self._num_bits)
+        key_bits, value_bits = self._num_bits
+        return fake_store(self.rotate(key), key_clip, key_bits), fake_store(value, value_clip, value_bits)
 
 
 def register_attention() -> None:

@@ -60,7 +60,7 @@ def quantization_config(config: dict[str, Any], **changes: Any) -> dict[str, Any
             },
         },
         "ignore": ["lm_head"],
-        "kv_cache": {"num_bits": 4, "key_transform": "hadamard"},
+        "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard"},
         "tied_residual_rotation": config["tie_word_embeddings"],
     }
     return data | changes

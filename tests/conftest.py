@@ -22,7 +22,7 @@ sites:
   o: {weights: {num_bits: 8}, input_activations: {num_bits: 8, strategy: head}, clip: 1.0}
   gate_up: *token
   down: *token
-kv_cache: {num_bits: 8, key_clip: 1.0, value_clip: 1.0}
+kv_cache: {key_bits: 8, value_bits: 8, key_clip: 1.0, value_clip: 1.0}
 """
 
 

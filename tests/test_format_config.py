@@ -33,7 +33,7 @@ def group(**changes: Any) -> dict[str, Any]:
         (group(input_transform={"type": "kronecker", "factors": [2, 2**40]}), "factors"),
         (group(targets=[]), "targets"),
         ({"ignore": ["q_proj"]}, "q_proj is named by more than one group, or by a group and ignore"),
-        ({"kv_cache": {"num_bits": 2}}, "kv_cache.num_bits.*found 2"),
+        ({"kv_cache": {"key_bits": 4, "value_bits": 2}}, "kv_cache.value_bits.*found 2"),
         ({"vocabulary_bits": 4, "ignore": []}, "vocabulary_bits.*found 4"),
         ({"vocabulary_bits": 8}, "vocabulary_bits 8 quantises lm_head, which ignore or a group names"),
     ],

@@ -25,6 +25,10 @@ KERNELS = [
     cpu,
     pytest.param(native, marks=pytest.mark.skipif(library().handle is None, reason=f"no library: {library().problem}")),
 ]
+BITS = [(4, 4), (8, 8), (8, 4), (4, 8)]
+"""Of keys and of values."""
+
+
 every_kernel = pytest.mark.parametrize("kernels", KERNELS, ids=["torch", "native"])
 
 
@@ -38,7 +42,7 @@ class Batch:
         heads: int = 4,
         kv_heads: int = 2,
         size: int = 64,
-        num_bits: int = 4,
+        num_bits: tuple[int, int] = (4, 4),
         block: int = 16,
         dtype: torch.dtype = torch.bfloat16,
     ):
@@ -92,13 +96,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @every_kernel
-@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("num_bits", BITS)
 @pytest.mark.parametrize("size", [64, 80, 96, 120, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 45])
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("offset", [False, True])
 def test_stored_cells_are_those_of_the_reference(
-    kernels: ModuleType, num_bits: int, size: int, tokens: int, hadamard: bool, offset: bool
+    kernels: ModuleType, num_bits: tuple[int, int], size: int, tokens: int, hadamard: bool, offset: bool
 ) -> None:
     batch = Batch([1], [tokens], 3, 3, size, num_bits)
     batch.slots[::4] = -1
@@ -126,18 +130,18 @@ def test_keys_are_stored_alone_as_in_a_batch(kernels: ModuleType) -> None:
     for t in range(70):
         one = slice(t, t + 1)
         kernels.kv_store(
-            batch.key[one], batch.value[one], alone, batch.slots[one], *batch.clips, batch.key_offset, True, 4
+            batch.key[one], batch.value[one], alone, batch.slots[one], *batch.clips, batch.key_offset, True, (4, 4)
         )
     assert torch.equal(batch.store(kernels), alone)
 
 
 @every_kernel
 @pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("num_bits", BITS)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (7, 1, 80)])
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention_is_that_of_the_reference(
-    kernels: ModuleType, name: str, num_bits: int, heads: int, kv_heads: int, size: int, window: int | None
+    kernels: ModuleType, name: str, num_bits: tuple[int, int], heads: int, kv_heads: int, size: int, window: int | None
 ) -> None:
     batch = Batch(*BATCHES[name], heads, kv_heads, size, num_bits)
     cache = batch.store(cpu)
@@ -190,14 +194,14 @@ def test_rounding_to_whole_numbers_costs_nothing_beside_the_codes(sink: float) -
     batch.key[0], batch.value[0] = sink * batch.query[0, 0] / batch.query[0, 0].norm(), batch.value[0] / 16
     batch.query[:] = batch.query[0, 0]
     cache = batch.store(cpu, hadamard=False, offset=False)
-    keys, values, params = reference.kv_read(cache, batch.block_table[0], 128, 4)
+    keys, values, params = reference.kv_read(cache, batch.block_table[0], 128, (4, 4))
     keys, values = (
         (codes[0, :4096] * params[i, 0, :4096, None].double() + params[i + 1, 0, :4096, None].double())
         for i, codes in ((0, keys), (2, values))
     )
     weights = (batch.query[3, 0].double() @ keys.T * 128**-0.5).softmax(-1)
     out = torch.empty_like(batch.query)
-    rest = (batch.query_starts, batch.lens, batch.block_table, False, 128**-0.5, None, 4, out)
+    rest = (batch.query_starts, batch.lens, batch.block_table, False, 128**-0.5, None, (4, 4), out)
     cpu.kv_attention(batch.query, cache, *rest)
     expected = weights @ values
     assert (out[3, 0] - expected).norm() / expected.norm() < 1e-3  # that of the codes is 0.1

@@ -32,7 +32,7 @@ def recipe(positions: int | None, num_bits: int = 8) -> Recipe:
         rounding="gptq",
         balance=True,
         sites=Sites(qkv=site, o=site, gate_up=site, down=site),
-        kv_cache=KVCache(num_bits=num_bits, value_clip=1.0, key_offset_positions=positions),
+        kv_cache=KVCache(key_bits=num_bits, value_bits=num_bits, value_clip=1.0, key_offset_positions=positions),
         calibration=CalibrationSize(sequences=4, sequence_length=64),
         psot=Psot(steps=3),
     )

@@ -320,5 +320,5 @@ def test_the_cache_reserves_the_bytes_of_its_cells() -> None:
 
     plain = FullAttentionSpec(block_size=16, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
     pages = {bits: backend.customize_spec(plain).page_size_bytes for bits, backend in BACKENDS.items()}
-    assert pages == {4: 16 * 3 * 72, 8: 16 * 3 * 136}
-    assert plain.page_size_bytes / pages[4] >= 3.55
+    assert pages == {(4, 4): 48 * 72, (8, 8): 48 * 136, (8, 4): 48 * 104, (4, 8): 48 * 104}
+    assert plain.page_size_bytes / pages[4, 4] >= 3.55

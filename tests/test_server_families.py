@@ -1,8 +1,9 @@
 """Every model class of the table, served by vLLM, says what the simulation says.
 
-On tiny random models in float32, quantised with the preset `fast`; see test_server_equality.py. A
-last bit may flip a code that was all but a tie, and so change the rest of a window: most positions
-must be equal, and the few behind such a code near.
+On tiny random models in float32; see test_server_equality.py. Between them they have the codes of
+`fast` and of `best`, and caches with several pairs of bits for keys and values. A last bit may flip a
+code that was all but a tie, and so change the rest of a window: most positions must be equal, and
+the few behind such a code near.
 """
 
 from pathlib import Path
@@ -14,19 +15,29 @@ from benchmarks.scores import kl_divergence, score
 from benchmarks.server import serve
 from offline import PRESETS, quantize
 from offline.progress import silent
-from offline.recipe import CalibrationSize, Psot
+from offline.recipe import CalibrationSize, Distillation, Psot, Recipe
 from offline.simulate import load_simulated
 from tests.test_server_equality import TOP, scores_of
 from tests.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
 
 ARGUMENTS = ("--dtype", "float32", "--max-model-len", "512", "--max-logprobs", str(TOP))
 SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}
+ROUNDED_AS = {"mistral": ("best", 4, 4), "qwen2": ("fast", 8, 4), "qwen3": ("best", 4, 8)}
+"""By family: preset, bits of keys, of values; else those of `fast`."""
+
+
+def recipe_for(family: str) -> Recipe:
+    preset, key_bits, value_bits = ROUNDED_AS.get(family, ("fast", 4, 4))
+    recipe = PRESETS[preset]
+    assert recipe.kv_cache is not None
+    cache = recipe.kv_cache.model_copy(update={"key_bits": key_bits, "value_bits": value_bits})
+    steps = None if recipe.distillation is None else Distillation(steps=2)
+    return recipe.model_copy(update=SMALL | {"kv_cache": cache, "distillation": steps})
 
 
 @pytest.mark.parametrize("size", FAMILIES)
 def test_served_is_what_the_simulation_computes(size: str, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    recipe = PRESETS["fast"].model_copy(update=SMALL)
+    checkpoint, recipe = tmp_path / "checkpoint", recipe_for(size)
     quantize(write_source(tmp_path / "source", **SIZES[size]), checkpoint, recipe=recipe, progress=silent)
     windows = torch.randint(3, VOCAB_SIZE - 13, (4, 256), generator=torch.Generator().manual_seed(3))
     with serve(checkpoint, tmp_path / "server.log", "--enforce-eager", *ARGUMENTS) as server:

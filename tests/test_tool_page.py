@@ -135,7 +135,7 @@ def plain(source: Path) -> Path:
         "transform": "none",
         "rounding": "rtn",
         "sites": dict.fromkeys(("qkv", "o", "gate_up", "down"), site),
-        "kv_cache": {"num_bits": 8, "key_clip": 1.0, "value_clip": 1.0},
+        "kv_cache": {"key_bits": 8, "value_bits": 8, "key_clip": 1.0, "value_clip": 1.0},
     }
     return _quantized(source, "eight", Recipe.model_validate(fields))
 

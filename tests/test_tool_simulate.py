@@ -136,31 +136,33 @@ def test_weight_only_linear_equals_the_reference_after_every_transform(transform
     assert torch.equal(SimulatedLinear(scheme, tensors)(x), expected)
 
 
-@pytest.mark.parametrize("num_bits", [4, 8])
-def test_what_is_read_back_is_what_the_reference_reads(num_bits: int) -> None:
+@pytest.mark.parametrize("num_bits", [(4, 4), (8, 8), (8, 4), (4, 8)])
+def test_what_is_read_back_is_what_the_reference_reads(num_bits: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(3)
     key, value = torch.randn(2, TOKENS, 2, 64, generator=generator)
     clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
     cells = torch.zeros(1, 2, 32, cell_bytes(64, num_bits), dtype=torch.uint8)
     kv_store(key, value, cells, torch.arange(TOKENS), *clips, None, False, num_bits)
     keys, values, params = kv_read(cells, torch.tensor([0]), 64, num_bits)
-    for x, clip, codes, scale, zero in (
-        (key, clips[0], keys, params[0], params[1]),
-        (value, clips[1], values, params[2], params[3]),
+    for x, bits, clip, codes, scale, zero in (
+        (key, num_bits[0], clips[0], keys, params[0], params[1]),
+        (value, num_bits[1], clips[1], values, params[2], params[3]),
     ):
         expected = codes * scale.float()[..., None] + zero.float()[..., None]
-        assert torch.equal(store_and_load(x.transpose(0, 1), num_bits, clip), expected[:, :TOKENS])
+        assert torch.equal(store_and_load(x.transpose(0, 1), bits, clip), expected[:, :TOKENS])
 
 
-@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("num_bits", [(4, 4), (8, 8), (8, 4), (4, 8)])
 @pytest.mark.parametrize("rotate", [True, False])
-def test_attention_equals_the_reference_bit_by_bit(num_bits: int, rotate: bool) -> None:
+def test_attention_equals_the_reference_bit_by_bit(num_bits: tuple[int, int], rotate: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(2, 4, 5, 64, generator=generator)
     key, value = torch.randn(2, 2, 2, TOKENS, 64, generator=generator)
     clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
     offset = torch.randn(2, 64, generator=generator)
-    args = KVCacheArgs(num_bits=num_bits, key_transform="hadamard" if rotate else "none", key_offset=True)
+    args = KVCacheArgs(
+        key_bits=num_bits[0], value_bits=num_bits[1], key_transform="hadamard" if rotate else "none", key_offset=True
+    )
     tensors = {"key_clip": clips[0], "value_clip": clips[1], "key_offset": offset}
     found = SimulatedCache(args, tensors).attend(query, key, value, 0.125)
     for i in range(2):
@@ -171,7 +173,7 @@ def test_attention_equals_the_reference_bit_by_bit(num_bits: int, rotate: bool) 
         assert torch.equal(found[i], expected)
 
 
-def _attention(query: torch.Tensor, cells: torch.Tensor, rotate: bool, num_bits: int) -> torch.Tensor:
+def _attention(query: torch.Tensor, cells: torch.Tensor, rotate: bool, num_bits: tuple[int, int]) -> torch.Tensor:
     """The reference's attention of a sequence's last tokens [tokens, heads, head_size]; its cells are block 0."""
     starts, lens, table = (torch.tensor(x, dtype=torch.int32) for x in ([0, len(query)], [TOKENS], [[0]]))
     out = torch.empty_like(query)
@@ -199,8 +201,8 @@ def test_a_models_attention_is_the_references(tmp_path: Path) -> None:
     query, key = apply_rotary_pos_emb(query, key, cos[0], sin[0])
     cells = torch.zeros(1, 2, 32, 72, dtype=torch.uint8)
     cache, value = attention.attn, rows["v_proj"].view(TOKENS, 2, 64)
-    kv_store(key, value, cells, torch.arange(TOKENS), cache.key_clip, cache.value_clip, None, True, 4)
-    expected = _attention(query, cells, True, 4)
+    kv_store(key, value, cells, torch.arange(TOKENS), cache.key_clip, cache.value_clip, None, True, (4, 4))
+    expected = _attention(query, cells, True, (4, 4))
     found = recorded[0][0].view(TOKENS, 4, 64)
     assert (found - expected).norm() / expected.norm() < 2e-3
 
@@ -218,7 +220,7 @@ def test_eight_bit_checkpoint_computes_nearly_what_its_source_computes(
             "transform": transform,
             "rounding": "rtn",
             "sites": dict.fromkeys(("qkv", "o", "gate_up", "down"), site),
-            "kv_cache": {"num_bits": 8, "key_clip": 1.0, "value_clip": 1.0},
+            "kv_cache": {"key_bits": 8, "value_bits": 8, "key_clip": 1.0, "value_clip": 1.0},
         }
     )
     offline.quantize(source, tmp_path / "out", recipe=recipe, progress=lambda *_: None)

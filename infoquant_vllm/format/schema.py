@@ -95,9 +95,15 @@ class KVCacheArgs(_Strict):
     RoPE and before the Hadamard; all scores of a query change by the same, so attention does not.
     """
 
-    num_bits: Bits
+    key_bits: Bits
+    value_bits: Bits
     key_transform: Literal["none", "hadamard"] = "none"
     key_offset: bool = False
+
+    @property
+    def num_bits(self) -> tuple[int, int]:
+        """Of keys and of values."""
+        return self.key_bits, self.value_bits
 
 
 class QuantizationConfigData(_Strict):

@@ -146,9 +146,12 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
     return tensors
 
 
-def cell_bytes(head_size: int, num_bits: int) -> int:
-    """Bytes of the KV cache per token and kv-head: codes, and float16 scale and zero of key and value."""
-    return 2 * head_size * num_bits // 8 + 8
+def cell_bytes(head_size: int, num_bits: tuple[int, int]) -> int:
+    """Bytes of the KV cache per token and kv-head: codes, and float16 scale and zero of key and value.
+
+    num_bits: of keys and of values
+    """
+    return head_size * sum(num_bits) // 8 + 8
 
 
 def cache_tensors(args: KVCacheArgs, shape: ModelShape) -> dict[str, TensorSpec]:

@@ -132,8 +132,8 @@ class _Observed:
             keys, values = cache.layers[index].keys.float(), cache.layers[index].values.float()
             if not self._exact:
                 keys = codes.prepared(attention.rotary.turn(cache.layers[index].keys, 0))
-            for site, x in (("k", keys), ("v", values)):
-                self._sites[site][index].add(*_quantized_cells(x, codes.num_bits, codes.get_buffer(CACHE_CLIPS[site])))
+            for site, x, bits in zip("kv", (keys, values), codes.num_bits, strict=True):
+                self._sites[site][index].add(*_quantized_cells(x, bits, codes.get_buffer(CACHE_CLIPS[site])))
 
 
 def _quantized_input(

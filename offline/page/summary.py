@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infoquant_vllm.format import Checkpoint, FormatError
+from infoquant_vllm.format import Checkpoint, FormatError, KVCacheArgs
 from offline.errors import ToolError
 from offline.evaluate import Figure
 from offline.inspect import Inspection, scheme_words
@@ -98,7 +98,7 @@ def site_words(checkpoint: Checkpoint, site: str) -> tuple[str, str, str]:
         cache = checkpoint.config.kv_cache
         assert cache is not None
         steps = ["centred"] * cache.key_offset + [cache.key_transform] if site == "k" else ["none"]
-        return "", f"{cache.num_bits} bits, asymmetric, per token and head", ", ".join(steps)
+        return "", f"{_cache_bits(cache, site)} bits, asymmetric, per token and head", ", ".join(steps)
     modules = [f"model.layers.{layer}.{SITES[site][0]}" for layer in range(checkpoint.shape.num_hidden_layers)]
     ways = dict.fromkeys(scheme_words(checkpoint.config.scheme(module)) for module in modules)
     weights, inputs, transforms = (" / ".join(dict.fromkeys(words)) for words in zip(*ways, strict=True))
@@ -110,9 +110,13 @@ def site_bits(checkpoint: Checkpoint, site: str) -> list[int]:
     layers = range(checkpoint.shape.num_hidden_layers)
     if site not in SITES:
         cache = checkpoint.config.kv_cache
-        return [16 if cache is None else cache.num_bits for _ in layers]
+        return [16 if cache is None else _cache_bits(cache, site) for _ in layers]
     schemes = [checkpoint.config.scheme(f"model.layers.{layer}.{SITES[site][0]}") for layer in layers]
     return [16 if scheme is None else scheme.input_activations.num_bits for scheme in schemes]
+
+
+def _cache_bits(cache: KVCacheArgs, site: str) -> int:
+    return cache.key_bits if site == "k" else cache.value_bits
 
 
 def mean(values: list[float] | list[float | None]) -> float:

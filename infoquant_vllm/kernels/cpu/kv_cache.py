@@ -35,7 +35,7 @@ def kv_store(
     value_clip: torch.Tensor,
     key_offset: torch.Tensor | None,
     hadamard: bool,
-    num_bits: int,
+    num_bits: tuple[int, int],
 ) -> None:
     """As the reference."""
     written = slots >= 0
@@ -44,11 +44,12 @@ def kv_store(
         return
     key, value = (x[: len(slots)][written].float() for x in (key, value))
     key = key if key_offset is None else key - key_offset
-    k_codes, *k_params = quantise(apply_hadamard(key) if hadamard else key, key_clip, num_bits)
-    v_codes, *v_params = quantise(value, value_clip, num_bits)
-    if num_bits == 4:
+    k_codes, *k_params = quantise(apply_hadamard(key) if hadamard else key, key_clip, num_bits[0])
+    v_codes, *v_params = quantise(value, value_clip, num_bits[1])
+    if num_bits[0] == 4:
         k_codes = k_codes.unflatten(-1, (-1, 2, 4))
         k_codes = k_codes[..., 0, :] | (k_codes[..., 1, :] << 4)
+    if num_bits[1] == 4:
         first, second = v_codes.chunk(2, -1)
         v_codes = first | (second << 4)
     blocks, kv_heads, block, _ = cache.shape
@@ -68,7 +69,7 @@ def kv_attention(
     hadamard: bool,
     scale: float,
     window: int | None,
-    num_bits: int,
+    num_bits: tuple[int, int],
     out: torch.Tensor,
 ) -> None:
     """As the reference; all sequences with one query together, others one by one."""
@@ -100,7 +101,7 @@ def _batches(query_starts: list[int], seq_lens: list[int], head_elements: int) -
 
 
 def _read(
-    cache: torch.Tensor, blocks: torch.Tensor, lengths: torch.Tensor, size: int, num_bits: int
+    cache: torch.Tensor, blocks: torch.Tensor, lengths: torch.Tensor, size: int, num_bits: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes of keys and values and parameters of some sequences, as `attend` takes them."""
     kv_heads, length = cache.shape[1], int(lengths.max())
@@ -108,8 +109,9 @@ def _read(
     found = cache[blocks[:, :used].long()].transpose(1, 2).reshape(len(blocks), kv_heads, -1, TILE * cache.shape[3])
     keys, values, params = tile_parts(found[:, :, :tiles], size, num_bits)
     keys, values = keys.transpose(-3, -2), values.transpose(-2, -1)  # features last
-    if num_bits == 4:
+    if num_bits[0] == 4:
         keys = torch.stack((keys & 15, keys >> 4), -2)
+    if num_bits[1] == 4:
         values = torch.cat((values & 15, values >> 4), -1)
     padded = -(-length // CHUNK) * CHUNK
     codes = torch.zeros(2, len(blocks), kv_heads, padded, size, dtype=torch.float64)

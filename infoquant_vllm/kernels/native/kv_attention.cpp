@@ -221,11 +221,11 @@ void softmax(Row& row, const Chunk& chunk, int64_t first_token, const Floats* pr
 // Adds whole numbers weight * code of the tiles from first to last to the rows' sums, 32 features at a time.
 template <int R, int BITS>
 void add_values(Row* rows, const Chunk& chunk, int first, int last, const Weights* weights, kv::Layout layout) {
-    const int64_t half = half_width(layout.head_size), codes = layout.codes(), quad = layout.quad();
+    const int64_t half = half_width(layout.head_size), keys = layout.keys(), quad = layout.quad();
     for (int64_t i = 0; i < half; i += LANES) {
         Ints high[R][2] = {}, low[R][2] = {};
         for (int t = first; t <= last; ++t) {
-            const uint8_t* values = chunk.tiles[t] + codes + 4 * i;
+            const uint8_t* values = chunk.tiles[t] + keys + 4 * i;
             for (int j = 0; j < 4; ++j) {
                 const kv::Pair a = kv::load_pair<BITS>(values + j * quad, quad / 2);
                 for (int r = 0; r < R; ++r) {
@@ -247,7 +247,7 @@ void add_values(Row* rows, const Chunk& chunk, int first, int last, const Weight
     }
 }
 
-template <int R, int BITS>
+template <int R, int KEY_BITS, int VALUE_BITS>
 void attend(Row* rows, const Chunk& chunk, int64_t first_token, kv::Layout layout) {
     int64_t first = rows[0].first_seen, last = rows[0].last_seen;
     for (int r = 1; r < R; ++r) {
@@ -258,18 +258,27 @@ void attend(Row* rows, const Chunk& chunk, int64_t first_token, kv::Layout layou
     if (first > last) return;
     const int first_tile = (int)(first / kv::TOKENS), last_tile = (int)(last / kv::TOKENS);
     Floats products[R][TILES] = {};
-    score<R, BITS>(rows, chunk, first_tile, last_tile, layout.head_size, products);
+    score<R, KEY_BITS>(rows, chunk, first_tile, last_tile, layout.head_size, products);
     Weights weights[R];
     for (int r = 0; r < R; ++r) softmax(rows[r], chunk, first_token, products[r], weights[r]);
-    add_values<R, BITS>(rows, chunk, first_tile, last_tile, weights, layout);
+    add_values<R, VALUE_BITS>(rows, chunk, first_tile, last_tile, weights, layout);
 }
 
-template <int BITS>
+template <int KEY_BITS, int VALUE_BITS>
 void attend_all(Row* rows, int64_t count, const Chunk& chunk, int64_t first_token, kv::Layout layout) {
-    for (; count >= GROUP; rows += GROUP, count -= GROUP) attend<GROUP, BITS>(rows, chunk, first_token, layout);
-    if (count == 3) attend<3, BITS>(rows, chunk, first_token, layout);
-    if (count == 2) attend<2, BITS>(rows, chunk, first_token, layout);
-    if (count == 1) attend<1, BITS>(rows, chunk, first_token, layout);
+    for (; count >= GROUP; rows += GROUP, count -= GROUP) {
+        attend<GROUP, KEY_BITS, VALUE_BITS>(rows, chunk, first_token, layout);
+    }
+    if (count == 3) attend<3, KEY_BITS, VALUE_BITS>(rows, chunk, first_token, layout);
+    if (count == 2) attend<2, KEY_BITS, VALUE_BITS>(rows, chunk, first_token, layout);
+    if (count == 1) attend<1, KEY_BITS, VALUE_BITS>(rows, chunk, first_token, layout);
+}
+
+using Attend = void (*)(Row*, int64_t, const Chunk&, int64_t, kv::Layout);
+
+Attend attend_with(kv::Layout layout) {
+    if (layout.key_bits == 4) return layout.value_bits == 4 ? attend_all<4, 4> : attend_all<4, 8>;
+    return layout.value_bits == 4 ? attend_all<8, 4> : attend_all<8, 8>;
 }
 
 // A part: a row's sums over one chunk, where the context is split.
@@ -322,10 +331,10 @@ void run(const Problem& p, const Task& task) {
         rows[r].first_seen = p.first_seen(rows[r].last_seen);
         start(rows[r], width);
     }
+    const Attend attend = attend_with(p.pages.layout);
     Chunk chunk;
     for (int64_t c = task.begin; c < task.end; ++c) {
         read_chunk(chunk, p, task, c * CHUNK);
-        const auto attend = p.pages.layout.num_bits == 4 ? attend_all<4> : attend_all<8>;
         attend(rows, task.count, chunk, c * CHUNK, p.pages.layout);
         for (int64_t r = 0; task.parts && r < task.count; ++r) {
             save(task.parts + ((c - task.begin) * task.count + r) * part_floats(p.head_size), rows[r], width);
@@ -403,14 +412,14 @@ extern "C" void infoquant_kv_attention(const void* query, void* out, int64_t que
                                        int64_t head_stride, int64_t block_size, const int32_t* query_starts,
                                        const int32_t* seq_lens, const int32_t* block_table, int64_t sequences,
                                        int64_t table_stride, int64_t heads, int64_t kv_heads, int64_t head_size,
-                                       int64_t num_bits, int64_t rotate, float scale, int64_t window) {
+                                       int64_t key_bits, int64_t value_bits, int64_t rotate, float scale, int64_t window) {
     const Problem p{(const char*)query,
                     (char*)out,
                     query_dtype,
                     out_dtype,
                     query_stride,
                     out_stride,
-                    {cache, block_stride, head_stride, block_size, {head_size, num_bits}},
+                    {cache, block_stride, head_stride, block_size, {head_size, key_bits, value_bits}},
                     query_starts,
                     seq_lens,
                     block_table,

@@ -19,7 +19,7 @@ def kv_store(
     value_clip: torch.Tensor,
     key_offset: torch.Tensor | None,
     hadamard: bool,
-    num_bits: int,
+    num_bits: tuple[int, int],
 ) -> None:
     """As the reference, of [tokens, kv_heads, head_size] with any distance between tokens."""
     tokens = len(slots)
@@ -43,7 +43,7 @@ def kv_store(
         0 if key_offset is None else key_offset.data_ptr(),
         kv_heads,
         size,
-        num_bits,
+        *num_bits,
         hadamard,
     )
 
@@ -57,7 +57,7 @@ def kv_attention(
     hadamard: bool,
     scale: float,
     window: int | None,
-    num_bits: int,
+    num_bits: tuple[int, int],
     out: torch.Tensor,
 ) -> None:
     """As the reference, of [tokens, heads, head_size] with any distance between tokens."""
@@ -85,7 +85,7 @@ def kv_attention(
         heads,
         cache.shape[1],
         size,
-        num_bits,
+        *num_bits,
         hadamard,
         scale * math.log2(math.e),
         window or 0,
@@ -109,11 +109,11 @@ def _pages(cache: torch.Tensor) -> tuple[int, int, int, int]:
 @cache
 def _store() -> Callable[..., None]:
     pages, tensors = (POINTER, SIZE, SIZE, SIZE), (POINTER, POINTER, SIZE, SIZE, SIZE, SIZE)
-    return function("infoquant_kv_store", *tensors, *pages, POINTER, SIZE, POINTER, POINTER, POINTER, *(SIZE,) * 4)
+    return function("infoquant_kv_store", *tensors, *pages, POINTER, SIZE, POINTER, POINTER, POINTER, *(SIZE,) * 5)
 
 
 @cache
 def _attention() -> Callable[..., None]:
     pages, tensors = (POINTER, SIZE, SIZE, SIZE), (POINTER, POINTER, SIZE, SIZE, SIZE, SIZE)
     batch = (POINTER, POINTER, POINTER, SIZE, SIZE)
-    return function("infoquant_kv_attention", *tensors, *pages, *batch, *(SIZE,) * 5, FLOAT, SIZE)
+    return function("infoquant_kv_attention", *tensors, *pages, *batch, *(SIZE,) * 6, FLOAT, SIZE)

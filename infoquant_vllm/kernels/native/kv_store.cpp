@@ -42,19 +42,19 @@ Cell quantise(const float* row, int64_t size, const float* clip, int64_t num_bit
 // Eight features of a token are four bytes: the first four features are low nibbles, the others high ones.
 void write_key(uint8_t* tile, int64_t token, const Cell& cell, kv::Layout layout) {
     uint8_t* to = tile + 4 * token;
-    const int64_t step = layout.num_bits == 4 ? 8 : 4;
+    const int64_t step = layout.key_bits == 4 ? 8 : 4;
     for (int64_t i = 0; i < layout.head_size; i += step, to += 4 * kv::TOKENS) {
         uint32_t word = load<uint32_t>(cell.codes + i);
-        if (layout.num_bits == 4) word |= load<uint32_t>(cell.codes + i + 4) << 4;
+        if (layout.key_bits == 4) word |= load<uint32_t>(cell.codes + i + 4) << 4;
         store(to, word);
     }
 }
 
 // A feature of four tokens is four bytes: low nibbles are the first half of the features, high ones the second.
 void write_value(uint8_t* tile, int64_t token, const Cell& cell, kv::Layout layout) {
-    uint8_t* to = tile + layout.codes() + token / 4 * layout.quad() + token % 4;
+    uint8_t* to = tile + layout.keys() + token / 4 * layout.quad() + token % 4;
     const int64_t half = layout.head_size / 2;
-    if (layout.num_bits == 4) {
+    if (layout.value_bits == 4) {
         for (int64_t i = 0; i < half; ++i) to[4 * i] = (uint8_t)(cell.codes[i] | cell.codes[half + i] << 4);
     } else {
         for (int64_t i = 0; i < layout.head_size; ++i) to[4 * i] = cell.codes[i];
@@ -70,8 +70,8 @@ extern "C" void infoquant_kv_store(const void* key, const void* value, int64_t k
                                    int64_t value_dtype, int64_t key_stride, int64_t value_stride, uint8_t* cache, int64_t block_stride,
                                    int64_t head_stride, int64_t block_size, const int64_t* slots, int64_t tokens,
                                    const float* key_clip, const float* value_clip, const float* key_offset, int64_t kv_heads,
-                                   int64_t head_size, int64_t num_bits, int64_t rotate) {
-    const kv::Layout layout{head_size, num_bits};
+                                   int64_t head_size, int64_t key_bits, int64_t value_bits, int64_t rotate) {
+    const kv::Layout layout{head_size, key_bits, value_bits};
     const kv::Pages pages{cache, block_stride, head_stride, block_size, layout};
 #pragma omp parallel for schedule(static) if (tokens * kv_heads >= 64)
     for (int64_t job = 0; job < tokens * kv_heads; ++job) {
@@ -88,13 +88,13 @@ extern "C" void infoquant_kv_store(const void* key, const void* value, int64_t k
             for (int64_t i = 0; i < head_size; ++i) row[i] -= key_offset[head * head_size + i];
         }
         if (rotate) infoquant::hadamard(row, head_size, nullptr, 1);
-        Cell cell = quantise(row, head_size, key_clip + 2 * head, num_bits);
+        Cell cell = quantise(row, head_size, key_clip + 2 * head, key_bits);
         write_key(tile, lane, cell, layout);
         parameters[0] = cell.scale, parameters[kv::TOKENS] = cell.zero;
 
         const int64_t value_place = token * value_stride + head * head_size;
         load_row(row, (const char*)value + value_place * element_bytes(value_dtype), head_size, value_dtype);
-        cell = quantise(row, head_size, value_clip + 2 * head, num_bits);
+        cell = quantise(row, head_size, value_clip + 2 * head, value_bits);
         write_value(tile, lane, cell, layout);
         parameters[2 * kv::TOKENS] = cell.scale, parameters[3 * kv::TOKENS] = cell.zero;
     }

@@ -14,12 +14,13 @@ constexpr int MAX_HEAD_SIZE = 512;
 
 // Bytes of a tile, part by part: keys, values, then float16 key scales, key zeros, value scales, value zeros.
 struct Layout {
-    int64_t head_size, num_bits;
-    int64_t codes() const { return TOKENS * head_size * num_bits / 8; }
-    int64_t parameters() const { return 2 * codes(); }
+    int64_t head_size, key_bits, value_bits;
+    int64_t keys() const { return TOKENS * head_size * key_bits / 8; }
+    int64_t values() const { return TOKENS * head_size * value_bits / 8; }
+    int64_t parameters() const { return keys() + values(); }
     int64_t bytes() const { return parameters() + 4 * TOKENS * 2; }
     // Of four tokens' values.
-    int64_t quad() const { return codes() / 4; }
+    int64_t quad() const { return values() / 4; }
 };
 
 struct Pair {

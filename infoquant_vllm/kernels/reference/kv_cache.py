@@ -9,7 +9,8 @@ products of four bytes at a time need them. With 4-bit codes:
 2. values [4, head_size / 2, 4 tokens]: the byte of feature d and of d + head_size / 2, likewise
 3. float16 [4, 16 tokens]: key scales, key zeros, value scales, value zeros
 
-With 8-bit codes keys are [head_size / 4, 16 tokens, 4] and values [4, head_size, 4 tokens].
+With 8-bit codes keys are [head_size / 4, 16 tokens, 4] and values [4, head_size, 4 tokens]. `num_bits`
+says how many keys have, and how many values.
 """
 
 import math
@@ -36,7 +37,7 @@ def kv_store(
     value_clip: torch.Tensor,
     key_offset: torch.Tensor | None,
     hadamard: bool,
-    num_bits: int,
+    num_bits: tuple[int, int],
 ) -> None:
     """Write key, value [tokens, kv_heads, head_size] into the cache.
 
@@ -54,23 +55,26 @@ def kv_store(
         keys, values, params = tile_parts(tiles, size, num_bits)
         lane = slot % TILE
         k_codes, params[:, 0, lane], params[:, 1, lane] = quantise(
-            apply_hadamard(k) if hadamard else k, key_clip, num_bits
+            apply_hadamard(k) if hadamard else k, key_clip, num_bits[0]
         )
-        v_codes, params[:, 2, lane], params[:, 3, lane] = quantise(v, value_clip, num_bits)
-        if num_bits == 4:
+        v_codes, params[:, 2, lane], params[:, 3, lane] = quantise(v, value_clip, num_bits[1])
+        if num_bits[0] == 4:
             k_codes = k_codes.unflatten(-1, (-1, 2, 4))
             k_codes = k_codes[:, :, 0] | (k_codes[:, :, 1] << 4)
+        if num_bits[1] == 4:
             v_codes = v_codes[:, : size // 2] | (v_codes[:, size // 2 :] << 4)
         keys[:, :, lane] = k_codes.view(len(tiles), -1, 4)
         values[:, lane // 4, :, lane % 4] = v_codes
 
 
-def tile_parts(tiles: torch.Tensor, size: int, num_bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tile_parts(
+    tiles: torch.Tensor, size: int, num_bits: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of tiles [..., bytes]: keys [..., features, 16, 4], values [..., 4, features, 4], float16 [..., 4, 16]."""
-    codes = TILE * size * num_bits // 8
-    keys = tiles[..., :codes].unflatten(-1, (-1, TILE, 4))
-    values = tiles[..., codes : 2 * codes].unflatten(-1, (4, -1, 4))
-    return keys, values, tiles[..., 2 * codes :].view(torch.float16).unflatten(-1, (4, TILE))
+    key_bytes, value_bytes = (TILE * size * bits // 8 for bits in num_bits)
+    keys = tiles[..., :key_bytes].unflatten(-1, (-1, TILE, 4))
+    values = tiles[..., key_bytes : key_bytes + value_bytes].unflatten(-1, (4, -1, 4))
+    return keys, values, tiles[..., key_bytes + value_bytes :].view(torch.float16).unflatten(-1, (4, TILE))
 
 
 def quantise(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,7 +89,7 @@ def quantise(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> tuple[torch.
 
 
 def kv_read(
-    cache: torch.Tensor, blocks: torch.Tensor, size: int, num_bits: int
+    cache: torch.Tensor, blocks: torch.Tensor, size: int, num_bits: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Key and value codes uint8 [kv_heads, tokens, head_size] of some blocks, parameters [4, kv_heads, tokens] float16.
 
@@ -94,8 +98,9 @@ def kv_read(
     tiles = cache[blocks.long()].transpose(0, 1).reshape(cache.shape[1], -1, TILE * cache.shape[3])
     keys, values, params = tile_parts(tiles, size, num_bits)
     keys, values = keys.permute(0, 1, 3, 2, 4), values.permute(0, 1, 2, 4, 3)  # [heads, tiles, 16, n, 4], [.., 4, 4, n]
-    if num_bits == 4:
+    if num_bits[0] == 4:
         keys = torch.stack((keys & 15, keys >> 4), -2)
+    if num_bits[1] == 4:
         values = torch.cat((values & 15, values >> 4), -1)
     tokens = tiles.shape[1] * TILE
     return (
@@ -114,7 +119,7 @@ def kv_attention(
     hadamard: bool,
     scale: float,
     window: int | None,
-    num_bits: int,
+    num_bits: tuple[int, int],
     out: torch.Tensor,
 ) -> None:
     """Causal attention of query [tokens, heads, head_size] over the cache, sequence by sequence.
