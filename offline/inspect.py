@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 
-from infoquant_vllm.format import Checkpoint, FormatError, LinearScheme, ModelShape, cell_bytes, read_json
+from infoquant_vllm.format import Checkpoint, FormatError, KVCacheArgs, LinearScheme, ModelShape, cell_bytes, read_json
 from offline.errors import ToolError
 
 DTYPE_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
@@ -34,7 +34,7 @@ class Inspection(BaseModel):
     shape: ModelShape
     schemes: dict[str, LinearScheme | None]
     """By the linear's name inside its layer, or by full name where layers differ; None: unquantised."""
-    kv_cache: dict[str, Any] | None
+    kv_cache: KVCacheArgs | None
     rotated_residual: bool
     vocabulary_bits: int | None
     """Of lm_head and, in a tied model, of the embeddings; None: unquantised."""
@@ -65,7 +65,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         format_version=checkpoint.config.format_version,
         shape=shape,
         schemes=_schemes(checkpoint),
-        kv_cache=None if cache is None else cache.model_dump(),
+        kv_cache=cache,
         rotated_residual=checkpoint.config.tied_residual_rotation,
         vocabulary_bits=checkpoint.config.vocabulary_bits,
         sizes=sizes,

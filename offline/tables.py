@@ -59,7 +59,9 @@ def print_inspection(found: Inspection) -> None:
     console.print(schemes)
     cache = found.kv_cache
     rotation = "rotated" if found.rotated_residual else "the source's, or folded into the embeddings"
-    kept = "as the model" if cache is None else f"{cache['num_bits']} bits, keys through {cache['key_transform']}"
+    kept = "as the model"
+    if cache is not None:
+        kept = f"keys {cache.key_bits} bits through {cache.key_transform}, values {cache.value_bits} bits"
     vocabulary = "as the model" if found.vocabulary_bits is None else f"{found.vocabulary_bits} bits"
     console.print(f"KV cache: {kept}; residual basis: {rotation}; vocabulary: {vocabulary}")
     sizes = {part: (size.bytes, size.bf16_bytes) for part, size in found.sizes.items()}
