@@ -9,7 +9,7 @@ from torch import nn
 from infoquant_vllm.format import ActivationArgs, InputTransform, ModelShape, WeightArgs, activation_groups
 from offline.layer import local_tensors
 from offline.recipe import SITES, KVCache, Recipe, Site
-from offline.simulated import integer_weights
+from offline.simulated import dequantised_weight
 from offline.straight_through import fake_quantize
 from offline.trained_cache import ATTENTION, TrainedCache, register_attention
 from offline.transforms import InputTensors, hadamard_product, transform_input
@@ -111,8 +111,5 @@ def _state(tensors: dict[str, torch.Tensor], recipe: Recipe) -> dict[str, torch.
     for name, linears in SITES.items():
         args: WeightArgs = getattr(recipe.sites, name).weights
         for linear in linears:
-            local = local_tensors(tensors, linear)
-            scale = local["weight_scale"]
-            codes = integer_weights(local, args).unflatten(1, (scale.shape[1], -1))
-            state[f"{linear}.weight"] = (codes * scale[:, :, None]).flatten(1)
+            state[f"{linear}.weight"] = dequantised_weight(local_tensors(tensors, linear), args)
     return state

@@ -62,6 +62,13 @@ def integer_weights(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch
     return centred if args.num_bits == 8 else centred.to(torch.int8)
 
 
+def dequantised_weight(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:
+    """What a linear's codes stand for, [N, K] float32."""
+    scale = tensors["weight_scale"]
+    codes = integer_weights(tensors, args).unflatten(1, (scale.shape[1], -1))
+    return (codes * scale[:, :, None]).flatten(1)
+
+
 class SimulatedLinear(nn.Module):
     """A quantised linear: input transform, activation codes, exact integer product, scales."""
 

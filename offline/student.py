@@ -11,7 +11,7 @@ from torch.nn import functional
 from infoquant_vllm.format import KVCacheArgs, LinearScheme, QuantizationConfigData
 from offline.layer import local_tensors
 from offline.recipe import SITES
-from offline.simulated import integer_weights
+from offline.simulated import dequantised_weight
 from offline.source import Source
 from offline.straight_through import fake_quantize
 from offline.trained_cache import ATTENTION, TrainedCache, register_attention
@@ -129,8 +129,7 @@ class StudentLinear(nn.Module):
         super().__init__()
         self.site = [site]  # a list: several linears share the module
         self._scale = tensors["weight_scale"]
-        codes = integer_weights(tensors, scheme.weights).unflatten(1, (self._scale.shape[1], -1))
-        self._weight = (codes * self._scale[:, :, None]).flatten(1)
+        self._weight = dequantised_weight(tensors, scheme.weights)
         self.log_scale = nn.Parameter(torch.zeros(len(self._scale)))
         self._bias = tensors.get("bias")
 
