@@ -26,9 +26,8 @@ def refine(
     if passes == 0 or diagonal <= 0:
         return rounded
     hessian = hessian + REGULARISATION * diagonal * torch.eye(len(hessian), device=hessian.device)
-    rows = [ROWS_AT_A_TIME] * (len(weight) // ROWS_AT_A_TIME) + [len(weight) % ROWS_AT_A_TIME]
-    parts = []
-    for own, part in zip(weight.split(rows), rounded.split(rows), strict=True):
+    rows, parts = weight.split(ROWS_AT_A_TIME), []
+    for own, part in zip(rows, rounded.split([len(own) for own in rows]), strict=True):
         for _ in range(passes):
             part = refit_scales(own, descend(own, part, hessian, args), hessian)  # noqa: PLW2901
         parts.append(part)
