@@ -184,28 +184,15 @@ class Recipe(_Strict):
     distillation: Distillation | None = None
 
     @model_validator(mode="after")
-    def _balance_needs_statistics(self) -> "Recipe":
-        if self.balance and self.rounding != "gptq":
-            raise ValueError(f"balance reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
-        return self
-
-    @model_validator(mode="after")
-    def _key_offset_needs_statistics(self) -> "Recipe":
-        if self.kv_cache is not None and self.kv_cache.key_offset_positions and self.rounding != "gptq":
-            raise ValueError(f"key_offset_positions reads GPTQ's statistics; it does not go with '{self.rounding}'")
-        return self
-
-    @model_validator(mode="after")
-    def _searched_clips_need_statistics(self) -> "Recipe":
-        for name in SITES:
-            if getattr(self.sites, name).clip == "search" and self.rounding != "gptq":
-                raise ValueError(f"sites.{name}.clip 'search' reads GPTQ's statistics; it does not go with rtn")
-        return self
-
-    @model_validator(mode="after")
-    def _clips_are_learnt_behind_gptq(self) -> "Recipe":
-        if self.learned_clips is not None and self.rounding != "gptq":
-            raise ValueError(f"learned_clips follow GPTQ; they do not go with rounding '{self.rounding}'")
+    def _what_reads_statistics_goes_with_gptq(self) -> "Recipe":
+        asked = {
+            "balance": self.balance,
+            "kv_cache.key_offset_positions": self.kv_cache is not None and self.kv_cache.key_offset_positions,
+            "learned_clips": self.learned_clips is not None,
+        } | {f"sites.{name}.clip 'search'": getattr(self.sites, name).clip == "search" for name in SITES}
+        for name, wanted in asked.items():
+            if wanted and self.rounding != "gptq":
+                raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
         return self
 
     @property
