@@ -10,9 +10,11 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from infoquant_vllm.format import FormatError
 from infoquant_vllm.loading import LoadTracker
+from infoquant_vllm.ops.quantized_linear import prepare_grid, prepare_weight
 from infoquant_vllm.ops.rotate_rows import rotate_rows
 from infoquant_vllm.ops.table import served_by
-from infoquant_vllm.ops.weight_only_linear import prepare_weight_only, weight_only_linear
+from infoquant_vllm.ops.weight_only_linear import weight_only_linear
+from infoquant_vllm.ops.weight_rows import weight_rows
 
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
@@ -28,7 +30,7 @@ class VocabularyMethod(QuantizeMethodBase):
     basis (E[ids] @ Q); lm_head rotates the few rows that reach it back and applies the final
     norm's gain before it multiplies with E.
     quantized: E stays in 8-bit codes with a scale per row, which a lookup dequantises into the
-    model's dtype; the logits are a product with an unquantised input.
+    model's dtype; the logits are a product with an input of 16 bits.
 
     Logits of a dtype of their own (head_dtype) are refused: vLLM goes past `apply` for them. For the
     same reason this is no subclass of vLLM's unquantised method.
@@ -37,6 +39,7 @@ class VocabularyMethod(QuantizeMethodBase):
     def __init__(self, config: "InfoQuantConfig", prefix: str, rotated: bool, quantized: bool):
         self.prefix = prefix
         self.rotated, self.quantized = rotated, quantized
+        self.tied = False
         self.summary = config.summary
 
     def create_weights(
@@ -57,7 +60,8 @@ class VocabularyMethod(QuantizeMethodBase):
                 f"or an 8-bit vocabulary, leave it at the model's {params_dtype}"
             )
         tracker = LoadTracker({None: self.prefix})
-        layer.infoquant_tracker, layer.infoquant_dtype = tracker, params_dtype
+        layer.infoquant_tracker = tracker
+        layer.infoquant_dtype, layer.infoquant_hidden = params_dtype, input_size
         loader = extra_weight_attrs["weight_loader"]
         for name, data in self._tensors(sum(output_partition_sizes), input_size, params_dtype).items():
             param = torch.nn.Parameter(data, requires_grad=False)
@@ -85,45 +89,44 @@ class VocabularyMethod(QuantizeMethodBase):
         for name, param in embed_tokens.named_parameters(recurse=False):
             setattr(layer, name, param)
         layer.infoquant_tracker = embed_tokens.infoquant_tracker
+        self.tied = True
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Refuse missing tensors and a rotation that is none; lm_head shares what the embedding has converted."""
+        """Refuse missing tensors and a rotation that is none; a tied lm_head shares what the embedding converts."""
         layer.infoquant_tracker.require_all()
-        if self.rotated and layer.residual_rotation.dtype != torch.float64:
-            layer.residual_rotation.data = self._checked(layer.residual_rotation.data.double())
-            layer.final_norm_weight.data = layer.final_norm_weight.data.double()
+        if self.rotated:
+            self._check_rotation(layer.residual_rotation.double())
+            layer.infoquant_back = layer.residual_rotation.t().contiguous()
         if self.quantized:
             packed = layer.weight_packed
-            if packed.dtype == torch.uint8:
-                packed.data = prepare_weight_only(packed.data, 8, signed=True)
-            self.summary.vocabulary(
-                f"W8A16 ({served_by('weight_only_linear')})",
-                packed.nbytes + layer.weight_scale.nbytes,
-                2 * packed.numel(),
-            )
+            bf16 = 2 * packed.numel()
+            if not self.tied:
+                packed.data = prepare_weight(packed.data, 8, True, 1)
+                layer.weight_scale.data = prepare_grid(layer.weight_scale.data)
+            kind = f"W8A16 ({served_by('weight_only_linear')})"
+            self.summary.vocabulary(kind, packed.nbytes + layer.weight_scale.nbytes, bf16)
 
-    def _checked(self, rotation: torch.Tensor) -> torch.Tensor:
+    def _check_rotation(self, rotation: torch.Tensor) -> None:
         error = (rotation @ rotation.t() - torch.eye(len(rotation))).abs().max().item()
         if error > MAX_ROTATION_ERROR:
             raise FormatError(
                 f"{self.prefix}.residual_rotation is not orthogonal: |Q Q^T - I| is {error:.3g}, "
                 f"expected at most {MAX_ROTATION_ERROR:g}; quantise the model again"
             )
-        return rotation
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """ids [tokens] to rows [tokens, H] of the residual stream."""
         if self.quantized:
-            codes, scale = F.embedding(input_, layer.weight_packed), F.embedding(input_, layer.weight_scale)
-            rows = (codes * scale).to(layer.infoquant_dtype)
+            codes = weight_rows(layer.weight_packed, input_, layer.infoquant_hidden)
+            rows = (codes * F.embedding(input_, layer.weight_scale)).to(layer.infoquant_dtype)
         else:
             rows = F.embedding(input_, layer.weight)
         return rotate_rows(rows, layer.residual_rotation, None) if self.rotated else rows
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [rows, H], without the final norm's gain where rotated, to logits [rows, vocab]."""
-        rows = rotate_rows(x, layer.residual_rotation.t(), layer.final_norm_weight) if self.rotated else x
+        rows = rotate_rows(x, layer.infoquant_back, layer.final_norm_weight) if self.rotated else x
         if self.quantized:
             return weight_only_linear(rows, [], 0, layer.weight_packed, layer.weight_scale, None, bias)
         return F.linear(rows, layer.weight, bias)

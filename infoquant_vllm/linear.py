@@ -18,7 +18,7 @@ from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.ops.quantized_linear import prepare_grid, prepare_weight, quantized_linear
 from infoquant_vllm.ops.rotate_quantize import rotate_quantize
 from infoquant_vllm.ops.table import served_by
-from infoquant_vllm.ops.weight_only_linear import prepare_weight_only, weight_only_linear
+from infoquant_vllm.ops.weight_only_linear import weight_only_linear
 
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
@@ -31,7 +31,7 @@ INPUT_TENSORS = ("input_clip", "input_blocks", "input_left", "input_right")
 class InfoQuantLinearMethod(LinearMethodBase):
     """Rotate and quantise the input, then multiply it with the 4-bit or 8-bit weights exactly.
 
-    An input of 16 bits stays in the model's dtype, rotated where the scheme says so.
+    An input of 16 bits has no clips.
     Under tensor parallelism a row-parallel layer with one activation group quantises each rank's
     share of the features on its own: a narrower range, never a wider one.
     """
@@ -123,12 +123,11 @@ class InfoQuantLinearMethod(LinearMethodBase):
         ):
             if size is not None and features % size:
                 raise FormatError(f"{self.prefix}: {label} {size} does not divide {features} ({ranks})")
-        if activations.num_bits == 16:
-            return
-        groups = [group for group in (activations.group_size, self.scheme.weights.group_size) if group is not None]
+        input_group = None if activations.num_bits == 16 else activations.group_size
+        groups = [group for group in (input_group, self.scheme.weights.group_size) if group is not None]
         if len(groups) == 2 and max(groups) % min(groups):
             raise FormatError(f"{self.prefix}: group sizes {groups[0]} and {groups[1]} do not nest")
-        if 2**activations.num_bits * 2**8 * min(groups, default=features) >= 2**31:
+        if 2 ** min(activations.num_bits, 8) * 2**8 * min(groups, default=features) >= 2**31:
             raise FormatError(f"{self.prefix}: sums over {features} features may overflow 32 bits")
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -138,16 +137,12 @@ class InfoQuantLinearMethod(LinearMethodBase):
         packed = layer.weight_packed.data
         layer.infoquant_matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
         inputs = self.scheme.input_activations.num_bits
-        if inputs == 16:
-            prepared = prepare_weight_only(packed, weights.num_bits, weights.symmetric)
-        else:
-            groups = max(len(layer.input_clip), layer.weight_scale.shape[1])
-            prepared = prepare_weight(packed, weights.num_bits, weights.symmetric, groups)
-        layer.weight_packed = _frozen(prepared)
+        groups = max(1 if inputs == 16 else len(layer.input_clip), layer.weight_scale.shape[1])
+        layer.weight_packed = _frozen(prepare_weight(packed, weights.num_bits, weights.symmetric, groups))
         for name in (*GRIDS, *INPUT_TENSORS):
             if hasattr(layer, name):
                 data = getattr(layer, name).data
-                setattr(layer, name, _frozen(prepare_grid(data) if name in GRIDS and inputs != 16 else data))
+                setattr(layer, name, _frozen(prepare_grid(data) if name in GRIDS else data))
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
         operations = ("weight_only_linear",) if inputs == 16 else ("rotate_quantize", "quantized_linear")
         kind = f"W{weights.num_bits}A{inputs} ({served_by(*operations)})"

@@ -25,8 +25,6 @@ EXACT_FLOAT32 = 2**24
 SMALLEST_SCALE = 1e-12
 SMALLEST_CACHE_SCALE = 2.0**-20
 LARGEST_HALF = 65504.0
-BLOCK_ELEMENTS = 2**22
-"""Weights dequantised to float64 at a time."""
 
 
 def quantize_input(y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,6 +48,14 @@ def quantize_input(y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor) ->
         zero = torch.round(-low * (1 / scale))
     codes = (grouped * (1 / scale)).round_().clamp_(-zero, largest - zero)
     return codes.flatten(1), scale.squeeze(-1)
+
+
+def wide_input(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Symmetric 16-bit codes 256 * high + low of y [tokens, K] float32: both [tokens, K], and scales [tokens, 1]."""
+    scale = (y.abs().amax(1, keepdim=True) / 32767).clamp(min=SMALLEST_SCALE)
+    codes = (y * (1 / scale)).round_()
+    high = (codes / 256).floor_()
+    return high, codes - 256 * high, scale
 
 
 def integer_weights(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:
@@ -85,11 +91,12 @@ class SimulatedLinear(nn.Module):
         y = transform_input(x.flatten(0, -2).float(), self.scheme.input_transform, dict(self.named_buffers()))
         args = self.scheme.input_activations
         if args.num_bits == 16:
-            out = self._float_product(y.to(x.dtype))
+            high, low, scale = wide_input(y)
+            out = self._product(high, 256 * scale) + self._product(low, scale)
         else:
             out = self._product(*quantize_input(y, args, self.get_buffer("input_clip")))
         bias = dict(self.named_buffers()).get("bias")
-        out = out if bias is None else out + bias.to(out.dtype)
+        out = out if bias is None else out + bias.float()
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def _product(self, a: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -111,19 +118,9 @@ class SimulatedLinear(nn.Module):
             out += term * scale[:, start * scale.shape[1] // features, None]
         return out if grouped else out * weight_scale[:, 0]
 
-    def _float_product(self, y: torch.Tensor) -> torch.Tensor:
-        """y [tokens, K] with the dequantised weights, in float64 as in the server; a few rows at a time."""
-        integers, weight_scale = self.get_buffer("integers"), self.get_buffer("weight_scale")
-        step = max(1, BLOCK_ELEMENTS // y.shape[1])
-        parts = []
-        for rows, scale in zip(integers.split(step), weight_scale.double().split(step), strict=True):
-            values = (rows.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
-            parts.append(y.double() @ values.T)
-        return torch.cat(parts, 1)
-
     def _dtype(self, size: int) -> torch.dtype:
         """The cheapest dtype in which sums of `size` products of codes are exact."""
-        bound = size * 2 ** (self.scheme.input_activations.num_bits + self.scheme.weights.num_bits)
+        bound = size * 2 ** (min(self.scheme.input_activations.num_bits, 8) + self.scheme.weights.num_bits)
         return torch.float32 if bound <= EXACT_FLOAT32 else torch.float64
 
 
@@ -138,7 +135,7 @@ class RotatedEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] to rows [..., hidden] in the model's dtype."""
         rows = functional.embedding(ids, self.weight).double() @ self.get_buffer("rotation").double()
-        return rows.to(self.weight.dtype)
+        return rows.float().to(self.weight.dtype)
 
 
 class RotatedHead(nn.Module):
@@ -152,7 +149,7 @@ class RotatedHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] in the model's dtype to logits [..., vocab] in the same."""
-        restored = (hidden.double() @ self.get_buffer("rotation").double().T) * self.get_buffer("final_norm")
+        restored = (hidden.double() @ self.get_buffer("rotation").double().T).float() * self.get_buffer("final_norm")
         return self.product(restored.to(hidden.dtype))
 
 

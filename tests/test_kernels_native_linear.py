@@ -8,7 +8,10 @@ import torch
 from infoquant_vllm.format import pack_codes
 from infoquant_vllm.kernels.native import library as native
 from infoquant_vllm.kernels.native import quantized_linear as linear
+from infoquant_vllm.kernels.native import rotate_quantize
+from infoquant_vllm.kernels.native.weight_only_linear import weight_only_linear
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference
+from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear as reference_weight_only
 
 CAPABILITIES = torch.cpu.get_capabilities()
 RUNNABLE = [name for name, features in native.TARGETS.items() if all(CAPABILITIES.get(each) for each in features)]
@@ -19,9 +22,12 @@ def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Each library in turn."""
     chosen = native._load(request.param, native.FOLDER / f"_native_{request.param}.so")
     monkeypatch.setattr(native, "library", lambda: chosen)
-    linear._run.cache_clear()
+    functions = (linear._run, rotate_quantize._rotate_quantize_wide)
+    for cached in functions:
+        cached.cache_clear()
     yield
-    linear._run.cache_clear()
+    for cached in functions:
+        cached.cache_clear()
 
 
 class Layer:
@@ -81,6 +87,26 @@ def test_any_number_of_rows_and_channels_in_any_dtype(
     assert torch.equal(layer.found(dtype), layer.expected(dtype))
     layer.bias = None
     assert torch.equal(layer.found(dtype), layer.expected(dtype))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 123])
+@pytest.mark.parametrize(("bits", "signed", "groups"), [(4, True, 1), (4, False, 9), (8, True, 1), (8, False, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_16_bit_inputs_are_those_of_the_reference(
+    rows: int, bits: int, signed: bool, groups: int, dtype: torch.dtype
+) -> None:
+    layer, x = Layer(rows, 1000, bits=(bits, 8), signed=signed, groups=(groups, 1)), torch.randn(rows, 576).to(dtype)
+    zero = None if layer.zero is None else linear.prepare_grid(layer.zero)
+    found = weight_only_linear(x, [], 576, layer.weight, linear.prepare_grid(layer.scale), zero, layer.bias)
+    assert torch.equal(found, reference_weight_only(x, [], 576, layer.packed, layer.scale, layer.zero, layer.bias))
+
+
+@pytest.mark.parametrize("features", [576, 126])
+def test_rows_of_a_prepared_weight_are_the_checkpoints(features: int) -> None:
+    packed = torch.randint(0, 256, (500, features), dtype=torch.uint8)
+    rows = torch.tensor([[0, 499, 16], [31, 32, 77]])
+    found = linear.weight_rows(linear.prepare_weight(packed, 8, True, 1), rows, features)
+    assert torch.equal(found, packed.view(torch.int8)[rows])
 
 
 @pytest.mark.parametrize("groups", [(1, 1), (9, 9)])

@@ -8,9 +8,12 @@ import torch
 
 from infoquant_vllm.kernels.native import library as native
 from infoquant_vllm.kernels.native import rotate_quantize as module
-from infoquant_vllm.kernels.native.rotate_quantize import rotate, rotate_quantize
+from infoquant_vllm.kernels.native.rotate_quantize import rotate, rotate_quantize, rotate_quantize_wide
+from infoquant_vllm.kernels.native.rotate_rows import rotate_rows
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate as reference_rotate
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference
+from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows as reference_rows
+from infoquant_vllm.kernels.reference.weight_only_linear import wide_codes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {  # features, and what they go through: ("hadamard", size), ("blocks", size), ("kronecker", a, b)
@@ -41,10 +44,11 @@ def _target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(f"no {request.param} here")
     library = native.Library(request.param, ctypes.CDLL(str(file)))
     monkeypatch.setattr(native, "library", lambda: library)
-    for cached in (module._rotate_quantize, module._rotate):
+    functions = (module._rotate_quantize, module._rotate_quantize_wide, module._rotate)
+    for cached in functions:
         cached.cache_clear()
     yield
-    for cached in (module._rotate_quantize, module._rotate):
+    for cached in functions:
         cached.cache_clear()
 
 
@@ -55,6 +59,13 @@ def _transform(kind: tuple, features: int) -> tuple[list[torch.Tensor], int]:
     if kind[0] == "blocks":
         return [torch.randn(features // kind[1], kind[1], kind[1])], 0
     return [torch.randn(size, size) for size in kind[1:]], 0
+
+
+def _assert_wide_equal(x: torch.Tensor, *transform) -> None:
+    expected = wide_codes(reference_rotate(x.float(), *transform))
+    for found, right in zip(rotate_quantize_wide(x, *transform), expected, strict=True):
+        assert found.dtype == right.dtype
+        assert torch.equal(found, right)
 
 
 def _assert_equal(x: torch.Tensor, *args) -> None:
@@ -71,6 +82,7 @@ def test_codes_are_the_references(name: str, tokens: int, dtype: torch.dtype) ->
     features, kind = TRANSFORMS[name]
     transform, x = _transform(kind, features), (3 * torch.randn(tokens, features)).to(dtype)
     _assert_equal(x, *transform, 0.7 + 0.3 * torch.rand(1, 2), 4, False)
+    _assert_wide_equal(x, *transform)
     assert torch.equal(rotate(x, *transform), reference_rotate(x.float(), *transform))
 
 
@@ -94,6 +106,19 @@ def test_extremes_are_the_references(num_bits: int, symmetric: bool, hadamard: i
     rows = [torch.zeros(96), torch.full((96,), 1e30), torch.full((96,), -3.0), torch.rand(96) * 1e-20, outlier, halves]
     for clip in (1.0, 0.5, 0.0):
         _assert_equal(torch.stack(rows), [], hadamard, torch.full((1, 2), clip), num_bits, symmetric)
+    _assert_wide_equal(torch.stack(rows), [], hadamard)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [35, 576])
+def test_rows_in_the_residual_basis_are_the_references(tokens: int, dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(tokens)
+    rows, rotation, gain = torch.randn(tokens, size).to(dtype), torch.randn(size, size), torch.randn(size)
+    for factors in (None, gain):
+        found = rotate_rows(rows, rotation, factors)
+        assert found.dtype == dtype
+        assert torch.equal(found, reference_rows(rows, rotation, factors))
 
 
 @pytest.mark.parametrize("name", ["hadamard 12 x 128", "blocks of 288", "kronecker 12 x 128"])

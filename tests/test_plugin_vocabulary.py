@@ -16,6 +16,7 @@ from infoquant_vllm import register
 from infoquant_vllm.format import FormatError, unpack_codes
 from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
+from infoquant_vllm.ops.table import served_by
 
 VOCAB, HIDDEN = 500, 256  # vLLM pads it to 512 rows
 QUANTIZATION: dict[str, Any] = {"vocabulary_bits": 8, "ignore": []}
@@ -136,4 +137,6 @@ def test_the_start_up_line_names_the_vocabulary(vocabulary: Vocabulary) -> None:
         vocabulary.served()
     summary = vocabulary.model.config.summary
     assert summary.pending == 0
-    assert summary.line().startswith("vocabulary W8A16 (torch) holds 0.1 MiB, 0.2 MiB in bf16")
+    assert summary.line().startswith(
+        f"vocabulary W8A16 ({served_by('weight_only_linear')}) holds 0.1 MiB, 0.2 MiB in bf16"
+    )

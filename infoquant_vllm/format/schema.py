@@ -37,8 +37,8 @@ class WeightArgs(_Strict):
 class ActivationArgs(_Strict):
     """Dynamic activation codes, one (scale, zero) per token or per group of a token's features.
 
-    The range is clipped by `input_clip` [activation groups, 2]: factors on (min, max). 16 bits
-    means that the input stays in the model's dtype; there is no `input_clip` then.
+    The range is clipped by `input_clip` [activation groups, 2]: factors on (min, max). With
+    16 bits a token's largest magnitude is 32767 steps; there are no zero, groups and `input_clip` then.
     """
 
     num_bits: Literal[4, 8, 16]
@@ -133,7 +133,7 @@ class QuantizationConfigData(_Strict):
 
     @property
     def vocabulary_scheme(self) -> LinearScheme | None:
-        """The vocabulary matrix as a linear of unquantised inputs, one symmetric scale per row; None: unquantised."""
+        """The vocabulary matrix as a linear of 16-bit inputs, one symmetric scale per row; None: unquantised."""
         if self.vocabulary_bits is None:
             return None
         weights, inputs = WeightArgs(num_bits=self.vocabulary_bits), ActivationArgs(num_bits=16)

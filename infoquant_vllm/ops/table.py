@@ -15,14 +15,16 @@ KERNELS = MappingProxyType(
         ("prepare_weight", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("prepare_grid", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("quantized_linear", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
-        ("prepare_weight_only", "cpu"): ("cpu.weight_only_linear",),
-        ("weight_only_linear", "cpu"): ("cpu.weight_only_linear",),
-        ("rotate_rows", "cpu"): ("cpu.rotate_rows",),
+        ("weight_only_linear", "cpu"): ("native.weight_only_linear", "cpu.weight_only_linear"),
+        ("weight_rows", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
+        ("rotate_rows", "cpu"): ("native.rotate_rows", "cpu.rotate_rows"),
         ("kv_store", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
         ("kv_attention", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
     }
 )
-NAMES = MappingProxyType({"cpu.quantized_linear": "oneDNN int8"})  # of the modules that are not plain torch
+NAMES = MappingProxyType(
+    {"cpu.quantized_linear": "oneDNN int8", "cpu.weight_only_linear": "oneDNN int8"}
+)  # of the modules that are not plain torch
 
 
 @cache

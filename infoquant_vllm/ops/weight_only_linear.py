@@ -1,14 +1,9 @@
-"""Operation: product of an unquantised input, rotated where the layer says so, and quantised weights."""
+"""Operation: product of a 16-bit input, rotated where the layer says so, and quantised weights."""
 
 import torch
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from infoquant_vllm.ops.table import kernel
-
-
-def prepare_weight_only(packed: torch.Tensor, num_bits: int, signed: bool) -> torch.Tensor:
-    """Checkpoint bytes [N, K * num_bits / 8] in the layout that the device's kernel reads."""
-    return kernel("prepare_weight_only", packed.device.type)(packed, num_bits, signed)
 
 
 def _weight_only_linear(

@@ -6,6 +6,7 @@ nibble in the high half of an int8 needs no sign extension); the scale takes the
 """
 
 import torch
+import torch.nn.functional as F
 
 UNPACKED_FACTOR = 16
 EXPAND_ROWS = 64
@@ -24,6 +25,11 @@ def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: in
     nibbles = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)  # [N, K] in order of K
     low, high = (nibbles if signed else nibbles ^ 8).chunk(2, dim=1)
     return (low | (high << 4)).view(torch.int8).contiguous()
+
+
+def weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tensor:
+    """Signed codes [..., features] int8 of some rows of an 8-bit weight from `prepare_weight`."""
+    return F.embedding(rows, weight)
 
 
 def prepare_grid(grid: torch.Tensor) -> torch.Tensor:

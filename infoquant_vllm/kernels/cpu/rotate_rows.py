@@ -4,6 +4,6 @@ import torch
 
 
 def rotate_rows(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
-    """As the reference; float64, so that the result in the model's dtype does not depend on the batch."""
-    out = rows.double() @ rotation
+    """As the reference, of which it differs in not copying as much."""
+    out = (rows.double() @ rotation.double()).float()
     return (out if gain is None else out.mul_(gain)).to(rows.dtype)

@@ -247,16 +247,18 @@ void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, int64_t 
 // All tiles in all panels; runs in every thread of a parallel region.
 template <int WEIGHT_BITS, int BITS>
 void multiply_panels(const Problem& p, const Tile* tiles, int64_t count) {
-    constexpr int STREAMS = 4;
+    constexpr int STREAMS = 4, FEW = LANES == 16 ? 2 : 1;  // rows whose sums in all streams fit into registers
     const int64_t apart = p.panels / STREAMS;
-    const bool streams = count == 1 && tiles[0].rows == 1;
+    const bool streams = count == 1 && tiles[0].rows <= FEW;
     if (streams) {
+        const Multiply multiply_streams =
+            tiles[0].rows == 1 ? multiply<WEIGHT_BITS, BITS, 1, STREAMS> : multiply<WEIGHT_BITS, BITS, FEW, STREAMS>;
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < apart; panel++) {
             for (int part = 0; part < PARTS; part++) {
-                multiply<WEIGHT_BITS, BITS, 1, STREAMS>(
-                    p, tiles[0], p.weight + panel * p.groups * p.steps * 16 * WEIGHT_BITS + part * 4 * LANES,
-                    panel * PANEL + part * LANES, apart);
+                multiply_streams(p, tiles[0],
+                                 p.weight + panel * p.groups * p.steps * 16 * WEIGHT_BITS + part * 4 * LANES,
+                                 panel * PANEL + part * LANES, apart);
             }
         }
     }

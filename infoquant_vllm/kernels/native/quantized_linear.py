@@ -26,6 +26,14 @@ def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: in
     return (lines[:, :, 0] | lines[:, :, 1] << 4 if num_bits == 4 else lines).flatten(2).contiguous()
 
 
+def weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tensor:
+    """Signed codes [..., features] int8 of some rows of an 8-bit weight, from `prepare_weight` with one group."""
+    lines = weight.view(len(weight), -1, 2, PANEL // 2, STEP)
+    panel, channel = rows // PANEL, rows % PANEL
+    found = lines[panel, :, channel // (PANEL // 2), channel % (PANEL // 2)]
+    return (found.flatten(-2)[..., :features] ^ 0x80).view(torch.int8)
+
+
 def prepare_grid(grid: torch.Tensor) -> torch.Tensor:
     """Scales or zero points [N, groups], of that shape still, but a group's channels one after the other."""
     return grid.t().contiguous().t()

@@ -183,6 +183,24 @@ void quantise_group(const float* y, int64_t size, const float* clip, int64_t num
     }
 }
 
+// 16-bit codes of a token: a row of high bytes, and behind it one of low bytes.
+void quantise_wide(const float* y, int64_t size, uint8_t* codes, float* scale, int32_t* zero) {
+    typedef uint8_t Codes __attribute__((vector_size(LANES)));
+    const Range ends = range(y, size);
+    const float step = std::max(std::max(-ends.low, ends.high) / 32767, 1e-12f), inverse = 1 / step;
+    scale[0] = 256 * step;
+    scale[1] = step;
+    zero[0] = 128;
+    zero[1] = 0;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, size - i);
+        const Ints code = nearest(load_some(y + i, count) * inverse) + 32768;
+        const Codes high = __builtin_convertvector(code >> 8, Codes), low = __builtin_convertvector(code & 255, Codes);
+        std::memcpy(codes + i, &high, count);
+        std::memcpy(codes + size + i, &low, count);
+    }
+}
+
 // Calls `each(first, tokens, rows)` for all rows in tiles, by several threads where that is worth it.
 template <typename Each>
 void for_tiles(const Transform& t, int64_t tokens, Each each) {
@@ -215,6 +233,19 @@ extern "C" void infoquant_rotate_quantize(const void* x, int64_t dtype, int64_t 
             const int64_t place = first * groups + i;
             quantise_group(y + i * size, size, clip + 2 * (i % groups), num_bits, symmetric, codes + place * size,
                            scale + place, zero + place);
+        }
+    });
+}
+
+// x [tokens, features] to codes [2 * tokens, features], scale and zero [2 * tokens].
+extern "C" void infoquant_rotate_quantize_wide(const void* x, int64_t dtype, int64_t tokens, int64_t features,
+                                               int64_t kind, const float* left, int64_t left_size, const float* right,
+                                               int64_t right_size, uint8_t* codes, float* scale, int32_t* zero) {
+    const Transform transform{x, dtype, features, kind, left, right, left_size, right_size};
+    for_tiles(transform, tokens, [=](int64_t first, int64_t count, const float* y) {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = 2 * (first + i);
+            quantise_wide(y + i * features, features, codes + row * features, scale + row, zero + row);
         }
     });
 }

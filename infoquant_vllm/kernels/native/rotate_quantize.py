@@ -9,6 +9,7 @@ from infoquant_vllm.format import hadamard_dense
 from infoquant_vllm.kernels.native.library import DTYPES, POINTER, SIZE, function
 
 NONE, HADAMARD, BLOCKS, KRONECKER = range(4)
+INPUT = (POINTER, SIZE, SIZE, SIZE, SIZE, POINTER, SIZE, POINTER, SIZE)  # x and its transform
 
 
 def rotate_quantize(
@@ -34,6 +35,20 @@ def rotate_quantize(
         scale.data_ptr(),
         zero.data_ptr(),
     )
+    return codes, scale, zero
+
+
+def rotate_quantize_wide(
+    x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`wide_codes` of the reference behind the transform, bit by bit."""
+    x = x.contiguous()
+    rows = 2 * len(x)
+    codes = torch.empty(rows, x.shape[1], dtype=torch.uint8)
+    scale, zero = torch.empty(rows, 1), torch.empty(rows, 1, dtype=torch.int32)
+    transform = _transform(matrices, hadamard)
+    outputs = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
+    _rotate_quantize_wide()(x.data_ptr(), DTYPES[x.dtype], *x.shape, *transform, *outputs)
     return codes, scale, zero
 
 
@@ -66,11 +81,14 @@ def _dense(size: int) -> torch.Tensor:
 
 @cache
 def _rotate_quantize() -> Callable[..., None]:
-    x, matrices = (POINTER, SIZE, SIZE, SIZE), (SIZE, POINTER, SIZE, POINTER, SIZE)
-    return function("infoquant_rotate_quantize", *x, *matrices, POINTER, SIZE, SIZE, SIZE, POINTER, POINTER, POINTER)
+    return function("infoquant_rotate_quantize", *INPUT, POINTER, SIZE, SIZE, SIZE, POINTER, POINTER, POINTER)
+
+
+@cache
+def _rotate_quantize_wide() -> Callable[..., None]:
+    return function("infoquant_rotate_quantize_wide", *INPUT, POINTER, POINTER, POINTER)
 
 
 @cache
 def _rotate() -> Callable[..., None]:
-    x, matrices = (POINTER, SIZE, SIZE, SIZE), (SIZE, POINTER, SIZE, POINTER, SIZE)
-    return function("infoquant_rotate", *x, *matrices, POINTER)
+    return function("infoquant_rotate", *INPUT, POINTER)

@@ -1,0 +1,18 @@
+"""Operation: rows of an 8-bit weight matrix that a kernel has laid out for products."""
+
+import torch
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from infoquant_vllm.ops.table import kernel
+
+
+def _weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tensor:
+    return kernel("weight_rows", weight.device.type)(weight, rows, features)
+
+
+def _fake(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tensor:
+    return weight.new_empty((*rows.shape, features), dtype=torch.int8)
+
+
+direct_register_custom_op("infoquant_weight_rows", _weight_rows, fake_impl=_fake)
+weight_rows = torch.ops.vllm.infoquant_weight_rows
