@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.products import int4_linear
+from benchmarks.turns import Contender, take_turns
 from infoquant_vllm.kernels.cpu import rotate_quantize as plain
 from infoquant_vllm.kernels.native import rotate_quantize as native
 
@@ -21,26 +23,16 @@ CASES = (  # features, channels of the product, size of a Hadamard, shapes of le
     ("9 blocks of 64", 576, 576, 0, ((9, 64, 64),), 9),
 )
 
-Contender = Callable[[int], Any]
 
-
-def rotate_rows(
-    seconds: float,
-    take_turns: Callable[[dict[str, Contender], float], list[dict[str, Any]]],
-    int4_linear: Callable[[int, int, int], Contender],
-) -> list[dict[str, Any]]:
-    """rotate_quantize to 4 bits, the compiled one and torch's, as shares of the product's time.
-
-    take_turns: measures contenders for so many seconds each and gives their rows, the first one's time being 1
-    int4_linear: the product of so many tokens, features and channels
-    """
+def rotate_rows(seconds: float) -> list[dict[str, Any]]:
+    """rotate_quantize to 4 bits, the compiled one and torch's, as shares of the product's time."""
     rows = []
     for tokens in TOKENS:
         for name, features, channels, hadamard, shapes, groups in CASES:
             x, matrices = torch.randn(tokens, features).bfloat16(), [torch.randn(shape) for shape in shapes]
             args = (x, matrices, hadamard, torch.ones(groups, 2), 4, False)
             contenders = {
-                "int4_linear": int4_linear(tokens, features, channels),
+                "int4_linear": int4_linear(tokens, features, channels, 4, 1),
                 name: _call(native.rotate_quantize, args),
                 f"{name} (torch)": _call(plain.rotate_quantize, args),
             }

@@ -1,0 +1,167 @@
+"""The linear layers of real models, a decoder layer's together: ours against bf16 and vLLM's other formats.
+
+One thread, contenders in turns; ours quantise (and rotate) their input too, as in the server, and so do
+vLLM's. A row is a model, a number of tokens and a contender; its times are sums over qkv, o, gate_up and down.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from vllm import _custom_ops
+
+from benchmarks.products import vllm_bf16
+from benchmarks.provenance import provenance, write_rows
+from benchmarks.turns import Contender, copies, take_turns
+from infoquant_vllm.kernels.native.library import library
+from infoquant_vllm.kernels.native.quantized_linear import prepare_grid, prepare_weight, quantized_linear
+from infoquant_vllm.kernels.native.rotate_quantize import rotate_quantize
+from infoquant_vllm.kernels.native.weight_only_linear import weight_only_linear
+
+MODELS = MappingProxyType(
+    {  # by site: features, channels
+        "SmolLM2-135M": {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)},
+        "Qwen2-1.5B": {"qkv": (1536, 2048), "o": (1536, 1536), "gate_up": (1536, 17920), "down": (8960, 1536)},
+        "Llama-3-8B": {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)},
+    }
+)
+TOKENS = (1, 16, 256)
+GROUP = 64  # of the W4A16 that is compared with
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Bits of the inputs, and group sizes of weights and of inputs; None: one per row and per token."""
+
+    num_bits: int
+    weight_group: int | None = None
+    input_group: int | None = None
+
+
+OURS = MappingProxyType(
+    {
+        "W4A4 (fast)": Codes(4),
+        "W4A4 in groups (best)": Codes(4, 64, 32),
+        "W4A8 in groups": Codes(8, 64),
+        "W4A16 in groups": Codes(16, 64),
+    }
+)
+
+
+def main() -> None:
+    """Measure, print a table and write --json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender, site and number of tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights and inputs")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    common = {"kernels": f"native {library().target}", "threads": 1, **provenance(options.seed)}
+    rows = [
+        row | common for model in options.models for tokens in TOKENS for row in layer(model, tokens, options.seconds)
+    ]
+    Console().print(table(rows))
+    if options.json:
+        write_rows(rows, options.json)
+
+
+def layer(model: str, tokens: int, seconds: float) -> list[dict[str, Any]]:
+    """A row per contender: microseconds of a decoder layer's linears, the sum of its sites' medians."""
+    sites = {
+        site: {row["contender"]: row["median_us"] for row in take_turns(contenders(site, tokens, *size), seconds)}
+        for site, size in MODELS[model].items()
+    }
+    totals = {name: sum(by_name[name] for by_name in sites.values()) for name in next(iter(sites.values()))}
+    bf16 = next(iter(totals.values()))
+    return [
+        {
+            "operation": "linear",
+            "model": model,
+            "tokens": tokens,
+            "contender": name,
+            "median_us": round(total, 1),
+            "sites_us": {site: by_name[name] for site, by_name in sites.items()},
+            "times_as_fast": round(bf16 / total, 3),
+        }
+        for name, total in totals.items()
+    ]
+
+
+def contenders(site: str, tokens: int, features: int, channels: int) -> dict[str, Contender]:
+    """bf16 first."""
+    x = torch.randn(tokens, features).bfloat16()
+    return {
+        "vLLM bf16": vllm_bf16(tokens, features, channels),
+        "vLLM W8A8": _w8a8(x, channels),
+        "vLLM W4A16": _w4a16(x, channels),
+    } | {name: _ours(site, x, channels, codes) for name, codes in OURS.items()}
+
+
+def _ours(site: str, x: torch.Tensor, channels: int, codes: Codes) -> Contender:
+    features, hadamard = x.shape[1], x.shape[1] if site == "down" else 0
+    weight_groups = features // (codes.weight_group or features)
+    clip = torch.full((features // (codes.input_group or features), 2), 0.9)
+    packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
+    weight = prepare_weight(packed, 4, weight_groups == 1, max(weight_groups, len(clip)))
+    weights, scale = [weight.clone() for _ in copies(weight.nbytes)], prepare_grid(torch.rand(channels, weight_groups))
+    zeros = torch.randint(0, 16, (channels, weight_groups), dtype=torch.uint8)
+    zero = None if weight_groups == 1 else prepare_grid(zeros)
+    if codes.num_bits == 16:
+        return lambda i: weight_only_linear(x, [], hadamard, weights[i % len(weights)], scale, zero, None)
+    return lambda i: quantized_linear(
+        *rotate_quantize(x, [], hadamard, clip, codes.num_bits, False),
+        weights[i % len(weights)],
+        scale,
+        zero,
+        None,
+        codes.num_bits,
+        torch.bfloat16,
+    )
+
+
+def _w8a8(x: torch.Tensor, channels: int) -> Contender:
+    """What vLLM runs of compressed-tensors' W8A8: its input's scales, then oneDNN's product."""
+    features, scales = x.shape[1], torch.rand(channels, 1)
+    weights = [torch.randint(-127, 128, (channels, features), dtype=torch.int8) for _ in copies(channels * features)]
+    handlers = [_custom_ops.create_onednn_scaled_mm(w.t(), scales, x.dtype, True, False) for w in weights]
+    out = torch.empty(len(x), channels, dtype=x.dtype)
+
+    def run(i: int) -> torch.Tensor:
+        codes, scale, _ = _custom_ops.onednn_scaled_int8_quant(x)
+        return _custom_ops.onednn_scaled_mm(handlers[i % len(handlers)], codes, out, scale, None, None, None)
+
+    return run
+
+
+def _w4a16(x: torch.Tensor, channels: int) -> Contender:
+    """The kernel behind vLLM's AWQ, GPTQ and compressed-tensors layers of 4-bit weights."""
+    features = x.shape[1]
+    scale = torch.rand(features // GROUP, channels).to(x.dtype)
+    count = copies(channels * features // 2)
+    weights = [torch.randint(-(2**31), 2**31, (channels // 16, features * 2), dtype=torch.int32) for _ in count]
+    hint = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+    run: Callable[..., torch.Tensor] = _custom_ops.cpu_gemm_wna16
+    return lambda i: run(x, weights[i % len(weights)], scale, None, None, 8, hint)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    printed = Table(title=f"{rows[0]['kernels']}, one thread, a decoder layer's linears together, microseconds")
+    for heading in ("model", "tokens", "contender", "median", "times as fast as bf16"):
+        printed.add_column(heading)
+    for row in rows:
+        numbers = f"{row['median_us']:.0f}", f"{row['times_as_fast']:.2f}"
+        printed.add_row(row["model"], str(row["tokens"]), row["contender"], *numbers)
+    return printed
+
+
+if __name__ == "__main__":
+    main()

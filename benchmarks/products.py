@@ -1,0 +1,77 @@
+"""Products of a linear layer as contenders of `turns`: ours and those of others, on random numbers."""
+
+import torch
+from vllm import _custom_ops
+
+from benchmarks.turns import Contender, copies
+from infoquant_vllm.kernels.native.library import POINTER, SIZE, function
+from infoquant_vllm.kernels.native.quantized_linear import prepare_grid, prepare_weight, quantized_linear
+
+
+def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups: int) -> Contender:
+    """Our product of 4-bit weights with inputs of `num_bits`, both in so many groups (1: per row and per token)."""
+    packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
+    weight = prepare_weight(packed, 4, True, groups)
+    weights, scales = [weight.clone() for _ in copies(weight.nbytes)], prepare_grid(torch.rand(channels, groups))
+    codes = torch.randint(0, 2**num_bits, (tokens, features), dtype=torch.uint8)
+    scale, zero = torch.rand(tokens, groups), torch.randint(0, 2**num_bits, (tokens, groups), dtype=torch.int32)
+    rest = (scales, None, None, num_bits, torch.bfloat16)
+    return lambda i: quantized_linear(codes, scale, zero, weights[i % len(weights)], *rest)
+
+
+def read_weights(size: int) -> Contender:
+    """Reading so many bytes once: what no product can beat."""
+    read, to = function("infoquant_read", POINTER, SIZE, POINTER), torch.empty(64, dtype=torch.uint8)
+    data = [torch.randint(0, 256, (size,), dtype=torch.uint8) for _ in copies(size)]
+    return lambda i: read(data[i % len(data)].data_ptr(), size, to.data_ptr())
+
+
+def _int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def torch_int8(tokens: int, features: int, channels: int) -> Contender:
+    """Torch's int8 product, 32-bit sums out."""
+    x, weights = _int8(tokens, features), [_int8(channels, features) for _ in copies(channels * features)]
+    return lambda i: torch._int_mm(x, weights[i % len(weights)].t())
+
+
+def vllm_int8(tokens: int, features: int, channels: int) -> Contender:
+    """The oneDNN product of vLLM's W8A8, of an input that is quantised already."""
+    scales, dtype = torch.rand(channels, 1), torch.bfloat16
+    handlers = [
+        _custom_ops.create_onednn_scaled_mm(_int8(channels, features).t(), scales, dtype, True, False)
+        for _ in copies(channels * features)
+    ]
+    x, scale, out = _int8(tokens, features), torch.rand(tokens, 1), torch.empty(tokens, channels, dtype=dtype)
+    return lambda i: _custom_ops.onednn_scaled_mm(handlers[i % len(handlers)], x, out, scale, None, None, None)
+
+
+def torch_bf16(tokens: int, features: int, channels: int) -> Contender:
+    """Torch's bf16 linear."""
+    size = 2 * channels * features
+    weights = [torch.randn(channels, features, dtype=torch.bfloat16) for _ in copies(size)]
+    x = torch.randn(tokens, features, dtype=torch.bfloat16)
+    return lambda i: torch.nn.functional.linear(x, weights[i % len(weights)])
+
+
+def vllm_bf16(tokens: int, features: int, channels: int) -> Contender:
+    """The oneDNN product behind vLLM's unquantised linears."""
+    weights = [torch.randn(channels, features, dtype=torch.bfloat16) for _ in copies(2 * channels * features)]
+    handlers = [_custom_ops.create_onednn_mm(weight.t(), 32) for weight in weights]
+    x = torch.randn(tokens, features, dtype=torch.bfloat16)
+    return lambda i: _custom_ops.onednn_mm(handlers[i % len(handlers)], x, None)
+
+
+def vllm_w4a8(tokens: int, features: int, channels: int) -> Contender:
+    """vLLM's W4A8, for processors with AMX; quantises its bf16 input itself."""
+
+    def weight() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        codes = torch.randint(-(2**31), 2**31, (features, channels // 8), dtype=torch.int32)
+        zeros = torch.full((features // 128, channels // 8), -2004318072, dtype=torch.int32)  # eight times 8
+        scales = torch.rand(features // 128, channels, dtype=torch.bfloat16)
+        return _custom_ops.convert_weight_packed_scale_zp(codes, zeros, scales, _custom_ops.CPUQuantAlgo.AWQ)
+
+    weights = [weight() for _ in copies(channels * features // 2)]
+    x = torch.randn(tokens, features, dtype=torch.bfloat16)
+    return lambda i: _custom_ops.int4_scaled_mm_cpu(x, *weights[i % len(weights)], None)

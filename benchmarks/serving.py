@@ -1,0 +1,246 @@
+"""Served models against each other, with vLLM's own `vllm bench serve`, `vllm bench throughput` and `latency`.
+
+All servers are up throughout and take turns, each round in another order, so that a slow minute of
+the machine hits all. A case is IN:OUT:CONCURRENT, random prompts of IN tokens that are answered with
+OUT tokens, CONCURRENT requests at a time. Ratios are of the first model's figure in the same round.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.provenance import provenance, write_rows
+from benchmarks.server import Server, serve, stop_on_sigterm
+
+CASES = ("64:64:1", "64:64:8", "1024:1:1")
+LADDER = ("64:64:1", "64:64:2", "64:64:4", "64:64:8", "64:64:16", "64:64:32")
+GROWTH = tuple(f"{context}:32:1" for context in (256, 1024, 4096, 16_000))
+FIGURES = {  # of `vllm bench serve`'s result file
+    "output_throughput": "tokens_per_s",
+    "total_token_throughput": "all_tokens_per_s",
+    **{
+        f"{rank}_{figure}_ms": f"{rank}_{figure}_ms" for rank in ("median", "p99") for figure in ("ttft", "tpot", "itl")
+    },
+}
+OFFLINE_INPUT, OFFLINE_OUTPUT, OFFLINE_BATCH = 128, 64, 8
+ROOM = 64  # tokens of the context that a prompt may turn out longer by
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random prompts of `input_tokens`, answered with `output_tokens`, `concurrent` at a time."""
+
+    input_tokens: int
+    output_tokens: int
+    concurrent: int
+
+    @property
+    def figure(self) -> str:
+        """What counts: the first token's delay where there is only one, else tokens per second."""
+        return "median_ttft_ms" if self.output_tokens == 1 else "tokens_per_s"
+
+    def gain(self, ours: dict[str, float], first: dict[str, float]) -> float:
+        """How many times as fast."""
+        ratio = ours[self.figure] / first[self.figure]
+        return 1 / ratio if self.output_tokens == 1 else ratio
+
+
+def main() -> None:
+    """Measure, print a table and write --json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.add_argument(
+        "models", type=Path, nargs="+", help="folders of models; the others are compared with the first"
+    )
+    parser.add_argument("--cases", nargs="+", type=case, default=[case(text) for text in CASES], metavar="IN:OUT:N")
+    parser.add_argument("--ladder", action="store_true", help="the cases of 1 to 32 requests at a time")
+    parser.add_argument("--growth", action="store_true", help="the cases of contexts of 256 to 16k tokens")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each server takes its turn")
+    parser.add_argument("--offline", action="store_true", help="also `vllm bench throughput` and `latency`, in turns")
+    parser.add_argument("--eager", action="store_true", help="serve with --enforce-eager")
+    parser.add_argument("--kv-gib", type=int, default=1, help="memory for each server's KV cache")
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    options = parser.parse_args()
+    stop_on_sigterm()
+    cases = [case(text) for text in (LADDER if options.ladder else ()) + (GROWTH if options.growth else ())]
+    rows = served_rows(options.models, cases or options.cases, options)
+    if options.offline:
+        rows += offline_rows(options.models, options)
+    Console().print(table(rows))
+    if options.json:
+        write_rows(rows, options.json)
+
+
+def case(text: str) -> Case:
+    """IN:OUT:CONCURRENT; raises ValueError, which argparse explains."""
+    return Case(*(int(part) for part in text.split(":")))
+
+
+def served_rows(models: list[Path], cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Start a server for each model and measure all cases."""
+    longest = max(each.input_tokens + each.output_tokens for each in cases) + ROOM
+    arguments = ["--max-model-len", str(longest), "--no-enable-prefix-caching"]
+    arguments += ["--enforce-eager"] if options.eager else []
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        servers = [
+            stack.enter_context(serve(model, Path(scratch) / f"{index}.log", *arguments, kv_gib=options.kv_gib))
+            for index, model in enumerate(models)
+        ]
+        return [row for each in cases for row in measure(servers, each, options)]
+
+
+def measure(servers: list[Server], chosen: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per server: the median of each figure over the rounds, and gains over the first server with spread."""
+    rounds: list[list[dict[str, float]]] = []
+    for number in range(options.rounds):
+        found: dict[int, dict[str, float]] = {}
+        for index in turn_order(len(servers), number):
+            found[index] = bench_serve(servers[index], chosen, options.seed + number)
+        rounds.append([found[index] for index in range(len(servers))])
+    rows = []
+    for index, server in enumerate(servers):
+        gains = [chosen.gain(figures[index], figures[0]) for figures in rounds]
+        rows.append(
+            {
+                "model": server.model.name,
+                "command": "vllm bench serve",
+                "mode": "eager" if options.eager else "compiled",
+                "input_tokens": chosen.input_tokens,
+                "output_tokens": chosen.output_tokens,
+                "concurrent": chosen.concurrent,
+                **{name: statistics.median(figures[index][name] for figures in rounds) for name in FIGURES.values()},
+                **spread(gains),
+                "rounds": [figures[index][chosen.figure] for figures in rounds],
+                **provenance(options.seed),
+            }
+        )
+    return rows
+
+
+def turn_order(count: int, number: int) -> list[int]:
+    """Whose turn it is in a round: each round begins with another one."""
+    return [(index + number) % count for index in range(count)]
+
+
+def spread(gains: list[float]) -> dict[str, float]:
+    """Median and range of the times as fast."""
+    return {"times_as_fast": statistics.median(gains), "lowest": min(gains), "highest": max(gains)}
+
+
+def bench_serve(server: Server, chosen: Case, seed: int) -> dict[str, float]:
+    """The figures of one run of `vllm bench serve`: two waves of requests."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "result.json"
+        arguments: list[Any] = [
+            "--base-url",
+            server.url,
+            "--dataset-name",
+            "random",
+            "--ignore-eos",
+            "--temperature",
+            "0",
+        ]
+        arguments += ["--random-input-len", chosen.input_tokens, "--random-output-len", chosen.output_tokens]
+        arguments += ["--num-prompts", 2 * chosen.concurrent, "--max-concurrency", chosen.concurrent]
+        arguments += ["--num-warmups", chosen.concurrent, "--seed", seed, "--disable-tqdm"]
+        arguments += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99"]
+        arguments += ["--save-result", "--result-dir", scratch, "--result-filename", file.name]
+        vllm_bench("serve", server.model, arguments)
+        result = json.loads(file.read_text())
+    if result["failed"]:
+        sys.exit(f"{result['failed']} of {2 * chosen.concurrent} requests to {server.model} failed")
+    return {ours: float(result[theirs]) for theirs, ours in FIGURES.items()}
+
+
+def offline_rows(models: list[Path], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """`vllm bench throughput` and `vllm bench latency`, engines without a server, one after the other."""
+    rows = []
+    for command, key, better in (("throughput", "tokens_per_second", 1), ("latency", "avg_latency", -1)):
+        rounds = []
+        for number in range(options.rounds):
+            found = {
+                index: bench_offline(command, key, models[index], options) for index in turn_order(len(models), number)
+            }
+            rounds.append([found[index] for index in range(len(models))])
+        for index, model in enumerate(models):
+            rows.append(
+                {
+                    "model": model.name,
+                    "command": f"vllm bench {command}",
+                    "mode": "eager" if options.eager else "compiled",
+                    "input_tokens": OFFLINE_INPUT,
+                    "output_tokens": OFFLINE_OUTPUT,
+                    "concurrent": OFFLINE_BATCH,
+                    key: statistics.median(values[index] for values in rounds),
+                    **spread([(values[index] / values[0]) ** better for values in rounds]),
+                    "rounds": [values[index] for values in rounds],
+                    **provenance(options.seed),
+                }
+            )
+    return rows
+
+
+def bench_offline(command: str, key: str, model: Path, options: argparse.Namespace) -> float:
+    """One figure of one run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "result.json"
+        arguments = ["--input-len", OFFLINE_INPUT, "--output-len", OFFLINE_OUTPUT, "--seed", options.seed]
+        arguments += ["--max-model-len", 1024, "--output-json", file]
+        if command == "throughput":
+            arguments += ["--dataset-name", "random", "--num-prompts", 4 * OFFLINE_BATCH]
+        else:
+            arguments += ["--batch-size", OFFLINE_BATCH, "--num-iters-warmup", 1, "--num-iters", 3]
+        vllm_bench(command, model, [*arguments, *(["--enforce-eager"] if options.eager else [])], options.kv_gib)
+        return float(json.loads(file.read_text())[key])
+
+
+def vllm_bench(command: str, model: Path, arguments: list[Any], kv_gib: int = 1) -> None:
+    """Run `vllm bench COMMAND`; where it fails, exit with the end of what it said."""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    full = [vllm, "bench", command, "--model", str(model), *map(str, arguments)]
+    done = subprocess.run(full, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"vllm bench {command} of {model} exited with code {done.returncode}:\n{done.stderr[-4000:]}")
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    printed = Table(title=f"vLLM, {rows[0]['mode']}, median of {len(rows[0]['rounds'])} rounds in turns")
+    for heading in (
+        "command",
+        "in, out, at a time",
+        "model",
+        "tokens/s",
+        "first token, ms",
+        "next, ms",
+        "times as fast",
+    ):
+        printed.add_column(heading)
+    for row in rows:
+        shape = f"{row['input_tokens']}, {row['output_tokens']}, {row['concurrent']}"
+        rate = row.get("tokens_per_s", row.get("tokens_per_second"))
+        numbers = [rate, row.get("median_ttft_ms"), row.get("median_tpot_ms")]
+        shown = ["" if number is None else f"{number:.1f}" for number in numbers]
+        gain = f"{row['times_as_fast']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+        printed.add_row(row["command"].removeprefix("vllm bench "), shape, row["model"], *shown, gain)
+    return printed
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Models with the shapes of real ones and random weights, as Hugging Face folders: for speed, not for accuracy.
+
+Their tokeniser has a word per token, so that random prompts of any length can be written down.
+"""
+
+import argparse
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from offline.writer import atomic_folder
+
+SHAPES: MappingProxyType[str, LlamaConfig | Qwen2Config] = MappingProxyType(
+    {
+        "qwen2-1.5b": Qwen2Config(
+            hidden_size=1536,
+            intermediate_size=8960,
+            num_hidden_layers=28,
+            num_attention_heads=12,
+            num_key_value_heads=2,
+            vocab_size=151_936,
+            max_position_embeddings=32_768,
+            tie_word_embeddings=True,
+        ),
+        "qwen2-0.5b": Qwen2Config(
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            vocab_size=151_936,
+            max_position_embeddings=32_768,
+            tie_word_embeddings=True,
+        ),
+        "smollm2-135m": LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49_152,
+            max_position_embeddings=32_768,
+            tie_word_embeddings=True,
+        ),
+        "smollm2-360m": LlamaConfig(
+            hidden_size=960,
+            intermediate_size=2560,
+            num_hidden_layers=32,
+            num_attention_heads=15,
+            num_key_value_heads=5,
+            vocab_size=49_152,
+            max_position_embeddings=32_768,
+            tie_word_embeddings=True,
+        ),
+    }
+)
+STD = 0.02
+
+
+def main() -> None:
+    """Write one model."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.shapes", description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("output", type=Path, help="folder to make")
+    options = parser.parse_args()
+    write(SHAPES[options.shape], options.output)
+
+
+def write(config: LlamaConfig | Qwen2Config, output: Path) -> None:
+    """Write a model of that configuration, bf16, to the new folder `output`."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = (Qwen2ForCausalLM if isinstance(config, Qwen2Config) else LlamaForCausalLM)(config).bfloat16()
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        torch.nn.init.ones_(parameter) if "norm" in name else parameter.data.normal_(std=STD)
+    model.tie_weights()
+    with atomic_folder(output) as folder:
+        model.save_pretrained(folder, max_shard_size="2GB")
+        _tokenizer(config.vocab_size).save_pretrained(folder)
+
+
+def _tokenizer(size: int) -> PreTrainedTokenizerFast:
+    words = {f"w{index}": index for index in range(size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
+
+
+if __name__ == "__main__":
+    main()
