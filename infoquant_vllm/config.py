@@ -86,10 +86,10 @@ class InfoQuantConfig(QuantizationConfig):
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-        from infoquant_vllm.compilation import keep_eager_arithmetic
+        from infoquant_vllm.arithmetic import use_own_arithmetic
         from infoquant_vllm.kv_cache import InfoQuantKVCacheMethod
 
-        keep_eager_arithmetic()  # the embedding comes here before the layers read the compilation config
+        use_own_arithmetic()  # the embedding comes here before the layers choose their operations
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):

@@ -10,10 +10,9 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from infoquant_vllm.format import FormatError
 from infoquant_vllm.loading import LoadTracker
-from infoquant_vllm.ops.quantized_linear import prepare_grid, prepare_weight
+from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_weight
 from infoquant_vllm.ops.rotate_rows import rotate_rows
 from infoquant_vllm.ops.table import served_by
-from infoquant_vllm.ops.weight_only_linear import weight_only_linear
 from infoquant_vllm.ops.weight_rows import weight_rows
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class VocabularyMethod(QuantizeMethodBase):
             if not self.tied:
                 packed.data = prepare_weight(packed.data, 8, True, 1)
                 layer.weight_scale.data = prepare_grid(layer.weight_scale.data)
-            kind = f"W8A16 ({served_by('weight_only_linear')})"
+            kind = f"W8A16 ({served_by('linear')})"
             self.summary.vocabulary(kind, packed.nbytes + layer.weight_scale.nbytes, bf16)
 
     def _check_rotation(self, rotation: torch.Tensor) -> None:
@@ -128,5 +127,5 @@ class VocabularyMethod(QuantizeMethodBase):
         """Hidden states [rows, H], without the final norm's gain where rotated, to logits [rows, vocab]."""
         rows = rotate_rows(x, layer.infoquant_back, layer.final_norm_weight) if self.rotated else x
         if self.quantized:
-            return weight_only_linear(rows, [], 0, layer.weight_packed, layer.weight_scale, None, bias)
+            return linear(rows, [], 0, None, 16, True, layer.weight_packed, layer.weight_scale, None, bias)
         return F.linear(rows, layer.weight, bias)

@@ -15,10 +15,8 @@ from vllm.model_executor.parameter import (
 
 from infoquant_vllm.format import FormatError, LinearScheme, activation_groups
 from infoquant_vllm.loading import LoadTracker, Shard
-from infoquant_vllm.ops.quantized_linear import prepare_grid, prepare_weight, quantized_linear
-from infoquant_vllm.ops.rotate_quantize import rotate_quantize
+from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_weight
 from infoquant_vllm.ops.table import served_by
-from infoquant_vllm.ops.weight_only_linear import weight_only_linear
 
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
@@ -144,25 +142,26 @@ class InfoQuantLinearMethod(LinearMethodBase):
                 data = getattr(layer, name).data
                 setattr(layer, name, _frozen(prepare_grid(data) if name in GRIDS else data))
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
-        operations = ("weight_only_linear",) if inputs == 16 else ("rotate_quantize", "quantized_linear")
-        kind = f"W{weights.num_bits}A{inputs} ({served_by(*operations)})"
+        kind = f"W{weights.num_bits}A{inputs} ({served_by('linear')})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] in the model's dtype to [..., N] in the same."""
         args, transform = self.scheme.input_activations, self.scheme.input_transform
         hadamard = transform.block_size or 0 if transform.type == "hadamard" else 0
-        matrices = layer.infoquant_matrices
-        weight, weight_scale = layer.weight_packed, layer.weight_scale
-        zero_point = None if self.scheme.weights.symmetric else layer.weight_zero_point
-        rows = x.reshape(-1, x.shape[-1])
-        if args.num_bits == 16:
-            out = weight_only_linear(rows, matrices, hadamard, weight, weight_scale, zero_point, bias)
-        else:
-            clip = layer.input_clip
-            codes, scale, zero = rotate_quantize(rows, matrices, hadamard, clip, args.num_bits, args.symmetric)
-            out = quantized_linear(codes, scale, zero, weight, weight_scale, zero_point, bias, args.num_bits, x.dtype)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        out = linear(
+            x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
+            layer.infoquant_matrices,
+            hadamard,
+            None if args.num_bits == 16 else layer.input_clip,
+            args.num_bits,
+            args.symmetric,
+            layer.weight_packed,
+            layer.weight_scale,
+            None if self.scheme.weights.symmetric else layer.weight_zero_point,
+            bias,
+        )
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _frozen(data: torch.Tensor) -> torch.nn.Parameter:

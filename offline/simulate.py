@@ -16,6 +16,8 @@ from offline.simulated import (
     RotatedHead,
     SimulatedCache,
     SimulatedLinear,
+    SimulatedNorm,
+    SimulatedSilu,
     cached_attention,
 )
 from offline.vocabulary import vocabulary_rows
@@ -26,9 +28,9 @@ ATTENTION = "infoquant_simulated_cache"
 def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> CausalLM:
     """The checkpoint as a model in eval mode whose linears, KV cache and ends follow the format.
 
-    Everything between them (norms, RoPE, activation function, residual stream, lm_head) runs in
-    `dtype`, as in the server; rotations and quantisers run in float32, attention in the server's
-    own kernels. In float32 the codes are the server's; in bf16 its roundings differ in places.
+    Everything between them (RoPE, residual stream, lm_head) runs in `dtype`, as in the server; norms
+    and activations are rounded to it, rotations and quantisers run in float32, attention in the
+    server's own kernels. In float32 the codes are the server's; in bf16 its roundings differ in places.
 
     Raises ToolError where the checkpoint is not whole or holds values that cannot be right.
     """
@@ -51,6 +53,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> CausalLM:
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     _replace_ends(model, checkpoint, dtype)
+    _replace_between(model)
     model.config.dtype = dtype
     return model.eval().requires_grad_(False)
 
@@ -96,6 +99,15 @@ def _replace_ends(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -
     final_norm = checkpoint.tensor("model.embed_tokens.final_norm_weight")
     model.model.embed_tokens = RotatedEmbedding(model.model.embed_tokens.weight, rotation)
     model.lm_head = RotatedHead(model.lm_head, rotation, final_norm)
+
+
+def _replace_between(model: CausalLM) -> None:
+    """Norms and activations."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            _set(model, name, SimulatedNorm(module.weight, module.variance_epsilon))
+        elif name.endswith(".act_fn") and model.config.hidden_act == "silu":
+            _set(model, name, SimulatedSilu())
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -124,6 +124,28 @@ class SimulatedLinear(nn.Module):
         return torch.float32 if bound <= EXACT_FLOAT32 else torch.float64
 
 
+class SimulatedNorm(nn.Module):
+    """RMS norm as the server's: in float64, rounded once before the gain."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float):
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., hidden] to the same shape and dtype."""
+        wide = x.double()
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return normal.float().to(x.dtype) * self.weight
+
+
+class SimulatedSilu(nn.Module):
+    """SiLU as the server's: in float64, rounded once."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [...] to the same shape and dtype."""
+        return functional.silu(x.double()).float().to(x.dtype)
+
+
 class RotatedEmbedding(nn.Module):
     """Rows of a tied embedding brought into the rotated residual basis, in float64 as in the server."""
 

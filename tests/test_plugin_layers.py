@@ -234,7 +234,7 @@ def test_a_weight_only_linear_multiplies_its_input_as_it_comes(transform: dict[s
     assert not hasattr(layer, "input_clip")
     packed, scale = (model.tensors[f"{LAYER}.mlp.down_proj.{name}"] for name in ("weight_packed", "weight_scale"))
     assert torch.equal(found, weight_only_linear(x, [], transform.get("block_size", 0), packed, scale, None, None))
-    assert model.config.summary.linears == {f"W4A16 ({served_by('weight_only_linear')})": 1}
+    assert model.config.summary.linears == {f"W4A16 ({served_by('linear')})": 1}
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,4 @@ def test_the_start_up_line_names_the_vocabulary(vocabulary: Vocabulary) -> None:
         vocabulary.served()
     summary = vocabulary.model.config.summary
     assert summary.pending == 0
-    assert summary.line().startswith(
-        f"vocabulary W8A16 ({served_by('weight_only_linear')}) holds 0.1 MiB, 0.2 MiB in bf16"
-    )
+    assert summary.line().startswith(f"vocabulary W8A16 ({served_by('linear')}) holds 0.1 MiB, 0.2 MiB in bf16")

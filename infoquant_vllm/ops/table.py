@@ -11,20 +11,19 @@ from infoquant_vllm.kernels.native.library import library
 # Modules of infoquant_vllm.kernels, the best first; those of `native` serve where its library is there for this CPU.
 KERNELS = MappingProxyType(
     {
-        ("rotate_quantize", "cpu"): ("native.rotate_quantize", "cpu.rotate_quantize"),
+        ("linear", "cpu"): ("native.linear", "cpu.linear"),
         ("prepare_weight", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("prepare_grid", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
-        ("quantized_linear", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
-        ("weight_only_linear", "cpu"): ("native.weight_only_linear", "cpu.weight_only_linear"),
         ("weight_rows", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("rotate_rows", "cpu"): ("native.rotate_rows", "cpu.rotate_rows"),
+        ("rms_norm", "cpu"): ("native.elementwise", "reference.elementwise"),
+        ("add_rms_norm", "cpu"): ("native.elementwise", "reference.elementwise"),
+        ("silu_and_mul", "cpu"): ("native.elementwise", "reference.elementwise"),
         ("kv_store", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
         ("kv_attention", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
     }
 )
-NAMES = MappingProxyType(
-    {"cpu.quantized_linear": "oneDNN int8", "cpu.weight_only_linear": "oneDNN int8"}
-)  # of the modules that are not plain torch
+NAMES = MappingProxyType({"cpu.linear": "torch, oneDNN int8"})  # of the modules that are not plain torch
 
 
 @cache

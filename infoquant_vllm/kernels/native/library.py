@@ -9,13 +9,13 @@ from types import MappingProxyType
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 5
 FOLDER = Path(__file__).parent
 TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name
     "avx512vnni": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni"),
     "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt"),
 }
-POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+POINTER, SIZE, FLOAT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})  # as the C++ code numbers them
 
 
@@ -57,7 +57,7 @@ def _load(target: str, file: Path) -> Library:
 
 
 def function(name: str, *arguments: type) -> Callable[..., None]:
-    """A function of the library that returns nothing, by its arguments' types (POINTER, SIZE, FLOAT).
+    """A function of the library that returns nothing, by its arguments' types (POINTER, SIZE, FLOAT, DOUBLE).
 
     Raises RuntimeError where no library serves.
     """

@@ -2,28 +2,9 @@
 // float32 are exact, and rounded to float32 once.
 #pragma once
 
-#include "floats.h"
+#include "doubles.h"
 
 namespace infoquant {
-
-constexpr int WIDTH = LANES / 2;  // float64 in a vector
-typedef double Doubles __attribute__((vector_size(8 * WIDTH)));
-
-inline Doubles widen(const float* source) {
-#ifdef __AVX512F__
-    return _mm512_cvtps_pd(_mm256_loadu_ps(source));
-#else
-    return _mm256_cvtps_pd(_mm_loadu_ps(source));
-#endif
-}
-
-inline void narrow(float* target, Doubles v) {
-#ifdef __AVX512F__
-    _mm256_storeu_ps(target, _mm512_cvtpd_ps(v));
-#else
-    _mm_storeu_ps(target, _mm256_cvtpd_ps(v));
-#endif
-}
 
 // a * b + c; a and b hold float32, so that only the sum rounds.
 inline Doubles fma(double a, Doubles b, Doubles c) {

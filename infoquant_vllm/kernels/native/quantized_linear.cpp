@@ -31,8 +31,6 @@ constexpr int HIGH_SHIFT = 0;  // 16 w would exceed what maddubs holds
 constexpr int UNPACK_TILES = 1 << 30;  // and so would unpacked weights with 8-bit inputs
 #endif
 
-enum OutType { FLOAT32, BFLOAT16, FLOAT16 };
-
 struct Problem {
     const uint8_t* codes;        // [tokens, features]
     const float* scale;          // [tokens, input_groups]

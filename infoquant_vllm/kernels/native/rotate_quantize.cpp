@@ -8,12 +8,12 @@
 
 #include "hadamard.h"
 #include "matrix_product.h"
+#include "rows.h"
 
 using namespace infoquant;
 
 namespace {
 
-enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum Kind { NONE, HADAMARD, BLOCKS, KRONECKER };
 
 constexpr int64_t MATRIX_TOKENS = 12;  // multiplied at a time, so that a matrix is read from memory once for them
@@ -66,35 +66,6 @@ struct Scratch {
     }
 };
 
-template <int64_t DTYPE>
-Floats load_as(const void* source) {
-    if (DTYPE == FLOAT32) return load(static_cast<const float*>(source));
-    return DTYPE == BFLOAT16 ? from_bfloat16(static_cast<const uint16_t*>(source))
-                             : from_float16(static_cast<const uint16_t*>(source));
-}
-
-// Elements first .. first + count of x to float32.
-template <int64_t DTYPE>
-void load_rows(const void* x, int64_t first, int64_t count, float* target) {
-    constexpr int64_t BYTES = DTYPE == FLOAT32 ? 4 : 2;
-    const char* source = static_cast<const char*>(x) + first * BYTES;
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        __builtin_prefetch(source + (count + i) * BYTES);  // the next rows, which come in while these are worked on
-        store(target + i, load_as<DTYPE>(source + i * BYTES));
-    }
-    if (i == count) return;
-    char last[4 * LANES] = {};
-    std::memcpy(last, source + i * BYTES, (count - i) * BYTES);
-    store_some(target + i, load_as<DTYPE>(last), count - i);
-}
-
-void load_rows(const Transform& t, int64_t first, int64_t count, float* target) {
-    if (t.dtype == FLOAT32) return load_rows<FLOAT32>(t.x, first, count, target);
-    if (t.dtype == BFLOAT16) return load_rows<BFLOAT16>(t.x, first, count, target);
-    load_rows<FLOAT16>(t.x, first, count, target);
-}
-
 void multiply_blocks(const Transform& t, int64_t tokens, const Scratch& scratch) {
     const int64_t size = t.right_size;
     for (int64_t block = 0; block * size < t.features; ++block) {
@@ -120,7 +91,7 @@ void multiply_kronecker(const Transform& t, int64_t tokens, const Scratch& scrat
 // Rows first .. first + tokens, transformed, into scratch.rows.
 void transform_rows(const Transform& t, int64_t first, int64_t tokens, const Scratch& scratch) {
     const int64_t count = tokens * t.features;
-    load_rows(t, first * t.features, count, scratch.rows);
+    load_rows(t.x, t.dtype, first * t.features, count, scratch.rows);
     if (t.kind == HADAMARD) {
         for (int64_t i = 0; i < count; i += t.right_size) {
             hadamard(scratch.rows + i, t.right_size, t.left, t.left_size);

@@ -26,7 +26,7 @@ def rotate_quantize(
         DTYPES[x.dtype],
         tokens,
         x.shape[1],
-        *_transform(matrices, hadamard),
+        *transform_arguments(matrices, hadamard),
         clip.data_ptr(),
         groups,
         num_bits,
@@ -46,7 +46,7 @@ def rotate_quantize_wide(
     rows = 2 * len(x)
     codes = torch.empty(rows, x.shape[1], dtype=torch.uint8)
     scale, zero = torch.empty(rows, 1), torch.empty(rows, 1, dtype=torch.int32)
-    transform = _transform(matrices, hadamard)
+    transform = transform_arguments(matrices, hadamard)
     outputs = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
     _rotate_quantize_wide()(x.data_ptr(), DTYPES[x.dtype], *x.shape, *transform, *outputs)
     return codes, scale, zero
@@ -56,12 +56,12 @@ def rotate(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> torc
     """x [tokens, K] in any of the three dtypes through the input transform, in float32."""
     x = x.contiguous()
     y = torch.empty(x.shape)
-    arguments = (x.data_ptr(), DTYPES[x.dtype], *x.shape, *_transform(matrices, hadamard), y.data_ptr())
+    arguments = (x.data_ptr(), DTYPES[x.dtype], *x.shape, *transform_arguments(matrices, hadamard), y.data_ptr())
     _rotate()(*arguments)
     return y
 
 
-def _transform(matrices: list[torch.Tensor], hadamard: int) -> tuple[int, int, int, int, int]:
+def transform_arguments(matrices: list[torch.Tensor], hadamard: int) -> tuple[int, int, int, int, int]:
     """Kind, left matrix and size, right matrix and size, as the library takes them."""
     if hadamard:
         dense = _dense(hadamard)

@@ -1,11 +1,10 @@
-// What products of bytes need beside `floats.h`: dot products within lanes, and results in 16 bits.
+// What products of bytes need beside `rows.h`: dot products within lanes.
 #pragma once
-#include "floats.h"
+#include "rows.h"
 
 using namespace infoquant;
 
 typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -41,19 +40,4 @@ INLINE Ints dot(Ints acc, Bytes weight, Ints input, [[maybe_unused]] bool wide) 
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
     return acc + (Ints)even + (Ints)odd;
 #endif
-}
-
-INLINE Halves to_float16(Floats x) {
-#ifdef __AVX512VNNI__
-    return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-#else
-    return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-#endif
-}
-
-// To nearest, ties to even, as torch does it; vcvtneps2bf16 would lose denormal numbers.
-INLINE Halves to_bfloat16(Floats x) {
-    const Ints bits = (Ints)x;
-    const Ints rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(x == x ? rounded : Ints{} + 0x7FC0, Halves);
 }

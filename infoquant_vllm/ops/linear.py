@@ -1,4 +1,4 @@
-"""Operation: exact product of quantised activations and quantised weights."""
+"""Operation: a linear layer of codes, from its input's transform to the product (opaque to torch.compile)."""
 
 import torch
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -19,34 +19,36 @@ def prepare_grid(grid: torch.Tensor) -> torch.Tensor:
     return kernel("prepare_grid", grid.device.type)(grid)
 
 
-def _quantized_linear(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
+def _linear(
+    x: torch.Tensor,
+    matrices: list[torch.Tensor],
+    hadamard: int,
+    clip: torch.Tensor | None,
+    num_bits: int,
+    symmetric: bool,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
-    num_bits: int,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    run = kernel("quantized_linear", codes.device.type)
-    return run(codes, scale, zero, weight, weight_scale, weight_zero, bias, num_bits, dtype)
+    run = kernel("linear", x.device.type)
+    return run(x, matrices, hadamard, clip, num_bits, symmetric, weight, weight_scale, weight_zero, bias)
 
 
 def _fake(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
+    x: torch.Tensor,
+    matrices: list[torch.Tensor],
+    hadamard: int,
+    clip: torch.Tensor | None,
+    num_bits: int,
+    symmetric: bool,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
-    num_bits: int,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=dtype)
+    return x.new_empty((x.shape[0], weight_scale.shape[0]))
 
 
-direct_register_custom_op("infoquant_quantized_linear", _quantized_linear, fake_impl=_fake)
-quantized_linear = torch.ops.vllm.infoquant_quantized_linear
+direct_register_custom_op("infoquant_linear", _linear, fake_impl=_fake)
+linear = torch.ops.vllm.infoquant_linear

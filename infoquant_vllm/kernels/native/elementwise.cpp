@@ -1,0 +1,126 @@
+// RMS norm and SwiGLU's product; semantics: kernels/reference/elementwise.py. What could round differently from one
+// order of operations to another is in float64 and rounded to float32 once.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "doubles.h"
+#include "rows.h"
+
+using namespace infoquant;
+
+namespace {
+
+constexpr int64_t SERIAL_VALUES = 1 << 15;  // that are done sooner than other threads are called
+
+typedef int64_t Longs __attribute__((vector_size(8 * WIDTH)));
+
+inline Doubles load_double(const float* from, int64_t count) {
+    float some[WIDTH] = {};
+    std::memcpy(some, from, std::min<int64_t>(count, WIDTH) * sizeof(float));
+    return widen(some);
+}
+
+// e^x to a few units in the last place: 2^n times the Taylor series of what is left, |r| < 0.35.
+inline Doubles exponential(Doubles x) {
+    const Doubles low = Doubles{} - 700, high = Doubles{} + 700;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Doubles magic = Doubles{} + 0x1.8p52;  // adding it leaves the nearest whole number in the last bits
+    const Doubles shifted = x * 0x1.71547652b82fep0 + magic, n = shifted - magic;
+    const Doubles r = (x - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;  // ln 2 in two parts
+    constexpr int TERMS = 13;
+    constexpr double COEFFICIENTS[TERMS + 1] = {  // 1 / n!
+        1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
+        1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 1.0 / 2.0, 1.0, 1.0};
+    Doubles sum = Doubles{} + COEFFICIENTS[0];
+#pragma GCC unroll 13
+    for (int n = 1; n <= TERMS; ++n) sum = fma(sum, r, Doubles{} + COEFFICIENTS[n]);
+    return sum * (Doubles)(((Longs)shifted << 52) + (Longs)(Doubles{} + 1.0));
+}
+
+inline Doubles silu(Doubles x) { return x / (1.0 + exponential(-x)); }
+
+// y = x / sqrt(mean of squares + epsilon), rounded to float32.
+void normalise(const float* x, int64_t size, double epsilon, float* y) {
+    Doubles sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= size; i += 4 * WIDTH) {
+        for (int chain = 0; chain < 4; ++chain) {
+            const Doubles v = widen(x + i + chain * WIDTH);
+            sums[chain] += v * v;
+        }
+    }
+    for (; i < size; i += WIDTH) {
+        const Doubles v = load_double(x + i, size - i);
+        sums[0] += v * v;
+    }
+    const Doubles sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    double total = 0;
+    for (int lane = 0; lane < WIDTH; ++lane) total += sum[lane];
+    const double factor = 1 / std::sqrt(total / size + epsilon);
+    for (i = 0; i + WIDTH <= size; i += WIDTH) narrow(y + i, widen(x + i) * factor);
+    for (; i < size; ++i) y[i] = static_cast<float>(x[i] * factor);
+}
+
+// To what the dtype can hold, and back.
+void round_to(int64_t dtype, float* values, int64_t count, std::vector<uint16_t>& halves) {
+    if (dtype == FLOAT32) return;
+    if (static_cast<int64_t>(halves.size()) < count) halves.resize(count);
+    store_rows(values, 0, count, halves.data(), dtype);
+    load_rows(halves.data(), dtype, 0, count, values);
+}
+
+}  // namespace
+
+// x and, where given, residual [tokens, size] to y and, where given, total = x + residual of the same shape.
+extern "C" void infoquant_rms_norm(const void* x, const void* residual, const void* weight, int64_t dtype,
+                                   int64_t tokens, int64_t size, double epsilon, void* y, void* total) {
+#pragma omp parallel if (tokens * size > SERIAL_VALUES)
+    {
+        std::vector<float> values(3 * size);
+        std::vector<uint16_t> halves;
+        float *const row = values.data(), *const other = row + size, *const gain = other + size;
+        load_rows(weight, dtype, 0, size, gain);
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; ++token) {
+            load_rows(x, dtype, token * size, size, row);
+            if (residual) {
+                load_rows(residual, dtype, token * size, size, other);
+                for (int64_t i = 0; i < size; ++i) row[i] += other[i];
+                store_rows(row, token * size, size, total, dtype);
+            }
+            normalise(row, size, epsilon, other);
+            round_to(dtype, other, size, halves);
+            for (int64_t i = 0; i < size; ++i) other[i] *= gain[i];
+            store_rows(other, token * size, size, y, dtype);
+        }
+    }
+}
+
+// x [tokens, 2 * size], gates before what they gate, to out [tokens, size].
+extern "C" void infoquant_silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out) {
+#pragma omp parallel if (tokens * size > SERIAL_VALUES)
+    {
+        std::vector<float> values(2 * size);
+        std::vector<uint16_t> halves;
+        float *const gate = values.data(), *const up = gate + size;
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; ++token) {
+            load_rows(x, dtype, 2 * token * size, 2 * size, gate);
+            int64_t i = 0;
+            for (; i + WIDTH <= size; i += WIDTH) narrow(gate + i, silu(widen(gate + i)));
+            if (i < size) {
+                float last[WIDTH];
+                narrow(last, silu(load_double(gate + i, size - i)));
+                std::memcpy(gate + i, last, (size - i) * sizeof(float));
+            }
+            round_to(dtype, gate, size, halves);
+            for (int64_t i = 0; i < size; ++i) gate[i] *= up[i];
+            store_rows(gate, token * size, size, out, dtype);
+        }
+    }
+}

@@ -1,0 +1,70 @@
+// Rows of numbers in any of the three dtypes, to float32 and back.
+#pragma once
+
+#include "floats.h"
+
+namespace infoquant {
+
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };  // as library.py numbers them
+
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline Halves to_float16(Floats x) {
+#ifdef __AVX512F__
+    return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#endif
+}
+
+// To nearest, ties to even, as torch does it; vcvtneps2bf16 would lose denormal numbers.
+inline Halves to_bfloat16(Floats x) {
+    const Ints bits = (Ints)x;
+    const Ints rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(x == x ? rounded : Ints{} + 0x7FC0, Halves);
+}
+
+template <int64_t DTYPE>
+inline Floats load_as(const void* source) {
+    if (DTYPE == FLOAT32) return load(static_cast<const float*>(source));
+    return DTYPE == BFLOAT16 ? from_bfloat16(static_cast<const uint16_t*>(source))
+                             : from_float16(static_cast<const uint16_t*>(source));
+}
+
+// Elements first .. first + count of x to float32.
+template <int64_t DTYPE>
+inline void load_rows(const void* x, int64_t first, int64_t count, float* target) {
+    constexpr int64_t BYTES = DTYPE == FLOAT32 ? 4 : 2;
+    const char* source = static_cast<const char*>(x) + first * BYTES;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        __builtin_prefetch(source + (count + i) * BYTES);  // the next rows, which come in while these are worked on
+        store(target + i, load_as<DTYPE>(source + i * BYTES));
+    }
+    if (i == count) return;
+    char last[4 * LANES] = {};
+    std::memcpy(last, source + i * BYTES, (count - i) * BYTES);
+    store_some(target + i, load_as<DTYPE>(last), count - i);
+}
+
+inline void load_rows(const void* x, int64_t dtype, int64_t first, int64_t count, float* target) {
+    if (dtype == FLOAT32) return load_rows<FLOAT32>(x, first, count, target);
+    if (dtype == BFLOAT16) return load_rows<BFLOAT16>(x, first, count, target);
+    load_rows<FLOAT16>(x, first, count, target);
+}
+
+// `count` values to elements first .. first + count of out, rounded to its dtype.
+inline void store_rows(const float* values, int64_t first, int64_t count, void* out, int64_t dtype) {
+    if (dtype == FLOAT32) {
+        std::memcpy(static_cast<float*>(out) + first, values, count * sizeof(float));
+        return;
+    }
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats v = load_some(values + i, count - i);
+        const Halves halves = dtype == BFLOAT16 ? to_bfloat16(v) : to_float16(v);
+        const int64_t size = count - i < LANES ? count - i : LANES;
+        std::memcpy(static_cast<uint16_t*>(out) + first + i, &halves, size * sizeof(uint16_t));
+    }
+}
+
+}  // namespace infoquant

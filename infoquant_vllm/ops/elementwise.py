@@ -1,0 +1,42 @@
+"""Operations between the linears: RMS norm and SwiGLU's product (opaque to torch.compile)."""
+
+import torch
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from infoquant_vllm.ops.table import kernel
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return kernel("rms_norm", x.device.type)(x, weight, epsilon)
+
+
+def _fake_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return kernel("add_rms_norm", x.device.type)(x, residual, weight, epsilon)
+
+
+def _fake_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_rms_norm(x, weight, epsilon), _fake_rms_norm(x, weight, epsilon)
+
+
+def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return kernel("silu_and_mul", x.device.type)(x)
+
+
+def _fake_silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+direct_register_custom_op("infoquant_rms_norm", _rms_norm, fake_impl=_fake_rms_norm)
+direct_register_custom_op("infoquant_add_rms_norm", _add_rms_norm, fake_impl=_fake_add_rms_norm)
+direct_register_custom_op("infoquant_silu_and_mul", _silu_and_mul, fake_impl=_fake_silu_and_mul)
+rms_norm = torch.ops.vllm.infoquant_rms_norm
+add_rms_norm = torch.ops.vllm.infoquant_add_rms_norm
+silu_and_mul = torch.ops.vllm.infoquant_silu_and_mul
