@@ -14,13 +14,16 @@ installation page of PyTorch names, and run make again.
 endef
 export NO_TORCH
 
-.PHONY: demo serve test lint lock clean
+.PHONY: demo serve bench test lint lock clean
 
 demo: $(STAMP)  ## quantise a real model, serve it, ask it something, print what it costs and gains
 	$(BIN)/python -m benchmarks.demo
 
 serve: $(STAMP)  ## the same, and the server stays up
 	$(BIN)/python -m benchmarks.demo --stay
+
+bench: $(STAMP)  ## speed, memory and time of everything, in short; writes benchmarks/results
+	$(BIN)/python -m benchmarks.ladder
 
 test: lint  ## everything that is checked
 	$(BIN)/python -m pytest

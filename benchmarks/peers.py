@@ -70,18 +70,18 @@ def _write_index(folder: Path) -> None:
 
 
 def _int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    return {"weight": torch.round(weight / scale).to(torch.int8), "weight_scale": scale.bfloat16()}
+    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
+    return {"weight": torch.round(weight / scale.float()).to(torch.int8), "weight_scale": scale}
 
 
 def _int4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     grouped = weight.unflatten(1, (-1, GROUP))
-    scale = grouped.abs().amax(2, keepdim=True) / 7
-    codes = (torch.round(grouped / scale).flatten(1) + 8).to(torch.int64).unflatten(1, (-1, 8))
+    scale = (grouped.abs().amax(2, keepdim=True) / 7).bfloat16()
+    codes = (torch.round(grouped / scale.float()).flatten(1) + 8).to(torch.int64).unflatten(1, (-1, 8))
     words = (codes << torch.arange(0, 32, 4)).sum(2)
     packed = torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
     shape = torch.tensor(weight.shape)
-    return {"weight_packed": packed, "weight_scale": scale.squeeze(2).bfloat16(), "weight_shape": shape}
+    return {"weight_packed": packed, "weight_scale": scale.squeeze(2), "weight_shape": shape}
 
 
 def _config(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:

@@ -60,6 +60,7 @@ SHAPES: MappingProxyType[str, LlamaConfig | Qwen2Config] = MappingProxyType(
     }
 )
 STD = 0.02
+UNKNOWN, END = "<unk>", "</s>"
 
 
 def main() -> None:
@@ -86,10 +87,10 @@ def write(config: LlamaConfig | Qwen2Config, output: Path) -> None:
 
 
 def _tokenizer(size: int) -> PreTrainedTokenizerFast:
-    words = {f"w{index}": index for index in range(size)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    words = {UNKNOWN: 0, END: 1} | {f"w{index}": index for index in range(2, size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END)
 
 
 if __name__ == "__main__":
