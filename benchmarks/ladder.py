@@ -32,14 +32,15 @@ def main() -> None:
     models = [source_model(), quantised("fast", "--preset", "fast")]
     models += [quantised("speed", "--recipe", ROOT / "benchmarks" / "speed.yaml")]
     others = [_peer(name) for name in peers.FORMATS]
-    for name, arguments in {
+    benchmarks: dict[str, list[str | Path]] = {
         "kernels": ["--operations", "int4_linear", "--seconds", "1"],
         "linear": ["--seconds", "0.2"],
         "attention": ["--seconds", "0.5"],
         "memory": [*models, *others],
         "quantize": ["--sizes", "256", "512"],
         "serving": [*models, *others, "--rounds", "2", "--cases", *SERVED],
-    }.items():
+    }
+    for name, arguments in benchmarks.items():
         run(name, *arguments, "--json", options.results / f"{name}.json")
     run("page", "--results", options.results)
     console.print(f"{(time.monotonic() - began) / 60:.0f} minutes, models made included")

@@ -13,9 +13,8 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
 
-from infoquant_vllm.ops.elementwise import add_rms_norm, rms_norm, silu_and_mul
-
-PROVIDER = "infoquant"
+from infoquant_vllm.ops.elementwise import silu_and_mul
+from infoquant_vllm.providers import PROVIDER
 
 
 def use_own_arithmetic() -> None:
@@ -37,37 +36,3 @@ class OwnSiluAndMul(SiluAndMul):
     def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., 2 * size] to [..., size]."""
         return silu_and_mul(x)
-
-
-def _plain(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
-    return weight is not None and weight.dtype == x.dtype and variance_size is None
-
-
-def _plain_sum(
-    x: torch.Tensor,
-    x_residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    epsilon: float,
-    variance_size: int | None = None,
-) -> bool:
-    return _plain(x, weight, epsilon, variance_size) and x_residual.dtype == x.dtype
-
-
-@ir.ops.rms_norm.register_impl(PROVIDER, supported=current_platform.is_cpu(), supports_args=_plain)
-def _rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
-) -> torch.Tensor:
-    assert weight is not None  # or _plain had said no
-    return rms_norm(x, weight, epsilon)
-
-
-@ir.ops.fused_add_rms_norm.register_impl(PROVIDER, supported=current_platform.is_cpu(), supports_args=_plain_sum)
-def _fused_add_rms_norm(
-    x: torch.Tensor,
-    x_residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    epsilon: float,
-    variance_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    assert weight is not None  # or _plain_sum had said no
-    return add_rms_norm(x, x_residual, weight, epsilon)

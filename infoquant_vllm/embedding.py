@@ -10,6 +10,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from infoquant_vllm.format import FormatError
 from infoquant_vllm.loading import LoadTracker
+from infoquant_vllm.ops.dense_linear import dense_linear
 from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_weight
 from infoquant_vllm.ops.rotate_rows import rotate_rows
 from infoquant_vllm.ops.table import served_by
@@ -128,4 +129,5 @@ class VocabularyMethod(QuantizeMethodBase):
         rows = rotate_rows(x, layer.infoquant_back, layer.final_norm_weight) if self.rotated else x
         if self.quantized:
             return linear(rows, [], 0, None, 16, True, layer.weight_packed, layer.weight_scale, None, bias)
-        return F.linear(rows, layer.weight, bias)
+        logits = dense_linear(rows, layer.weight)
+        return logits if bias is None else logits + bias

@@ -16,6 +16,7 @@ KERNELS = MappingProxyType(
         ("prepare_grid", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("weight_rows", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("rotate_rows", "cpu"): ("native.rotate_rows", "cpu.rotate_rows"),
+        ("dense_linear", "cpu"): ("native.dense_linear", "cpu.dense_linear"),
         ("rms_norm", "cpu"): ("native.elementwise", "reference.elementwise"),
         ("add_rms_norm", "cpu"): ("native.elementwise", "reference.elementwise"),
         ("silu_and_mul", "cpu"): ("native.elementwise", "reference.elementwise"),

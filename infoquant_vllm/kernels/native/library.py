@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FOLDER = Path(__file__).parent
 TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name
     "avx512vnni": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni"),
