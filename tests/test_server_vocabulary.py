@@ -1,4 +1,4 @@
-"""Unquantised inputs and an 8-bit vocabulary, served: the start-up line, and the simulation's numbers."""
+"""Inputs of 16 bits and an 8-bit vocabulary, served: the start-up line, and the simulation's numbers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 import offline
 from benchmarks.scores import score
 from benchmarks.server import Server, serve
+from infoquant_vllm.ops.table import served_by
 from offline.simulate import load_simulated
 from tests.tiny import VOCAB_SIZE, write_source
 
@@ -40,8 +41,8 @@ def server(checkpoint: Path) -> Iterator[Server]:
 
 def test_the_start_up_line_names_both(server: Server) -> None:
     line = server.logged(r"infoquant: (.+)")
-    assert "8 linears W4A16 (torch)" in line
-    assert "vocabulary W8A16 (torch) holds" in line
+    assert f"8 linears W4A16 ({served_by('linear')})" in line
+    assert f"vocabulary W8A16 ({served_by('linear')}) holds" in line
 
 
 def test_served_is_what_the_simulation_computes(server: Server, checkpoint: Path) -> None:
