@@ -33,7 +33,9 @@ def held_bytes(model: torch.nn.Module) -> int:
     storages = {}
     for module in model.modules():
         held = [*module._parameters.values(), *module._buffers.values()]
-        held += [value for name, value in vars(module).items() if not name.startswith("_") and name != "kv_cache"]
+        for owner in (module, getattr(module, "quant_method", None)):
+            own = vars(owner) if owner is not None else {}
+            held += [value for name, value in own.items() if not name.startswith("_") and name != "kv_cache"]
         for tensor in _tensors(held):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
@@ -46,6 +48,7 @@ def onednn_bytes(model: LLM) -> int:
     int8 where vLLM quantises to 8 bits, but for lm_head; else bf16.
     """
     config = model.llm_engine.vllm_config
+    gc.unfreeze()  # vLLM has put what it loaded out of the collector's sight
     handlers = [each for each in gc.get_objects() if isinstance(each, CPUDNNLGEMMHandler)]
     vocabulary = config.model_config.get_vocab_size()
     wide = [config.quant_config is None or each.n >= vocabulary for each in handlers]

@@ -40,6 +40,7 @@ class VocabularyMethod(QuantizeMethodBase):
         self.prefix = prefix
         self.rotated, self.quantized = rotated, quantized
         self.tied = False
+        self.back: torch.Tensor | None = None
         self.summary = config.summary
 
     def create_weights(
@@ -97,7 +98,6 @@ class VocabularyMethod(QuantizeMethodBase):
         layer.infoquant_tracker.require_all()
         if self.rotated:
             self._check_rotation(layer.residual_rotation.double())
-            layer.infoquant_back = layer.residual_rotation.t().contiguous()
         if self.quantized:
             packed = layer.weight_packed
             bf16 = 2 * packed.numel()
@@ -126,8 +126,14 @@ class VocabularyMethod(QuantizeMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [rows, H], without the final norm's gain where rotated, to logits [rows, vocab]."""
-        rows = rotate_rows(x, layer.infoquant_back, layer.final_norm_weight) if self.rotated else x
+        rows = rotate_rows(x, self._back(layer), layer.final_norm_weight) if self.rotated else x
         if self.quantized:
             return linear(rows, [], 0, None, 16, True, layer.weight_packed, layer.weight_scale, None, bias)
         logits = dense_linear(rows, layer.weight)
         return logits if bias is None else logits + bias
+
+    def _back(self, layer: Any) -> torch.Tensor:
+        """The rotation out of the residual basis; made at the first logits, since an embedding alone never needs it."""
+        if self.back is None:
+            self.back = layer.residual_rotation.t().contiguous()
+        return self.back
