@@ -14,10 +14,14 @@ from benchmarks.models import ROOT
 from offline.writer import atomic_file
 
 
+CHANGES = ("status", "--porcelain", "--", ":!benchmarks/results")
+"""What a result may hang on: not on results written before it."""
+
+
 def provenance(seed: int) -> dict[str, Any]:
     """Commit, versions, machine, time and seed."""
     return {
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git(*CHANGES) else ""),
         "versions": {name: version(name) for name in ("infoquant-vllm", "vllm", "torch", "transformers")},
         "device": f"{_processor()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
