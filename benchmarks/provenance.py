@@ -13,7 +13,6 @@ import psutil
 from benchmarks.models import ROOT
 from offline.writer import atomic_file
 
-
 CHANGES = ("status", "--porcelain", "--", ":!benchmarks/results")
 """What a result may hang on: not on results written before it."""
 
