@@ -1,8 +1,9 @@
 """`make bench`: a short version of every benchmark of speed and size, one after the other, and the page.
 
-The model is SmolLM2-135M-Instruct: as it is, at W4A4KV4 (`fast`), the same with an 8-bit vocabulary matrix
-(`speed.yaml`, rounded to nearest: its answers are bad, its speed is not), and in vLLM's other integer formats.
-Accuracy needs texts and tasks that are not in the repository; its file is drawn as it is.
+The model is SmolLM2-135M-Instruct: as it is, at W4A4KV4 (`fast`), and the same with an 8-bit vocabulary matrix
+(`speed.yaml`, rounded to nearest: its answers are bad, its speed is not); memory also in vLLM's other integer
+formats, which `benchmarks.serving` serves as well, where there is time to compile them. Accuracy needs texts and
+tasks that are not in the repository; its file is drawn as it is.
 """
 
 import argparse
@@ -17,8 +18,6 @@ from rich.console import Console
 from benchmarks import peers
 from benchmarks.models import DEMO, ROOT, quantised, source_model
 from benchmarks.page import RESULTS
-
-SERVED = ("64:64:1", "64:64:8", "64:64:32", "1024:1:1")
 
 console = Console(highlight=False)
 
@@ -38,7 +37,7 @@ def main() -> None:
         "attention": ["--seconds", "0.5"],
         "memory": [*models, *others],
         "quantize": ["--sizes", "256", "512"],
-        "serving": [*models, *others, "--rounds", "2", "--cases", *SERVED],
+        "serving": [*models, "--rounds", "2"],
     }
     for name, arguments in benchmarks.items():
         run(name, *arguments, "--json", options.results / f"{name}.json")
