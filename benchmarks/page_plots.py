@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from offline.page.plots import STYLE
 
-COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Of Okabe and Ito, grey first: the one that all are compared with."""
 IDEAL = 4.0  # 16 bits over 4
 
@@ -115,12 +115,17 @@ def attention(rows: Rows) -> Figure:
 def accuracy(rows: Rows) -> Figure:
     """KL over bits per weight."""
     with _panels(1, 1, 4.0) as (figure, (axes,)):
+        names: dict[tuple[float, float], list[str]] = {}  # of those that would be written over each other, together
         for row in rows:
             if "simulated_kl" in row:
                 place = row["bits_per_weight"], row["simulated_kl"]
                 axes.errorbar(*place, yerr=row["simulated_kl_se"], fmt="o", color=COLOURS[1], capsize=2)
-                axes.annotate(row["model"].split("-", 1)[-1], place, (6, 3), textcoords="offset points", fontsize=8)
+                names.setdefault((round(place[0], 1), round(place[1], 2)), []).append(row["model"].split("-", 1)[-1])
+        for place, together in names.items():
+            axes.annotate(", ".join(together), place, (6, 3), textcoords="offset points", fontsize=8)
         axes.set(xlabel="bits per weight", ylabel="KL to bf16, nats per token", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     return figure
 
 
