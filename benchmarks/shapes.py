@@ -1,6 +1,7 @@
 """Models with the shapes of real ones and random weights, as Hugging Face folders: for speed, not for accuracy.
 
-Their tokeniser has a word per token, so that random prompts of any length can be written down.
+Their tokeniser has a word per token, so that random prompts of any length can be written down. All are of the class
+Llama (Qwen2's shapes without its biases): transformers gives a Qwen2 model Qwen2's tokeniser whatever its folder holds.
 """
 
 import argparse
@@ -11,13 +12,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offline.writer import atomic_folder
 
-SHAPES: MappingProxyType[str, LlamaConfig | Qwen2Config] = MappingProxyType(
+SHAPES: MappingProxyType[str, LlamaConfig] = MappingProxyType(
     {
-        "qwen2-1.5b": Qwen2Config(
+        "qwen2-1.5b": LlamaConfig(
             hidden_size=1536,
             intermediate_size=8960,
             num_hidden_layers=28,
@@ -27,7 +28,7 @@ SHAPES: MappingProxyType[str, LlamaConfig | Qwen2Config] = MappingProxyType(
             max_position_embeddings=32_768,
             tie_word_embeddings=True,
         ),
-        "qwen2-0.5b": Qwen2Config(
+        "qwen2-0.5b": LlamaConfig(
             hidden_size=896,
             intermediate_size=4864,
             num_hidden_layers=24,
@@ -72,11 +73,11 @@ def main() -> None:
     write(SHAPES[options.shape], options.output)
 
 
-def write(config: LlamaConfig | Qwen2Config, output: Path) -> None:
+def write(config: LlamaConfig, output: Path) -> None:
     """Write a model of that configuration, bf16, to the new folder `output`."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = (Qwen2ForCausalLM if isinstance(config, Qwen2Config) else LlamaForCausalLM)(config).bfloat16()
+        model = LlamaForCausalLM(config).bfloat16()
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         torch.nn.init.ones_(parameter) if "norm" in name else parameter.data.normal_(std=STD)
