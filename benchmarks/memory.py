@@ -6,7 +6,6 @@ modules hold, each storage once, and those that oneDNN holds in their place in a
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.provenance import provenance, write_rows
+from benchmarks.server import vllm_environment
 
 KV_GIB = 1
 PROMPT_TOKENS = 512
@@ -37,12 +37,7 @@ def main() -> None:
 
 def measure(model: Path) -> dict[str, Any]:
     """The figures of one model, from a process of its own."""
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = vllm_environment(KV_GIB) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, "-m", "benchmarks.memory_worker", str(model)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:

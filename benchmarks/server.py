@@ -118,20 +118,21 @@ def start(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Server:
     """Start a server and do not wait; the caller stops it."""
     port = _free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=vllm_environment(kv_gib),
             start_new_session=True,
         )
     return Server(model, port, log, process)
+
+
+def vllm_environment(kv_gib: int = 1) -> dict[str, str]:
+    """For a process that runs vLLM: GiB for its KV cache, and no word to the outside."""
+    settings = {"VLLM_CPU_KVCACHE_SPACE": str(kv_gib), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return os.environ | settings
 
 
 def wait_until_healthy(server: Server) -> None:

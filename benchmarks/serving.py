@@ -7,7 +7,6 @@ OUT tokens, CONCURRENT requests at a time. Ratios are of the first model's figur
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.provenance import provenance, write_rows
-from benchmarks.server import Server, serve, stop_on_sigterm
+from benchmarks.server import Server, serve, stop_on_sigterm, vllm_environment
 
 CASES = ("64:64:1", "64:64:8", "1024:1:1")
 LADDER = ("64:64:1", "64:64:2", "64:64:4", "64:64:8", "64:64:16", "64:64:32")
@@ -207,14 +206,9 @@ def bench_offline(command: str, key: str, model: Path, options: argparse.Namespa
 
 def vllm_bench(command: str, model: Path, arguments: list[Any], kv_gib: int = 1) -> None:
     """Run `vllm bench COMMAND`; where it fails, exit with the end of what it said."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
     vllm = str(Path(sys.executable).with_name("vllm"))
     full = [vllm, "bench", command, "--model", str(model), *map(str, arguments)]
-    done = subprocess.run(full, check=False, capture_output=True, text=True, env=environment)
+    done = subprocess.run(full, check=False, capture_output=True, text=True, env=vllm_environment(kv_gib))
     if done.returncode:
         sys.exit(f"vllm bench {command} of {model} exited with code {done.returncode}:\n{done.stderr[-4000:]}")
 
