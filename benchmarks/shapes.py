@@ -16,48 +16,26 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offline.writer import atomic_folder
 
-SHAPES: MappingProxyType[str, LlamaConfig] = MappingProxyType(
+
+def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=True,
+    )
+
+
+SHAPES = MappingProxyType(
     {
-        "qwen2-1.5b": LlamaConfig(
-            hidden_size=1536,
-            intermediate_size=8960,
-            num_hidden_layers=28,
-            num_attention_heads=12,
-            num_key_value_heads=2,
-            vocab_size=151_936,
-            max_position_embeddings=32_768,
-            tie_word_embeddings=True,
-        ),
-        "qwen2-0.5b": LlamaConfig(
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            vocab_size=151_936,
-            max_position_embeddings=32_768,
-            tie_word_embeddings=True,
-        ),
-        "smollm2-135m": LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49_152,
-            max_position_embeddings=32_768,
-            tie_word_embeddings=True,
-        ),
-        "smollm2-360m": LlamaConfig(
-            hidden_size=960,
-            intermediate_size=2560,
-            num_hidden_layers=32,
-            num_attention_heads=15,
-            num_key_value_heads=5,
-            vocab_size=49_152,
-            max_position_embeddings=32_768,
-            tie_word_embeddings=True,
-        ),
+        "qwen2-1.5b": _llama(1536, 8960, 28, 12, 2, 151_936),
+        "qwen2-0.5b": _llama(896, 4864, 24, 14, 2, 151_936),
+        "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49_152),
+        "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49_152),
     }
 )
 STD = 0.02
