@@ -10,9 +10,7 @@ import torch.nn.functional as F
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + epsilon) over the last dimension, rounded to the dtype of x, times weight."""
-    wide = x.double()
-    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return normal.float().to(weight.dtype) * weight
+    return _normal(x, epsilon).to(weight.dtype) * weight
 
 
 def add_rms_norm(
@@ -20,12 +18,15 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of x + residual, which is not rounded to their dtype before it, and the sum, which is."""
     total = x.float() + residual.float()
-    wide = total.double()
-    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return normal.float().to(weight.dtype) * weight, total.to(x.dtype)
+    return _normal(total, epsilon).to(weight.dtype) * weight, total.to(x.dtype)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for x [..., 2 * size], gate before up; silu rounded to the dtype of x."""
     gate, up = x.chunk(2, -1)
     return F.silu(gate.double()).float().to(x.dtype) * up
+
+
+def _normal(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    wide = x.double()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).float()
