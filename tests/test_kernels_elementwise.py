@@ -61,6 +61,14 @@ def test_gated_values_are_those_of_the_reference(
     _assert_equal(kernels.silu_and_mul(x), reference.silu_and_mul(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_gate_of_16_bits_is_that_of_the_reference(kernels: ModuleType, dtype: torch.dtype) -> None:
+    gates = torch.arange(1 << 16).to(torch.uint16).view(dtype)
+    x = torch.cat((gates, torch.ones_like(gates)))[None]
+    found, expected = kernels.silu_and_mul(x), reference.silu_and_mul(x)
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+
+
 def test_extreme_gates_are_those_of_the_reference(kernels: ModuleType) -> None:
     gates = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 700.0, -700.0, 1e30, -1e4, torch.inf, torch.nan, 1.0])
     x = torch.cat((gates, torch.ones_like(gates)))[None]

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "doubles.h"
@@ -26,7 +27,7 @@ inline Doubles load_double(const float* from, int64_t count) {
 
 // e^x to a few units in the last place: 2^n times the Taylor series of what is left, |r| < 0.35.
 inline Doubles exponential(Doubles x) {
-    const Doubles low = Doubles{} - 700, high = Doubles{} + 700;
+    const Doubles low = Doubles{} - 700, high = Doubles{} + 710;  // whose power is infinite
     x = x < low ? low : x;
     x = x > high ? high : x;
     const Doubles magic = Doubles{} + 0x1.8p52;  // adding it leaves the nearest whole number in the last bits
@@ -43,6 +44,39 @@ inline Doubles exponential(Doubles x) {
 }
 
 inline Doubles silu(Doubles x) { return x / (1.0 + exponential(-x)); }
+
+// Each of the values to its silu, rounded to float32.
+void silu(float* values, int64_t count) {
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) narrow(values + i, silu(widen(values + i)));
+    if (i == count) return;
+    float last[WIDTH];
+    narrow(last, silu(load_double(values + i, count - i)));
+    std::memcpy(values + i, last, (count - i) * sizeof(float));
+}
+
+// To what the dtype can hold, and back.
+void round_to(int64_t dtype, float* values, int64_t count, std::vector<uint16_t>& halves) {
+    if (dtype == FLOAT32) return;
+    if (static_cast<int64_t>(halves.size()) < count) halves.resize(count);
+    store_rows(values, 0, count, halves.data(), dtype);
+    load_rows(halves.data(), dtype, 0, count, values);
+}
+
+// Of all numbers that 16 bits hold, rounded to 16 bits: a prompt asks for some many times, and float64 takes its time.
+template <int64_t DTYPE>
+const float* silu_of_all() {
+    static const std::vector<float> all = [] {
+        std::vector<uint16_t> bits(1 << 16);
+        std::vector<float> values(bits.size());
+        std::iota(bits.begin(), bits.end(), uint16_t{0});
+        load_rows<DTYPE>(bits.data(), 0, bits.size(), values.data());
+        silu(values.data(), values.size());
+        round_to(DTYPE, values.data(), values.size(), bits);
+        return values;
+    }();
+    return all.data();
+}
 
 // y = x / sqrt(mean of squares + epsilon), rounded to float32.
 void normalise(const float* x, int64_t size, double epsilon, float* y) {
@@ -64,14 +98,6 @@ void normalise(const float* x, int64_t size, double epsilon, float* y) {
     const double factor = 1 / std::sqrt(total / size + epsilon);
     for (i = 0; i + WIDTH <= size; i += WIDTH) narrow(y + i, widen(x + i) * factor);
     for (; i < size; ++i) y[i] = static_cast<float>(x[i] * factor);
-}
-
-// To what the dtype can hold, and back.
-void round_to(int64_t dtype, float* values, int64_t count, std::vector<uint16_t>& halves) {
-    if (dtype == FLOAT32) return;
-    if (static_cast<int64_t>(halves.size()) < count) halves.resize(count);
-    store_rows(values, 0, count, halves.data(), dtype);
-    load_rows(halves.data(), dtype, 0, count, values);
 }
 
 }  // namespace
@@ -103,22 +129,23 @@ extern "C" void infoquant_rms_norm(const void* x, const void* residual, const vo
 
 // x [tokens, 2 * size], gates before what they gate, to out [tokens, size].
 extern "C" void infoquant_silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out) {
+    const float* const known = dtype == FLOAT32    ? nullptr
+                               : dtype == BFLOAT16 ? silu_of_all<BFLOAT16>()
+                                                   : silu_of_all<FLOAT16>();
 #pragma omp parallel if (tokens * size > SERIAL_VALUES)
     {
         std::vector<float> values(2 * size);
-        std::vector<uint16_t> halves;
         float *const gate = values.data(), *const up = gate + size;
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < tokens; ++token) {
-            load_rows(x, dtype, 2 * token * size, 2 * size, gate);
-            int64_t i = 0;
-            for (; i + WIDTH <= size; i += WIDTH) narrow(gate + i, silu(widen(gate + i)));
-            if (i < size) {
-                float last[WIDTH];
-                narrow(last, silu(load_double(gate + i, size - i)));
-                std::memcpy(gate + i, last, (size - i) * sizeof(float));
+            load_rows(x, dtype, (2 * token + 1) * size, size, up);
+            if (known) {
+                const uint16_t* const bits = static_cast<const uint16_t*>(x) + 2 * token * size;
+                for (int64_t i = 0; i < size; ++i) gate[i] = known[bits[i]];
+            } else {
+                load_rows(x, dtype, 2 * token * size, size, gate);
+                silu(gate, size);
             }
-            round_to(dtype, gate, size, halves);
             for (int64_t i = 0; i < size; ++i) gate[i] *= up[i];
             store_rows(gate, token * size, size, out, dtype);
         }

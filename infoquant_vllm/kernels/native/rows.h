@@ -59,12 +59,16 @@ inline void store_rows(const float* values, int64_t first, int64_t count, void* 
         std::memcpy(static_cast<float*>(out) + first, values, count * sizeof(float));
         return;
     }
-    for (int64_t i = 0; i < count; i += LANES) {
-        const Floats v = load_some(values + i, count - i);
-        const Halves halves = dtype == BFLOAT16 ? to_bfloat16(v) : to_float16(v);
-        const int64_t size = count - i < LANES ? count - i : LANES;
-        std::memcpy(static_cast<uint16_t*>(out) + first + i, &halves, size * sizeof(uint16_t));
+    uint16_t* const target = static_cast<uint16_t*>(out) + first;
+    const auto rounded = [&](Floats v) { return dtype == BFLOAT16 ? to_bfloat16(v) : to_float16(v); };
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Halves halves = rounded(load(values + i));
+        std::memcpy(target + i, &halves, sizeof halves);
     }
+    if (i == count) return;
+    const Halves halves = rounded(load_some(values + i, count - i));
+    std::memcpy(target + i, &halves, (count - i) * sizeof(uint16_t));
 }
 
 }  // namespace infoquant
