@@ -69,7 +69,7 @@ def run(stay: bool) -> None:
         console.print(comparison(source, checkpoint, reference, ours))
         console.print(sources(reference, ours))
         if stay:
-            console.print(f"The server is up at {server.url}/v1 until Ctrl-C. For example:\n{_example(server)}")
+            announce(server.url, server.model)
             server.process.wait()
 
 
@@ -102,6 +102,14 @@ def ask(server: Server, question: str) -> None:
     console.print(f"\n[dim]({pieces} pieces in {time.monotonic() - began:.1f} s)[/dim]\n")
 
 
+def announce(url: str, model: Path) -> None:
+    """Say where the server is, with a command to paste: no line of it is broken where the terminal ends."""
+    body = {"model": str(model), "messages": [{"role": "user", "content": QUESTION}]}
+    console.print(f"The server is up at {url}/v1 until Ctrl-C. For example:")
+    console.print(f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
+    console.print(f"  -d '{json.dumps(body)}'", soft_wrap=True, markup=False)
+
+
 def comparison(source: Path, checkpoint: Path, reference: Measured, ours: Measured) -> Table:
     """The table of what the 4-bit model costs and gains."""
     report = json.loads((checkpoint / "infoquant_report.json").read_text())
@@ -132,11 +140,6 @@ def sources(reference: Measured, ours: Measured) -> str:
 
 def _weights_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _example(server: Server) -> str:
-    body = {"model": str(server.model), "messages": [{"role": "user", "content": QUESTION}]}
-    return f"curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'"
 
 
 if __name__ == "__main__":

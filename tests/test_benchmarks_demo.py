@@ -1,0 +1,22 @@
+"""What the demo prints for its reader to use."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks import demo
+
+
+def test_the_printed_request_can_be_pasted_from_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo.console, "width", 40)
+    model = Path("/a/rather/long/path/to/some/[models]/of mine/smollm2-w4a4kv4")
+    demo.announce("http://127.0.0.1:60495", model)
+    command = capsys.readouterr().out.split("For example:\n")[1].replace("\\\n", "")
+    program, url, _, header, _, body = shlex.split(command)
+    assert (program, url) == ("curl", "http://127.0.0.1:60495/v1/chat/completions")
+    assert header == "Content-Type: application/json"
+    assert json.loads(body)["model"] == str(model)
