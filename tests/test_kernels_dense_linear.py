@@ -6,21 +6,15 @@ import pytest
 import torch
 
 from infoquant_vllm.kernels.native import dense_linear as compiled
-from infoquant_vllm.kernels.native import library as native
 from infoquant_vllm.kernels.reference.dense_linear import dense_linear as reference
-
-CAPABILITIES = torch.cpu.get_capabilities()
-RUNNABLE = [name for name, features in native.TARGETS.items() if all(CAPABILITIES.get(each) for each in features)]
+from tests.libraries import RUNNABLE, library
 
 
-@pytest.fixture(autouse=True, params=RUNNABLE)
-def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module", params=RUNNABLE)
+def _library(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each library in turn."""
-    chosen = native._load(request.param, native.FOLDER / f"_native_{request.param}.so")
-    monkeypatch.setattr(native, "library", lambda: chosen)
-    compiled._dense_linear.cache_clear()
-    yield
-    compiled._dense_linear.cache_clear()
+    with library(request.param):
+        yield
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 8, 9])

@@ -2,33 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from infoquant_vllm.kernels.native import elementwise as compiled
-from infoquant_vllm.kernels.native import library as native
 from infoquant_vllm.kernels.reference import elementwise as reference
+from tests.libraries import RUNNABLE, library
 
-CAPABILITIES = torch.cpu.get_capabilities()
-RUNNABLE = [name for name, features in native.TARGETS.items() if all(CAPABILITIES.get(each) for each in features)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 576), (5, 64), (3, 7, 128), (2, 35), (33, 4096), (0, 64)]
 
 
-@pytest.fixture(params=RUNNABLE)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """Each library in turn."""
-    chosen = native._load(request.param, native.FOLDER / f"_native_{request.param}.so")
-    monkeypatch.setattr(native, "library", lambda: chosen)
-    functions: list[Any] = [compiled._rms_norm, compiled._silu_and_mul]
-    for cached in functions:
-        cached.cache_clear()
-    yield compiled
-    for cached in functions:
-        cached.cache_clear()
+@pytest.fixture(scope="module", params=RUNNABLE)
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Those of each library in turn."""
+    with library(request.param):
+        yield compiled
 
 
 def _assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -10,8 +10,8 @@ import torch
 from infoquant_vllm.format import cell_bytes
 from infoquant_vllm.kernels.cpu import kv_cache as cpu
 from infoquant_vllm.kernels.native import kv_cache as native
-from infoquant_vllm.kernels.native.library import library
 from infoquant_vllm.kernels.reference import kv_cache as reference
+from tests.libraries import RUNNABLE, library
 
 BATCHES = {
     "decode": ([1] * 6, [1, 15, 16, 17, 128, 300]),
@@ -21,15 +21,18 @@ BATCHES = {
     "mixed": ([1, 37, 5, 1], [20, 37, 138, 3]),
     "with an idle row": ([1, 0, 4], [9, 0, 20]),
 }
-KERNELS = [
-    cpu,
-    pytest.param(native, marks=pytest.mark.skipif(library().handle is None, reason=f"no library: {library().problem}")),
-]
 BITS = [(4, 4), (8, 8), (8, 4), (4, 8)]
 """Of keys and of values."""
 
 
-every_kernel = pytest.mark.parametrize("kernels", KERNELS, ids=["torch", "native"])
+@pytest.fixture(scope="module", params=["torch", *RUNNABLE])
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Those in torch, and of each library in turn."""
+    if request.param == "torch":
+        yield cpu
+        return
+    with library(request.param):
+        yield native
 
 
 class Batch:
@@ -95,7 +98,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@every_kernel
 @pytest.mark.parametrize("num_bits", BITS)
 @pytest.mark.parametrize("size", [64, 80, 96, 120, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 45])
@@ -112,7 +114,6 @@ def test_stored_cells_are_those_of_the_reference(
     assert torch.equal(found, batch.empty_cache()) == (tokens == 1)
 
 
-@every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_of_a_wider_tensor_are_stored_where_they_are(kernels: ModuleType, dtype: torch.dtype) -> None:
     batch = Batch([1], [40], 2, 2, 64, dtype=dtype)
@@ -123,7 +124,6 @@ def test_rows_of_a_wider_tensor_are_stored_where_they_are(kernels: ModuleType, d
     assert torch.equal(batch.store(kernels), expected)
 
 
-@every_kernel
 def test_keys_are_stored_alone_as_in_a_batch(kernels: ModuleType) -> None:
     batch = Batch([1], [70], 3, 3)
     alone = batch.empty_cache()
@@ -135,7 +135,6 @@ def test_keys_are_stored_alone_as_in_a_batch(kernels: ModuleType) -> None:
     assert torch.equal(batch.store(kernels), alone)
 
 
-@every_kernel
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("num_bits", BITS)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (7, 1, 80)])
@@ -148,7 +147,6 @@ def test_attention_is_that_of_the_reference(
     assert torch.equal(batch.attend(kernels, cache, window), batch.attend(reference, cache, window))
 
 
-@every_kernel
 @pytest.mark.parametrize(("size", "block"), [(96, 32), (120, 16), (128, 128), (256, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_head_sizes_blocks_and_dtypes_are_those_of_the_reference(
@@ -159,7 +157,6 @@ def test_head_sizes_blocks_and_dtypes_are_those_of_the_reference(
     assert torch.equal(batch.attend(kernels, cache), batch.attend(reference, cache))
 
 
-@every_kernel
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("window", [None, 150])
 def test_a_row_does_not_depend_on_chunks_the_batch_or_the_split(
@@ -177,7 +174,6 @@ def test_a_row_does_not_depend_on_chunks_the_batch_or_the_split(
         assert torch.equal(batch.attend(kernels, cache, window, **part), whole[first:last])
 
 
-@every_kernel
 def test_huge_scores_and_queries_of_zeros_are_those_of_the_reference(kernels: ModuleType) -> None:
     batch = Batch([3, 1], [140, 300])
     batch.query[0], batch.query[1] = 0, batch.query[1] * 1000

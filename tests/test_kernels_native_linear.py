@@ -6,28 +6,18 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes
-from infoquant_vllm.kernels.native import library as native
 from infoquant_vllm.kernels.native import quantized_linear as linear
-from infoquant_vllm.kernels.native import rotate_quantize
 from infoquant_vllm.kernels.native.weight_only_linear import weight_only_linear
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear as reference_weight_only
-
-CAPABILITIES = torch.cpu.get_capabilities()
-RUNNABLE = [name for name, features in native.TARGETS.items() if all(CAPABILITIES.get(each) for each in features)]
+from tests.libraries import RUNNABLE, library
 
 
-@pytest.fixture(autouse=True, params=RUNNABLE)
-def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module", params=RUNNABLE)
+def _library(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each library in turn."""
-    chosen = native._load(request.param, native.FOLDER / f"_native_{request.param}.so")
-    monkeypatch.setattr(native, "library", lambda: chosen)
-    functions = (linear._run, rotate_quantize._rotate_quantize_wide)
-    for cached in functions:
-        cached.cache_clear()
-    yield
-    for cached in functions:
-        cached.cache_clear()
+    with library(request.param):
+        yield
 
 
 class Layer:

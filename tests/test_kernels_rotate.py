@@ -1,19 +1,17 @@
 """The compiled input transform and activation quantiser give the reference's bits."""
 
-import ctypes
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from infoquant_vllm.kernels.native import library as native
-from infoquant_vllm.kernels.native import rotate_quantize as module
 from infoquant_vllm.kernels.native.rotate_quantize import rotate, rotate_quantize, rotate_quantize_wide
 from infoquant_vllm.kernels.native.rotate_rows import rotate_rows
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate as reference_rotate
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference
 from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows as reference_rows
 from infoquant_vllm.kernels.reference.weight_only_linear import wide_codes
+from tests.libraries import RUNNABLE, library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {  # features, and what they go through: ("hadamard", size), ("blocks", size), ("kronecker", a, b)
@@ -35,21 +33,11 @@ TRANSFORMS = {  # features, and what they go through: ("hadamard", size), ("bloc
 }
 
 
-@pytest.fixture(autouse=True, params=native.TARGETS)
-def _target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run a test with the library of every target that was compiled and that this CPU has."""
-    file = native.FOLDER / f"_native_{request.param}.so"
-    capabilities = torch.cpu.get_capabilities()
-    if not file.exists() or not all(capabilities.get(feature) for feature in native.TARGETS[request.param]):
-        pytest.skip(f"no {request.param} here")
-    library = native.Library(request.param, ctypes.CDLL(str(file)))
-    monkeypatch.setattr(native, "library", lambda: library)
-    functions = (module._rotate_quantize, module._rotate_quantize_wide, module._rotate)
-    for cached in functions:
-        cached.cache_clear()
-    yield
-    for cached in functions:
-        cached.cache_clear()
+@pytest.fixture(autouse=True, scope="module", params=RUNNABLE)
+def _library(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each library in turn."""
+    with library(request.param):
+        yield
 
 
 def _transform(kind: tuple, features: int) -> tuple[list[torch.Tensor], int]:

@@ -28,18 +28,23 @@ class Library:
     problem: str = ""
 
 
+def runnable() -> list[str]:
+    """The targets whose code this CPU can run, best first."""
+    capabilities = torch.cpu.get_capabilities()
+    return [target for target, features in TARGETS.items() if all(capabilities.get(each) for each in features)]
+
+
 @cache
 def library() -> Library:
-    """The library for this CPU's features.
+    """The best library that this CPU can run, or why there is none.
 
-    It needs libgomp.so.1, which is torch's own where torch is loaded first: one pool of threads for
-    both, of the size that torch.set_num_threads sets.
+    A compiler may have been too old for the best target. A library needs libgomp.so.1, which is torch's own where
+    torch is loaded first: one pool of threads for both, of the size that torch.set_num_threads sets.
     """
-    capabilities = torch.cpu.get_capabilities()
-    targets = [name for name, features in TARGETS.items() if all(capabilities.get(each) for each in features)]
-    if not targets:
+    found = [_load(target, FOLDER / f"_native_{target}.so") for target in runnable()]
+    if not found:
         return Library("", None, "this CPU has no AVX2")
-    return _load(targets[0], FOLDER / f"_native_{targets[0]}.so")
+    return next((each for each in found if each.handle), found[0])
 
 
 def _load(target: str, file: Path) -> Library:
