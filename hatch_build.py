@@ -11,6 +11,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 FOLDER = Path(__file__).parent / "infoquant_vllm" / "kernels" / "native"
 TARGETS = {
     "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
+    "avxvnni": ["-march=x86-64-v3", "-mavxvnni"],
     "avx2": ["-march=x86-64-v3"],
 }
 # No -ffast-math and no contraction to fused multiply-adds: the order of roundings is part of what a kernel computes.

@@ -23,7 +23,7 @@ constexpr int MAX_ROWS = LANES == 16 ? 12 : 4;  // of a tile: two accumulators e
 constexpr int64_t SCRATCH = 3 << 19;            // bytes of inputs at a time, for them to stay in the L2 cache
 constexpr int64_t PARALLEL = 1 << 19;           // multiplications below which threads cost more than they gain
 constexpr int64_t AHEAD = 2048, AHEAD_WORDS = 192;  // bytes of weights and words of inputs to prefetch
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr int HIGH_SHIFT = 4;  // high nibbles are multiplied in place, as 16 w
 constexpr int UNPACK_TILES = 5;  // from this number on a panel is unpacked once for all
 #else
@@ -217,13 +217,15 @@ constexpr auto BY_ROWS = multiply_by_rows<WEIGHT_BITS, BITS>(std::make_integer_s
 // One panel of 4-bit weights as a panel of 8-bit ones.
 const uint8_t* unpack(const Problem& p, const uint8_t* panel) {
     static thread_local std::vector<uint8_t> unpacked;
-    const int64_t bytes = p.groups * p.steps * 4 * HALF;
+    constexpr int64_t LINE = 4 * HALF;
+    const int64_t bytes = p.groups * p.steps * LINE;
     if (static_cast<int64_t>(unpacked.size()) < 2 * bytes) unpacked.resize(2 * bytes);
     uint8_t* const to = unpacked.data();
     for (int64_t i = 0; i < bytes; i += sizeof(Bytes)) {
         const Bytes line = load<Bytes>(panel + i), low = line & 15, high = line >> 4;
-        memcpy(to + 2 * i, &low, sizeof low);
-        memcpy(to + 2 * i + 4 * HALF, &high, sizeof high);
+        const int64_t at = i + i / LINE * LINE;
+        memcpy(to + at, &low, sizeof low);
+        memcpy(to + at + LINE, &high, sizeof high);
     }
     return to;
 }

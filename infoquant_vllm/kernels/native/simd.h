@@ -29,6 +29,8 @@ INLINE V load_some(const T* from, int64_t count) {
 INLINE Ints dot(Ints acc, Bytes weight, Ints input, [[maybe_unused]] bool wide) {
 #ifdef __AVX512VNNI__
     return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weight, (__m512i)input);
+#elif defined(__AVXVNNI__)
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)weight, (__m256i)input);
 #else
     const __m256i w = (__m256i)weight, x = (__m256i)input;
     if (!wide) {

@@ -103,11 +103,16 @@ inline Ints dot4(Ints sums, Bytes codes, Ints x) {
     for (int which = 0; which < 2; ++which) {
         const __m256i c = load<__m256i>((const char*)&codes + 32 * which);
         const __m256i s = load<__m256i>((const char*)&x + 32 * which);
+        const __m256i before = load<__m256i>((const char*)&sums + 32 * which);
+#if defined(__AVXVNNI__)
+        const __m256i total = _mm256_dpbusd_avx_epi32(before, c, s);
+#else
         // 16-bit products of pairs, the even bytes and the odd ones: no sum here can overflow.
         const __m256i even = _mm256_madd_epi16(_mm256_and_si256(c, _mm256_set1_epi16(0xFF)),
                                                _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
         const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(c, 8), _mm256_srai_epi16(s, 8));
-        const __m256i total = _mm256_add_epi32(load<__m256i>((const char*)&sums + 32 * which), _mm256_add_epi32(even, odd));
+        const __m256i total = _mm256_add_epi32(before, _mm256_add_epi32(even, odd));
+#endif
         std::memcpy((char*)&out + 32 * which, &total, sizeof total);
     }
     return out;
