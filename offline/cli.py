@@ -1,5 +1,6 @@
 """The `infoquant` command. Heavy modules are imported by the commands that need them, so that --help is quick."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -51,7 +52,7 @@ def quantize(
         typer.Option(
             help="rtn: no rotation, round to nearest. quarot: random Hadamard rotations, GPTQ. paper: InfoQuant's "
             "rotations per layer and learned clips. fast: one learned rotation, GPTQ. best: as fast, inputs in groups "
-            "of 64, distillation. balanced: best with 8 bits into down_proj. w4a8kv4, w4a16kv4: 8 bits, 16 bits into "
+            "of 32, distillation. balanced: best with 8 bits into down_proj. w4a8kv4, w4a16kv4: 8 bits, 16 bits into "
             "all linears.  [default: fast]"
         ),
     ] = None,
@@ -250,6 +251,27 @@ def report_command(
             from offline.tables import print_page
 
             print_page(found)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, which kernels will serve, and what mends what is missing.
+
+    Exit code 1 where something is not in order.
+
+    [bold]Example[/bold]
+
+      infoquant doctor
+    """
+    from infoquant_vllm.doctor import examine, print_findings
+
+    found = examine()
+    if as_json:
+        print(json.dumps([finding.model_dump() for finding in found], indent=2))
+    else:
+        print_findings(found)
+    if not all(finding.in_order for finding in found):
+        raise typer.Exit(1)
 
 
 @app.command(name="demo-model")
