@@ -16,13 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from vllm import _custom_ops
 
-from benchmarks.products import vllm_bf16
+from benchmarks.products import int8_handlers, vllm_bf16
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.turns import Contender, copies, take_turns
 from infoquant_vllm.kernels.native.library import library
-from infoquant_vllm.kernels.native.quantized_linear import prepare_grid, prepare_weight, quantized_linear
-from infoquant_vllm.kernels.native.rotate_quantize import rotate_quantize
-from infoquant_vllm.kernels.native.weight_only_linear import weight_only_linear
+from infoquant_vllm.kernels.native.linear import linear
+from infoquant_vllm.kernels.native.quantized_linear import prepare_grid, prepare_weight
 
 MODELS = MappingProxyType(
     {  # by site: features, channels
@@ -108,30 +107,19 @@ def contenders(site: str, tokens: int, features: int, channels: int) -> dict[str
 def _ours(site: str, x: torch.Tensor, channels: int, codes: Codes) -> Contender:
     features, hadamard = x.shape[1], x.shape[1] if site == "down" else 0
     weight_groups = features // (codes.weight_group or features)
-    clip = torch.full((features // (codes.input_group or features), 2), 0.9)
+    groups = features // (codes.input_group or features)
+    clip = None if codes.num_bits == 16 else torch.full((groups, 2), 0.9)
     packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
-    weight = prepare_weight(packed, 4, weight_groups == 1, max(weight_groups, len(clip)))
+    weight = prepare_weight(packed, 4, weight_groups == 1, max(weight_groups, groups))
     weights, scale = [weight.clone() for _ in copies(weight.nbytes)], prepare_grid(torch.rand(channels, weight_groups))
     zeros = torch.randint(0, 16, (channels, weight_groups), dtype=torch.uint8)
     zero = None if weight_groups == 1 else prepare_grid(zeros)
-    if codes.num_bits == 16:
-        return lambda i: weight_only_linear(x, [], hadamard, weights[i % len(weights)], scale, zero, None)
-    return lambda i: quantized_linear(
-        *rotate_quantize(x, [], hadamard, clip, codes.num_bits, False),
-        weights[i % len(weights)],
-        scale,
-        zero,
-        None,
-        codes.num_bits,
-        torch.bfloat16,
-    )
+    return lambda i: linear(x, [], hadamard, clip, codes.num_bits, False, weights[i % len(weights)], scale, zero, None)
 
 
 def _w8a8(x: torch.Tensor, channels: int) -> Contender:
     """What vLLM runs of compressed-tensors' W8A8: its input's scales, then oneDNN's product."""
-    features, scales = x.shape[1], torch.rand(channels, 1)
-    weights = [torch.randint(-127, 128, (channels, features), dtype=torch.int8) for _ in copies(channels * features)]
-    handlers = [_custom_ops.create_onednn_scaled_mm(w.t(), scales, x.dtype, True, False) for w in weights]
+    handlers = int8_handlers(x.shape[1], channels)
     out = torch.empty(len(x), channels, dtype=x.dtype)
 
     def run(i: int) -> torch.Tensor:

@@ -38,13 +38,16 @@ def torch_int8(tokens: int, features: int, channels: int) -> Contender:
 
 def vllm_int8(tokens: int, features: int, channels: int) -> Contender:
     """The oneDNN product of vLLM's W8A8, of an input that is quantised already."""
-    scales, dtype = torch.rand(channels, 1), torch.bfloat16
-    handlers = [
-        _custom_ops.create_onednn_scaled_mm(_int8(channels, features).t(), scales, dtype, True, False)
-        for _ in copies(channels * features)
-    ]
-    x, scale, out = _int8(tokens, features), torch.rand(tokens, 1), torch.empty(tokens, channels, dtype=dtype)
+    handlers, out = int8_handlers(features, channels), torch.empty(tokens, channels, dtype=torch.bfloat16)
+    x, scale = _int8(tokens, features), torch.rand(tokens, 1)
     return lambda i: _custom_ops.onednn_scaled_mm(handlers[i % len(handlers)], x, out, scale, None, None, None)
+
+
+def int8_handlers(features: int, channels: int) -> list[_custom_ops.CPUDNNLGEMMHandler]:
+    """Random int8 weights as oneDNN holds them, bf16 out: enough of them that no cache holds all."""
+    scales, count = torch.rand(channels, 1), copies(channels * features)
+    weights = [_int8(channels, features) for _ in count]
+    return [_custom_ops.create_onednn_scaled_mm(w.t(), scales, torch.bfloat16, True, False) for w in weights]
 
 
 def torch_bf16(tokens: int, features: int, channels: int) -> Contender:
