@@ -32,12 +32,14 @@ def terminal_tables(rows: list[Row]) -> list[Table]:
 
 
 def distances(rows: list[Row]) -> Columns:
-    """Figures of the text."""
+    """Figures of the text; the first checkpoint is the baseline that the others' KL is held against."""
+    baseline = rows[1] if len(rows) > 1 else rows[0]
     return {
         "perplexity, served": [_figure(row, "perplexity", 2) for row in rows],
         "top-1 agreement, served": [_figure(row, "top1_agreement") for row in rows],
         f"KL ≥, served, {rows[0]['top']} likeliest tokens": [_figure(row, "kl_lower_bound") for row in rows],
         "KL, simulated, whole vocabulary": [_figure(row, "simulated_kl") for row in rows],
+        f"KL below that of {baseline['model']}": [_saved(row, baseline) for row in rows],
     }
 
 
@@ -78,6 +80,12 @@ def _figure(row: Row, name: str, digits: int = 3, sign: str = "") -> str:
         return "-"
     digits = 0 if abs(row[name]) >= 1000 else digits
     return f"{row[name]:{sign}.{digits}f} ± {row[f'{name}_se']:.{digits}f}"
+
+
+def _saved(row: Row, baseline: Row) -> str:
+    if row is baseline or "simulated_kl" not in row or "simulated_kl" not in baseline:
+        return "-"
+    return f"{1 - row['simulated_kl'] / baseline['simulated_kl']:.1%}"
 
 
 def _number(value: float | None, spec: str, unit: int = 1) -> str:

@@ -167,6 +167,7 @@ def test_markdown_is_one_table_that_says_what_was_served_and_what_simulated() ->
         "top-1 agreement, served": "0.645 ± 0.005",
         "KL ≥, served, 256 likeliest tokens": "0.464 ± 0.013",
         "KL, simulated, whole vocabulary": "0.551 ± 0.018",
+        "KL below that of w4": "-",
         "lambada, greedy": "0.290 ± 0.020",
         "lambada, bits per byte": "1.23 ± 0.10",
         "mean of the tasks": "0.290 ± 0.020",
@@ -176,6 +177,14 @@ def test_markdown_is_one_table_that_says_what_was_served_and_what_simulated() ->
         "quantising, s": "196",
         "peak memory, GiB": "-",
     }
+
+
+def test_kl_is_held_against_that_of_the_first_checkpoint() -> None:
+    reference = {name: value for name, value in a_row(model="bf16").items() if not name.startswith("simulated_kl")}
+    rows = [reference, a_row(model="base", simulated_kl=0.6), a_row(model="better", simulated_kl=0.45)]
+    head, _, *lines = markdown(rows).splitlines()
+    place = head.split(" | ").index("KL below that of base")
+    assert [line.split(" | ")[place] for line in lines[:3]] == ["-", "-", "25.0%"]
 
 
 def test_terminal_has_no_table_of_tasks_where_none_were_asked() -> None:
