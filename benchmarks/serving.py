@@ -154,11 +154,12 @@ def bench_serve(server: Server, chosen: Case, seed: int) -> dict[str, float]:
         arguments += ["--num-prompts", 2 * chosen.concurrent, "--max-concurrency", chosen.concurrent]
         arguments += ["--num-warmups", chosen.concurrent, "--seed", seed, "--disable-tqdm"]
         arguments += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99"]
-        arguments += ["--save-result", "--result-dir", scratch, "--result-filename", file.name]
+        arguments += ["--save-result", "--save-detailed", "--result-dir", scratch, "--result-filename", file.name]
         vllm_bench("serve", server.model, arguments)
         result = json.loads(file.read_text())
     if result["failed"]:
-        sys.exit(f"{result['failed']} of {2 * chosen.concurrent} requests to {server.model} failed")
+        reason = next(filter(None, result["errors"]), "no reason given")
+        sys.exit(f"{result['failed']} of {2 * chosen.concurrent} requests to {server.model} failed: {reason}")
     return {ours: float(result[theirs]) for theirs, ours in FIGURES.items()}
 
 

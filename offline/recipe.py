@@ -187,6 +187,7 @@ class Recipe(_Strict):
     def _what_reads_statistics_goes_with_gptq(self) -> "Recipe":
         asked = {
             "balance": self.balance,
+            "gptq.refinements": self.gptq.refinements > 0,
             "kv_cache.key_offset_positions": self.kv_cache is not None and self.kv_cache.key_offset_positions,
             "learned_clips": self.learned_clips is not None,
         } | {f"sites.{name}.clip 'search'": getattr(self.sites, name).clip == "search" for name in SITES}
