@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--ladder", action="store_true", help="the cases of 1 to 32 requests at a time")
     parser.add_argument("--growth", action="store_true", help="the cases of contexts of 256 to 16k tokens")
     parser.add_argument("--rounds", type=int, default=3, help="how often each server takes its turn")
+    parser.add_argument("--requests", type=int, default=4, help="in a turn, at least; two for each at a time at least")
     parser.add_argument("--offline", action="store_true", help="also `vllm bench throughput` and `latency`, in turns")
     parser.add_argument("--eager", action="store_true", help="serve with --enforce-eager")
     parser.add_argument("--kv-gib", type=int, default=1, help="memory for each server's KV cache")
@@ -105,7 +106,8 @@ def measure(servers: list[Server], chosen: Case, options: argparse.Namespace) ->
     for number in range(options.rounds):
         found: dict[int, dict[str, float]] = {}
         for index in turn_order(len(servers), number):
-            found[index] = bench_serve(servers[index], chosen, options.seed + number)
+            requests = max(2 * chosen.concurrent, options.requests)
+            found[index] = bench_serve(servers[index], chosen, requests, options.seed + number)
         rounds.append([found[index] for index in range(len(servers))])
     rows = []
     for index, server in enumerate(servers):
@@ -137,8 +139,8 @@ def spread(gains: list[float]) -> dict[str, float]:
     return {"times_as_fast": statistics.median(gains), "lowest": min(gains), "highest": max(gains)}
 
 
-def bench_serve(server: Server, chosen: Case, seed: int) -> dict[str, float]:
-    """The figures of one run of `vllm bench serve`: two waves of requests."""
+def bench_serve(server: Server, chosen: Case, requests: int, seed: int) -> dict[str, float]:
+    """The figures of one run of `vllm bench serve`."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "result.json"
         arguments: list[Any] = [
@@ -151,7 +153,7 @@ def bench_serve(server: Server, chosen: Case, seed: int) -> dict[str, float]:
             "0",
         ]
         arguments += ["--random-input-len", chosen.input_tokens, "--random-output-len", chosen.output_tokens]
-        arguments += ["--num-prompts", 2 * chosen.concurrent, "--max-concurrency", chosen.concurrent]
+        arguments += ["--num-prompts", requests, "--max-concurrency", chosen.concurrent]
         arguments += ["--num-warmups", chosen.concurrent, "--seed", seed, "--disable-tqdm"]
         arguments += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99"]
         arguments += ["--save-result", "--save-detailed", "--result-dir", scratch, "--result-filename", file.name]
@@ -159,7 +161,7 @@ def bench_serve(server: Server, chosen: Case, seed: int) -> dict[str, float]:
         result = json.loads(file.read_text())
     if result["failed"]:
         reason = next(filter(None, result["errors"]), "no reason given")
-        sys.exit(f"{result['failed']} of {2 * chosen.concurrent} requests to {server.model} failed: {reason}")
+        sys.exit(f"{result['failed']} of {requests} requests to {server.model} failed: {reason}")
     return {ours: float(result[theirs]) for theirs, ours in FIGURES.items()}
 
 
