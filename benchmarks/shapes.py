@@ -39,7 +39,8 @@ SHAPES = MappingProxyType(
     }
 )
 STD = 0.02
-UNKNOWN, END = "<unk>", "</s>"
+UNKNOWN, END = "<|unknown|>", "</s>"
+"""The first is the longest word, and so the letters that vLLM allows a text for each token, the space behind it too."""
 
 
 def main() -> None:
