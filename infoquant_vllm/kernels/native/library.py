@@ -42,10 +42,13 @@ def library() -> Library:
     A compiler may have been too old for the best target. A library needs libgomp.so.1, which is torch's own where
     torch is loaded first: one pool of threads for both, of the size that torch.set_num_threads sets.
     """
-    found = [_load(target, FOLDER / f"_native_{target}.so") for target in runnable()]
-    if not found:
-        return Library("", None, "this CPU has no AVX2")
-    return next((each for each in found if each.handle), found[0])
+    problems = []
+    for target in runnable():
+        found = _load(target, FOLDER / f"_native_{target}.so")
+        if found.handle is not None:
+            return found
+        problems.append(found)
+    return problems[0] if problems else Library("", None, "this CPU has no AVX2")
 
 
 def _load(target: str, file: Path) -> Library:
