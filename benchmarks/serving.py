@@ -102,11 +102,11 @@ def served_rows(models: list[Path], cases: list[Case], options: argparse.Namespa
 
 def measure(servers: list[Server], chosen: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per server: the median of each figure over the rounds, and gains over the first server with spread."""
+    requests = max(2 * chosen.concurrent, options.requests)
     rounds: list[list[dict[str, float]]] = []
     for number in range(options.rounds):
         found: dict[int, dict[str, float]] = {}
         for index in turn_order(len(servers), number):
-            requests = max(2 * chosen.concurrent, options.requests)
             found[index] = bench_serve(servers[index], chosen, requests, options.seed + number)
         rounds.append([found[index] for index in range(len(servers))])
     rows = []
