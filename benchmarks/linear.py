@@ -20,7 +20,7 @@ from benchmarks.products import int8_handlers, vllm_bf16
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.turns import Contender, copies, take_turns
 from infoquant_vllm.kernels.native.library import library
-from infoquant_vllm.kernels.native.linear import linear
+from infoquant_vllm.kernels.native.linear import linear, prepare_matrices
 from infoquant_vllm.kernels.native.quantized_linear import prepare_grid, prepare_weight
 
 MODELS = MappingProxyType(
@@ -114,7 +114,12 @@ def _ours(site: str, x: torch.Tensor, channels: int, codes: Codes) -> Contender:
     weights, scale = [weight.clone() for _ in copies(weight.nbytes)], prepare_grid(torch.rand(channels, weight_groups))
     zeros = torch.randint(0, 16, (channels, weight_groups), dtype=torch.uint8)
     zero = None if weight_groups == 1 else prepare_grid(zeros)
-    return lambda i: linear(x, [], hadamard, clip, codes.num_bits, False, weights[i % len(weights)], scale, zero, None)
+    matrices, num_bits = prepare_matrices([], hadamard), codes.num_bits
+
+    def run(i: int) -> torch.Tensor:
+        return linear(x, matrices, hadamard, clip, num_bits, False, weights[i % len(weights)], scale, zero, None)
+
+    return run
 
 
 def _w8a8(x: torch.Tensor, channels: int) -> Contender:

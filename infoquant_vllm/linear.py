@@ -15,7 +15,7 @@ from vllm.model_executor.parameter import (
 
 from infoquant_vllm.format import FormatError, LinearScheme, activation_groups
 from infoquant_vllm.loading import LoadTracker, Shard
-from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_weight
+from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_matrices, prepare_weight
 from infoquant_vllm.ops.table import served_by
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
         layer.infoquant_tracker.require_all()
         weights = self.scheme.weights
         packed = layer.weight_packed.data
-        layer.infoquant_matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
+        matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
+        layer.infoquant_matrices = prepare_matrices(matrices, self._hadamard(), packed.device.type)
         inputs = self.scheme.input_activations.num_bits
         groups = max(1 if inputs == 16 else len(layer.input_clip), layer.weight_scale.shape[1])
         layer.weight_packed = _frozen(prepare_weight(packed, weights.num_bits, weights.symmetric, groups))
@@ -147,12 +148,11 @@ class InfoQuantLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] in the model's dtype to [..., N] in the same."""
-        args, transform = self.scheme.input_activations, self.scheme.input_transform
-        hadamard = transform.block_size or 0 if transform.type == "hadamard" else 0
+        args = self.scheme.input_activations
         out = linear(
             x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
             layer.infoquant_matrices,
-            hadamard,
+            self._hadamard(),
             None if args.num_bits == 16 else layer.input_clip,
             args.num_bits,
             args.symmetric,
@@ -162,6 +162,10 @@ class InfoQuantLinearMethod(LinearMethodBase):
             bias,
         )
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+
+    def _hadamard(self) -> int:
+        transform = self.scheme.input_transform
+        return transform.block_size or 0 if transform.type == "hadamard" else 0
 
 
 def _frozen(data: torch.Tensor) -> torch.nn.Parameter:

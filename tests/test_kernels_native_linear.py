@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes
+from infoquant_vllm.kernels.native import linear as whole
 from infoquant_vllm.kernels.native import quantized_linear as linear
-from infoquant_vllm.kernels.native.weight_only_linear import weight_only_linear
+from infoquant_vllm.kernels.native.linear import prepare_matrices
+from infoquant_vllm.kernels.reference.linear import linear as reference_whole
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear as reference_weight_only
 from tests.libraries import RUNNABLE, library
@@ -87,8 +89,42 @@ def test_products_of_16_bit_inputs_are_those_of_the_reference(
 ) -> None:
     layer, x = Layer(rows, 1000, bits=(bits, 8), signed=signed, groups=(groups, 1)), torch.randn(rows, 576).to(dtype)
     zero = None if layer.zero is None else linear.prepare_grid(layer.zero)
-    found = weight_only_linear(x, [], 576, layer.weight, linear.prepare_grid(layer.scale), zero, layer.bias)
+    transform, grids = (prepare_matrices([], 576), 576), (linear.prepare_grid(layer.scale), zero)
+    found = whole.linear(x, *transform, None, 16, False, layer.weight, *grids, layer.bias)
     assert torch.equal(found, reference_weight_only(x, [], 576, layer.packed, layer.scale, layer.zero, layer.bias))
+
+
+TRANSFORMS: dict[str, tuple[list[torch.Tensor], int]] = {
+    "none": ([], 0),
+    "hadamard of all": ([], 576),
+    "hadamard in runs": ([], 64),
+    "blocks": ([torch.randn(9, 64, 64)], 0),
+    "kronecker": ([torch.randn(18, 18), torch.randn(32, 32)], 0),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("num_bits", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_whole_linear_is_that_of_the_reference(transform: str, num_bits: int, dtype: torch.dtype) -> None:
+    layer, (matrices, hadamard) = Layer(7, groups=(9, 1)), TRANSFORMS[transform]
+    x = torch.randn(7, 2 * 576).to(dtype)[:, 576:]  # rows that are not next to each other
+    clip, bias = None if num_bits == 16 else torch.rand(9, 2), torch.randn(35).to(dtype)
+    transformed = prepare_matrices(matrices, hadamard), hadamard
+    found = whole.linear(
+        x, *transformed, clip, num_bits, True, layer.weight, linear.prepare_grid(layer.scale), None, bias
+    )
+    expected = reference_whole(x, matrices, hadamard, clip, num_bits, True, layer.packed, layer.scale, None, bias)
+    assert torch.equal(found, expected)
+
+
+def test_a_transform_without_its_matrix_and_other_dtypes_are_refused() -> None:
+    layer = Layer(1)
+    grids = linear.prepare_grid(layer.scale), None, None
+    with pytest.raises(RuntimeError, match="dense factor"):
+        whole.linear(torch.randn(1, 576), [], 576, torch.ones(1, 2), 4, True, layer.weight, *grids)
+    with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
+        whole.linear(torch.randn(1, 576).double(), [], 0, torch.ones(1, 2), 4, True, layer.weight, *grids)
 
 
 @pytest.mark.parametrize("features", [576, 126])

@@ -1,8 +1,8 @@
 """Operations between the linears: RMS norm and SwiGLU's product (opaque to torch.compile)."""
 
 import torch
-from vllm.utils.torch_utils import direct_register_custom_op
 
+from infoquant_vllm.ops.define import define
 from infoquant_vllm.ops.table import kernel
 
 
@@ -34,9 +34,6 @@ def _fake_silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-direct_register_custom_op("infoquant_rms_norm", _rms_norm, fake_impl=_fake_rms_norm)
-direct_register_custom_op("infoquant_add_rms_norm", _add_rms_norm, fake_impl=_fake_add_rms_norm)
-direct_register_custom_op("infoquant_silu_and_mul", _silu_and_mul, fake_impl=_fake_silu_and_mul)
-rms_norm = torch.ops.vllm.infoquant_rms_norm
-add_rms_norm = torch.ops.vllm.infoquant_add_rms_norm
-silu_and_mul = torch.ops.vllm.infoquant_silu_and_mul
+rms_norm = define("rms_norm", _rms_norm, _fake_rms_norm)
+add_rms_norm = define("add_rms_norm", _add_rms_norm, _fake_add_rms_norm)
+silu_and_mul = define("silu_and_mul", _silu_and_mul, _fake_silu_and_mul)

@@ -1,8 +1,8 @@
 """Operation: a linear layer of codes, from its input's transform to the product (opaque to torch.compile)."""
 
 import torch
-from vllm.utils.torch_utils import direct_register_custom_op
 
+from infoquant_vllm.ops.define import define
 from infoquant_vllm.ops.table import kernel
 
 
@@ -17,6 +17,11 @@ def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: in
 def prepare_grid(grid: torch.Tensor) -> torch.Tensor:
     """Scales or zero points of weights [N, groups], of the same shape, as the device's kernel reads them."""
     return kernel("prepare_grid", grid.device.type)(grid)
+
+
+def prepare_matrices(matrices: list[torch.Tensor], hadamard: int, device: str) -> list[torch.Tensor]:
+    """The input transform's matrices as the device's kernel reads them; hadamard: the size of its blocks, or 0."""
+    return kernel("prepare_matrices", device)(matrices, hadamard)
 
 
 def _linear(
@@ -50,5 +55,4 @@ def _fake(
     return x.new_empty((x.shape[0], weight_scale.shape[0]))
 
 
-direct_register_custom_op("infoquant_linear", _linear, fake_impl=_fake)
-linear = torch.ops.vllm.infoquant_linear
+linear = define("linear", _linear, _fake)

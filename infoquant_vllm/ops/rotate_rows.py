@@ -1,8 +1,8 @@
 """Operation: rows into or out of the rotated residual basis of a tied model."""
 
 import torch
-from vllm.utils.torch_utils import direct_register_custom_op
 
+from infoquant_vllm.ops.define import define
 from infoquant_vllm.ops.table import kernel
 
 
@@ -14,5 +14,4 @@ def _fake(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor | None)
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
-direct_register_custom_op("infoquant_rotate_rows", _rotate_rows, fake_impl=_fake)
-rotate_rows = torch.ops.vllm.infoquant_rotate_rows
+rotate_rows = define("rotate_rows", _rotate_rows, _fake)

@@ -12,6 +12,7 @@ from infoquant_vllm.kernels.native.library import library
 KERNELS = MappingProxyType(
     {
         ("linear", "cpu"): ("native.linear", "cpu.linear"),
+        ("prepare_matrices", "cpu"): ("native.linear", "cpu.linear"),
         ("prepare_weight", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("prepare_grid", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
         ("weight_rows", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),

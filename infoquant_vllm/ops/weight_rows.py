@@ -1,8 +1,8 @@
 """Operation: rows of an 8-bit weight matrix that a kernel has laid out for products."""
 
 import torch
-from vllm.utils.torch_utils import direct_register_custom_op
 
+from infoquant_vllm.ops.define import define
 from infoquant_vllm.ops.table import kernel
 
 
@@ -14,5 +14,4 @@ def _fake(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tens
     return weight.new_empty((*rows.shape, features), dtype=torch.int8)
 
 
-direct_register_custom_op("infoquant_weight_rows", _weight_rows, fake_impl=_fake)
-weight_rows = torch.ops.vllm.infoquant_weight_rows
+weight_rows = define("weight_rows", _weight_rows, _fake)

@@ -7,6 +7,11 @@ from infoquant_vllm.kernels.cpu.rotate_quantize import rotate_quantize
 from infoquant_vllm.kernels.cpu.weight_only_linear import weight_only_linear
 
 
+def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
+    """The matrices, as they are."""
+    return matrices
+
+
 def linear(
     x: torch.Tensor,
     matrices: list[torch.Tensor],

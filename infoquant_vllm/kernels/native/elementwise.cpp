@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "doubles.h"
+#include "kernels.h"
 #include "rows.h"
 
 using namespace infoquant;
@@ -103,8 +104,8 @@ void normalise(const float* x, int64_t size, double epsilon, float* y) {
 }  // namespace
 
 // x and, where given, residual [tokens, size] to y and, where given, total = x + residual of the same shape.
-extern "C" void infoquant_rms_norm(const void* x, const void* residual, const void* weight, int64_t dtype,
-                                   int64_t tokens, int64_t size, double epsilon, void* y, void* total) {
+void infoquant::rms_norm(const void* x, const void* residual, const void* weight, int64_t dtype, int64_t tokens,
+                         int64_t size, double epsilon, void* y, void* total) {
 #pragma omp parallel if (tokens * size > SERIAL_VALUES)
     {
         std::vector<float> values(3 * size);
@@ -128,7 +129,7 @@ extern "C" void infoquant_rms_norm(const void* x, const void* residual, const vo
 }
 
 // x [tokens, 2 * size], gates before what they gate, to out [tokens, size].
-extern "C" void infoquant_silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out) {
+void infoquant::silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out) {
     const float* const known = dtype == FLOAT32    ? nullptr
                                : dtype == BFLOAT16 ? silu_of_all<BFLOAT16>()
                                                    : silu_of_all<FLOAT16>();

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 FOLDER = Path(__file__).parent
 TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name
     "avx512vnni": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni"),
     "avxvnni": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "avx_vnni"),
     "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt"),
 }
-POINTER, SIZE, FLOAT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})  # as the C++ code numbers them
 
 
@@ -27,6 +28,11 @@ class Library:
     target: str
     handle: ctypes.CDLL | None
     problem: str = ""
+
+    @property
+    def namespace(self) -> str:
+        """Where operations.cpp has defined the library's operations: torch.ops.NAMESPACE."""
+        return f"infoquant_{self.target}"
 
 
 def runnable() -> list[str]:
@@ -62,17 +68,32 @@ def _load(target: str, file: Path) -> Library:
         return Library(target, None, str(error))
     if version() != ABI_VERSION:
         return Library(target, None, f"{file.name} is version {version()}, not {ABI_VERSION}: install again")
-    return Library(target, handle)
+    found, define = Library(target, handle), handle.infoquant_define_operations
+    define.restype = ctypes.c_char_p
+    problem = define(found.namespace.encode())
+    return found if problem is None else Library(target, None, problem.decode())
 
 
-def function(name: str, *arguments: type) -> Callable[..., None]:
-    """A function of the library that returns nothing, by its arguments' types (POINTER, SIZE, FLOAT, DOUBLE).
+def operations() -> Any:
+    """The library's operations, by name.
 
     Raises RuntimeError where no library serves.
     """
-    handle = library().handle
-    if handle is None:
-        raise RuntimeError(f"infoquant: no native kernels: {library().problem}")
-    found = getattr(handle, name)
+    return getattr(torch.ops, _serving().namespace)
+
+
+def function(name: str, *arguments: type) -> Callable[..., None]:
+    """A function of the library that returns nothing, by its arguments' types (POINTER, SIZE, FLOAT).
+
+    Raises RuntimeError where no library serves.
+    """
+    found = getattr(_serving().handle, name)
     found.argtypes, found.restype = arguments, None
+    return found
+
+
+def _serving() -> Library:
+    found = library()
+    if found.handle is None:
+        raise RuntimeError(f"infoquant: no native kernels: {found.problem}")
     return found

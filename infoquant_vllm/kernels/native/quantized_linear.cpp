@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace {

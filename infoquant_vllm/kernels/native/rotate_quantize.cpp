@@ -7,14 +7,13 @@
 #include <vector>
 
 #include "hadamard.h"
+#include "kernels.h"
 #include "matrix_product.h"
 #include "rows.h"
 
 using namespace infoquant;
 
 namespace {
-
-enum Kind { NONE, HADAMARD, BLOCKS, KRONECKER };
 
 constexpr int64_t MATRIX_TOKENS = 12;  // multiplied at a time, so that a matrix is read from memory once for them
 constexpr int64_t SERIAL_WORK = 1 << 16;  // operations that are done sooner than other threads are called
