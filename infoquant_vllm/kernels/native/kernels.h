@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "kv_tile.h"
+
 extern "C" {
 void infoquant_rotate_quantize(const void* x, int64_t dtype, int64_t tokens, int64_t features, int64_t kind,
                                const float* left, int64_t left_size, const float* right, int64_t right_size,
@@ -46,5 +48,25 @@ void rms_norm(const void* x, const void* residual, const void* weight, int64_t d
               double epsilon, void* y, void* total);
 
 void silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out);
+
+// Rows [tokens, heads, head_size] whose tokens are `stride` elements apart.
+template <typename Pointer>
+struct Rows {
+    Pointer data;
+    int64_t dtype, stride;
+};
+
+// query_starts [sequences + 1], seq_lens [sequences], block_table [sequences, table_stride].
+struct Batch {
+    const int32_t *query_starts, *seq_lens, *block_table;
+    int64_t sequences, table_stride;
+};
+
+void kv_store(const Rows<const void*>& key, const Rows<const void*>& value, const kv::Pages& pages,
+              const int64_t* slots, int64_t tokens, const float* key_clip, const float* value_clip,
+              const float* key_offset, int64_t kv_heads, bool rotate);
+
+void kv_attention(const Rows<const void*>& query, const Rows<void*>& out, const kv::Pages& pages, const Batch& batch,
+                  int64_t heads, int64_t kv_heads, bool rotate, float scale, int64_t window);
 
 }  // namespace infoquant

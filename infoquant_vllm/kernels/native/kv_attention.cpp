@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "hadamard.h"
+#include "kernels.h"
 #include "kv_tile.h"
 
 namespace {
@@ -404,31 +405,27 @@ int64_t piece_size(const std::vector<Task>& tasks, int64_t threads) {
 
 }  // namespace
 
-// query and out [tokens, heads, head_size], tokens query_stride and out_stride elements apart; query_starts
-// [sequences + 1], seq_lens [sequences], block_table [sequences, table_stride]; rotate: by a Hadamard of butterflies
-// alone; scale is that of the scores times log2(e); window 0 is none.
-extern "C" void infoquant_kv_attention(const void* query, void* out, int64_t query_dtype, int64_t out_dtype,
-                                       int64_t query_stride, int64_t out_stride, uint8_t* cache, int64_t block_stride,
-                                       int64_t head_stride, int64_t block_size, const int32_t* query_starts,
-                                       const int32_t* seq_lens, const int32_t* block_table, int64_t sequences,
-                                       int64_t table_stride, int64_t heads, int64_t kv_heads, int64_t head_size,
-                                       int64_t key_bits, int64_t value_bits, int64_t rotate, float scale, int64_t window) {
-    const Problem p{(const char*)query,
-                    (char*)out,
-                    query_dtype,
-                    out_dtype,
-                    query_stride,
-                    out_stride,
-                    {cache, block_stride, head_stride, block_size, {head_size, key_bits, value_bits}},
-                    query_starts,
-                    seq_lens,
-                    block_table,
-                    sequences,
-                    table_stride,
+// rotate: queries by a Hadamard of butterflies alone; scale is that of the scores times log2(e); window 0 is none.
+void infoquant::kv_attention(const Rows<const void*>& query, const Rows<void*>& out, const kv::Pages& pages,
+                             const Batch& batch, int64_t heads, int64_t kv_heads, bool rotate, float scale,
+                             int64_t window) {
+    const int64_t head_size = pages.layout.head_size;
+    const Problem p{(const char*)query.data,
+                    (char*)out.data,
+                    query.dtype,
+                    out.dtype,
+                    query.stride,
+                    out.stride,
+                    pages,
+                    batch.query_starts,
+                    batch.seq_lens,
+                    batch.block_table,
+                    batch.sequences,
+                    batch.table_stride,
                     heads,
                     kv_heads,
                     head_size,
-                    rotate != 0,
+                    rotate,
                     scale,
                     window};
     std::vector<Task> whole = whole_tasks(p);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "hadamard.h"
+#include "kernels.h"
 #include "kv_tile.h"
 
 namespace {
@@ -63,38 +64,35 @@ void write_value(uint8_t* tile, int64_t token, const Cell& cell, kv::Layout layo
 
 }  // namespace
 
-// key and value [tokens, kv_heads, head_size], tokens key_stride and value_stride elements apart; slots
-// [tokens]; clips [kv_heads, 2]; key_offset [kv_heads, head_size] is subtracted from keys, null: nothing;
+// slots [tokens]; clips [kv_heads, 2]; key_offset [kv_heads, head_size] is subtracted from keys, null: nothing;
 // rotate: keys by a Hadamard of butterflies alone.
-extern "C" void infoquant_kv_store(const void* key, const void* value, int64_t key_dtype,
-                                   int64_t value_dtype, int64_t key_stride, int64_t value_stride, uint8_t* cache, int64_t block_stride,
-                                   int64_t head_stride, int64_t block_size, const int64_t* slots, int64_t tokens,
-                                   const float* key_clip, const float* value_clip, const float* key_offset, int64_t kv_heads,
-                                   int64_t head_size, int64_t key_bits, int64_t value_bits, int64_t rotate) {
-    const kv::Layout layout{head_size, key_bits, value_bits};
-    const kv::Pages pages{cache, block_stride, head_stride, block_size, layout};
+void infoquant::kv_store(const Rows<const void*>& key, const Rows<const void*>& value, const kv::Pages& pages,
+                         const int64_t* slots, int64_t tokens, const float* key_clip, const float* value_clip,
+                         const float* key_offset, int64_t kv_heads, bool rotate) {
+    const kv::Layout& layout = pages.layout;
+    const int64_t head_size = layout.head_size;
 #pragma omp parallel for schedule(static) if (tokens * kv_heads >= 64)
     for (int64_t job = 0; job < tokens * kv_heads; ++job) {
         const int64_t token = job / kv_heads, head = job % kv_heads, slot = slots[token];
         if (slot < 0) continue;
-        uint8_t* tile = pages.tile(slot / block_size, head, slot % block_size);
+        uint8_t* tile = pages.tile(slot / pages.block_size, head, slot % pages.block_size);
         const int64_t lane = slot % kv::TOKENS;
         uint16_t* parameters = (uint16_t*)(tile + layout.parameters()) + lane;
         alignas(64) float row[kv::MAX_HEAD_SIZE];
 
-        const int64_t place = token * key_stride + head * head_size;
-        load_row(row, (const char*)key + place * element_bytes(key_dtype), head_size, key_dtype);
+        const int64_t place = token * key.stride + head * head_size;
+        load_row(row, (const char*)key.data + place * element_bytes(key.dtype), head_size, key.dtype);
         if (key_offset != nullptr) {
             for (int64_t i = 0; i < head_size; ++i) row[i] -= key_offset[head * head_size + i];
         }
         if (rotate) infoquant::hadamard(row, head_size, nullptr, 1);
-        Cell cell = quantise(row, head_size, key_clip + 2 * head, key_bits);
+        Cell cell = quantise(row, head_size, key_clip + 2 * head, layout.key_bits);
         write_key(tile, lane, cell, layout);
         parameters[0] = cell.scale, parameters[kv::TOKENS] = cell.zero;
 
-        const int64_t value_place = token * value_stride + head * head_size;
-        load_row(row, (const char*)value + value_place * element_bytes(value_dtype), head_size, value_dtype);
-        cell = quantise(row, head_size, value_clip + 2 * head, value_bits);
+        const int64_t value_place = token * value.stride + head * head_size;
+        load_row(row, (const char*)value.data + value_place * element_bytes(value.dtype), head_size, value.dtype);
+        cell = quantise(row, head_size, value_clip + 2 * head, layout.value_bits);
         write_value(tile, lane, cell, layout);
         parameters[2 * kv::TOKENS] = cell.scale, parameters[3 * kv::TOKENS] = cell.zero;
     }

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 FOLDER = Path(__file__).parent
 TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name
     "avx512vnni": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni"),
     "avxvnni": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "avx_vnni"),
     "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt"),
 }
-POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})  # as the C++ code numbers them
 
 
@@ -83,7 +83,7 @@ def operations() -> Any:
 
 
 def function(name: str, *arguments: type) -> Callable[..., None]:
-    """A function of the library that returns nothing, by its arguments' types (POINTER, SIZE, FLOAT).
+    """A function of the library that returns nothing, by its arguments' types (POINTER, SIZE).
 
     Raises RuntimeError where no library serves.
     """

@@ -91,6 +91,53 @@ void run_silu_and_mul(Value* stack, uint64_t, uint64_t) {
     stack[0] = out.release();
 }
 
+// Whether the rows of x [tokens, heads, head_size] lie one after the other within a token.
+bool rows_follow(const Tensor& x) { return x.strides()[2] == 1 && x.strides()[1] == x.sizes()[2]; }
+
+Tensor with_rows(Tensor x) { return rows_follow(x) ? std::move(x) : std::move(x).contiguous(); }
+
+void require(bool condition, const char* what) {
+    if (!condition) throw std::runtime_error(std::string("infoquant: ") + what);
+}
+
+kv::Pages pages(const Tensor& cache, int64_t head_size, int64_t key_bits, int64_t value_bits) {
+    const int64_t *const sizes = cache.sizes(), *const strides = cache.strides();
+    require(strides[3] == 1 && strides[2] == sizes[3], "the cells of a page must lie one after the other");
+    return {cache.data<uint8_t>(), strides[0], strides[1], sizes[2], {head_size, key_bits, value_bits}};
+}
+
+void run_kv_store(Value* stack, uint64_t, uint64_t) {
+    Arguments in(stack);
+    const Tensor key = with_rows(in.tensor()), value = with_rows(in.tensor()), cache = in.tensor();
+    const Tensor slots = in.tensor().contiguous(), key_clip = in.tensor(), value_clip = in.tensor();
+    const Tensor key_offset = in.optional_tensor();
+    const bool hadamard = in.boolean();
+    const int64_t key_bits = in.integer(), value_bits = in.integer();
+    kv_store({key.data(), key.dtype(), key.strides()[0]}, {value.data(), value.dtype(), value.strides()[0]},
+             pages(cache, key.sizes()[2], key_bits, value_bits), slots.data<int64_t>(), slots.sizes()[0],
+             key_clip.data<float>(), value_clip.data<float>(), key_offset.data<float>(), key.sizes()[1], hadamard);
+}
+
+void run_kv_attention(Value* stack, uint64_t, uint64_t) {
+    Arguments in(stack);
+    const Tensor query = with_rows(in.tensor()), cache = in.tensor(), query_starts = in.tensor();
+    const Tensor seq_lens = in.tensor(), block_table = in.tensor();
+    const bool hadamard = in.boolean();
+    const float scale = static_cast<float>(in.number());
+    const int64_t window = in.integer(), key_bits = in.integer(), value_bits = in.integer();
+    const Tensor out = in.tensor();
+    require(rows_follow(out), "the rows of the output must lie one after the other");
+    for (const Tensor* each : {&query_starts, &seq_lens, &block_table}) {
+        require(each->number_of_dtype() == functions().int32, "lengths and the block table must be int32");
+        require(each->strides()[each->dim() - 1] == 1, "lengths and the block table must lie one after the other");
+    }
+    const Batch batch{query_starts.data<int32_t>(), seq_lens.data<int32_t>(), block_table.data<int32_t>(),
+                      seq_lens.sizes()[0], block_table.strides()[0]};
+    kv_attention({query.data(), query.dtype(), query.strides()[0]}, {out.data(), out.dtype(), out.strides()[0]},
+                 pages(cache, query.sizes()[2], key_bits, value_bits), batch, query.sizes()[1], cache.sizes()[1],
+                 hadamard, scale, window);
+}
+
 struct Entry {
     const char *name, *schema;
     Operation run;
@@ -105,6 +152,14 @@ constexpr Entry OPERATIONS[] = {
     {"add_rms_norm",
      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)", run_add_rms_norm},
     {"silu_and_mul", "silu_and_mul(Tensor x) -> Tensor", run_silu_and_mul},
+    {"kv_store",
+     "kv_store(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, Tensor key_clip, Tensor value_clip, "
+     "Tensor? key_offset, bool hadamard, int key_bits, int value_bits) -> ()",
+     run_kv_store},
+    {"kv_attention",
+     "kv_attention(Tensor query, Tensor cache, Tensor query_starts, Tensor seq_lens, Tensor block_table, "
+     "bool hadamard, float scale, int window, int key_bits, int value_bits, Tensor(a!) out) -> ()",
+     run_kv_attention},
 };
 
 }  // namespace

@@ -29,6 +29,7 @@ Functions look_up() {
     set(f.get_data_ptr, "aoti_torch_get_data_ptr");
     set(f.get_dim, "aoti_torch_get_dim");
     set(f.get_sizes, "aoti_torch_get_sizes");
+    set(f.get_strides, "aoti_torch_get_strides");
     set(f.get_dtype, "aoti_torch_get_dtype");
     set(f.is_contiguous, "aoti_torch_is_contiguous");
     set(f.empty_strided, "aoti_torch_empty_strided");
@@ -39,6 +40,7 @@ Functions look_up() {
     set(f.delete_value, "torch_delete_stable_ivalue");
     f.cpu = number(torch, "aoti_torch_device_type_cpu");
     f.contiguous_format = number(torch, "aoti_torch_memory_format_contiguous_format");
+    f.int32 = number(torch, "aoti_torch_dtype_int32");
     f.dtypes[FLOAT32] = number(torch, "aoti_torch_dtype_float32");
     f.dtypes[BFLOAT16] = number(torch, "aoti_torch_dtype_bfloat16");
     f.dtypes[FLOAT16] = number(torch, "aoti_torch_dtype_float16");

@@ -31,6 +31,7 @@ struct Functions {
     int32_t (*get_data_ptr)(TensorObject*, void**);
     int32_t (*get_dim)(TensorObject*, int64_t*);
     int32_t (*get_sizes)(TensorObject*, int64_t**);
+    int32_t (*get_strides)(TensorObject*, int64_t**);
     int32_t (*get_dtype)(TensorObject*, int32_t*);
     int32_t (*is_contiguous)(TensorObject*, bool*);
     int32_t (*empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device,
@@ -40,7 +41,7 @@ struct Functions {
     int32_t (*list_get_item)(ListObject*, size_t, Value*);
     int32_t (*delete_list)(ListObject*);
     int32_t (*delete_value)(Value*);
-    int32_t cpu, contiguous_format, dtypes[3];  // torch's numbers; of dtypes, in the order of `Dtype`
+    int32_t cpu, contiguous_format, int32, dtypes[3];  // torch's numbers; of dtypes, in the order of `Dtype`
 };
 
 constexpr uint64_t VERSION = uint64_t{2} << 56 | uint64_t{13} << 48;
@@ -89,9 +90,22 @@ class Tensor {
         return found;
     }
 
-    Dtype dtype() const {
+    // [dim()], likewise
+    const int64_t* strides() const {
+        int64_t* found;
+        check(functions().get_strides(handle_, &found));
+        return found;
+    }
+
+    // By torch's own number.
+    int32_t number_of_dtype() const {
         int32_t found;
         check(functions().get_dtype(handle_, &found));
+        return found;
+    }
+
+    Dtype dtype() const {
+        const int32_t found = number_of_dtype();
         for (Dtype dtype : {FLOAT32, BFLOAT16, FLOAT16}) {
             if (functions().dtypes[dtype] == found) return dtype;
         }

@@ -1,0 +1,73 @@
+"""The operations as torch sees them: schemas and shapes that torch.compile relies on, memory, refusals."""
+
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from infoquant_vllm.kernels.native.library import library, operations
+from infoquant_vllm.ops import elementwise
+from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_matrices, prepare_weight
+
+native = pytest.mark.skipif(library().handle is None, reason="no library for this CPU")
+
+
+def _linear(tokens: int, num_bits: int = 4) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    weight = prepare_weight(torch.randint(0, 256, (40, 288), dtype=torch.uint8), 4, False, 9)
+    grids = prepare_grid(torch.rand(40, 9)), prepare_grid(torch.randint(0, 16, (40, 9), dtype=torch.uint8))
+    clip = None if num_bits == 16 else torch.ones(1, 2)
+    x = torch.randn(tokens, 1152).bfloat16()[:, ::2]  # a layout that kernels have to copy
+    bias = torch.randn(40).bfloat16()
+    return x, prepare_matrices([], 64, "cpu"), 64, clip, num_bits, True, weight, *grids, bias
+
+
+def _elementwise(name: str) -> tuple[Any, ...]:
+    x, weight = torch.randn(5, 64).bfloat16(), torch.ones(64).bfloat16()
+    return {"rms_norm": (x, weight, 1e-5), "add_rms_norm": (x, x.clone(), weight, 1e-5), "silu_and_mul": (x,)}[name]
+
+
+OPERATIONS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "linear": (linear, lambda: _linear(5)),
+    "linear of 16-bit inputs": (linear, lambda: _linear(5, 16)),
+    **{
+        name: (getattr(elementwise, name), lambda name=name: _elementwise(name))
+        for name in ("rms_norm", "add_rms_norm", "silu_and_mul")
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_schemas_and_fakes_tell_what_the_kernels_do(name: str) -> None:
+    operation, arguments = OPERATIONS[name]
+    torch.library.opcheck(operation.default, arguments(), test_utils=("test_schema", "test_faketensor"))
+
+
+@native
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_calls_leave_no_memory_behind(name: str) -> None:
+    operation, arguments = OPERATIONS[name]
+    given, process = arguments(), psutil.Process()
+    used = []
+    for _ in range(2):
+        for _ in range(20_000):
+            operation(*given)
+        used.append(process.memory_info().rss)
+    assert used[1] - used[0] < 3e5  # the smallest thing to lose, a handle, makes 640 kB
+
+
+@native
+def test_what_attention_cannot_read_is_refused() -> None:
+    query, cache = torch.randn(1, 2, 64), torch.zeros(2, 1, 16, 72, dtype=torch.uint8)
+    starts, lens, table = torch.tensor([0, 1]).int(), torch.tensor([1]).int(), torch.zeros(1, 1).int()
+    settings, out = (False, 1.0, 0, 4, 4), torch.empty(1, 2, 64)
+    attend = operations().kv_attention
+    attend(query, cache, starts, lens, table, *settings, out)
+    with pytest.raises(RuntimeError, match="must be int32"):
+        attend(query, cache, starts, lens.long(), table, *settings, out)
+    with pytest.raises(RuntimeError, match="output must lie"):
+        attend(query, cache, starts, lens, table, *settings, out.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(RuntimeError, match="cells of a page"):
+        attend(query, cache[..., ::2], starts, lens, table, *settings, out)
