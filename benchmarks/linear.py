@@ -5,8 +5,9 @@ vLLM's. A row is a model, a number of tokens and a contender; its times are sums
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from vllm import _custom_ops
 
-from benchmarks.products import int8_handlers, vllm_bf16
+from benchmarks.products import bf16_handlers, int8_handlers
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.turns import Contender, copies, take_turns
 from infoquant_vllm.kernels.native.library import library
@@ -64,20 +65,25 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     common = {"kernels": f"native {library().target}", "threads": 1, **provenance(options.seed)}
-    rows = [
-        row | common for model in options.models for tokens in TOKENS for row in layer(model, tokens, options.seconds)
-    ]
+    rows = [row | common for model in options.models for row in layer(model, TOKENS, options.seconds)]
     Console().print(table(rows))
     if options.json:
         write_rows(rows, options.json)
 
 
-def layer(model: str, tokens: int, seconds: float) -> list[dict[str, Any]]:
-    """A row per contender: microseconds of a decoder layer's linears, the sum of its sites' medians."""
-    sites = {
-        site: {row["contender"]: row["median_us"] for row in take_turns(contenders(site, tokens, *size), seconds)}
-        for site, size in MODELS[model].items()
-    }
+def layer(model: str, numbers: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """A row per number of tokens and contender: microseconds of a decoder layer's linears, its sites' medians added."""
+    sites: dict[int, dict[str, dict[str, float]]] = {tokens: {} for tokens in numbers}
+    for site, (features, channels) in MODELS[model].items():
+        makers = contenders(site, features, channels)
+        for tokens in numbers:
+            x = torch.randn(tokens, features).bfloat16()
+            found = take_turns({name: make(x) for name, make in makers.items()}, seconds)
+            sites[tokens][site] = {row["contender"]: row["median_us"] for row in found}
+    return [row for tokens in numbers for row in _rows(model, tokens, sites[tokens])]
+
+
+def _rows(model: str, tokens: int, sites: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     totals = {name: sum(by_name[name] for by_name in sites.values()) for name in next(iter(sites.values()))}
     bf16 = next(iter(totals.values()))
     return [
@@ -94,18 +100,22 @@ def layer(model: str, tokens: int, seconds: float) -> list[dict[str, Any]]:
     ]
 
 
-def contenders(site: str, tokens: int, features: int, channels: int) -> dict[str, Contender]:
+Maker = Callable[[torch.Tensor], Contender]
+"""From an input [tokens, features] to its product with weights that were made before, once for all inputs."""
+
+
+def contenders(site: str, features: int, channels: int) -> dict[str, Maker]:
     """bf16 first."""
-    x = torch.randn(tokens, features).bfloat16()
-    return {
-        "vLLM bf16": vllm_bf16(tokens, features, channels),
-        "vLLM W8A8": _w8a8(x, channels),
-        "vLLM W4A16": _w4a16(x, channels),
-    } | {name: _ours(site, x, channels, codes) for name, codes in OURS.items()}
+    makers = {
+        "vLLM bf16": _bf16(features, channels),
+        "vLLM W8A8": _w8a8(features, channels),
+        "vLLM W4A16": _w4a16(features, channels),
+    }
+    return makers | {name: _ours(site, features, channels, codes) for name, codes in OURS.items()}
 
 
-def _ours(site: str, x: torch.Tensor, channels: int, codes: Codes) -> Contender:
-    features, hadamard = x.shape[1], x.shape[1] if site == "down" else 0
+def _ours(site: str, features: int, channels: int, codes: Codes) -> Maker:
+    hadamard = features if site == "down" else 0
     weight_groups = features // (codes.weight_group or features)
     groups = features // (codes.input_group or features)
     clip = None if codes.num_bits == 16 else torch.full((groups, 2), 0.9)
@@ -116,33 +126,37 @@ def _ours(site: str, x: torch.Tensor, channels: int, codes: Codes) -> Contender:
     zero = None if weight_groups == 1 else prepare_grid(zeros)
     matrices, num_bits = prepare_matrices([], hadamard), codes.num_bits
 
-    def run(i: int) -> torch.Tensor:
+    def run(x: torch.Tensor, i: int) -> torch.Tensor:
         return linear(x, matrices, hadamard, clip, num_bits, False, weights[i % len(weights)], scale, zero, None)
 
-    return run
+    return lambda x: partial(run, x)
 
 
-def _w8a8(x: torch.Tensor, channels: int) -> Contender:
+def _bf16(features: int, channels: int) -> Maker:
+    """What vLLM runs of a model as it is."""
+    handlers = bf16_handlers(features, channels)
+    return lambda x: lambda i: _custom_ops.onednn_mm(handlers[i % len(handlers)], x, None)
+
+
+def _w8a8(features: int, channels: int) -> Maker:
     """What vLLM runs of compressed-tensors' W8A8: its input's scales, then oneDNN's product."""
-    handlers = int8_handlers(x.shape[1], channels)
-    out = torch.empty(len(x), channels, dtype=x.dtype)
+    handlers = int8_handlers(features, channels)
 
-    def run(i: int) -> torch.Tensor:
+    def run(x: torch.Tensor, out: torch.Tensor, i: int) -> torch.Tensor:
         codes, scale, _ = _custom_ops.onednn_scaled_int8_quant(x)
         return _custom_ops.onednn_scaled_mm(handlers[i % len(handlers)], codes, out, scale, None, None, None)
 
-    return run
+    return lambda x: partial(run, x, torch.empty(len(x), channels, dtype=x.dtype))
 
 
-def _w4a16(x: torch.Tensor, channels: int) -> Contender:
+def _w4a16(features: int, channels: int) -> Maker:
     """The kernel behind vLLM's AWQ, GPTQ and compressed-tensors layers of 4-bit weights."""
-    features = x.shape[1]
-    scale = torch.rand(features // GROUP, channels).to(x.dtype)
+    scale = torch.rand(features // GROUP, channels).bfloat16()
     count = copies(channels * features // 2)
     weights = [torch.randint(-(2**31), 2**31, (channels // 16, features * 2), dtype=torch.int32) for _ in count]
     hint = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
     run: Callable[..., torch.Tensor] = _custom_ops.cpu_gemm_wna16
-    return lambda i: run(x, weights[i % len(weights)], scale, None, None, 8, hint)
+    return lambda x: lambda i: run(x, weights[i % len(weights)], scale, None, None, 8, hint)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -60,10 +60,14 @@ def torch_bf16(tokens: int, features: int, channels: int) -> Contender:
 
 def vllm_bf16(tokens: int, features: int, channels: int) -> Contender:
     """The oneDNN product behind vLLM's unquantised linears."""
-    weights = [torch.randn(channels, features, dtype=torch.bfloat16) for _ in copies(2 * channels * features)]
-    handlers = [_custom_ops.create_onednn_mm(weight.t(), 32) for weight in weights]
-    x = torch.randn(tokens, features, dtype=torch.bfloat16)
+    handlers, x = bf16_handlers(features, channels), torch.randn(tokens, features, dtype=torch.bfloat16)
     return lambda i: _custom_ops.onednn_mm(handlers[i % len(handlers)], x, None)
+
+
+def bf16_handlers(features: int, channels: int) -> list[_custom_ops.CPUDNNLGEMMHandler]:
+    """Random bf16 weights as oneDNN holds them: enough of them that no cache holds all."""
+    weights = [torch.randn(channels, features, dtype=torch.bfloat16) for _ in copies(2 * channels * features)]
+    return [_custom_ops.create_onednn_mm(weight.t(), 32) for weight in weights]
 
 
 def vllm_w4a8(tokens: int, features: int, channels: int) -> Contender:

@@ -34,7 +34,7 @@ def test_every_server_begins_a_round_in_turn() -> None:
 
 def test_linears_of_a_layer_are_summed_over_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "MODELS", {"tiny": {"qkv": (64, 96), "down": (128, 64)}})
-    rows = linear.layer("tiny", 3, seconds=0)
+    rows = linear.layer("tiny", [3], seconds=0)
     assert [row["contender"] for row in rows][1:3] == ["vLLM W8A8", "vLLM W4A16"]
     assert {"W4A4 (fast)", "W4A16 in groups"} <= {row["contender"] for row in rows}
     assert all(row["median_us"] == pytest.approx(sum(row["sites_us"].values()), abs=0.2) for row in rows)
