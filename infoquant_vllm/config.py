@@ -63,7 +63,7 @@ class InfoQuantConfig(QuantizationConfig):
     ) -> None:
         """Compare a local folder's files with its config before anything is loaded."""
         if Path(model_name).is_dir():
-            Checkpoint(model_name)
+            Checkpoint(model_name).check_norms()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename targets as the model renames its modules (stacked names are found by their parts)."""

@@ -76,7 +76,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
         layer.register_parameter("weight_packed", packed)
         grids = {"weight_scale": torch.float32} | ({} if weights.symmetric else {"weight_zero_point": torch.uint8})
         for name, dtype in grids.items():
-            data, load = torch.empty(rows, groups, dtype=dtype), tracker.track(name, loader)
+            largest = 2**weights.num_bits - 1 if dtype == torch.uint8 else None
+            data, load = torch.empty(rows, groups, dtype=dtype), tracker.track(name, loader, largest_code=largest)
             if weights.group_size is None:
                 param: BasevLLMParameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=load)
             else:

@@ -21,14 +21,16 @@ class LoadTracker:
         self.expected: list[tuple[str, Shard]] = []
         self.arrived: set[tuple[str, Shard]] = set()
 
-    def track(self, name: str, loader: Callable[..., None], shared: bool = False) -> Callable[..., None]:
+    def track(
+        self, name: str, loader: Callable[..., None], shared: bool = False, largest_code: int | None = None
+    ) -> Callable[..., None]:
         """Wrap a weight loader of parameter `name`; of a `shared` one all shards must be equal."""
         self.expected += [(name, shard) for shard in self.sources]
 
         def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
             shard: Shard = next(iter((*args, *kwargs.values())), None)
             source = f"{self.sources[shard]}.{name}"
-            check_values(loaded_weight, source, "checkpoint")
+            check_values(loaded_weight, source, "checkpoint", largest_code)
             before = param.data.clone() if shared and any(seen == name for seen, _ in self.arrived) else None
             loader(param, loaded_weight, *args, **kwargs)
             if before is not None and not torch.equal(before, param.data):

@@ -13,6 +13,7 @@ from infoquant_vllm.format.tensors import ModelShape, TensorSpec, expected_tenso
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 * 2**20
+TRANSFORMS = ("residual_rotation", "final_norm_weight", "input_blocks", "input_left", "input_right")
 
 
 class Checkpoint:
@@ -40,8 +41,18 @@ class Checkpoint:
         file = self.folder / self.weight_map[name]
         with safe_open(file, framework="pt") as shard:
             tensor = shard.get_tensor(name)
-        check_values(tensor, name, str(file))
+        check_values(tensor, name, str(file), self._largest_code(name))
         return tensor
+
+    def check_norms(self) -> None:
+        """Load the norms' weights, which are few, and refuse what cannot be right; nothing else looks at them."""
+        for norm in self.shape.norms():
+            self.tensor(f"{norm}.weight")
+
+    def _largest_code(self, name: str) -> int | None:
+        module, _, kind = name.rpartition(".")
+        scheme = self.config.scheme(module) if kind == "weight_zero_point" else None
+        return None if scheme is None else 2**scheme.weights.num_bits - 1
 
     def _headers(self, shard: str) -> list[tuple[str, TensorSpec]]:
         file = self.folder / shard
@@ -63,7 +74,10 @@ class Checkpoint:
         return found
 
     def _compare(self, found: dict[str, TensorSpec]) -> None:
-        expected = expected_tensors(self.config, self.shape)
+        try:
+            expected = expected_tensors(self.config, self.shape)
+        except FormatError as error:
+            raise FormatError(f"{self.folder / 'config.json'}: {error}") from None
         for name, spec in expected.items():
             if name not in found:
                 raise FormatError(f"{self.folder}: tensor {name} {list(spec.shape)} is missing")
@@ -106,16 +120,25 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def check_values(tensor: torch.Tensor, name: str, source: str) -> None:
-    """Refuse values no quantiser writes: NaN and Inf anywhere, scales <= 0, clips outside (0, 1]."""
+def check_values(tensor: torch.Tensor, name: str, source: str, largest_code: int | None = None) -> None:
+    """Refuse values no quantiser writes.
+
+    These are NaN and Inf anywhere, scales <= 0, clips outside (0, 1], nothing but zeros in norms, embeddings and
+    transforms, and zero points above `largest_code`.
+    """
     kind = name.rsplit(".", 1)[-1]
-    if not tensor.is_floating_point():
-        return
-    bad, expected = ~torch.isfinite(tensor), "finite numbers"
+    bad, expected = torch.zeros_like(tensor, dtype=torch.bool), "finite numbers"
+    if tensor.is_floating_point():
+        bad = ~torch.isfinite(tensor)
     if kind == "weight_scale":
         bad, expected = bad | (tensor <= 0), "scales above 0"
     elif kind in ("input_clip", "key_clip", "value_clip"):
         bad, expected = bad | (tensor <= 0) | (tensor > 1), "factors in (0, 1]"
+    elif kind in TRANSFORMS or name.endswith(("norm.weight", "embed_tokens.weight")):
+        if not tensor.any():
+            bad, expected = torch.ones_like(bad), "numbers other than 0"
+    elif largest_code is not None:
+        bad, expected = tensor > largest_code, f"codes up to {largest_code}"
     if bad.any():
         index = tuple(bad.nonzero()[0].tolist())
         raise FormatError(
