@@ -4,7 +4,7 @@ import torch
 from vllm import _custom_ops
 
 from benchmarks.turns import Contender, copies
-from infoquant_vllm.kernels.native.library import POINTER, SIZE, function
+from infoquant_vllm.kernels.native.library import operations
 from infoquant_vllm.kernels.native.quantized_linear import prepare_grid, prepare_weight, quantized_linear
 
 
@@ -21,9 +21,8 @@ def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups
 
 def read_weights(size: int) -> Contender:
     """Reading so many bytes once: what no product can beat."""
-    read, to = function("infoquant_read", POINTER, SIZE, POINTER), torch.empty(64, dtype=torch.uint8)
-    data = [torch.randint(0, 256, (size,), dtype=torch.uint8) for _ in copies(size)]
-    return lambda i: read(data[i % len(data)].data_ptr(), size, to.data_ptr())
+    read, data = operations().read, [torch.randint(0, 256, (size,), dtype=torch.uint8) for _ in copies(size)]
+    return lambda i: read(data[i % len(data)])
 
 
 def _int8(*shape: int) -> torch.Tensor:

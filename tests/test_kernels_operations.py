@@ -45,10 +45,24 @@ def test_schemas_and_fakes_tell_what_the_kernels_do(name: str) -> None:
     torch.library.opcheck(operation.default, arguments(), test_utils=("test_schema", "test_faketensor"))
 
 
+def _product() -> tuple[Any, ...]:
+    x, _, _, _, _, _, weight, *grids, bias = _linear(5)
+    codes = operations().rotate_quantize(x, [], 0, torch.ones(1, 2), 4, True)
+    return *codes, weight, *grids, bias, 4, 1
+
+
+ALONE: dict[str, Callable[[], tuple[Any, ...]]] = {  # parts of what is served: tests and benchmarks call them
+    "rotate_quantize": lambda: (*_linear(5)[:3], torch.ones(1, 2), 4, True),
+    "rotate_quantize_wide": lambda: _linear(5)[:3],
+    "quantized_linear": _product,
+    "few_rows_linear": lambda: (torch.randn(2, 64).bfloat16(), torch.randn(9, 64).bfloat16()),
+}
+
+
 @native
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [*OPERATIONS, *ALONE])
 def test_calls_leave_no_memory_behind(name: str) -> None:
-    operation, arguments = OPERATIONS[name]
+    operation, arguments = OPERATIONS[name] if name in OPERATIONS else (getattr(operations(), name), ALONE[name])
     given, process = arguments(), psutil.Process()
     used = []
     for _ in range(2):

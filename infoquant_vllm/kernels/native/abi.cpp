@@ -1,4 +1,4 @@
-// The version of the functions' signatures: library.py refuses a library compiled from other sources.
+// The version of the operations: library.py refuses a library compiled from other sources.
 #include <cstdint>
 
-extern "C" int64_t infoquant_abi_version() { return 8; }
+extern "C" int64_t infoquant_abi_version() { return 9; }

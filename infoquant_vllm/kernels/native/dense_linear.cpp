@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels.h"
 #include "rows.h"
 
 using namespace infoquant;
@@ -52,9 +53,8 @@ constexpr Channel BY_ROWS[MAX_ROWS] = {channel<DTYPE, 1>, channel<DTYPE, 2>, cha
 
 }  // namespace
 
-// x [tokens, features], weight [channels, features] and out [tokens, channels], all of one 16-bit dtype.
-extern "C" void infoquant_dense_linear(const void* x, const uint16_t* weight, int64_t dtype, int64_t tokens,
-                                       int64_t features, int64_t channels, void* out) {
+void infoquant::dense_linear(const void* x, const uint16_t* weight, int64_t dtype, int64_t tokens, int64_t features,
+                             int64_t channels, void* out) {
     std::vector<float> rows(tokens * features);
     load_rows(x, dtype, 0, tokens * features, rows.data());
     for (int64_t first = 0; first < tokens; first += MAX_ROWS) {

@@ -103,7 +103,6 @@ void normalise(const float* x, int64_t size, double epsilon, float* y) {
 
 }  // namespace
 
-// x and, where given, residual [tokens, size] to y and, where given, total = x + residual of the same shape.
 void infoquant::rms_norm(const void* x, const void* residual, const void* weight, int64_t dtype, int64_t tokens,
                          int64_t size, double epsilon, void* y, void* total) {
 #pragma omp parallel if (tokens * size > SERIAL_VALUES)
@@ -128,7 +127,6 @@ void infoquant::rms_norm(const void* x, const void* residual, const void* weight
     }
 }
 
-// x [tokens, 2 * size], gates before what they gate, to out [tokens, size].
 void infoquant::silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out) {
     const float* const known = dtype == FLOAT32    ? nullptr
                                : dtype == BFLOAT16 ? silu_of_all<BFLOAT16>()

@@ -1,52 +1,65 @@
-// The kernels that other files of the library call. Each one's own file says what it computes; dtypes are `Dtype`'s.
+// The kernels behind operations.cpp. Each one's own file says what it computes; dtypes are `Dtype`'s.
 #pragma once
 #include <cstdint>
 
 #include "kv_tile.h"
 
-extern "C" {
-void infoquant_rotate_quantize(const void* x, int64_t dtype, int64_t tokens, int64_t features, int64_t kind,
-                               const float* left, int64_t left_size, const float* right, int64_t right_size,
-                               const float* clip, int64_t groups, int64_t num_bits, int64_t symmetric, uint8_t* codes,
-                               float* scale, int32_t* zero);
-
-void infoquant_rotate_quantize_wide(const void* x, int64_t dtype, int64_t tokens, int64_t features, int64_t kind,
-                                    const float* left, int64_t left_size, const float* right, int64_t right_size,
-                                    uint8_t* codes, float* scale, int32_t* zero);
-
-void infoquant_quantized_linear(const uint8_t* codes, const float* scale, const int32_t* zero, const uint8_t* weight,
-                                const float* weight_scale, const uint8_t* weight_zero, const float* bias, void* out,
-                                int64_t tokens, int64_t features, int64_t channels, int64_t input_groups,
-                                int64_t weight_groups, int64_t weight_bits, int64_t num_bits, int64_t out_type);
-}
-
 namespace infoquant {
 
-enum Transforms { NONE, HADAMARD, BLOCKS, KRONECKER };  // kinds of a linear's input transform
+enum Transforms { NONE, HADAMARD, BLOCKS, KRONECKER };
 
-// A linear: what its input is, and its weights as quantized_linear.py's `prepare_weight` and `prepare_grid` make them.
-struct Linear {
-    const void* x;  // [tokens, features]
+// A linear's input x [tokens, features] and its transform. By kind:
+// HADAMARD: runs of right_size features, whose dense factor is left [left_size, left_size]
+// BLOCKS: right [features / right_size, right_size, right_size]
+// KRONECKER: left [left_size, left_size] (x) right [right_size, right_size]
+struct Input {
+    const void* x;
     int64_t dtype, tokens, features, kind;
-    const float* left;
-    int64_t left_size;
-    const float* right;
-    int64_t right_size;
-    const float* clip;  // [input_groups, 2], or null: an input of 16 bits
-    int64_t input_groups, num_bits, symmetric;
-    const uint8_t* weight;
-    const float* weight_scale;
-    const uint8_t* weight_zero;  // or null: signed codes
-    const float* bias;           // [channels] or null
-    void* out;                   // [tokens, channels] of the dtype of x
-    int64_t channels, weight_groups, weight_bits;
+    const float *left, *right;
+    int64_t left_size, right_size;
 };
 
-void linear(const Linear& problem);
+// codes [tokens, features], scale and zero [tokens, groups].
+struct Quantised {
+    uint8_t* codes;
+    float* scale;
+    int32_t* zero;
+};
 
+// As quantized_linear.py's `prepare_weight` and `prepare_grid` lay it out.
+struct Weight {
+    const uint8_t* lines;
+    const float* scale;
+    const uint8_t* zero;  // or null: signed codes
+    int64_t channels, groups, num_bits;
+};
+
+void rotate(const Input& input, float* y);
+
+// clip [groups, 2]
+void rotate_quantize(const Input& input, const float* clip, int64_t groups, int64_t num_bits, bool symmetric,
+                     const Quantised& to);
+
+// Two rows of bytes per token, of one group each.
+void rotate_quantize_wide(const Input& input, const Quantised& to);
+
+// To out [tokens, channels]; bias [channels] or null.
+void quantized_linear(const Quantised& x, int64_t tokens, int64_t features, int64_t input_groups, int64_t num_bits,
+                      const Weight& weight, const float* bias, void* out, int64_t out_type);
+
+// The three above in one; clip null: an input of 16 bits. out is of the dtype of x.
+void linear(const Input& input, const float* clip, int64_t groups, int64_t num_bits, bool symmetric,
+            const Weight& weight, const float* bias, void* out);
+
+// x [tokens, features], weight [channels, features] and out [tokens, channels], all of one 16-bit dtype.
+void dense_linear(const void* x, const uint16_t* weight, int64_t dtype, int64_t tokens, int64_t features,
+                  int64_t channels, void* out);
+
+// x and, where given, residual [tokens, size] to y and, where given, total = x + residual of the same shape.
 void rms_norm(const void* x, const void* residual, const void* weight, int64_t dtype, int64_t tokens, int64_t size,
               double epsilon, void* y, void* total);
 
+// x [tokens, 2 * size], gates before what they gate, to out [tokens, size].
 void silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out);
 
 // Rows [tokens, heads, head_size] whose tokens are `stride` elements apart.
@@ -62,11 +75,17 @@ struct Batch {
     int64_t sequences, table_stride;
 };
 
+// slots [tokens]; clips [kv_heads, 2]; key_offset [kv_heads, head_size] is subtracted from keys, null: nothing;
+// rotate: keys by a Hadamard of butterflies alone.
 void kv_store(const Rows<const void*>& key, const Rows<const void*>& value, const kv::Pages& pages,
               const int64_t* slots, int64_t tokens, const float* key_clip, const float* value_clip,
               const float* key_offset, int64_t kv_heads, bool rotate);
 
+// rotate: queries by a Hadamard of butterflies alone; scale is that of the scores times log2(e); window 0 is none.
 void kv_attention(const Rows<const void*>& query, const Rows<void*>& out, const kv::Pages& pages, const Batch& batch,
                   int64_t heads, int64_t kv_heads, bool rotate, float scale, int64_t window);
+
+// The exclusive or of `bytes` (a multiple of 1024) at `from`, in lanes of 32 bits, to `to`, which holds LANES of them.
+void read(const uint8_t* from, int64_t bytes, uint8_t* to);
 
 }  // namespace infoquant

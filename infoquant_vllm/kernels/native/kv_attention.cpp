@@ -405,7 +405,6 @@ int64_t piece_size(const std::vector<Task>& tasks, int64_t threads) {
 
 }  // namespace
 
-// rotate: queries by a Hadamard of butterflies alone; scale is that of the scores times log2(e); window 0 is none.
 void infoquant::kv_attention(const Rows<const void*>& query, const Rows<void*>& out, const kv::Pages& pages,
                              const Batch& batch, int64_t heads, int64_t kv_heads, bool rotate, float scale,
                              int64_t window) {

@@ -64,8 +64,6 @@ void write_value(uint8_t* tile, int64_t token, const Cell& cell, kv::Layout layo
 
 }  // namespace
 
-// slots [tokens]; clips [kv_heads, 2]; key_offset [kv_heads, head_size] is subtracted from keys, null: nothing;
-// rotate: keys by a Hadamard of butterflies alone.
 void infoquant::kv_store(const Rows<const void*>& key, const Rows<const void*>& value, const kv::Pages& pages,
                          const int64_t* slots, int64_t tokens, const float* key_clip, const float* value_clip,
                          const float* key_offset, int64_t kv_heads, bool rotate) {

@@ -1,7 +1,6 @@
 """The compiled kernels for this CPU, loaded once per process."""
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 FOLDER = Path(__file__).parent
 TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name
     "avx512vnni": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni"),
     "avxvnni": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "avx_vnni"),
     "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt"),
 }
-POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})  # as the C++ code numbers them
 
 
@@ -63,7 +61,7 @@ def _load(target: str, file: Path) -> Library:
     try:
         handle = ctypes.CDLL(str(file))
         version = handle.infoquant_abi_version
-        version.restype = SIZE
+        version.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return Library(target, None, str(error))
     if version() != ABI_VERSION:
@@ -79,21 +77,7 @@ def operations() -> Any:
 
     Raises RuntimeError where no library serves.
     """
-    return getattr(torch.ops, _serving().namespace)
-
-
-def function(name: str, *arguments: type) -> Callable[..., None]:
-    """A function of the library that returns nothing, by its arguments' types (POINTER, SIZE).
-
-    Raises RuntimeError where no library serves.
-    """
-    found = getattr(_serving().handle, name)
-    found.argtypes, found.restype = arguments, None
-    return found
-
-
-def _serving() -> Library:
     found = library()
     if found.handle is None:
         raise RuntimeError(f"infoquant: no native kernels: {found.problem}")
-    return found
+    return getattr(torch.ops, found.namespace)

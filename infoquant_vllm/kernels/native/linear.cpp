@@ -17,13 +17,6 @@ T* reserve(std::vector<T>& kept, int64_t size) {
     return kept.data();
 }
 
-void product(const Linear& p, const uint8_t* codes, const float* scale, const int32_t* zero, int64_t rows,
-             int64_t input_groups, int64_t num_bits, const float* bias, void* out, int64_t out_type) {
-    infoquant_quantized_linear(codes, scale, zero, p.weight, p.weight_scale, p.weight_zero, bias, out, rows,
-                               p.features, p.channels, input_groups, p.weight_groups, p.weight_bits, num_bits,
-                               out_type);
-}
-
 // products [2 * tokens, channels] of high and of low bytes to out [tokens, channels], with the bias.
 void add_bytes(const float* products, int64_t tokens, int64_t channels, const float* bias, void* out, int64_t dtype) {
     std::vector<float> sum(channels);
@@ -36,30 +29,29 @@ void add_bytes(const float* products, int64_t tokens, int64_t channels, const fl
 
 }  // namespace
 
-void linear(const Linear& p) {
+void linear(const Input& input, const float* clip, int64_t groups, int64_t num_bits, bool symmetric,
+            const Weight& weight, const float* bias, void* out) {
     static thread_local std::vector<uint8_t> codes;
     static thread_local std::vector<float> scale, products;
     static thread_local std::vector<int32_t> zero;
-    const bool wide = p.clip == nullptr;  // two rows of bytes per token, in one group
-    const int64_t most = std::clamp<int64_t>(SCRATCH / p.features, 1, std::max<int64_t>(p.tokens, 1));
-    const int64_t bytes = p.dtype == FLOAT32 ? 4 : 2, rows = wide ? 2 * most : most, groups = wide ? 1 : p.input_groups;
-    uint8_t* const made = reserve(codes, rows * p.features);
-    float* const scales = reserve(scale, rows * groups);
-    int32_t* const zeros = reserve(zero, rows * groups);
-    float* const halves = wide ? reserve(products, rows * p.channels) : nullptr;
-    for (int64_t first = 0; first < p.tokens; first += most) {
-        const int64_t count = std::min(most, p.tokens - first);
-        const void* const x = static_cast<const char*>(p.x) + first * p.features * bytes;
-        void* const out = static_cast<char*>(p.out) + first * p.channels * bytes;
+    const bool wide = clip == nullptr;
+    const int64_t features = input.features, channels = weight.channels, bytes = input.dtype == FLOAT32 ? 4 : 2;
+    const int64_t most = std::clamp<int64_t>(SCRATCH / features, 1, std::max<int64_t>(input.tokens, 1));
+    const int64_t rows = wide ? 2 * most : most, ranges = wide ? rows : rows * groups;
+    const Quantised made{reserve(codes, rows * features), reserve(scale, ranges), reserve(zero, ranges)};
+    float* const halves = wide ? reserve(products, rows * channels) : nullptr;
+    Input part = input;
+    for (int64_t first = 0; first < input.tokens; first += most) {
+        part.tokens = std::min(most, input.tokens - first);
+        part.x = static_cast<const char*>(input.x) + first * features * bytes;
+        void* const to = static_cast<char*>(out) + first * channels * bytes;
         if (wide) {
-            infoquant_rotate_quantize_wide(x, p.dtype, count, p.features, p.kind, p.left, p.left_size, p.right,
-                                           p.right_size, made, scales, zeros);
-            product(p, made, scales, zeros, 2 * count, 1, 8, nullptr, halves, FLOAT32);
-            add_bytes(halves, count, p.channels, p.bias, out, p.dtype);
+            rotate_quantize_wide(part, made);
+            quantized_linear(made, 2 * part.tokens, features, 1, 8, weight, nullptr, halves, FLOAT32);
+            add_bytes(halves, part.tokens, channels, bias, to, input.dtype);
         } else {
-            infoquant_rotate_quantize(x, p.dtype, count, p.features, p.kind, p.left, p.left_size, p.right,
-                                      p.right_size, p.clip, groups, p.num_bits, p.symmetric, made, scales, zeros);
-            product(p, made, scales, zeros, count, groups, p.num_bits, p.bias, out, p.dtype);
+            rotate_quantize(part, clip, groups, num_bits, symmetric, made);
+            quantized_linear(made, part.tokens, features, groups, num_bits, weight, bias, to, input.dtype);
         }
     }
 }

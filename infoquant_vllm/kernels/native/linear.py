@@ -1,5 +1,7 @@
 """A linear layer by one call of the compiled library; semantics: kernels/reference/linear.py."""
 
+from functools import cache
+
 import torch
 
 from infoquant_vllm.format import hadamard_dense
@@ -8,7 +10,12 @@ from infoquant_vllm.kernels.native.library import operations
 
 def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
     """The matrices of an input transform, of a Hadamard its dense factor."""
-    return [hadamard_dense(hadamard).float().contiguous()] if hadamard else matrices
+    return [_dense(hadamard)] if hadamard else matrices
+
+
+@cache
+def _dense(size: int) -> torch.Tensor:
+    return hadamard_dense(size).float().contiguous()
 
 
 def linear(

@@ -1,9 +1,9 @@
 // Reads memory as fast as one thread can: what benchmarks hold against kernels that are bound by reading weights.
+#include "kernels.h"
 #include "simd.h"
 
-// The exclusive or of `bytes` (a multiple of 1024) at `from`, in lanes of 32 bits, to `to`, which holds LANES of them.
 // Four streams with prefetches: one alone is slower, since every page starts its prefetching anew.
-extern "C" void infoquant_read(const uint8_t* from, int64_t bytes, uint8_t* to) {
+void infoquant::read(const uint8_t* from, int64_t bytes, uint8_t* to) {
     constexpr int STREAMS = 4;
     Ints sums[STREAMS] = {};
     const int64_t apart = bytes / STREAMS;
@@ -12,7 +12,7 @@ extern "C" void infoquant_read(const uint8_t* from, int64_t bytes, uint8_t* to) 
         for (int s = 0; s < STREAMS; s++) {
             const uint8_t* const line = from + s * apart + i;
             _mm_prefetch(line + 1024, _MM_HINT_T0);
-            for (int part = 0; part < 64; part += sizeof(Ints)) sums[s] ^= load<Ints>(line + part);
+            for (int part = 0; part < 64; part += sizeof(Ints)) sums[s] ^= ::load<Ints>(line + part);
         }
     }
     const Ints sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];

@@ -7,17 +7,29 @@ using namespace infoquant::torch_abi;
 
 namespace {
 
-// Kind and matrices of a transform. hadamard: the size of its runs, whose dense factor is in matrices; else a
+void require(bool condition, const char* what) {
+    if (!condition) throw std::runtime_error(std::string("infoquant: ") + what);
+}
+
+// x [tokens, features] and its transform. hadamard: the size of its runs, whose dense factor is in matrices; else a
 // matrix [blocks, b, b] or the two factors of a Kronecker product.
-void set_transform(Linear& p, const std::vector<Tensor>& matrices, int64_t hadamard) {
-    if (hadamard && matrices.size() != 1) throw std::runtime_error("infoquant: a Hadamard needs its dense factor");
-    if (matrices.empty()) return;
+Input input(const Tensor& x, const std::vector<Tensor>& matrices, int64_t hadamard) {
+    require(!hadamard || matrices.size() == 1, "a Hadamard needs its dense factor");
+    Input made{x.data(), x.dtype(), x.sizes()[0], x.sizes()[1], NONE, nullptr, nullptr, 0, 0};
+    if (matrices.empty()) return made;
     const Tensor &first = matrices.front(), &last = matrices.back();
     const bool blocks = !hadamard && matrices.size() == 1;
-    p.kind = hadamard ? HADAMARD : blocks ? BLOCKS : KRONECKER;
-    if (!blocks) p.left = first.data<float>(), p.left_size = first.sizes()[0];
-    if (!hadamard) p.right = last.data<float>();
-    p.right_size = hadamard ? hadamard : last.sizes()[1];
+    made.kind = hadamard ? HADAMARD : blocks ? BLOCKS : KRONECKER;
+    if (!blocks) made.left = first.data<float>(), made.left_size = first.sizes()[0];
+    if (!hadamard) made.right = last.data<float>();
+    made.right_size = hadamard ? hadamard : last.sizes()[1];
+    return made;
+}
+
+// lines [N / 32, K / 4, 16 * num_bits], scale and zero [N, groups]
+Weight weight_of(const Tensor& lines, const Tensor& scale, const Tensor& zero) {
+    return {lines.data<uint8_t>(), scale.data<float>(),  zero.data<uint8_t>(),
+            scale.sizes()[0],      scale.sizes()[1], lines.sizes()[2] / 16};
 }
 
 // As float32; what is not is converted into `kept`.
@@ -30,26 +42,93 @@ const float* float_bias(const Tensor& bias, int64_t channels, std::vector<float>
 
 void run_linear(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    Tensor x = in.tensor();
+    const Tensor x = in.tensor().contiguous();
     const std::vector<Tensor> matrices = in.tensors();
     const int64_t hadamard = in.integer();
     const Tensor clip = in.optional_tensor();
-    const int64_t num_bits = in.integer(), symmetric = in.boolean();
-    const Tensor weight = in.tensor(), scale = in.tensor(), zero = in.optional_tensor(), bias = in.optional_tensor();
-    x = std::move(x).contiguous();
-    const int64_t tokens = x.sizes()[0], channels = scale.sizes()[0];
-    Tensor out = empty({tokens, channels}, x.dtype());
+    const int64_t num_bits = in.integer();
+    const bool symmetric = in.boolean();
+    const Tensor lines = in.tensor(), scale = in.tensor(), zero = in.optional_tensor(), bias = in.optional_tensor();
+    const Weight weight = weight_of(lines, scale, zero);
+    Tensor out = empty({x.sizes()[0], weight.channels}, x.dtype());
     std::vector<float> kept;
-    Linear p{};
-    p.x = x.data(), p.dtype = x.dtype(), p.tokens = tokens, p.features = x.sizes()[1];
-    set_transform(p, matrices, hadamard);
-    p.clip = clip.data<float>(), p.input_groups = clip ? clip.sizes()[0] : 1;
-    p.num_bits = num_bits, p.symmetric = symmetric;
-    p.weight = weight.data<uint8_t>(), p.weight_bits = weight.sizes()[2] / 16;
-    p.weight_scale = scale.data<float>(), p.weight_groups = scale.sizes()[1];
-    p.weight_zero = zero.data<uint8_t>(), p.bias = float_bias(bias, channels, kept);
-    p.out = out.data(), p.channels = channels;
-    linear(p);
+    linear(input(x, matrices, hadamard), clip.data<float>(), clip ? clip.sizes()[0] : 1, num_bits, symmetric, weight,
+           float_bias(bias, weight.channels, kept), out.data());
+    stack[0] = out.release();
+}
+
+void run_quantized_linear(Value* stack, uint64_t, uint64_t) {
+    Arguments in(stack);
+    const Tensor codes = in.tensor().contiguous(), scale = in.tensor().contiguous(), zero = in.tensor().contiguous();
+    const Tensor lines = in.tensor(), weight_scale = in.tensor(), weight_zero = in.optional_tensor();
+    const Tensor bias = in.optional_tensor();
+    const int64_t num_bits = in.integer(), out_type = in.integer();
+    const Weight weight = weight_of(lines, weight_scale, weight_zero);
+    const int64_t tokens = codes.sizes()[0];
+    Tensor out = empty({tokens, weight.channels}, static_cast<Dtype>(out_type));
+    std::vector<float> kept;
+    quantized_linear({codes.data<uint8_t>(), scale.data<float>(), zero.data<int32_t>()}, tokens, codes.sizes()[1],
+                     scale.sizes()[1], num_bits, weight, float_bias(bias, weight.channels, kept), out.data(),
+                     out_type);
+    stack[0] = out.release();
+}
+
+// Tensors for codes and ranges of an input, on their way to the stack.
+struct Outputs {
+    Tensor codes, scale, zero;
+
+    Outputs(int64_t rows, int64_t features, int64_t groups)
+        : codes(empty({rows, features}, functions().uint8)),
+          scale(empty({rows, groups}, FLOAT32)),
+          zero(empty({rows, groups}, functions().int32)) {}
+
+    Quantised places() const { return {codes.data<uint8_t>(), scale.data<float>(), zero.data<int32_t>()}; }
+
+    void release(Value* stack) {
+        stack[0] = codes.release(), stack[1] = scale.release(), stack[2] = zero.release();
+    }
+};
+
+void run_rotate_quantize(Value* stack, uint64_t, uint64_t) {
+    Arguments in(stack);
+    const Tensor x = in.tensor().contiguous();
+    const std::vector<Tensor> matrices = in.tensors();
+    const int64_t hadamard = in.integer();
+    const Tensor clip = in.tensor();
+    const int64_t num_bits = in.integer();
+    const bool symmetric = in.boolean();
+    const int64_t groups = clip.sizes()[0];
+    Outputs made(x.sizes()[0], x.sizes()[1], groups);
+    rotate_quantize(input(x, matrices, hadamard), clip.data<float>(), groups, num_bits, symmetric, made.places());
+    made.release(stack);
+}
+
+void run_rotate_quantize_wide(Value* stack, uint64_t, uint64_t) {
+    Arguments in(stack);
+    const Tensor x = in.tensor().contiguous();
+    const std::vector<Tensor> matrices = in.tensors();
+    const int64_t hadamard = in.integer();
+    Outputs made(2 * x.sizes()[0], x.sizes()[1], 1);
+    rotate_quantize_wide(input(x, matrices, hadamard), made.places());
+    made.release(stack);
+}
+
+void run_rotate(Value* stack, uint64_t, uint64_t) {
+    Arguments in(stack);
+    const Tensor x = in.tensor().contiguous();
+    const std::vector<Tensor> matrices = in.tensors();
+    const int64_t hadamard = in.integer();
+    Tensor y = empty({x.sizes()[0], x.sizes()[1]}, FLOAT32);
+    rotate(input(x, matrices, hadamard), y.data<float>());
+    stack[0] = y.release();
+}
+
+void run_dense_linear(Value* stack, uint64_t, uint64_t) {
+    Arguments in(stack);
+    const Tensor x = in.tensor().contiguous(), weight = in.tensor().contiguous();
+    const int64_t tokens = x.sizes()[0], channels = weight.sizes()[0];
+    Tensor out = empty({tokens, channels}, x.dtype());
+    dense_linear(x.data(), weight.data<uint16_t>(), x.dtype(), tokens, x.sizes()[1], channels, out.data());
     stack[0] = out.release();
 }
 
@@ -96,10 +175,6 @@ bool rows_follow(const Tensor& x) { return x.strides()[2] == 1 && x.strides()[1]
 
 Tensor with_rows(Tensor x) { return rows_follow(x) ? std::move(x) : std::move(x).contiguous(); }
 
-void require(bool condition, const char* what) {
-    if (!condition) throw std::runtime_error(std::string("infoquant: ") + what);
-}
-
 kv::Pages pages(const Tensor& cache, int64_t head_size, int64_t key_bits, int64_t value_bits) {
     const int64_t *const sizes = cache.sizes(), *const strides = cache.strides();
     require(strides[3] == 1 && strides[2] == sizes[3], "the cells of a page must lie one after the other");
@@ -138,6 +213,17 @@ void run_kv_attention(Value* stack, uint64_t, uint64_t) {
                  hadamard, scale, window);
 }
 
+// What benchmarks hold against kernels that are bound by reading weights.
+void run_read(Value* stack, uint64_t, uint64_t) {
+    const Tensor data = Arguments(stack).tensor();
+    int64_t bytes = 1;
+    for (int64_t i = 0; i < data.dim(); ++i) bytes *= data.sizes()[i];
+    require(bytes % 1024 == 0, "a multiple of 1024 bytes can be read");
+    Tensor sum = empty({4 * LANES}, functions().uint8);
+    infoquant::read(data.data<uint8_t>(), bytes, sum.data<uint8_t>());
+    stack[0] = sum.release();
+}
+
 struct Entry {
     const char *name, *schema;
     Operation run;
@@ -148,6 +234,20 @@ constexpr Entry OPERATIONS[] = {
      "linear(Tensor x, Tensor[] matrices, int hadamard, Tensor? clip, int num_bits, bool symmetric, Tensor weight, "
      "Tensor weight_scale, Tensor? weight_zero, Tensor? bias) -> Tensor",
      run_linear},
+    {"quantized_linear",
+     "quantized_linear(Tensor codes, Tensor scale, Tensor zero, Tensor weight, Tensor weight_scale, "
+     "Tensor? weight_zero, Tensor? bias, int num_bits, int dtype) -> Tensor",
+     run_quantized_linear},
+    {"rotate_quantize",
+     "rotate_quantize(Tensor x, Tensor[] matrices, int hadamard, Tensor clip, int num_bits, bool symmetric) "
+     "-> (Tensor, Tensor, Tensor)",
+     run_rotate_quantize},
+    {"rotate_quantize_wide",
+     "rotate_quantize_wide(Tensor x, Tensor[] matrices, int hadamard) -> (Tensor, Tensor, Tensor)",
+     run_rotate_quantize_wide},
+    {"rotate", "rotate(Tensor x, Tensor[] matrices, int hadamard) -> Tensor", run_rotate},
+    {"few_rows_linear", "few_rows_linear(Tensor x, Tensor weight) -> Tensor", run_dense_linear},
+    {"read", "read(Tensor data) -> Tensor", run_read},
     {"rms_norm", "rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor", run_rms_norm},
     {"add_rms_norm",
      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)", run_add_rms_norm},

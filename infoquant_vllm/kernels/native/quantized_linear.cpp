@@ -296,15 +296,12 @@ void run(const Problem& p) {
 
 }  // namespace
 
-// out_type: 0 float32, 1 bfloat16, 2 float16. Shapes: see Problem.
-extern "C" void infoquant_quantized_linear(const uint8_t* codes, const float* scale, const int32_t* zero,
-                                           const uint8_t* weight, const float* weight_scale,
-                                           const uint8_t* weight_zero, const float* bias, void* out, int64_t tokens,
-                                           int64_t features, int64_t channels, int64_t input_groups,
-                                           int64_t weight_groups, int64_t weight_bits, int64_t num_bits,
-                                           int64_t out_type) {
-    const Problem p{codes, scale,  zero,     weight,   weight_scale, weight_zero,   bias,
-                    out,   tokens, features, channels, input_groups, weight_groups, out_type, 1 << (weight_bits - 1)};
-    if (weight_bits == 4) return num_bits == 4 ? run<4, 4>(p) : run<4, 8>(p);
+void infoquant::quantized_linear(const Quantised& x, int64_t tokens, int64_t features, int64_t input_groups,
+                                 int64_t num_bits, const Weight& weight, const float* bias, void* out,
+                                 int64_t out_type) {
+    const int64_t offset = 1 << (weight.num_bits - 1);
+    const Problem p{x.codes, x.scale, x.zero,   weight.lines,    weight.scale, weight.zero,   bias,
+                    out,     tokens,  features, weight.channels, input_groups, weight.groups, out_type, offset};
+    if (weight.num_bits == 4) return num_bits == 4 ? run<4, 4>(p) : run<4, 8>(p);
     return num_bits == 4 ? run<8, 4>(p) : run<8, 8>(p);
 }

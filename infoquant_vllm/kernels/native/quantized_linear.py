@@ -1,12 +1,9 @@
 """Quantised linear of the compiled library: weights stay packed in memory and are unpacked in registers."""
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 
-from infoquant_vllm.kernels.native.library import DTYPES, POINTER, SIZE, function
+from infoquant_vllm.kernels.native.library import DTYPES, operations
 
 PANEL = 32  # channels
 STEP = 4  # features
@@ -50,35 +47,6 @@ def quantized_linear(
     num_bits: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """As the reference, on what `prepare_weight` and `prepare_grid` make, and on contiguous activations."""
-    if not (codes.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()):
-        raise ValueError("infoquant: codes, scales and zeros of activations must be contiguous")
-    tokens, features = codes.shape
-    channels, weight_groups = weight_scale.shape
-    out = torch.empty(tokens, channels, dtype=dtype)
-    if bias is not None and bias.dtype != torch.float32:
-        bias = bias.float()
-    _run()(
-        codes.data_ptr(),
-        scale.data_ptr(),
-        zero.data_ptr(),
-        weight.data_ptr(),
-        weight_scale.data_ptr(),
-        None if weight_zero is None else weight_zero.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        tokens,
-        features,
-        channels,
-        scale.shape[1],
-        weight_groups,
-        weight.shape[2] // 16,
-        num_bits,
-        DTYPES[dtype],
-    )
-    return out
-
-
-@cache
-def _run() -> Callable[..., None]:
-    return function("infoquant_quantized_linear", *[POINTER] * 8, *[SIZE] * 8)
+    """As the reference, on what `prepare_weight` and `prepare_grid` make."""
+    grids = weight_scale, weight_zero
+    return operations().quantized_linear(codes, scale, zero, weight, *grids, bias, num_bits, DTYPES[dtype])

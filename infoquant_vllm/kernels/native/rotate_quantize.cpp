@@ -18,17 +18,6 @@ namespace {
 constexpr int64_t MATRIX_TOKENS = 12;  // multiplied at a time, so that a matrix is read from memory once for them
 constexpr int64_t SERIAL_WORK = 1 << 16;  // operations that are done sooner than other threads are called
 
-// The rows to transform and how. By kind:
-// HADAMARD: runs of right_size features, its dense factor is left [left_size, left_size]
-// BLOCKS: right [features / right_size, right_size, right_size]
-// KRONECKER: left [left_size, left_size] (x) right [right_size, right_size]
-struct Transform {
-    const void* x;
-    int64_t dtype, features, kind;
-    const float *left, *right;
-    int64_t left_size, right_size;
-};
-
 // Numbers at the start of a cache line, kept between calls.
 template <typename T>
 class Buffer {
@@ -52,7 +41,7 @@ struct Scratch {
     float *rows, *halfway;
     double *wide, *left;
 
-    Scratch(int64_t elements, const Transform& t) {
+    Scratch(int64_t elements, const Input& t) {
         thread_local Buffer<float> rows_buffer, halfway_buffer;
         thread_local Buffer<double> wide_buffer, left_buffer;
         rows = rows_buffer.reserve(elements);
@@ -65,7 +54,7 @@ struct Scratch {
     }
 };
 
-void multiply_blocks(const Transform& t, int64_t tokens, const Scratch& scratch) {
+void multiply_blocks(const Input& t, int64_t tokens, const Scratch& scratch) {
     const int64_t size = t.right_size;
     for (int64_t block = 0; block * size < t.features; ++block) {
         float* rows = scratch.rows + block * size;
@@ -77,7 +66,7 @@ void multiply_blocks(const Transform& t, int64_t tokens, const Scratch& scratch)
 }
 
 // Each row is a matrix X [left_size, right_size] and becomes left^T X right.
-void multiply_kronecker(const Transform& t, int64_t tokens, const Scratch& scratch) {
+void multiply_kronecker(const Input& t, int64_t tokens, const Scratch& scratch) {
     const int64_t a = t.left_size, b = t.right_size;
     for (int64_t token = 0; token < tokens; ++token) {
         const int64_t first = token * t.features;
@@ -88,7 +77,7 @@ void multiply_kronecker(const Transform& t, int64_t tokens, const Scratch& scrat
 }
 
 // Rows first .. first + tokens, transformed, into scratch.rows.
-void transform_rows(const Transform& t, int64_t first, int64_t tokens, const Scratch& scratch) {
+void transform_rows(const Input& t, int64_t first, int64_t tokens, const Scratch& scratch) {
     const int64_t count = tokens * t.features;
     load_rows(t.x, t.dtype, first * t.features, count, scratch.rows);
     if (t.kind == HADAMARD) {
@@ -173,7 +162,8 @@ void quantise_wide(const float* y, int64_t size, uint8_t* codes, float* scale, i
 
 // Calls `each(first, tokens, rows)` for all rows in tiles, by several threads where that is worth it.
 template <typename Each>
-void for_tiles(const Transform& t, int64_t tokens, Each each) {
+void for_tiles(const Input& t, Each each) {
+    const int64_t tokens = t.tokens;
     const int64_t per_value = t.kind < BLOCKS ? 1 : t.left_size + t.right_size;
     const int64_t threads = tokens * t.features * per_value > SERIAL_WORK ? omp_get_max_threads() : 1;
     const int64_t tile = t.kind < BLOCKS ? 1 : std::clamp<int64_t>((tokens + threads - 1) / threads, 1, MATRIX_TOKENS);
@@ -191,41 +181,30 @@ void for_tiles(const Transform& t, int64_t tokens, Each each) {
 
 }  // namespace
 
-// x [tokens, features] to codes of the same shape, scale and zero [tokens, groups]; clip [groups, 2].
-extern "C" void infoquant_rotate_quantize(const void* x, int64_t dtype, int64_t tokens, int64_t features, int64_t kind,
-                                          const float* left, int64_t left_size, const float* right,
-                                          int64_t right_size, const float* clip, int64_t groups, int64_t num_bits,
-                                          int64_t symmetric, uint8_t* codes, float* scale, int32_t* zero) {
-    const Transform transform{x, dtype, features, kind, left, right, left_size, right_size};
-    const int64_t size = features / groups;
-    for_tiles(transform, tokens, [=](int64_t first, int64_t count, const float* y) {
+void infoquant::rotate_quantize(const Input& input, const float* clip, int64_t groups, int64_t num_bits,
+                                bool symmetric, const Quantised& to) {
+    const int64_t size = input.features / groups;
+    for_tiles(input, [=](int64_t first, int64_t count, const float* y) {
         for (int64_t i = 0; i < count * groups; ++i) {
             const int64_t place = first * groups + i;
-            quantise_group(y + i * size, size, clip + 2 * (i % groups), num_bits, symmetric, codes + place * size,
-                           scale + place, zero + place);
+            quantise_group(y + i * size, size, clip + 2 * (i % groups), num_bits, symmetric, to.codes + place * size,
+                           to.scale + place, to.zero + place);
         }
     });
 }
 
-// x [tokens, features] to codes [2 * tokens, features], scale and zero [2 * tokens].
-extern "C" void infoquant_rotate_quantize_wide(const void* x, int64_t dtype, int64_t tokens, int64_t features,
-                                               int64_t kind, const float* left, int64_t left_size, const float* right,
-                                               int64_t right_size, uint8_t* codes, float* scale, int32_t* zero) {
-    const Transform transform{x, dtype, features, kind, left, right, left_size, right_size};
-    for_tiles(transform, tokens, [=](int64_t first, int64_t count, const float* y) {
+void infoquant::rotate_quantize_wide(const Input& input, const Quantised& to) {
+    const int64_t features = input.features;
+    for_tiles(input, [=](int64_t first, int64_t count, const float* y) {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t row = 2 * (first + i);
-            quantise_wide(y + i * features, features, codes + row * features, scale + row, zero + row);
+            quantise_wide(y + i * features, features, to.codes + row * features, to.scale + row, to.zero + row);
         }
     });
 }
 
-// The transform alone: x [tokens, features] to y of the same shape in float32.
-extern "C" void infoquant_rotate(const void* x, int64_t dtype, int64_t tokens, int64_t features, int64_t kind,
-                                 const float* left, int64_t left_size, const float* right, int64_t right_size,
-                                 float* y) {
-    const Transform transform{x, dtype, features, kind, left, right, left_size, right_size};
-    for_tiles(transform, tokens, [=](int64_t first, int64_t count, const float* rows) {
-        std::copy_n(rows, count * features, y + first * features);
+void infoquant::rotate(const Input& input, float* y) {
+    for_tiles(input, [=](int64_t first, int64_t count, const float* rows) {
+        std::copy_n(rows, count * input.features, y + first * input.features);
     });
 }

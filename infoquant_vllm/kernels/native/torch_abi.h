@@ -41,7 +41,7 @@ struct Functions {
     int32_t (*list_get_item)(ListObject*, size_t, Value*);
     int32_t (*delete_list)(ListObject*);
     int32_t (*delete_value)(Value*);
-    int32_t cpu, contiguous_format, int32, dtypes[3];  // torch's numbers; of dtypes, in the order of `Dtype`
+    int32_t cpu, contiguous_format, uint8, int32, dtypes[3];  // torch's numbers; of dtypes, in the order of `Dtype`
 };
 
 constexpr uint64_t VERSION = uint64_t{2} << 56 | uint64_t{13} << 48;
@@ -129,14 +129,17 @@ class Tensor {
     TensorObject* handle_;
 };
 
-// A new tensor on the CPU whose elements lie one after the other.
-inline Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) {
+// A new tensor on the CPU whose elements lie one after the other, of torch's number for a dtype.
+inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
     TensorObject* made;
-    check(functions().empty_strided(sizes.size(), sizes.data(), strides.data(), functions().dtypes[dtype],
-                                    functions().cpu, 0, &made));
+    check(functions().empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, functions().cpu, 0, &made));
     return Tensor(made);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) {
+    return empty(sizes, functions().dtypes[dtype]);
 }
 
 // The arguments of an operation, in the order of its schema; whoever takes a tensor owns it.
