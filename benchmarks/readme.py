@@ -1,0 +1,132 @@
+"""The tables of README.md, from the result files: `python -m benchmarks.readme` prints them as Markdown."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from benchmarks.page import RESULTS
+
+NAMES = MappingProxyType(
+    {
+        "smollm2": "bf16",
+        "smollm2-fast": "`fast`",
+        "smollm2-speed": "the same codes, 8-bit vocabulary",
+        "smollm2-w8a8": "vLLM's W8A8",
+        "smollm2-w4a16": "vLLM's W4A16",
+        "qwen2-1.5b": "bf16",
+        "qwen2-1.5b-w4a4kv4": "W4A4KV4, 8-bit vocabulary",
+    }
+)
+SERVED = ("serving.json", "serving-peers.json", "serving-qwen2-1.5b.json")
+
+Rows = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    print("\n\n".join(tables(parser.parse_args().results)))
+
+
+def tables(results: Path) -> list[str]:
+    """Each as the lines of Markdown that stand in README.md."""
+    read = {file.name: json.loads(file.read_text()) for file in results.glob("*.json")}
+    return [
+        accuracy(read["accuracy.json"]),
+        *(served(read[name]) for name in SERVED),
+        growth(read["serving-growth.json"]),
+        linears(read["linear.json"]),
+        memory(read["memory.json"]),
+        attention(read["attention.json"]),
+    ]
+
+
+def accuracy(rows: Rows) -> str:
+    """The columns that matter most of benchmarks.accuracy."""
+    quarot = next(row["simulated_kl"] for row in rows if row["model"] == "smollm2-quarot")
+    heads = ("preset", "perplexity", "KL to bf16", "below quarot", "top-1 agreement", "mean of six tasks")
+    lines = []
+    for row in rows:
+        name, kl = row["model"].removeprefix("smollm2-"), row.get("simulated_kl")
+        below = "" if kl is None or kl >= quarot else f"{1 - kl / quarot:.0%}"
+        cells = [_measured(row, "perplexity", 1), _measured(row, "simulated_kl"), below]
+        cells += [_measured(row, "top1_agreement"), _measured(row["task_mean"], "score")]
+        lines.append([NAMES.get(row["model"], f"`{name}`"), *cells, f"{row['bits_per_weight']:.2f}"])
+    return _markdown((*heads, "bits per weight"), lines)
+
+
+def _measured(row: dict[str, Any], name: str, digits: int = 3) -> str:
+    return "" if row.get(name) is None else f"{row[name]:,.{digits}f} ± {row[f'{name}_se']:,.{digits}f}"
+
+
+def served(rows: Rows) -> str:
+    """Times as fast as the first model, by case: median and range."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        case = f"{row['input_tokens']:,} in, {row['output_tokens']} out, {row['concurrent']} at a time"
+        text = f"{row['times_as_fast']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+        cells.setdefault(row["model"], {})[case] = "1" if row["model"] == rows[0]["model"] else text
+    cases = list(next(iter(cells.values())))
+    lines = [[NAMES[model], *(by_case[case] for case in cases)] for model, by_case in cells.items()]
+    return _markdown(("served, compiled", *cases), lines)
+
+
+def growth(rows: Rows) -> str:
+    """The second model's tokens against the first one's, by the length of the context."""
+    first, second = dict.fromkeys(row["model"] for row in rows)
+    by_context = {(row["model"], row["input_tokens"]): row for row in rows}
+    lines = []
+    for context in dict.fromkeys(row["input_tokens"] for row in rows):
+        bf16, ours = by_context[first, context], by_context[second, context]
+        gains = [bf16[figure] / ours[figure] for figure in ("median_ttft_ms", "median_tpot_ms")]
+        lines.append([f"{context:,}", *(f"{gain:.1f}" for gain in gains)])
+    heads = ("tokens of prompt", "the first token, times as fast as bf16", "the next tokens, times as fast as bf16")
+    return _markdown(heads, lines)
+
+
+def linears(rows: Rows) -> str:
+    """Times as fast as bf16, by number of tokens."""
+    found = {(row["model"], row["contender"], row["tokens"]): f"{row['times_as_fast']:.1f}" for row in rows}
+    numbers = sorted({tokens for _, _, tokens in found})
+    pairs = dict.fromkeys((model, contender) for model, contender, _ in found if contender != rows[0]["contender"])
+    lines = [[*pair, *(found[(*pair, tokens)] for tokens in numbers)] for pair in pairs]
+    heads = ("linears of a layer, one thread", "contender", *(f"tokens: {tokens}" for tokens in numbers))
+    return _markdown(heads, lines)
+
+
+def memory(rows: Rows) -> str:
+    """What a worker holds."""
+    lines = [
+        [
+            NAMES[row["model"]],
+            f"{row['weight_bytes'] / 1e6:.1f}",
+            f"{row['weights_over_first']:.3f}",
+            f"{row['kv_tokens']:,}",
+        ]
+        for row in rows
+    ]
+    return _markdown(("worker of", "weights, MB", "of bf16", "KV tokens in 1 GiB"), lines)
+
+
+def attention(rows: Rows) -> str:
+    """The compiled kernel's speed on the shape of an 8B model, times bf16's."""
+    ours = [row for row in rows if row["shape"] == "8B" and row["kernel"] == "KV4 native"]
+    lines = [[row["phase"], f"{row['context']:,}", f"{row['speed_of_bf16']:.1f}"] for row in ours]
+    return _markdown(("attention", "tokens of context", "times as fast as vLLM's bf16"), lines)
+
+
+def _markdown(heads: Sequence[str], lines: list[list[str]]) -> str:
+    rule = "|" + "---|" * len(heads)
+    return "\n".join([_line(heads), rule, *map(_line, lines)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
