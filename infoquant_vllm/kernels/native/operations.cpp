@@ -11,20 +11,32 @@ void require(bool condition, const char* what) {
     if (!condition) throw std::runtime_error(std::string("infoquant: ") + what);
 }
 
-// x [tokens, features] and its transform. hadamard: the size of its runs, whose dense factor is in matrices; else a
-// matrix [blocks, b, b] or the two factors of a Kronecker product.
-Input input(const Tensor& x, const std::vector<Tensor>& matrices, int64_t hadamard) {
-    require(!hadamard || matrices.size() == 1, "a Hadamard needs its dense factor");
-    Input made{x.data(), x.dtype(), x.sizes()[0], x.sizes()[1], NONE, nullptr, nullptr, 0, 0};
-    if (matrices.empty()) return made;
-    const Tensor &first = matrices.front(), &last = matrices.back();
-    const bool blocks = !hadamard && matrices.size() == 1;
-    made.kind = hadamard ? HADAMARD : blocks ? BLOCKS : KRONECKER;
-    if (!blocks) made.left = first.data<float>(), made.left_size = first.sizes()[0];
-    if (!hadamard) made.right = last.data<float>();
-    made.right_size = hadamard ? hadamard : last.sizes()[1];
-    return made;
-}
+// A linear's input as three arguments give it: x [tokens, features], matrices, hadamard. hadamard is the size of the
+// transform's runs, whose dense factor is in matrices; else these are a matrix [blocks, b, b] or the two factors of a
+// Kronecker product.
+struct Transformed {
+    Tensor x;
+    std::vector<Tensor> matrices;
+    int64_t hadamard;
+
+    explicit Transformed(Arguments& in) : x(in.tensor().contiguous()), matrices(in.tensors()), hadamard(in.integer()) {}
+
+    int64_t tokens() const { return x.sizes()[0]; }
+    int64_t features() const { return x.sizes()[1]; }
+
+    Input input() const {
+        require(!hadamard || matrices.size() == 1, "a Hadamard needs its dense factor");
+        Input made{x.data(), x.dtype(), tokens(), features(), NONE, nullptr, nullptr, 0, 0};
+        if (matrices.empty()) return made;
+        const Tensor &first = matrices.front(), &last = matrices.back();
+        const bool blocks = !hadamard && matrices.size() == 1;
+        made.kind = hadamard ? HADAMARD : blocks ? BLOCKS : KRONECKER;
+        if (!blocks) made.left = first.data<float>(), made.left_size = first.sizes()[0];
+        if (!hadamard) made.right = last.data<float>();
+        made.right_size = hadamard ? hadamard : last.sizes()[1];
+        return made;
+    }
+};
 
 // lines [N / 32, K / 4, 16 * num_bits], scale and zero [N, groups]
 Weight weight_of(const Tensor& lines, const Tensor& scale, const Tensor& zero) {
@@ -42,17 +54,15 @@ const float* float_bias(const Tensor& bias, int64_t channels, std::vector<float>
 
 void run_linear(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Tensor x = in.tensor().contiguous();
-    const std::vector<Tensor> matrices = in.tensors();
-    const int64_t hadamard = in.integer();
+    const Transformed x(in);
     const Tensor clip = in.optional_tensor();
     const int64_t num_bits = in.integer();
     const bool symmetric = in.boolean();
     const Tensor lines = in.tensor(), scale = in.tensor(), zero = in.optional_tensor(), bias = in.optional_tensor();
     const Weight weight = weight_of(lines, scale, zero);
-    Tensor out = empty({x.sizes()[0], weight.channels}, x.dtype());
+    Tensor out = empty({x.tokens(), weight.channels}, x.x.dtype());
     std::vector<float> kept;
-    linear(input(x, matrices, hadamard), clip.data<float>(), clip ? clip.sizes()[0] : 1, num_bits, symmetric, weight,
+    linear(x.input(), clip.data<float>(), clip ? clip.sizes()[0] : 1, num_bits, symmetric, weight,
            float_bias(bias, weight.channels, kept), out.data());
     stack[0] = out.release();
 }
@@ -91,35 +101,29 @@ struct Outputs {
 
 void run_rotate_quantize(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Tensor x = in.tensor().contiguous();
-    const std::vector<Tensor> matrices = in.tensors();
-    const int64_t hadamard = in.integer();
+    const Transformed x(in);
     const Tensor clip = in.tensor();
     const int64_t num_bits = in.integer();
     const bool symmetric = in.boolean();
     const int64_t groups = clip.sizes()[0];
-    Outputs made(x.sizes()[0], x.sizes()[1], groups);
-    rotate_quantize(input(x, matrices, hadamard), clip.data<float>(), groups, num_bits, symmetric, made.places());
+    Outputs made(x.tokens(), x.features(), groups);
+    rotate_quantize(x.input(), clip.data<float>(), groups, num_bits, symmetric, made.places());
     made.release(stack);
 }
 
 void run_rotate_quantize_wide(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Tensor x = in.tensor().contiguous();
-    const std::vector<Tensor> matrices = in.tensors();
-    const int64_t hadamard = in.integer();
-    Outputs made(2 * x.sizes()[0], x.sizes()[1], 1);
-    rotate_quantize_wide(input(x, matrices, hadamard), made.places());
+    const Transformed x(in);
+    Outputs made(2 * x.tokens(), x.features(), 1);
+    rotate_quantize_wide(x.input(), made.places());
     made.release(stack);
 }
 
 void run_rotate(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Tensor x = in.tensor().contiguous();
-    const std::vector<Tensor> matrices = in.tensors();
-    const int64_t hadamard = in.integer();
-    Tensor y = empty({x.sizes()[0], x.sizes()[1]}, FLOAT32);
-    rotate(input(x, matrices, hadamard), y.data<float>());
+    const Transformed x(in);
+    Tensor y = empty({x.tokens(), x.features()}, FLOAT32);
+    rotate(x.input(), y.data<float>());
     stack[0] = y.release();
 }
 
