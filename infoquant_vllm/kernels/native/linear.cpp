@@ -9,7 +9,7 @@
 namespace infoquant {
 namespace {
 
-constexpr int64_t SCRATCH = 1 << 22;  // codes at a time, so that they stay in a cache and memory stays small
+constexpr int64_t SCRATCH = 1 << 22;  // codes or products at a time: what is kept between calls stays small
 
 template <typename T>
 T* reserve(std::vector<T>& kept, int64_t size) {
@@ -36,7 +36,8 @@ void linear(const Input& input, const float* clip, int64_t groups, int64_t num_b
     static thread_local std::vector<int32_t> zero;
     const bool wide = clip == nullptr;
     const int64_t features = input.features, channels = weight.channels, bytes = input.dtype == FLOAT32 ? 4 : 2;
-    const int64_t most = std::clamp<int64_t>(SCRATCH / features, 1, std::max<int64_t>(input.tokens, 1));
+    const int64_t widest = wide ? std::max(features, channels) : features;
+    const int64_t most = std::clamp<int64_t>(SCRATCH / widest, 1, std::max<int64_t>(input.tokens, 1));
     const int64_t rows = wide ? 2 * most : most, ranges = wide ? rows : rows * groups;
     const Quantised made{reserve(codes, rows * features), reserve(scale, ranges), reserve(zero, ranges)};
     float* const halves = wide ? reserve(products, rows * channels) : nullptr;
