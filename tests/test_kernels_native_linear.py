@@ -69,8 +69,8 @@ def test_products_are_those_of_the_reference(
     assert torch.equal(layer.found(torch.float32), layer.expected(torch.float32))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 11, 12, 13, 16, 25, 60, 61, 300])
-@pytest.mark.parametrize(("channels", "features"), [(16, 64), (129, 2), (288, 1536)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 8, 11, 12, 13, 16, 17, 25, 32, 33, 49, 60, 61, 300])
+@pytest.mark.parametrize(("channels", "features"), [(16, 64), (129, 2), (288, 1536), (35, 8192)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_number_of_rows_and_channels_in_any_dtype(
     rows: int, channels: int, features: int, dtype: torch.dtype

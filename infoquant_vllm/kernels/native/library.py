@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 FOLDER = Path(__file__).parent
+AVX512_VNNI = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni")
 TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name
-    "avx512vnni": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni"),
+    "amx": (*AVX512_VNNI, "amx_tile", "amx_int8"),
+    "avx512vnni": AVX512_VNNI,
     "avxvnni": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "avx_vnni"),
     "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt"),
 }
@@ -66,9 +68,9 @@ def _load(target: str, file: Path) -> Library:
         return Library(target, None, str(error))
     if version() != ABI_VERSION:
         return Library(target, None, f"{file.name} is version {version()}, not {ABI_VERSION}: install again")
-    found, define = Library(target, handle), handle.infoquant_define_operations
-    define.restype = ctypes.c_char_p
-    problem = define(found.namespace.encode())
+    found, ask, define = Library(target, handle), handle.infoquant_problem, handle.infoquant_define_operations
+    ask.restype = define.restype = ctypes.c_char_p
+    problem = ask() or define(found.namespace.encode())
     return found if problem is None else Library(target, None, problem.decode())
 
 

@@ -2,11 +2,11 @@
 #pragma once
 #include "rows.h"
 
-using namespace infoquant;
+#define INLINE static inline __attribute__((always_inline))
+
+namespace infoquant {
 
 typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
-
-#define INLINE static inline __attribute__((always_inline))
 
 template <typename V>
 INLINE V load(const void* from) {
@@ -43,3 +43,5 @@ INLINE Ints dot(Ints acc, Bytes weight, Ints input, [[maybe_unused]] bool wide) 
     return acc + (Ints)even + (Ints)odd;
 #endif
 }
+
+}  // namespace infoquant

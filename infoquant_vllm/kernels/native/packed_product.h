@@ -1,0 +1,151 @@
+// What the two ways to multiply quantised inputs with packed weights share: words of inputs, zero points and scales.
+// quantized_linear.cpp says what is computed.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace infoquant {
+namespace product {
+
+constexpr int PANEL = 32;        // channels
+constexpr int HALF = PANEL / 2;  // channels in the low nibbles of a line; the others are in the high ones
+constexpr int LINE = 4 * HALF;   // bytes of 4-bit weights: four features of a panel
+
+struct Problem {
+    const uint8_t* codes;        // [tokens, features]
+    const float* scale;          // [tokens, input_groups]
+    const int32_t* zero;         // [tokens, input_groups]
+    const uint8_t* weight;       // [panels, groups * steps, line]
+    const float* weight_scale;   // [weight_groups, channels]
+    const uint8_t* weight_zero;  // [weight_groups, channels], or null: `offset`
+    const float* bias;           // [channels] or null
+    void* out;                   // [tokens, channels]
+    int64_t tokens, features, channels, input_groups, weight_groups, out_type, offset;
+    int64_t groups = std::max(input_groups, weight_groups), group_size = features / groups;
+    int64_t steps = (group_size + 3) / 4;  // of four features, in a group
+    int64_t panels = (channels + PANEL - 1) / PANEL;
+};
+
+// A few tokens' inputs. WIDTH words of a row lie next to each other; zeros fill the features of a group.
+struct Tile {
+    int64_t first, rows;   // tokens
+    const int32_t* words;  // [groups, steps / WIDTH, rows, WIDTH]: x, four signed bytes
+    const int32_t* start;  // [groups, rows]: - sum (code - z)
+    const int32_t* rest;   // [groups, rows]: r
+    const float* scale;    // [groups, rows]
+};
+
+// Memory that is kept between calls and begins at a cache line, at which loads of whole lines are twice as fast.
+class Scratch {
+public:
+    template <typename T>
+    T* reserve(int64_t count) {
+        const size_t lines = (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+        if (kept.size() < lines) kept.resize(lines);
+        return reinterpret_cast<T*>(kept.data());
+    }
+
+private:
+    struct alignas(64) Line {
+        uint8_t bytes[64];
+    };
+    std::vector<Line> kept;
+};
+
+inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+// Of 32 bits, that `make_tile` writes for each row.
+inline int64_t row_words(const Problem& p, int64_t width) { return p.groups * (round_up(p.steps, width) + 3); }
+
+// `rows` of them from `first` on; `room` rows of words are kept for them.
+template <int BITS, int WIDTH>
+Tile make_tile(const Problem& p, int64_t first, int64_t rows, int64_t room, int32_t* words) {
+    constexpr int64_t BLOCK = 64;  // words of a row at a time, so that what they are strewn over stays in the L1 cache
+    const int64_t steps = round_up(p.steps, WIDTH), cells = p.groups * rows, ratio = p.groups / p.input_groups;
+    int32_t *const start = words + p.groups * steps * room, *const rest = start + cells;
+    float* const scale = reinterpret_cast<float*>(rest + cells);
+    for (int64_t cell = 0; cell < cells; cell++) {
+        const int64_t input = (first + cell % rows) * p.input_groups + cell / rows / ratio;
+        start[cell] = p.zero[input] * static_cast<int32_t>(p.group_size);
+        rest[cell] = p.zero[input] - 128;
+        scale[cell] = p.scale[input];
+    }
+    for (int64_t g = 0; g < p.groups; g++) {
+        for (int64_t s = 0; s < steps; s += BLOCK) {
+            const int64_t block = std::min(BLOCK, steps - s), size = std::min(4 * block, p.group_size - 4 * s);
+            for (int64_t r = 0; r < rows; r++) {
+                const uint8_t* const codes = p.codes + (first + r) * p.features + g * p.group_size + 4 * s;
+                const uint8_t taken = BITS == 8 ? 128 : rest[g * rows + r] + 128;
+                int8_t bytes[4 * BLOCK] = {};
+                int32_t sum = 0;
+                for (int64_t k = 0; k < size; k++) {
+                    bytes[k] = static_cast<int8_t>(codes[k] - taken);
+                    sum += codes[k];
+                }
+                start[g * rows + r] -= sum;
+                int32_t* const to = words + (g * steps + s) * room + r * WIDTH;
+                for (int64_t i = 0; i < block; i += WIDTH) memcpy(to + i * room, bytes + 4 * i, 4 * WIDTH);
+            }
+        }
+    }
+    return {first, rows, words, start, rest, scale};
+}
+
+// The zero points of a group, for LANES channels from `first` on.
+INLINE Ints zero_points(const Problem& p, int64_t group, int64_t first) {
+    typedef uint8_t Zeros __attribute__((vector_size(LANES)));
+    if (!p.weight_zero) return Ints{} + static_cast<int32_t>(p.offset);
+    if (first >= p.channels) return Ints{};
+    const uint8_t* const zeros = p.weight_zero + group * p.weight_groups / p.groups * p.channels;
+    return __builtin_convertvector(load_some<Zeros>(zeros + first, p.channels - first), Ints);
+}
+
+// Scales of the weights of a group, for LANES channels from `first` on.
+INLINE Floats weight_scales(const Problem& p, int64_t group, int64_t first) {
+    if (first >= p.channels) return Floats{};
+    const float* const scales = p.weight_scale + group * p.weight_groups / p.groups * p.channels;
+    return load_some<Floats>(scales + first, p.channels - first);
+}
+
+INLINE void store(const Problem& p, int64_t token, int64_t channel, Floats x) {
+    const int64_t count = std::min<int64_t>(p.channels - channel, LANES), at = token * p.channels + channel;
+    if (p.out_type == FLOAT32) {
+        memcpy(static_cast<float*>(p.out) + at, &x, count * sizeof(float));
+    } else {
+        const Halves halves = p.out_type == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+        memcpy(static_cast<uint16_t*>(p.out) + at, &halves, count * sizeof(uint16_t));
+    }
+}
+
+// By what to multiply a group's sums before those of groups are added: where all groups share the scale of a channel,
+// it is left to `finish`.
+INLINE Floats group_scales(const Problem& p, int64_t group, int64_t first) {
+    return p.weight_groups > 1 ? weight_scales(p, group, first) : Floats{} + 1;
+}
+
+// Sums over the groups, of LANES channels from `first` on, to `out`.
+INLINE void finish(const Problem& p, int64_t token, int64_t first, Floats sum, Floats scale, Floats bias) {
+    if (p.weight_groups == 1) sum *= scale;
+    if (p.bias) sum += bias;
+    store(p, token, first, sum);
+}
+
+INLINE Floats biases(const Problem& p, int64_t first) {
+    return p.bias ? load_some<Floats>(p.bias + first, p.channels - first) : Floats{};
+}
+
+// Lines of 4-bit weights as lines of 8-bit ones.
+INLINE void unpack(const uint8_t* from, int64_t lines, uint8_t* to) {
+    for (int64_t i = 0; i < LINE * lines; i += sizeof(Bytes)) {
+        const Bytes line = load<Bytes>(from + i), low = line & 15, high = line >> 4;
+        const int64_t at = i + i / LINE * LINE;
+        memcpy(to + at, &low, sizeof low);
+        memcpy(to + at + LINE, &high, sizeof high);
+    }
+}
+
+}  // namespace product
+}  // namespace infoquant
