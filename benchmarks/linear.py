@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from vllm import _custom_ops
 
-from benchmarks.products import bf16_handlers, int8_handlers
+from benchmarks.products import bf16_handlers, int8_handlers, w4a8_weights
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.turns import Contender, copies, take_turns
 from infoquant_vllm.kernels.native.library import library
@@ -111,6 +111,8 @@ def contenders(site: str, features: int, channels: int) -> dict[str, Maker]:
         "vLLM W8A8": _w8a8(features, channels),
         "vLLM W4A16": _w4a16(features, channels),
     }
+    if torch.cpu._is_amx_tile_supported():  # where vLLM serves W4A16's checkpoints so
+        makers["vLLM W4A8"] = _w4a8(features, channels)
     return makers | {name: _ours(site, features, channels, codes) for name, codes in OURS.items()}
 
 
@@ -157,6 +159,12 @@ def _w4a16(features: int, channels: int) -> Maker:
     hint = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
     run: Callable[..., torch.Tensor] = _custom_ops.cpu_gemm_wna16
     return lambda x: lambda i: run(x, weights[i % len(weights)], scale, None, None, 8, hint)
+
+
+def _w4a8(features: int, channels: int) -> Maker:
+    """What vLLM runs of those layers where there is AMX, unless VLLM_CPU_INT4_W4A8=0; quantises its input itself."""
+    weights = w4a8_weights(features, channels, GROUP)
+    return lambda x: lambda i: _custom_ops.int4_scaled_mm_cpu(x, *weights[i % len(weights)], None)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

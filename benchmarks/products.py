@@ -71,13 +71,17 @@ def bf16_handlers(features: int, channels: int) -> list[_custom_ops.CPUDNNLGEMMH
 
 def vllm_w4a8(tokens: int, features: int, channels: int) -> Contender:
     """vLLM's W4A8, for processors with AMX; quantises its bf16 input itself."""
+    weights, x = w4a8_weights(features, channels, 128), torch.randn(tokens, features, dtype=torch.bfloat16)
+    return lambda i: _custom_ops.int4_scaled_mm_cpu(x, *weights[i % len(weights)], None)
+
+
+def w4a8_weights(features: int, channels: int, group: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Random 4-bit weights, zeros and scales as that product wants them: enough of them that no cache holds all."""
 
     def weight() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         codes = torch.randint(-(2**31), 2**31, (features, channels // 8), dtype=torch.int32)
-        zeros = torch.full((features // 128, channels // 8), -2004318072, dtype=torch.int32)  # eight times 8
-        scales = torch.rand(features // 128, channels, dtype=torch.bfloat16)
+        zeros = torch.full((features // group, channels // 8), -2004318072, dtype=torch.int32)  # eight times 8
+        scales = torch.rand(features // group, channels, dtype=torch.bfloat16)
         return _custom_ops.convert_weight_packed_scale_zp(codes, zeros, scales, _custom_ops.CPUQuantAlgo.AWQ)
 
-    weights = [weight() for _ in copies(channels * features // 2)]
-    x = torch.randn(tokens, features, dtype=torch.bfloat16)
-    return lambda i: _custom_ops.int4_scaled_mm_cpu(x, *weights[i % len(weights)], None)
+    return [weight() for _ in copies(channels * features // 2)]

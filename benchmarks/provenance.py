@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from benchmarks.models import ROOT
+from infoquant_vllm.kernels.native.library import runnable
 from offline.writer import atomic_file
 
 CHANGES = ("status", "--porcelain", "--", ":!benchmarks/results")
@@ -18,11 +19,12 @@ CHANGES = ("status", "--porcelain", "--", ":!benchmarks/results")
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Commit, versions, machine, time and seed."""
+    """Commit, versions, machine, the best instructions that there are kernels for, time and seed."""
     return {
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git(*CHANGES) else ""),
         "versions": {name: version(name) for name in ("infoquant-vllm", "vllm", "torch", "transformers")},
         "device": f"{_processor()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "instructions": ", ".join(runnable()[:1]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
     }

@@ -33,8 +33,8 @@ def main() -> None:
 
 
 def tables(results: Path) -> list[str]:
-    """Each as the lines of Markdown that stand in README.md."""
-    read = {file.name: json.loads(file.read_text()) for file in results.glob("*.json")}
+    """Each as the lines of Markdown that stand in README.md; those of a CPU with AMX are in a folder of their own."""
+    read, with_amx = _read(results), _read(results / "amx")
     return [
         accuracy(read["accuracy.json"]),
         *(served(read[name]) for name in SERVED),
@@ -42,7 +42,14 @@ def tables(results: Path) -> list[str]:
         linears(read["linear.json"]),
         memory(read["memory.json"]),
         attention(read["attention.json"]),
+        *(served(with_amx[name]) for name in SERVED[:2]),
+        linears(with_amx["linear.json"]),
+        attention(with_amx["attention.json"]),
     ]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return {file.name: json.loads(file.read_text()) for file in folder.glob("*.json")}
 
 
 def accuracy(rows: Rows) -> str:

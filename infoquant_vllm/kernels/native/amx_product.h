@@ -1,7 +1,7 @@
-// Products of many rows in AMX's tiles of 16 rows of 64 bytes: eight registers, of which four hold sums of 32 tokens
-// and 32 channels. Intel 64 and IA-32 Architectures Optimization Reference Manual, chapter 20.
+// Products of many rows by AMX: four of its registers hold sums of 32 tokens and 32 channels.
 #pragma once
 #ifdef __AMX_INT8__
+#include "amx.h"
 #include "packed_product.h"
 
 namespace infoquant {
@@ -13,27 +13,6 @@ struct MatrixTiles {
 
     template <int WEIGHT_BITS, int BITS>
     static void multiply_panels(const Problem& p, const Tile* tiles, int64_t count);
-};
-
-// The registers' shapes, in the calling thread, for as long as this lives.
-class Shapes {
-public:
-    Shapes() {
-        Config config{};
-        config.palette = 1;
-        for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-        _tile_loadconfig(&config);
-    }
-    ~Shapes() { _tile_release(); }
-    Shapes(const Shapes&) = delete;
-    Shapes& operator=(const Shapes&) = delete;
-
-private:
-    struct Config {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    };
 };
 
 // Adds the products of a tile and some registers of a panel to dots [ROWS, PANEL], or begins them.
@@ -125,16 +104,25 @@ INLINE void add_group(const Problem& p, const Tile& tile, int64_t group, const I
     }
 }
 
+INLINE void finish(const Problem& p, const Tile& tile, int64_t channel, const Sums& sums) {
+    const int64_t second = channel + HALF;
+    const Floats scale[2] = {weight_scales(p, 0, channel), weight_scales(p, 0, second)};
+    const Floats bias[2] = {biases(p, channel), biases(p, second)};
+    for (int64_t r = 0; r < tile.rows; r++) {
+        finish(p, tile.first + r, channel, sums.out[r][0], scale[0], bias[0]);
+        if (second < p.channels) finish(p, tile.first + r, second, sums.out[r][1], scale[1], bias[1]);
+    }
+}
+
 // All tiles in one panel: a few lines of it at a time, of some groups or of a part of one, meet all tokens.
 template <int WEIGHT_BITS, int BITS>
 void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, const uint8_t* weights, int64_t channel) {
     constexpr int64_t DEPTH = MatrixTiles::WIDTH, CACHE_LINES = DEPTH * WEIGHT_BITS / 4;  // of a register's weights
     static thread_local Lines lines;
     static thread_local std::vector<Sums> kept;
-    if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
-    Sums* const sums = kept.data();
-    for (int64_t i = 0; i < count; i++) std::fill_n(&sums[i].out[0][0], 2 * tiles[i].rows, Floats{});
     const int64_t padded = round_up(p.steps, DEPTH), some = std::clamp<int64_t>(Lines::MOST / p.steps, 1, p.groups);
+    const int64_t apart = some * p.steps == p.groups * p.steps && p.steps <= Lines::MOST ? 0 : 1;  // 0: all lines at once
+    if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
     const int64_t fetched = (CACHE_LINES + count - 1) / count;
     for (int64_t first = 0; first < p.groups; first += some) {
         const int64_t groups = std::min(some, p.groups - first);
@@ -150,26 +138,19 @@ void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, const ui
             const uint8_t* ahead = weights;
             for (int64_t i = 0; i < count; i++) {
                 const int64_t room = round_up(tiles[i].rows, MatrixTiles::UNIT);
+                Sums& sums = kept[i * apart];
+                if (first == 0 && step == 0) std::fill_n(&sums.out[0][0], 2 * tiles[i].rows, Floats{});
                 for (int64_t g = 0; g <= groups; g++) {  // a group's sums are added while the next one is multiplied
                     if (g < groups) {
                         const int32_t* const x = tiles[i].words + ((first + g) * padded + step) * room;
                         const auto multiply = room > 16 ? multiply_registers<true> : multiply_registers<false>;
                         multiply(reinterpret_cast<const int8_t*>(x), lines.bytes + g * steps * 2 * LINE, registers,
-                                 step == 0, sums[i].of(first + g), ahead, fetched);
+                                 step == 0, sums.of(first + g), ahead, fetched);
                         ahead += registers * fetched * 64;
                     }
-                    if (g > 0 && last) add_group<BITS>(p, tiles[i], first + g - 1, lines.sums[g - 1], channel, sums[i]);
+                    if (g > 0 && last) add_group<BITS>(p, tiles[i], first + g - 1, lines.sums[g - 1], channel, sums);
                 }
-            }
-        }
-    }
-    for (int h = 0; h < 2; h++) {
-        const int64_t from = channel + h * HALF;
-        if (from >= p.channels) continue;
-        const Floats scale = weight_scales(p, 0, from), bias = biases(p, from);
-        for (int64_t i = 0; i < count; i++) {
-            for (int64_t r = 0; r < tiles[i].rows; r++) {
-                finish(p, tiles[i].first + r, from, sums[i].out[r][h], scale, bias);
+                if (last && first + groups == p.groups) finish(p, tiles[i], channel, sums);
             }
         }
     }
@@ -177,7 +158,7 @@ void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, const ui
 
 template <int WEIGHT_BITS, int BITS>
 void MatrixTiles::multiply_panels(const Problem& p, const Tile* tiles, int64_t count) {
-    const Shapes shapes;
+    const amx::Shapes shapes;
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < p.panels; panel++) {
         const uint8_t* const lines = p.weight + panel * p.groups * p.steps * LINE * WEIGHT_BITS / 4;

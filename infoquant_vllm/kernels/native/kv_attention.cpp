@@ -5,27 +5,19 @@
 // the 128 tokens of a chunk, by halves, and over the chunks, in their order.
 #include <omp.h>
 
-#include <algorithm>
-#include <cmath>
 #include <memory>
 #include <vector>
 
-#include "hadamard.h"
 #include "kernels.h"
-#include "kv_tile.h"
+#include "kv_attention_amx.h"
+#include "kv_rows.h"
 
 namespace {
 
-using namespace vectors;
+using namespace attention;
 
-constexpr int CHUNK = 128;  // tokens whose weights share a scale; chunks begin at multiples of it
-constexpr int TILES = CHUNK / kv::TOKENS;
 constexpr int ROWS = 64;  // rows of a task: heads of a kv-head, times queries
 constexpr int GROUP = 4;  // rows that share a load of codes
-constexpr float LEVELS = 32512;  // 127 * 256: whole numbers up to it are 256 * high + low, signed bytes
-constexpr float TINY = 0x1p-100f;
-constexpr float CUT = -64;  // weights below 2^CUT of the largest are zero
-constexpr int WIDTH = kv::MAX_HEAD_SIZE + 2 * LANES;
 
 struct Problem {
     const char* query;
@@ -48,68 +40,21 @@ struct Task {
     float* parts;  // where the context is split: [chunks from begin, count, Row::SAVED + width]
 };
 
-// One head of one query: its whole numbers, and sums over the tokens so far.
-struct Row {
-    int64_t first_seen, last_seen;
-    float factor, query_sum;  // of the whole numbers: a score is factor * (key scale * product + key zero * sum)
-    float largest, sum, zero;  // the exponent that weights are relative to; sums of weights and of weight * value zero
-    alignas(64) int8_t high[kv::MAX_HEAD_SIZE], low[kv::MAX_HEAD_SIZE];
-    // Sums of weight * value scale * code: the first half of the features, then, after padding, the second half.
-    alignas(64) float values[WIDTH];
-};
-
-struct Chunk {
-    const uint8_t* tiles[TILES];
-    Floats parameters[4][TILES];  // key scale, key zero, value scale, value zero; zero beyond the sequence
-};
-
-int64_t half_width(int64_t head_size) { return (head_size / 2 + LANES - 1) / LANES * LANES; }
-
-// 2^k for whole k <= 0, and 0 below 2^CUT or where k is not a number.
-inline Floats power(Floats k) {
-    const auto kept = k >= all(CUT);
-    const Ints whole = nearest_integers(kept ? k : all(0.0f));
-    return kept ? (Floats)((whole + 127) << 23) : all(0.0f);
-}
-
-// 2^f for f in [-1/2, 1/2], to 3e-6.
-inline Floats fraction_power(Floats f) {
-    Floats y = f * 0.009600395f + 0.055916894f;
-    y = y * f + 0.24023719f;
-    y = y * f + 0.69312197f;
-    return y * f + 1.0f;
-}
-
-// Whole numbers x * scale, |.| <= LEVELS, as 256 * high + low.
-inline void split_integers(Floats x, Floats scale, int8_t* high, int8_t* low) {
-    const Ints whole = nearest_integers(x * scale);
-    store(high, __builtin_convertvector((whole + 128) >> 8, Narrow));
-    store(low, __builtin_convertvector(whole, Narrow));
-}
-
-void start(Row& row, int64_t width) {
-    row.largest = -INFINITY;
-    row.sum = row.zero = 0;
-    std::fill(row.values, row.values + width, 0.0f);
-}
-
 void read_query(Row& row, const Problem& p, int64_t token, int64_t head) {
-    alignas(64) float query[kv::MAX_HEAD_SIZE];
+    Floats query[kv::MAX_HEAD_SIZE / LANES] = {};
+    float* const numbers = reinterpret_cast<float*>(query);
     const int64_t place = token * p.query_stride + head * p.head_size;
-    load_row(query, p.query + place * element_bytes(p.query_dtype), p.head_size, p.query_dtype);
-    if (p.rotate) infoquant::hadamard(query, p.head_size, nullptr, 1);
+    load_row(numbers, p.query + place * element_bytes(p.query_dtype), p.head_size, p.query_dtype);
+    if (p.rotate) infoquant::hadamard(numbers, p.head_size, nullptr, 1);
     Floats greatest = all(TINY);
-    for (int64_t i = 0; i < p.head_size; i += LANES) {
-        const Floats x = load<Floats>(query + i);
-        greatest = larger(greatest, larger(x, -x));
-    }
+    const int64_t used = (p.head_size + LANES - 1) / LANES;
+    for (int64_t i = 0; i < used; ++i) greatest = larger(greatest, larger(query[i], -query[i]));
     const float bound = largest(greatest);
     Ints total = all(0);
-    for (int64_t i = 0; i < p.head_size; i += LANES) {
-        const Floats x = load<Floats>(query + i);
-        split_integers(x, all(LEVELS / bound), row.high + i, row.low + i);
-        total += nearest_integers(x * all(LEVELS / bound));
+    for (int64_t i = 0; i < used; i += SPLIT / LANES) {
+        split_integers(query + i, all(LEVELS / bound), row.high + i * LANES, row.low + i * LANES);
     }
+    for (int64_t i = 0; i < used; ++i) total += nearest_integers(query[i] * all(LEVELS / bound));
     int32_t query_sum = 0;
     for (int i = 0; i < LANES; ++i) query_sum += total[i];
     row.query_sum = (float)query_sum;
@@ -166,59 +111,6 @@ void score(const Row* rows, const Chunk& chunk, int first, int last, int64_t hea
     }
 }
 
-struct Weights {
-    float before, now;  // factors of the sums so far and of this chunk's whole numbers
-    alignas(64) int8_t high[CHUNK], low[CHUNK];
-};
-
-inline float total(Floats* parts) {  // by halves
-    for (int half = TILES / 2; half; half /= 2) {
-        for (int t = 0; t < half; ++t) parts[t] += parts[t + half];
-    }
-    return sum(parts[0]);
-}
-
-inline float greatest(const Floats* parts) {
-    Floats most = parts[0];
-    for (int t = 1; t < TILES; ++t) most = larger(most, parts[t]);
-    return largest(most);
-}
-
-void softmax(Row& row, const Chunk& chunk, int64_t first_token, const Floats* products, Weights& weights) {
-    Floats x[TILES], p[TILES], scaled[TILES];
-    const Floats query_sum = all(row.query_sum), factor = all(row.factor);
-    for (int t = 0; t < TILES; ++t) {
-        x[t] = (products[t] * chunk.parameters[0][t] + query_sum * chunk.parameters[1][t]) * factor;
-    }
-    if (row.first_seen > first_token || row.last_seen < first_token + CHUNK - 1) {
-        const Ints first = all((int32_t)std::clamp<int64_t>(row.first_seen - first_token, 0, CHUNK));
-        const Ints last = all((int32_t)std::clamp<int64_t>(row.last_seen - first_token, -1, CHUNK));
-        for (int t = 0; t < TILES; ++t) {
-            const Ints index = lane_index() + t * LANES;
-            x[t] = ((index >= first) & (index <= last)) ? x[t] : all(-INFINITY);
-        }
-    }
-    const Floats exponent = nearest(all(greatest(x)));
-    for (int t = 0; t < TILES; ++t) {
-        const Floats whole = nearest(x[t]);
-        const Floats power_of_two = power(whole - exponent);
-        p[t] = power_of_two != 0.0f ? fraction_power(x[t] - whole) * power_of_two : all(0.0f);
-        scaled[t] = p[t] * chunk.parameters[2][t];
-    }
-    const float bound = std::max(greatest(scaled), TINY);
-    for (int t = 0; t < TILES; ++t) {
-        split_integers(scaled[t], all(LEVELS / bound), weights.high + t * LANES, weights.low + t * LANES);
-        scaled[t] = p[t] * chunk.parameters[3][t];
-    }
-    const float before = row.largest;
-    row.largest = std::max(before, exponent[0]);
-    weights.before = power(all(before - row.largest))[0];
-    const float now = power(all(exponent[0] - row.largest))[0];
-    weights.now = bound / LEVELS * now;
-    row.sum = row.sum * weights.before + total(p) * now;
-    row.zero = row.zero * weights.before + total(scaled) * now;
-}
-
 // Adds whole numbers weight * code of the tiles from first to last to the rows' sums, 32 features at a time.
 template <int R, int BITS>
 void add_values(Row* rows, const Chunk& chunk, int first, int last, const Weights* weights, kv::Layout layout) {
@@ -248,25 +140,48 @@ void add_values(Row* rows, const Chunk& chunk, int first, int last, const Weight
     }
 }
 
+// The tiles of a chunk that some rows see any token of; none if first > last.
+struct Range {
+    int first, last;
+
+    Range(const Row* rows, int64_t count, int64_t first_token) {
+        int64_t from = rows[0].first_seen, to = rows[0].last_seen;
+        for (int64_t r = 1; r < count; ++r) {
+            from = std::min(from, rows[r].first_seen);
+            to = std::max(to, rows[r].last_seen);
+        }
+        from = std::max(from - first_token, (int64_t)0), to = std::min(to - first_token, (int64_t)CHUNK - 1);
+        first = from > to ? TILES : (int)(from / kv::TOKENS);
+        last = from > to ? -1 : (int)(to / kv::TOKENS);
+    }
+};
+
 template <int R, int KEY_BITS, int VALUE_BITS>
 void attend(Row* rows, const Chunk& chunk, int64_t first_token, kv::Layout layout) {
-    int64_t first = rows[0].first_seen, last = rows[0].last_seen;
-    for (int r = 1; r < R; ++r) {
-        first = std::min(first, rows[r].first_seen);
-        last = std::max(last, rows[r].last_seen);
-    }
-    first = std::max(first - first_token, (int64_t)0), last = std::min(last - first_token, (int64_t)CHUNK - 1);
-    if (first > last) return;
-    const int first_tile = (int)(first / kv::TOKENS), last_tile = (int)(last / kv::TOKENS);
+    const Range seen(rows, R, first_token);
+    if (seen.first > seen.last) return;
     Floats products[R][TILES] = {};
-    score<R, KEY_BITS>(rows, chunk, first_tile, last_tile, layout.head_size, products);
+    score<R, KEY_BITS>(rows, chunk, seen.first, seen.last, layout.head_size, products);
     Weights weights[R];
-    for (int r = 0; r < R; ++r) softmax(rows[r], chunk, first_token, products[r], weights[r]);
-    add_values<R, VALUE_BITS>(rows, chunk, first_tile, last_tile, weights, layout);
+    softmax(rows, chunk, first_token, products, weights);
+    add_values<R, VALUE_BITS>(rows, chunk, seen.first, seen.last, weights, layout);
 }
 
 template <int KEY_BITS, int VALUE_BITS>
 void attend_all(Row* rows, int64_t count, const Chunk& chunk, int64_t first_token, kv::Layout layout) {
+#ifdef __AMX_INT8__
+    if (count >= AMX_ROWS && layout.head_size <= AMX_HEAD_SIZE) {
+        static thread_local Codes codes;
+        const Range seen(rows, count, first_token);
+        unpack<KEY_BITS, VALUE_BITS>(codes, chunk, seen.first, seen.last, layout);
+        const amx::Shapes shapes;
+        for (; count >= AMX_ROWS; rows += AMX_ROWS, count -= AMX_ROWS) {
+            const Range each(rows, AMX_ROWS, first_token);
+            if (each.first > each.last) continue;
+            attend_by_tiles(rows, chunk, codes, first_token, each.first, each.last, layout.head_size);
+        }
+    }
+#endif
     for (; count >= GROUP; rows += GROUP, count -= GROUP) {
         attend<GROUP, KEY_BITS, VALUE_BITS>(rows, chunk, first_token, layout);
     }
@@ -294,7 +209,7 @@ void save(float* part, const Row& row, int64_t width) {
 void merge(Row& row, const float* part, int64_t width) {
     const float before = row.largest;
     row.largest = std::max(before, part[0]);
-    const float old = power(all(before - row.largest))[0], now = power(all(part[0] - row.largest))[0];
+    const float old = power(before - row.largest), now = power(part[0] - row.largest);
     row.sum = row.sum * old + part[1] * now;
     row.zero = row.zero * old + part[2] * now;
     for (int64_t i = 0; i < width; i += LANES) {

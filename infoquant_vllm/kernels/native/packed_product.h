@@ -110,13 +110,22 @@ INLINE Floats weight_scales(const Problem& p, int64_t group, int64_t first) {
     return load_some<Floats>(scales + first, p.channels - first);
 }
 
-INLINE void store(const Problem& p, int64_t token, int64_t channel, Floats x) {
-    const int64_t count = std::min<int64_t>(p.channels - channel, LANES), at = token * p.channels + channel;
-    if (p.out_type == FLOAT32) {
-        memcpy(static_cast<float*>(p.out) + at, &x, count * sizeof(float));
+// The first `count` elements, or all if there are fewer; of a whole vector the size is known when this is compiled.
+template <typename T, typename V>
+INLINE void store_some(T* to, V vector, int64_t count) {
+    if (count * sizeof(T) >= sizeof(V)) {
+        memcpy(to, &vector, sizeof vector);
     } else {
-        const Halves halves = p.out_type == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
-        memcpy(static_cast<uint16_t*>(p.out) + at, &halves, count * sizeof(uint16_t));
+        memcpy(to, &vector, count * sizeof(T));
+    }
+}
+
+INLINE void store(const Problem& p, int64_t token, int64_t channel, Floats x) {
+    const int64_t left = p.channels - channel, at = token * p.channels + channel;
+    if (p.out_type == FLOAT32) {
+        store_some(static_cast<float*>(p.out) + at, x, left);
+    } else {
+        store_some(static_cast<uint16_t*>(p.out) + at, p.out_type == BFLOAT16 ? to_bfloat16(x) : to_float16(x), left);
     }
 }
 
@@ -134,7 +143,7 @@ INLINE void finish(const Problem& p, int64_t token, int64_t first, Floats sum, F
 }
 
 INLINE Floats biases(const Problem& p, int64_t first) {
-    return p.bias ? load_some<Floats>(p.bias + first, p.channels - first) : Floats{};
+    return p.bias && first < p.channels ? load_some<Floats>(p.bias + first, p.channels - first) : Floats{};
 }
 
 // Lines of 4-bit weights as lines of 8-bit ones.

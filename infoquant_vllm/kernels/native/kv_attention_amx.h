@@ -1,0 +1,119 @@
+// Attention of sixteen rows of queries to a chunk of tokens by AMX. Keys and values lie in tiles as its registers want
+// them, but for the nibbles; products are whole numbers, so what comes out is what kv_attention.cpp computes.
+#pragma once
+#ifdef __AMX_INT8__
+#include "amx.h"
+#include "kv_rows.h"
+
+namespace attention {
+
+constexpr int AMX_ROWS = 16;
+constexpr int AMX_HEAD_SIZE = 256;  // at most: a product of LEVELS and so many codes fits 32 bits
+constexpr int DEPTH = 64;  // bytes of a register's row
+
+// A chunk's codes in bytes, for registers of [16 lines, 16 lanes, 4].
+struct Codes {
+    static constexpr int REGISTER = 16 * DEPTH;
+    alignas(64) uint8_t keys[CHUNK * AMX_HEAD_SIZE];    // [tiles, features / 4, tokens, 4]
+    alignas(64) uint8_t values[CHUNK * AMX_HEAD_SIZE];  // [features / 16, tokens / 4, features, 4]
+
+    static int64_t blocks(int64_t head_size) { return (head_size + DEPTH - 1) / DEPTH; }
+    const uint8_t* key(int tile, int64_t block, int64_t head_size) const {
+        return keys + (tile * blocks(head_size) + block) * REGISTER;
+    }
+    const uint8_t* value(int64_t part, int64_t block) const { return values + part * CHUNK * 16 + block * REGISTER; }
+};
+
+template <int KEY_BITS, int VALUE_BITS>
+void unpack(Codes& codes, const Chunk& chunk, int first, int last, kv::Layout layout) {
+    const int64_t half = half_width(layout.head_size), quad = layout.quad();
+    for (int t = first; t <= last; ++t) {
+        uint8_t* key = codes.keys + t * Codes::blocks(layout.head_size) * Codes::REGISTER;
+        const uint8_t* from = chunk.tiles[t];
+        for (int64_t i = 0; i < layout.head_size; i += 8, from += 16 * KEY_BITS, key += 128) {
+            const kv::Pair pair = kv::load_pair<KEY_BITS>(from, 64);
+            store(key, pair.first);
+            store(key + 64, pair.second);
+        }
+        for (int64_t i = 0; i < half; i += LANES) {
+            for (int j = 0; j < 4; ++j) {
+                const uint8_t* const line = chunk.tiles[t] + layout.keys() + j * quad + 4 * i;
+                const kv::Pair pair = kv::load_pair<VALUE_BITS>(line, quad / 2);
+                uint8_t* const value = codes.values + i * CHUNK + (4 * t + j) * 64;
+                store(value, pair.first);
+                store(value + half * CHUNK, pair.second);
+            }
+        }
+    }
+}
+
+// Whole numbers of sixteen rows, of their high bytes and of their low ones.
+struct Products {
+    alignas(64) int32_t high[AMX_ROWS][2 * LANES], low[AMX_ROWS][2 * LANES];
+
+    Floats whole(int row, int part) const {
+        const Ints h = load<Ints>(high[row] + part * LANES), l = load<Ints>(low[row] + part * LANES);
+        return __builtin_convertvector((h << 8) + l, Floats);
+    }
+};
+
+// Rows of bytes `high` and `low`, `stride` apart, times the registers left(b) and right(b) for b in first .. last.
+template <typename Left, typename Right>
+inline void multiply(const int8_t* high, const int8_t* low, int64_t stride, int64_t first, int64_t last, Left left,
+                     Right right, Products& products) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t b = first; b <= last; ++b) {
+        _tile_loadd(4, high + b * DEPTH, stride);
+        _tile_loadd(6, left(b), DEPTH);
+        _tile_dpbsud(0, 4, 6);
+        _tile_loadd(7, right(b), DEPTH);
+        _tile_dpbsud(1, 4, 7);
+        _tile_loadd(5, low + b * DEPTH, stride);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+    _tile_stored(0, products.high, sizeof products.high[0]);
+    _tile_stored(1, &products.high[0][LANES], sizeof products.high[0]);
+    _tile_stored(2, products.low, sizeof products.low[0]);
+    _tile_stored(3, &products.low[0][LANES], sizeof products.low[0]);
+}
+
+inline void add_values(Row* rows, const Weights* weights, const Products& sums, int64_t pair) {
+    for (int r = 0; r < AMX_ROWS; ++r) {
+        for (int each = 0; each < 2; ++each) {
+            float* const to = rows[r].values + (2 * pair + each) * LANES;
+            store(to, load<Floats>(to) * weights[r].before + sums.whole(r, each) * weights[r].now);
+        }
+    }
+}
+
+inline void attend_by_tiles(Row* rows, const Chunk& chunk, const Codes& codes, int64_t first_token, int first, int last,
+                            int64_t head_size) {
+    Products products[TILES / 2];
+    for (int t = first & ~1; t <= last; t += 2) {
+        const auto key = [&](int tile) { return [&, tile](int64_t b) { return codes.key(tile, b, head_size); }; };
+        multiply(rows->high, rows->low, sizeof(Row), 0, Codes::blocks(head_size) - 1, key(t), key(t + 1),
+                 products[t / 2]);
+    }
+    Floats scores[AMX_ROWS][TILES] = {};
+    for (int t = first; t <= last; ++t) {
+        for (int r = 0; r < AMX_ROWS; ++r) scores[r][t] = products[t / 2].whole(r, t % 2);
+    }
+    Weights weights[AMX_ROWS];
+    softmax(rows, chunk, first_token, scores, weights);
+    const int64_t pairs = half_width(head_size) / LANES;
+    for (int64_t pair = 0; pair <= pairs; ++pair) {  // sums are added while the next ones are made
+        if (pair < pairs) {
+            const auto value = [&](int64_t part) { return [&, part](int64_t b) { return codes.value(part, b); }; };
+            multiply(weights->high, weights->low, sizeof(Weights), first / 4, last / 4, value(2 * pair),
+                     value(2 * pair + 1), products[pair % 2]);
+        }
+        if (pair > 0) add_values(rows, weights, products[(pair - 1) % 2], pair - 1);
+    }
+}
+
+}  // namespace attention
+#endif
