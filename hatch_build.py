@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ def compile_native(folder: Path, compiler: str) -> list[str]:
 
     A library that cannot be made anew is removed: it would belong to other sources.
     """
-    problems = {target: _compile(folder, target, compiler) for target in TARGETS}
-    return [f"{target}: {problem}" for target, problem in problems.items() if problem]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = pool.map(lambda target: _compile(folder, target, compiler), TARGETS)
+        return [f"{target}: {problem}" for target, problem in zip(TARGETS, problems, strict=True) if problem]
 
 
 def _compile(folder: Path, target: str, compiler: str) -> str:
