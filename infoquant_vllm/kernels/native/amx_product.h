@@ -121,7 +121,7 @@ void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, const ui
     static thread_local Lines lines;
     static thread_local std::vector<Sums> kept;
     const int64_t padded = round_up(p.steps, DEPTH), some = std::clamp<int64_t>(Lines::MOST / p.steps, 1, p.groups);
-    const int64_t apart = some * p.steps == p.groups * p.steps && p.steps <= Lines::MOST ? 0 : 1;  // 0: all lines at once
+    const int64_t apart = p.groups * p.steps <= Lines::MOST ? 0 : 1;  // 0: all lines at once
     if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
     const int64_t fetched = (CACHE_LINES + count - 1) / count;
     for (int64_t first = 0; first < p.groups; first += some) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -36,23 +37,6 @@ struct Tile {
     const int32_t* start;  // [groups, rows]: - sum (code - z)
     const int32_t* rest;   // [groups, rows]: r
     const float* scale;    // [groups, rows]
-};
-
-// Memory that is kept between calls and begins at a cache line, at which loads of whole lines are twice as fast.
-class Scratch {
-public:
-    template <typename T>
-    T* reserve(int64_t count) {
-        const size_t lines = (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
-        if (kept.size() < lines) kept.resize(lines);
-        return reinterpret_cast<T*>(kept.data());
-    }
-
-private:
-    struct alignas(64) Line {
-        uint8_t bytes[64];
-    };
-    std::vector<Line> kept;
 };
 
 inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }

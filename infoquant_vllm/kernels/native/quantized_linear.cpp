@@ -132,8 +132,8 @@ void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, int64_t 
     const uint8_t* weight = p.weight + panel * p.groups * p.steps * 16 * WEIGHT_BITS;
     const bool unpacked = WEIGHT_BITS == 4 && count >= UNPACK_TILES;
     if (unpacked) {
-        static thread_local Scratch kept;
-        uint8_t* const to = kept.reserve<uint8_t>(p.groups * p.steps * 2 * LINE);
+        static thread_local Buffer<uint8_t> kept;
+        uint8_t* const to = kept.reserve(p.groups * p.steps * 2 * LINE);
         unpack(weight, p.groups * p.steps, to);
         weight = to;
     }
@@ -187,14 +187,14 @@ void run(const Problem& p) {
     const int64_t words = row_words(p, Way::WIDTH);
     const int64_t most = std::max<int64_t>(SCRATCH / (4 * words) / Way::ROWS, 1) * Way::ROWS;
     const int64_t chunks = (p.tokens + most - 1) / most;
-    static thread_local Scratch scratch;
+    static thread_local Buffer<int32_t> scratch;
     static thread_local std::vector<Tile> tiles;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t start = part(chunk, chunks, p.tokens, Way::UNIT);
         const int64_t tokens = part(chunk + 1, chunks, p.tokens, Way::UNIT) - start;
         const int64_t count = (tokens + Way::ROWS - 1) / Way::ROWS, room = round_up(tokens, Way::UNIT);
         if (static_cast<int64_t>(tiles.size()) < count) tiles.resize(count);
-        int32_t* const to = scratch.reserve<int32_t>(room * words);
+        int32_t* const to = scratch.reserve(room * words);
         Tile* const made = tiles.data();
 #pragma omp parallel if (tokens * p.features * p.channels >= PARALLEL)
         {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "buffer.h"
 #include "hadamard.h"
 #include "kernels.h"
 #include "matrix_product.h"
@@ -17,24 +18,6 @@ namespace {
 
 constexpr int64_t MATRIX_TOKENS = 12;  // multiplied at a time, so that a matrix is read from memory once for them
 constexpr int64_t SERIAL_WORK = 1 << 16;  // operations that are done sooner than other threads are called
-
-// Numbers at the start of a cache line, kept between calls.
-template <typename T>
-class Buffer {
-  public:
-    T* reserve(int64_t size) {
-        if ((int64_t)(lines_.size() * sizeof(Line)) < size * (int64_t)sizeof(T)) {
-            lines_.resize((size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line));
-        }
-        return reinterpret_cast<T*>(lines_.data());
-    }
-
-  private:
-    struct alignas(64) Line {
-        char bytes[64];
-    };
-    std::vector<Line> lines_;
-};
 
 // What a thread works in.
 struct Scratch {
