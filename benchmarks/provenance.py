@@ -24,7 +24,7 @@ def provenance(seed: int) -> dict[str, Any]:
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git(*CHANGES) else ""),
         "versions": {name: version(name) for name in ("infoquant-vllm", "vllm", "torch", "transformers")},
         "device": f"{_processor()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "instructions": ", ".join(runnable()[:1]),
+        "instructions": next(iter(runnable()), ""),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
     }
