@@ -15,11 +15,19 @@ struct MatrixTiles {
     static void multiply_panels(const Problem& p, const Tile* tiles, int64_t count);
 };
 
+// Of registers, which the compiler wants as literals: inputs are signed, and so are weights where SIGNED.
+#define MULTIPLY(sums, inputs, weights)             \
+    if (SIGNED) {                                   \
+        _tile_dpbssd(sums, inputs, weights);        \
+    } else {                                        \
+        _tile_dpbsud(sums, inputs, weights);        \
+    }
+
 // Adds the products of a tile and some registers of a panel to dots [ROWS, PANEL], or begins them.
-// MANY: more than 16 tokens. Meanwhile some cache lines from `ahead` on are fetched for each register.
-template <bool MANY>
+// MANY: more than 16 tokens. Behind each register's products comes meanwhile(register), which they do not wait for.
+template <bool SIGNED, bool MANY, typename Meanwhile>
 INLINE void multiply_registers(const int8_t* inputs, const uint8_t* weights, int64_t registers, bool begin,
-                               int32_t* dots, const uint8_t* ahead, int64_t fetched) {
+                               int32_t* dots, const Meanwhile& meanwhile) {
     constexpr int64_t ROW = 2 * LINE, TILE = 16 * 64, BELOW = 16 * PANEL;
     if (begin) {
         _tile_zero(0);
@@ -35,17 +43,17 @@ INLINE void multiply_registers(const int8_t* inputs, const uint8_t* weights, int
     for (int64_t i = 0; i < registers; i++) {
         const int8_t* const x = inputs + i * (MANY ? 2 : 1) * TILE;
         const uint8_t* const w = weights + i * 16 * ROW;
-        for (int64_t line = 0; line < fetched; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
         _tile_loadd(6, w, ROW);
         _tile_loadd(4, x, 64);
-        _tile_dpbsud(0, 4, 6);
+        MULTIPLY(0, 4, 6)
         _tile_loadd(7, w + LINE, ROW);
-        _tile_dpbsud(1, 4, 7);
+        MULTIPLY(1, 4, 7)
         if (MANY) {
             _tile_loadd(5, x + TILE, 64);
-            _tile_dpbsud(2, 5, 6);
-            _tile_dpbsud(3, 5, 7);
+            MULTIPLY(2, 5, 6)
+            MULTIPLY(3, 5, 7)
         }
+        meanwhile(i);
     }
     _tile_stored(0, dots, 4 * PANEL);
     _tile_stored(1, dots + HALF, 4 * PANEL);
@@ -53,28 +61,29 @@ INLINE void multiply_registers(const int8_t* inputs, const uint8_t* weights, int
     if (MANY) _tile_stored(3, dots + BELOW + HALF, 4 * PANEL);
 }
 
+#undef MULTIPLY
+
 // Sums of a tile's tokens and a panel's channels.
 struct Sums {
-    Ints dots[2][MatrixTiles::ROWS][2];  // of a group, and of the one before it
-    Floats out[MatrixTiles::ROWS][2];    // over the groups
-
-    int32_t* of(int64_t group) { return reinterpret_cast<int32_t*>(dots[group % 2]); }
+    Ints dots[MatrixTiles::ROWS][2];   // of a group
+    Floats out[MatrixTiles::ROWS][2];  // over the groups
 };
 
-// Some lines of weights in 8 bits, a third of the L1 cache.
+// Some lines of weights in 8 bits, less than half of the L1 cache.
 struct Lines {
-    static constexpr int64_t MOST = 128;
+    static constexpr int64_t MOST = 80;
     // A group's last register may reach beyond it, times zeros.
     alignas(64) uint8_t bytes[(MOST + MatrixTiles::WIDTH) * 2 * LINE];
     Ints sums[MOST][2];  // sum w of each group, where inputs have 8 bits
 };
 
+// Less `zero` each.
 template <int WEIGHT_BITS>
-void read_lines(Lines& lines, const uint8_t* from, int64_t count) {
-    if (WEIGHT_BITS == 4) {
-        unpack(from, count, lines.bytes);
-    } else {
-        memcpy(lines.bytes, from, count * 2 * LINE);
+void read_lines(Lines& lines, const uint8_t* from, int64_t count, uint8_t zero) {
+    if (WEIGHT_BITS == 4) return unpack(from, count, lines.bytes, zero);
+    for (int64_t i = 0; i < count * 2 * LINE; i += sizeof(Bytes)) {
+        const Bytes line = load<Bytes>(from + i) - zero;
+        memcpy(lines.bytes + i, &line, sizeof line);
     }
 }
 
@@ -87,71 +96,136 @@ INLINE void sum_weights(Lines& lines, int64_t group, int64_t first, int64_t coun
     lines.sums[group][0] = sums[0], lines.sums[group][1] = sums[1];
 }
 
-// Adds a group's sums to those over the groups.
-template <int BITS>
-INLINE void add_group(const Problem& p, const Tile& tile, int64_t group, const Ints (&weight_sums)[2], int64_t channel,
-                      Sums& sums) {
-    const Ints zero[2] = {zero_points(p, group, channel), zero_points(p, group, channel + HALF)};
-    const Floats scale[2] = {group_scales(p, group, channel), group_scales(p, group, channel + HALF)};
-    const int32_t *const start = tile.start + group * tile.rows, *const rest = tile.rest + group * tile.rows;
-    const float* const input_scale = tile.scale + group * tile.rows;
-    for (int64_t r = 0; r < tile.rows; r++) {
+// What is to be done with the sums of a tile and a group of a panel.
+struct Part {
+    const Tile* tile;
+    int64_t group, channel;
+    const Ints (*dots)[2];         // [ROWS]
+    const Ints* weight_sums;       // [2]
+    Floats (*out)[2];              // [ROWS]: the terms of the groups before it
+};
+
+// use(row, first half, second half) with what the group adds to the result, for some rows.
+template <int BITS, bool SIGNED, bool GROUPED, typename Use>
+INLINE void terms(const Problem& p, const Part& part, int64_t first, int64_t last, const Use& use) {
+    const int64_t channel = part.channel, rows = part.tile->rows;
+    const Ints zero[2] = {zero_points(p, part.group, channel), zero_points(p, part.group, channel + HALF)};
+    const Floats weight_scale[2] = {weight_scales(p, part.group, channel), weight_scales(p, part.group, channel + HALF)};
+    const int32_t *const start = part.tile->start + part.group * rows, *const rest = part.tile->rest + part.group * rows;
+    const float* const scale = part.tile->scale + part.group * rows;
+    const Ints(*const dots)[2] = part.dots;
+    const Ints weight_sums[2] = {part.weight_sums[0], part.weight_sums[1]};
+    for (int64_t r = first; r < last; r++) {
+        Floats term[2];
+#pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
-            Ints exact = sums.dots[group % 2][r][h] + zero[h] * start[r];
+            Ints exact = dots[r][h];
+            if (!SIGNED) exact += zero[h] * start[r];
             if (BITS == 8) exact -= weight_sums[h] * rest[r];
-            sums.out[r][h] += __builtin_convertvector(exact, Floats) * scale[h] * input_scale[r];
+            const Floats sum = __builtin_convertvector(exact, Floats);
+            term[h] = (GROUPED ? sum * weight_scale[h] : sum) * scale[r];
         }
+        use(r, term[0], term[1]);
     }
 }
 
-INLINE void finish(const Problem& p, const Tile& tile, int64_t channel, const Sums& sums) {
-    const int64_t second = channel + HALF;
-    const Floats scale[2] = {weight_scales(p, 0, channel), weight_scales(p, 0, second)};
-    const Floats bias[2] = {biases(p, channel), biases(p, second)};
-    for (int64_t r = 0; r < tile.rows; r++) {
-        finish(p, tile.first + r, channel, sums.out[r][0], scale[0], bias[0]);
-        if (second < p.channels) finish(p, tile.first + r, second, sums.out[r][1], scale[1], bias[1]);
+// The results of some rows from their last group.
+template <int BITS, bool SIGNED, bool GROUPED, int64_t TYPE>
+INLINE void write(const Problem& p, const Part& part, int64_t first, int64_t last) {
+    constexpr int64_t BYTES = TYPE == FLOAT32 ? 4 : 2;
+    const int64_t channel = part.channel, left = p.channels - channel;
+    char* const to = static_cast<char*>(p.out) + (part.tile->first * p.channels + channel) * BYTES;
+    const int64_t row = p.channels * BYTES;
+    const Floats scale[2] = {channel_scales(p, channel), channel_scales(p, channel + HALF)};
+    const Floats bias[2] = {biases(p, channel), biases(p, channel + HALF)};
+    const Floats(*const out)[2] = part.out;
+    const bool only = part.group == 0;
+    terms<BITS, SIGNED, GROUPED>(p, part, first, last, [&](int64_t r, Floats low, Floats high) {
+        if (!only) low = out[r][0] + low, high = out[r][1] + high;
+        store_panel<TYPE>(to + r * row, left, low * scale[0] + bias[0], high * scale[1] + bias[1]);
+    });
+}
+
+// Adds the terms of some rows to those of the groups before, or writes the results where the group is the last.
+template <int BITS, bool SIGNED, bool GROUPED>
+INLINE void add_rows(const Problem& p, const Part& part, int64_t first, int64_t last) {
+    if (part.group == p.groups - 1) {
+        if (p.out_type == BFLOAT16) return write<BITS, SIGNED, GROUPED, BFLOAT16>(p, part, first, last);
+        if (p.out_type == FLOAT16) return write<BITS, SIGNED, GROUPED, FLOAT16>(p, part, first, last);
+        return write<BITS, SIGNED, GROUPED, FLOAT32>(p, part, first, last);
     }
+    Floats(*const out)[2] = part.out;
+    if (part.group == 0) {
+        return terms<BITS, SIGNED, GROUPED>(p, part, first, last, [&](int64_t r, Floats low, Floats high) {
+            out[r][0] = low, out[r][1] = high;
+        });
+    }
+    terms<BITS, SIGNED, GROUPED>(p, part, first, last, [&](int64_t r, Floats low, Floats high) {
+        out[r][0] += low, out[r][1] += high;
+    });
+}
+
+// Lines that some rows' results will be written to, which takes longer to begin than to do.
+INLINE void fetch_output(const Problem& p, const Tile& tile, int64_t channel, int64_t first, int64_t last) {
+    const int64_t bytes = p.out_type == FLOAT32 ? 4 : 2;
+    const char* const to = static_cast<const char*>(p.out) + (tile.first * p.channels + channel) * bytes;
+    for (int64_t r = first; r < last; r++) __builtin_prefetch(to + r * p.channels * bytes, 1);
 }
 
 // All tiles in one panel: a few lines of it at a time, of some groups or of a part of one, meet all tokens.
-template <int WEIGHT_BITS, int BITS>
-void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, const uint8_t* weights, int64_t channel) {
+template <int WEIGHT_BITS, int BITS, bool SIGNED, bool GROUPED>
+void multiply_panel(const Problem& problem, const Tile* tiles, int64_t count, const uint8_t* weights, int64_t channel) {
+    const Problem p = problem;
+    constexpr int64_t SOME_ROWS = 8;  // fewer are not worth the start
     constexpr int64_t DEPTH = MatrixTiles::WIDTH, CACHE_LINES = DEPTH * WEIGHT_BITS / 4;  // of a register's weights
     static thread_local Lines lines;
     static thread_local std::vector<Sums> kept;
     const int64_t padded = round_up(p.steps, DEPTH), some = std::clamp<int64_t>(Lines::MOST / p.steps, 1, p.groups);
-    const int64_t apart = p.groups * p.steps <= Lines::MOST ? 0 : 1;  // 0: all lines at once
-    if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
+    // A part's sums are kept while the next one is multiplied; tile by tile, where a group is met in parts.
+    const int64_t pieces = (p.steps + Lines::MOST - 1) / Lines::MOST;  // of a group
+    const int64_t most = round_up((p.steps + pieces - 1) / pieces, DEPTH);
+    if (static_cast<int64_t>(kept.size()) < count + 1) kept.resize(count + 1);
     const int64_t fetched = (CACHE_LINES + count - 1) / count;
     for (int64_t first = 0; first < p.groups; first += some) {
         const int64_t groups = std::min(some, p.groups - first);
-        for (int64_t step = 0; step < p.steps; step += Lines::MOST) {
-            const int64_t steps = std::min(Lines::MOST, p.steps - step), registers = (steps + DEPTH - 1) / DEPTH;
+        for (int64_t step = 0; step < p.steps; step += most) {
+            const int64_t steps = std::min(most, p.steps - step), registers = (steps + DEPTH - 1) / DEPTH;
             const bool last = step + steps == p.steps;
-            read_lines<WEIGHT_BITS>(lines, weights, groups * steps);
+            read_lines<WEIGHT_BITS>(lines, weights, groups * steps, SIGNED ? p.offset : 0);
             weights += groups * steps * LINE * WEIGHT_BITS / 4;
             for (int64_t g = 0; BITS == 8 && g < groups; g++) {
                 if (step == 0) lines.sums[g][0] = lines.sums[g][1] = Ints{};
                 sum_weights(lines, g, g * steps, steps);
             }
             const uint8_t* ahead = weights;
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t room = round_up(tiles[i].rows, MatrixTiles::UNIT);
-                Sums& sums = kept[i * apart];
-                if (first == 0 && step == 0) std::fill_n(&sums.out[0][0], 2 * tiles[i].rows, Floats{});
-                for (int64_t g = 0; g <= groups; g++) {  // a group's sums are added while the next one is multiplied
-                    if (g < groups) {
-                        const int32_t* const x = tiles[i].words + ((first + g) * padded + step) * room;
-                        const auto multiply = room > 16 ? multiply_registers<true> : multiply_registers<false>;
-                        multiply(reinterpret_cast<const int8_t*>(x), lines.bytes + g * steps * 2 * LINE, registers,
-                                 step == 0, sums.of(first + g), ahead, fetched);
-                        ahead += registers * fetched * 64;
-                    }
-                    if (g > 0 && last) add_group<BITS>(p, tiles[i], first + g - 1, lines.sums[g - 1], channel, sums);
+            const int64_t fetched_rows = (MatrixTiles::ROWS + registers - 1) / registers;
+            Part before{};  // is added meanwhile, if there is one
+            for (int64_t unit = 0; unit < count * groups; unit++) {
+                const int64_t i = unit / groups, g = unit % groups, room = round_up(tiles[i].rows, MatrixTiles::UNIT);
+                const int32_t* const x = tiles[i].words + ((first + g) * padded + step) * room;
+                Sums& sums = kept[last && step == 0 ? unit % 2 : i];
+                const int64_t rows = before.tile ? before.tile->rows : 0;
+                const int64_t some_rows = std::max((rows + registers - 1) / registers, SOME_ROWS);
+                const bool fetch = last && first + g == p.groups - 1;
+                const auto meanwhile = [&](int64_t r) {
+                    for (int64_t line = 0; line < fetched; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+                    const int64_t from = std::min(rows, r * some_rows), to = std::min(rows, from + some_rows);
+                    if (fetch) fetch_output(p, tiles[i], channel, r * fetched_rows, std::min(tiles[i].rows, (r + 1) * fetched_rows));
+                    if (from < to) add_rows<BITS, SIGNED, GROUPED>(p, before, from, to);
+                };
+                const auto multiply = [&](auto many) {
+                    multiply_registers<SIGNED, decltype(many)::value>(
+                        reinterpret_cast<const int8_t*>(x), lines.bytes + g * steps * 2 * LINE, registers, step == 0,
+                        reinterpret_cast<int32_t*>(sums.dots), meanwhile);
+                };
+                if (room > 16) {
+                    multiply(std::true_type{});
+                } else {
+                    multiply(std::false_type{});
                 }
-                if (last && first + groups == p.groups) finish(p, tiles[i], channel, sums);
+                if (last) before = {&tiles[i], first + g, channel, sums.dots, lines.sums[g], kept[i].out};
             }
+            if (last) add_rows<BITS, SIGNED, GROUPED>(p, before, 0, before.tile->rows);
         }
     }
 }
@@ -159,10 +233,15 @@ void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, const ui
 template <int WEIGHT_BITS, int BITS>
 void MatrixTiles::multiply_panels(const Problem& p, const Tile* tiles, int64_t count) {
     const amx::Shapes shapes;
+    const bool is_signed = BITS == 4 && !p.weight_zero;
+    const auto multiply = p.weight_groups > 1 ? is_signed ? multiply_panel<WEIGHT_BITS, BITS, BITS == 4, true>
+                                                          : multiply_panel<WEIGHT_BITS, BITS, false, true>
+                          : is_signed         ? multiply_panel<WEIGHT_BITS, BITS, BITS == 4, false>
+                                              : multiply_panel<WEIGHT_BITS, BITS, false, false>;
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < p.panels; panel++) {
         const uint8_t* const lines = p.weight + panel * p.groups * p.steps * LINE * WEIGHT_BITS / 4;
-        multiply_panel<WEIGHT_BITS, BITS>(p, tiles, count, lines, panel * PANEL);
+        multiply(p, tiles, count, lines, panel * PANEL);
     }
 }
 

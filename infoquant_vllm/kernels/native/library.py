@@ -13,7 +13,7 @@ ABI_VERSION = 10
 FOLDER = Path(__file__).parent
 AVX512_VNNI = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni")
 TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name
-    "amx": (*AVX512_VNNI, "amx_tile", "amx_int8"),
+    "amx": (*AVX512_VNNI, "avx512_bf16", "amx_tile", "amx_int8"),
     "avx512vnni": AVX512_VNNI,
     "avxvnni": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "avx_vnni"),
     "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt"),

@@ -119,6 +119,25 @@ INLINE Floats group_scales(const Problem& p, int64_t group, int64_t first) {
     return p.weight_groups > 1 ? weight_scales(p, group, first) : Floats{} + 1;
 }
 
+// A channel's scale where all groups share it.
+INLINE Floats channel_scales(const Problem& p, int64_t first) {
+    return p.weight_groups == 1 ? weight_scales(p, 0, first) : Floats{} + 1;
+}
+
+// The first `count` of two vectors, as TYPE.
+template <int64_t TYPE>
+INLINE void store_panel(char* to, int64_t count, Floats low, Floats high) {
+    constexpr int64_t BYTES = TYPE == FLOAT32 ? 4 : 2;
+    if constexpr (TYPE == FLOAT32) {
+        store_some(reinterpret_cast<float*>(to), low, count);
+        if (count > LANES) store_some(reinterpret_cast<float*>(to + LANES * BYTES), high, count - LANES);
+    } else {
+        const auto rounded = [](Floats x) { return TYPE == BFLOAT16 ? to_bfloat16(x) : to_float16(x); };
+        product::store_some(reinterpret_cast<uint16_t*>(to), rounded(low), count);
+        if (count > LANES) product::store_some(reinterpret_cast<uint16_t*>(to + LANES * BYTES), rounded(high), count - LANES);
+    }
+}
+
 // Sums over the groups, of LANES channels from `first` on, to `out`.
 INLINE void finish(const Problem& p, int64_t token, int64_t first, Floats sum, Floats scale, Floats bias) {
     if (p.weight_groups == 1) sum *= scale;
@@ -130,10 +149,10 @@ INLINE Floats biases(const Problem& p, int64_t first) {
     return p.bias && first < p.channels ? load_some<Floats>(p.bias + first, p.channels - first) : Floats{};
 }
 
-// Lines of 4-bit weights as lines of 8-bit ones.
-INLINE void unpack(const uint8_t* from, int64_t lines, uint8_t* to) {
+// Lines of 4-bit weights as lines of 8-bit ones, less `zero` each.
+INLINE void unpack(const uint8_t* from, int64_t lines, uint8_t* to, uint8_t zero = 0) {
     for (int64_t i = 0; i < LINE * lines; i += sizeof(Bytes)) {
-        const Bytes line = load<Bytes>(from + i), low = line & 15, high = line >> 4;
+        const Bytes line = load<Bytes>(from + i), low = (line & 15) - zero, high = (line >> 4) - zero;
         const int64_t at = i + i / LINE * LINE;
         memcpy(to + at, &low, sizeof low);
         memcpy(to + at + LINE, &high, sizeof high);

@@ -21,6 +21,7 @@ using namespace infoquant::product;
 constexpr int PARTS = HALF / LANES;
 constexpr int MAX_ROWS = LANES == 16 ? 12 : 4;  // of a tile: two accumulators each, without spilling
 constexpr int64_t SCRATCH = 3 << 19;            // bytes of inputs at a time, for them to stay in the L2 cache
+constexpr int64_t RESULTS = 1 << 20;            // and of outputs
 constexpr int64_t PARALLEL = 1 << 19;           // multiplications below which threads cost more than they gain
 constexpr int64_t AHEAD = 2048, AHEAD_WORDS = 192;  // bytes of weights and words of inputs to prefetch
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
@@ -185,7 +186,8 @@ int64_t part(int64_t i, int64_t parts, int64_t count, int64_t unit) {
 template <typename Way, int WEIGHT_BITS, int BITS>
 void run(const Problem& p) {
     const int64_t words = row_words(p, Way::WIDTH);
-    const int64_t most = std::max<int64_t>(SCRATCH / (4 * words) / Way::ROWS, 1) * Way::ROWS;
+    const int64_t fit = std::min(SCRATCH / (4 * words), RESULTS / (2 * p.channels));
+    const int64_t most = std::max<int64_t>(fit / Way::ROWS, 1) * Way::ROWS;
     const int64_t chunks = (p.tokens + most - 1) / most;
     static thread_local Buffer<int32_t> scratch;
     static thread_local std::vector<Tile> tiles;
