@@ -16,7 +16,7 @@ namespace {
 
 using namespace attention;
 
-constexpr int ROWS = 64;  // rows of a task: heads of a kv-head, times queries
+constexpr int ROWS = 128;  // rows of a task: heads of a kv-head, times queries
 constexpr int GROUP = 4;  // rows that share a load of codes
 
 struct Problem {
@@ -40,8 +40,11 @@ struct Task {
     float* parts;  // where the context is split: [chunks from begin, count, Row::SAVED + width]
 };
 
+int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
 void read_query(Row& row, const Problem& p, int64_t token, int64_t head) {
-    Floats query[kv::MAX_HEAD_SIZE / LANES] = {};
+    Floats query[kv::MAX_HEAD_SIZE / LANES];
+    std::fill_n(query, round_up(p.head_size, SPLIT) / LANES, Floats{});
     float* const numbers = reinterpret_cast<float*>(query);
     const int64_t place = token * p.query_stride + head * p.head_size;
     load_row(numbers, p.query + place * element_bytes(p.query_dtype), p.head_size, p.query_dtype);
@@ -113,7 +116,8 @@ void score(const Row* rows, const Chunk& chunk, int first, int last, int64_t hea
 
 // Adds whole numbers weight * code of the tiles from first to last to the rows' sums, 32 features at a time.
 template <int R, int BITS>
-void add_values(Row* rows, const Chunk& chunk, int first, int last, const Weights* weights, kv::Layout layout) {
+void add_values(Row* rows, const Chunk& chunk, int first, int last, const Weights<R>& weights,
+                kv::Layout layout) {
     const int64_t half = half_width(layout.head_size), keys = layout.keys(), quad = layout.quad();
     for (int64_t i = 0; i < half; i += LANES) {
         Ints high[R][2] = {}, low[R][2] = {};
@@ -122,8 +126,8 @@ void add_values(Row* rows, const Chunk& chunk, int first, int last, const Weight
             for (int j = 0; j < 4; ++j) {
                 const kv::Pair a = kv::load_pair<BITS>(values + j * quad, quad / 2);
                 for (int r = 0; r < R; ++r) {
-                    const Ints h = broadcast(weights[r].high + t * LANES + 4 * j);
-                    const Ints l = broadcast(weights[r].low + t * LANES + 4 * j);
+                    const Ints h = broadcast(weights.high[r] + t * LANES + 4 * j);
+                    const Ints l = broadcast(weights.low[r] + t * LANES + 4 * j);
                     high[r][0] = dot4(high[r][0], a.first, h), high[r][1] = dot4(high[r][1], a.second, h);
                     low[r][0] = dot4(low[r][0], a.first, l), low[r][1] = dot4(low[r][1], a.second, l);
                 }
@@ -134,27 +138,11 @@ void add_values(Row* rows, const Chunk& chunk, int first, int last, const Weight
                 float* to = rows[r].values + i + each * half;
                 const Floats h = __builtin_convertvector(high[r][each], Floats);
                 const Floats whole = h * 256.0f + __builtin_convertvector(low[r][each], Floats);
-                store(to, load<Floats>(to) * weights[r].before + whole * weights[r].now);
+                store(to, load<Floats>(to) * weights.before[r] + whole * weights.now[r]);
             }
         }
     }
 }
-
-// The tiles of a chunk that some rows see any token of; none if first > last.
-struct Range {
-    int first, last;
-
-    Range(const Row* rows, int64_t count, int64_t first_token) {
-        int64_t from = rows[0].first_seen, to = rows[0].last_seen;
-        for (int64_t r = 1; r < count; ++r) {
-            from = std::min(from, rows[r].first_seen);
-            to = std::max(to, rows[r].last_seen);
-        }
-        from = std::max(from - first_token, (int64_t)0), to = std::min(to - first_token, (int64_t)CHUNK - 1);
-        first = from > to ? TILES : (int)(from / kv::TOKENS);
-        last = from > to ? -1 : (int)(to / kv::TOKENS);
-    }
-};
 
 template <int R, int KEY_BITS, int VALUE_BITS>
 void attend(Row* rows, const Chunk& chunk, int64_t first_token, kv::Layout layout) {
@@ -162,8 +150,11 @@ void attend(Row* rows, const Chunk& chunk, int64_t first_token, kv::Layout layou
     if (seen.first > seen.last) return;
     Floats products[R][TILES] = {};
     score<R, KEY_BITS>(rows, chunk, seen.first, seen.last, layout.head_size, products);
-    Weights weights[R];
-    softmax(rows, chunk, first_token, products, weights);
+    Weights<R> weights;
+    for (int r = 0; r < R; ++r) {
+        to_scores(rows[r], chunk, first_token, 0, TILES - 1, [&](int t) { return products[r][t]; }, products[r]);
+    }
+    softmax(rows, chunk, products, weights);
     add_values<R, VALUE_BITS>(rows, chunk, seen.first, seen.last, weights, layout);
 }
 
@@ -176,9 +167,7 @@ void attend_all(Row* rows, int64_t count, const Chunk& chunk, int64_t first_toke
         unpack<KEY_BITS, VALUE_BITS>(codes, chunk, seen.first, seen.last, layout);
         const amx::Shapes shapes;
         for (; count >= AMX_ROWS; rows += AMX_ROWS, count -= AMX_ROWS) {
-            const Range each(rows, AMX_ROWS, first_token);
-            if (each.first > each.last) continue;
-            attend_by_tiles(rows, chunk, codes, first_token, each.first, each.last, layout.head_size);
+            attend_by_tiles(rows, chunk, codes, first_token, layout.head_size);
         }
     }
 #endif

@@ -81,34 +81,52 @@ inline void multiply(const int8_t* high, const int8_t* low, int64_t stride, int6
     _tile_stored(3, &products.low[0][LANES], sizeof products.low[0]);
 }
 
-inline void add_values(Row* rows, const Weights* weights, const Products& sums, int64_t pair) {
-    for (int r = 0; r < AMX_ROWS; ++r) {
-        for (int each = 0; each < 2; ++each) {
-            float* const to = rows[r].values + (2 * pair + each) * LANES;
-            store(to, load<Floats>(to) * weights[r].before + sums.whole(r, each) * weights[r].now);
+// The products of a pair of tiles become scores while those of the next one are made.
+inline void score(const Row* rows, const Chunk& chunk, const Codes& codes, int64_t first_token, Range seen,
+                  int64_t head_size, Products (&products)[2], Floats (&scores)[AMX_ROWS][TILES]) {
+    const int first = seen.first / 2, last = seen.last / 2;
+    for (int pair = 0; pair <= TILES / 2; ++pair) {
+        if (pair >= first && pair <= last) {
+            const auto key = [&](int tile) { return [&, tile](int64_t b) { return codes.key(tile, b, head_size); }; };
+            multiply(rows->high, rows->low, sizeof(Row), 0, Codes::blocks(head_size) - 1, key(2 * pair),
+                     key(2 * pair + 1), products[pair % 2]);
+        }
+        const int before = pair - 1;
+        for (int r = 0; r < AMX_ROWS && before >= 0; ++r) {
+            if (before < first || before > last) {
+                scores[r][2 * before] = scores[r][2 * before + 1] = all(-INFINITY);
+                continue;
+            }
+            const auto product = [&](int t) { return products[before % 2].whole(r, t % 2); };
+            to_scores(rows[r], chunk, first_token, 2 * before, 2 * before + 1, product, scores[r]);
         }
     }
 }
 
-inline void attend_by_tiles(Row* rows, const Chunk& chunk, const Codes& codes, int64_t first_token, int first, int last,
-                            int64_t head_size) {
-    Products products[TILES / 2];
-    for (int t = first & ~1; t <= last; t += 2) {
-        const auto key = [&](int tile) { return [&, tile](int64_t b) { return codes.key(tile, b, head_size); }; };
-        multiply(rows->high, rows->low, sizeof(Row), 0, Codes::blocks(head_size) - 1, key(t), key(t + 1),
-                 products[t / 2]);
+inline void add_values(Row* rows, const Weights<AMX_ROWS>& weights, const Products& sums, int64_t pair) {
+    for (int r = 0; r < AMX_ROWS; ++r) {
+        const Floats before = all(weights.before[r]), now = all(weights.now[r]);
+        for (int each = 0; each < 2; ++each) {
+            float* const to = rows[r].values + (2 * pair + each) * LANES;
+            store(to, load<Floats>(to) * before + sums.whole(r, each) * now);
+        }
     }
-    Floats scores[AMX_ROWS][TILES] = {};
-    for (int t = first; t <= last; ++t) {
-        for (int r = 0; r < AMX_ROWS; ++r) scores[r][t] = products[t / 2].whole(r, t % 2);
-    }
-    Weights weights[AMX_ROWS];
-    softmax(rows, chunk, first_token, scores, weights);
+}
+
+// Sixteen rows and a chunk.
+inline void attend_by_tiles(Row* rows, const Chunk& chunk, const Codes& codes, int64_t first_token, int64_t head_size) {
+    const Range seen(rows, AMX_ROWS, first_token);
+    if (seen.first > seen.last) return;
+    Floats scores[AMX_ROWS][TILES];
+    Weights<AMX_ROWS> weights;
+    Products products[2];
+    score(rows, chunk, codes, first_token, seen, head_size, products, scores);
+    softmax(rows, chunk, scores, weights);
     const int64_t pairs = half_width(head_size) / LANES;
     for (int64_t pair = 0; pair <= pairs; ++pair) {  // sums are added while the next ones are made
         if (pair < pairs) {
             const auto value = [&](int64_t part) { return [&, part](int64_t b) { return codes.value(part, b); }; };
-            multiply(weights->high, weights->low, sizeof(Weights), first / 4, last / 4, value(2 * pair),
+            multiply(weights.high[0], weights.low[0], CHUNK, seen.first / 4, seen.last / 4, value(2 * pair),
                      value(2 * pair + 1), products[pair % 2]);
         }
         if (pair > 0) add_values(rows, weights, products[(pair - 1) % 2], pair - 1);

@@ -32,6 +32,23 @@ struct Chunk {
     Floats parameters[4][TILES];  // key scale, key zero, value scale, value zero; zero beyond the sequence
 };
 
+// The tiles of a chunk that some rows see any token of; none if first > last.
+struct Range {
+    int first = TILES, last = -1;
+
+    Range() = default;
+    Range(const Row* rows, int64_t count, int64_t first_token) {
+        int64_t from = rows[0].first_seen, to = rows[0].last_seen;
+        for (int64_t r = 1; r < count; ++r) {
+            from = std::min(from, rows[r].first_seen);
+            to = std::max(to, rows[r].last_seen);
+        }
+        from = std::max(from - first_token, (int64_t)0), to = std::min(to - first_token, (int64_t)CHUNK - 1);
+        first = from > to ? TILES : (int)(from / kv::TOKENS);
+        last = from > to ? -1 : (int)(to / kv::TOKENS);
+    }
+};
+
 inline int64_t half_width(int64_t head_size) { return (head_size / 2 + LANES - 1) / LANES * LANES; }
 
 // x times 2^k for whole k <= 0, and 0 below 2^CUT or where k is not a number.
@@ -87,74 +104,124 @@ inline void start(Row& row, int64_t width) {
     std::fill(row.values, row.values + width, 0.0f);
 }
 
+// Of R rows: lane r belongs to row r.
+template <int R>
 struct Weights {
-    float before, now;  // factors of the sums so far and of this chunk's whole numbers
-    alignas(64) int8_t high[CHUNK], low[CHUNK];
+    Floats before, now;  // factors of the sums so far and of this chunk's whole numbers
+    alignas(64) int8_t high[R][CHUNK], low[R][CHUNK];
 };
 
-inline float total(Floats* parts) {  // by halves
-    for (int half = TILES / 2; half; half /= 2) {
-        for (int t = 0; t < half; ++t) parts[t] += parts[t + half];
-    }
-    return sum(parts[0]);
+constexpr auto larger_of = [](Floats a, Floats b) { return larger(a, b); };
+constexpr auto sum_of = [](Floats a, Floats b) { return a + b; };
+
+// The parts of a row as one vector, by halves.
+template <typename Operation>
+inline Floats join(const Floats* parts, const Operation& of) {
+    Floats four[TILES / 2];
+    for (int t = 0; t < TILES / 2; ++t) four[t] = of(parts[t], parts[t + TILES / 2]);
+    return of(of(four[0], four[2]), of(four[1], four[3]));
 }
 
-inline float greatest(const Floats* parts) {
-    Floats most[2] = {parts[0], parts[1]};
-    for (int t = 2; t < TILES; ++t) most[t % 2] = larger(most[t % 2], parts[t]);
-    return largest(larger(most[0], most[1]));
+#if defined(__AVX512F__)
+// Lane r is the operation over the lanes of v[r], by halves: of lanes 8 apart first, then of those 4, 2 and 1 apart,
+// where each step leaves two rows in one vector.
+template <typename Operation>
+inline Floats across(const Floats (&v)[16], const Operation& of) {
+    const auto shuffle = [](Floats a, Floats b, auto which) {
+        return (Floats)_mm512_shuffle_f32x4((__m512)a, (__m512)b, decltype(which)::value);
+    };
+    const auto mix = [](Floats a, Floats b, auto which) {
+        return (Floats)_mm512_shuffle_ps((__m512)a, (__m512)b, decltype(which)::value);
+    };
+    constexpr std::integral_constant<int, 0x44> low;
+    constexpr std::integral_constant<int, 0xEE> high;
+    constexpr std::integral_constant<int, 0x88> even;
+    constexpr std::integral_constant<int, 0xDD> odd;
+    Floats eight[8], four[4], two[2];
+    for (int i = 0; i < 8; ++i) eight[i] = of(shuffle(v[i], v[i + 8], low), shuffle(v[i], v[i + 8], high));
+    for (int i = 0; i < 4; ++i) four[i] = of(shuffle(eight[i], eight[i + 4], even), shuffle(eight[i], eight[i + 4], odd));
+    for (int i = 0; i < 2; ++i) two[i] = of(mix(four[i], four[i + 2], low), mix(four[i], four[i + 2], high));
+    const Floats all_rows = of(mix(two[0], two[1], even), mix(two[0], two[1], odd));
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    return (Floats)_mm512_permutexvar_ps(order, (__m512)all_rows);
 }
+#endif
 
-// A row's products to its scores, in powers of two.
-inline void to_scores(const Row& row, const Chunk& chunk, int64_t first_token, Floats* x) {
-    const Floats query_sum = all(row.query_sum), factor = all(row.factor);
-    for (int t = 0; t < TILES; ++t) {
-        x[t] = (x[t] * chunk.parameters[0][t] + query_sum * chunk.parameters[1][t]) * factor;
-    }
-    if (row.first_seen <= first_token && row.last_seen >= first_token + CHUNK - 1) return;
-    const Ints first = all((int32_t)std::clamp<int64_t>(row.first_seen - first_token, 0, CHUNK));
-    const Ints last = all((int32_t)std::clamp<int64_t>(row.last_seen - first_token, -1, CHUNK));
-    for (int t = 0; t < TILES; ++t) {
-        const Ints index = lane_index() + t * LANES;
-        x[t] = ((index >= first) & (index <= last)) ? x[t] : all(-INFINITY);
-    }
-}
-
-// Rows' products to the weights of the chunk's values; x holds what is between. One step for all rows after another:
-// a row's own steps wait for each other.
-template <int R>
-void softmax(Row* rows, const Chunk& chunk, int64_t first_token, Floats (&x)[R][TILES], Weights* weights) {
-    float exponents[R], bounds[R];
-    Floats scaled[R][TILES];  // weights times the values' scales
+template <int R, typename Operation>
+inline Floats across(const Floats (&v)[R], const Operation& of) {
+    Floats lanes{};
     for (int r = 0; r < R; ++r) {
-        to_scores(rows[r], chunk, first_token, x[r]);
-        exponents[r] = nearest(all(greatest(x[r])))[0];
+        Floats x = v[r];
+        for (int distance = LANES / 2; distance; distance /= 2) x = of(x, partner(x, distance));
+        lanes[r] = x[0];
     }
+    return lanes;
+}
+
+// Whole numbers of a row, product(tile), to scores in powers of two, for the tiles first .. last; the others' are
+// those of tokens that nobody sees.
+template <typename Product>
+inline void to_scores(const Row& row, const Chunk& chunk, int64_t first_token, int first, int last,
+                      const Product& product, Floats* x) {
+    const Floats query_sum = all(row.query_sum), factor = all(row.factor);
+    for (int t = first; t <= last; ++t) {
+        x[t] = (product(t) * chunk.parameters[0][t] + query_sum * chunk.parameters[1][t]) * factor;
+    }
+    const int64_t begin = first_token + first * LANES, end = first_token + last * LANES + LANES - 1;
+    if (row.first_seen <= begin && row.last_seen >= end) return;
+    const Ints seen_from = all((int32_t)std::clamp<int64_t>(row.first_seen - first_token, 0, CHUNK));
+    const Ints seen_to = all((int32_t)std::clamp<int64_t>(row.last_seen - first_token, -1, CHUNK));
+    for (int t = first; t <= last; ++t) {
+        const Ints index = lane_index() + t * LANES;
+        x[t] = ((index >= seen_from) & (index <= seen_to)) ? x[t] : all(-INFINITY);
+    }
+}
+
+// Takes the sums of a chunk into those so far.
+template <int R>
+inline void take(Row* rows, Floats exponents, Floats bounds, Floats sums, Floats zeros, Weights<R>& weights) {
+    Floats largest{}, sum{}, zero{};
+    for (int r = 0; r < R; ++r) largest[r] = rows[r].largest, sum[r] = rows[r].sum, zero[r] = rows[r].zero;
+    const Floats before = largest;
+    largest = larger(before, exponents);
+    const Floats old = times_power(all(1.0f), before - largest), now = times_power(all(1.0f), exponents - largest);
+    sum = sum * old + sums * now;
+    zero = zero * old + zeros * now;
+    for (int r = 0; r < R; ++r) rows[r].largest = largest[r], rows[r].sum = sum[r], rows[r].zero = zero[r];
+    weights.before = old;
+    weights.now = bounds / all(LEVELS) * now;
+}
+
+// Rows' scores to the weights of the chunk's values; x holds what is between. One step for all rows after another: a
+// row's own steps wait for each other.
+template <int R>
+void softmax(Row* rows, const Chunk& chunk, Floats (&x)[R][TILES], Weights<R>& weights) {
+    Floats parts[R], sums[R], zeros[R];
+    for (int r = 0; r < R; ++r) parts[r] = join(x[r], larger_of);
+    const Floats exponents = nearest(across(parts, larger_of));
     for (int r = 0; r < R; ++r) {
         const Floats exponent = all(exponents[r]);
+        Floats weight[TILES], zero[TILES], scaled[TILES];
+#pragma GCC unroll 8
         for (int t = 0; t < TILES; ++t) {
             const Floats whole = nearest(x[r][t]);
-            x[r][t] = times_power(fraction_power(x[r][t] - whole), whole - exponent);
-            scaled[r][t] = x[r][t] * chunk.parameters[2][t];
+            weight[t] = times_power(fraction_power(x[r][t] - whole), whole - exponent);
+            zero[t] = weight[t] * chunk.parameters[3][t];
+            scaled[t] = weight[t] * chunk.parameters[2][t];
+            x[r][t] = scaled[t];
         }
-        bounds[r] = std::max(greatest(scaled[r]), TINY);
+        sums[r] = join(weight, sum_of);
+        zeros[r] = join(zero, sum_of);
+        parts[r] = join(scaled, larger_of);
     }
+    const Floats bounds = larger(all(TINY), across(parts, larger_of)), factors = all(LEVELS) / bounds;
     for (int r = 0; r < R; ++r) {
-        Row& row = rows[r];
-        const Floats factor = all(LEVELS / bounds[r]);
+        const Floats factor = all(factors[r]);
         for (int t = 0; t < TILES; t += SPLIT / LANES) {
-            split_integers(scaled[r] + t, factor, weights[r].high + t * LANES, weights[r].low + t * LANES);
+            split_integers(x[r] + t, factor, weights.high[r] + t * LANES, weights.low[r] + t * LANES);
         }
-        Floats zeros[TILES];
-        for (int t = 0; t < TILES; ++t) zeros[t] = x[r][t] * chunk.parameters[3][t];
-        const float before = row.largest;
-        row.largest = std::max(before, exponents[r]);
-        weights[r].before = power(before - row.largest);
-        const float now = power(exponents[r] - row.largest);
-        weights[r].now = bounds[r] / LEVELS * now;
-        row.sum = row.sum * weights[r].before + total(x[r]) * now;
-        row.zero = row.zero * weights[r].before + total(zeros) * now;
     }
+    take(rows, exponents, bounds, across(sums, sum_of), across(zeros, sum_of), weights);
 }
 
 }  // namespace attention
