@@ -102,3 +102,22 @@ def test_the_reference_is_what_torch_computes_but_for_last_bits() -> None:
     torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), F.rms_norm(x, (1152,), weight, 1e-5))
     gate, up = x.chunk(2, -1)
     torch.testing.assert_close(reference.silu_and_mul(x), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize(("head_size", "rotary_dim"), [(64, 64), (128, 128), (96, 96), (80, 20), (10, 6)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_turned_heads_are_those_of_the_reference(
+    kernels: ModuleType, dtype: torch.dtype, head_size: int, rotary_dim: int
+) -> None:
+    torch.manual_seed(0)
+    angles = 100 * torch.rand(50, rotary_dim // 2)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
+    for tokens in (0, 1, 5, 123):
+        wide = torch.randn(tokens, 5 * head_size).to(dtype)
+        query, key = wide[:, : 3 * head_size], wide[:, 3 * head_size :]
+        positions = torch.randint(0, 50, (tokens,))
+        expected = reference.rotary_embedding(positions, query, key, cos_sin, head_size)
+        for found, right in zip(
+            kernels.rotary_embedding(positions, query, key, cos_sin, head_size), expected, strict=True
+        ):
+            assert torch.equal(found, right)

@@ -21,6 +21,7 @@ KERNELS = MappingProxyType(
         ("rms_norm", "cpu"): ("native.elementwise", "reference.elementwise"),
         ("add_rms_norm", "cpu"): ("native.elementwise", "reference.elementwise"),
         ("silu_and_mul", "cpu"): ("native.elementwise", "reference.elementwise"),
+        ("rotary_embedding", "cpu"): ("native.elementwise", "reference.elementwise"),
         ("kv_store", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
         ("kv_attention", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
     }

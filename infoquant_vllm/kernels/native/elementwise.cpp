@@ -1,4 +1,4 @@
-// RMS norm and SwiGLU's product; semantics: kernels/reference/elementwise.py. What could round differently from one
+// RMS norm, SwiGLU's product and RoPE; semantics: kernels/reference/elementwise.py. What could round differently from one
 // order of operations to another is in float64 and rounded to float32 once.
 #include <omp.h>
 
@@ -147,6 +147,30 @@ void infoquant::silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64
             }
             for (int64_t i = 0; i < size; ++i) gate[i] *= up[i];
             store_rows(gate, token * size, size, out, dtype);
+        }
+    }
+}
+
+void infoquant::rotary_embedding(const int64_t* positions, int64_t tokens, const void* cos_sin, int64_t rotary_dim,
+                                 const Rows<const void*>& x, int64_t heads, int64_t head_size, void* out) {
+    const int64_t size = heads * head_size, half = rotary_dim / 2;
+#pragma omp parallel if (tokens * size > SERIAL_VALUES)
+    {
+        std::vector<float> values(size + rotary_dim);
+        float *const row = values.data(), *const cosines = row + size, *const sines = cosines + half;
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; ++token) {
+            load_rows(cos_sin, x.dtype, positions[token] * rotary_dim, rotary_dim, cosines);
+            load_rows(x.data, x.dtype, token * x.stride, size, row);
+            for (float* head = row; head < row + size; head += head_size) {
+#pragma GCC ivdep
+                for (int64_t i = 0; i < half; ++i) {
+                    const float first = head[i], second = head[i + half];
+                    head[i] = first * cosines[i] - second * sines[i];
+                    head[i + half] = second * cosines[i] + first * sines[i];
+                }
+            }
+            store_rows(row, token * size, size, out, x.dtype);
         }
     }
 }

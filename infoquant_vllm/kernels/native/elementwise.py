@@ -1,4 +1,4 @@
-"""RMS norm and SwiGLU's product of the compiled library; semantics: kernels/reference/elementwise.py."""
+"""RMS norm, SwiGLU's product and RoPE of the compiled library; semantics: kernels/reference/elementwise.py."""
 
 import torch
 
@@ -20,3 +20,10 @@ def add_rms_norm(
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """As the reference."""
     return operations().silu_and_mul(x)
+
+
+def rotary_embedding(
+    positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, cos_sin: torch.Tensor, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the reference; rows may lie apart."""
+    return operations().rotary_embedding(positions, query, key, cos_sin, head_size)

@@ -75,6 +75,10 @@ struct Batch {
     int64_t sequences, table_stride;
 };
 
+// A head's first rotary_dim features turn; cos_sin [positions, rotary_dim] is in the rows' dtype. heads are those of x.
+void rotary_embedding(const int64_t* positions, int64_t tokens, const void* cos_sin, int64_t rotary_dim,
+                      const Rows<const void*>& x, int64_t heads, int64_t head_size, void* out);
+
 // slots [tokens]; clips [kv_heads, 2]; key_offset [kv_heads, head_size] is subtracted from keys, null: nothing;
 // rotate: keys by a Hadamard of butterflies alone.
 void kv_store(const Rows<const void*>& key, const Rows<const void*>& value, const kv::Pages& pages,

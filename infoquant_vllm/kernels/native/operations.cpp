@@ -174,6 +174,27 @@ void run_silu_and_mul(Value* stack, uint64_t, uint64_t) {
     stack[0] = out.release();
 }
 
+// x [tokens, features], whose tokens may lie apart.
+Tensor with_features(Tensor x) { return x.strides()[1] == 1 ? std::move(x) : std::move(x).contiguous(); }
+
+void run_rotary_embedding(Value* stack, uint64_t, uint64_t) {
+    Arguments in(stack);
+    const Tensor positions = in.tensor().contiguous(), query = with_features(in.tensor());
+    const Tensor key = with_features(in.tensor()), cos_sin = in.tensor().contiguous();
+    const int64_t head_size = in.integer(), tokens = positions.sizes()[0], rotary_dim = cos_sin.sizes()[1];
+    const auto turned = [&](const Tensor& x) {
+        require(x.dtype() == cos_sin.dtype(), "cosines and sines must have the dtype of what they turn");
+        require(x.sizes()[0] == tokens, "there must be a position for each token");
+        const int64_t size = x.sizes()[1];
+        Tensor out = empty({tokens, size}, x.dtype());
+        rotary_embedding(positions.data<int64_t>(), tokens, cos_sin.data(), rotary_dim,
+                         {x.data(), x.dtype(), x.strides()[0]}, size / head_size, head_size, out.data());
+        return out;
+    };
+    Tensor turned_query = turned(query), turned_key = turned(key);
+    stack[0] = turned_query.release(), stack[1] = turned_key.release();
+}
+
 // Whether the rows of x [tokens, heads, head_size] lie one after the other within a token.
 bool rows_follow(const Tensor& x) { return x.strides()[2] == 1 && x.strides()[1] == x.sizes()[2]; }
 
@@ -256,6 +277,9 @@ constexpr Entry OPERATIONS[] = {
     {"add_rms_norm",
      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)", run_add_rms_norm},
     {"silu_and_mul", "silu_and_mul(Tensor x) -> Tensor", run_silu_and_mul},
+    {"rotary_embedding",
+     "rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin, int head_size) -> (Tensor, Tensor)",
+     run_rotary_embedding},
     {"kv_store",
      "kv_store(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, Tensor key_clip, Tensor value_clip, "
      "Tensor? key_offset, bool hadamard, int key_bits, int value_bits) -> ()",

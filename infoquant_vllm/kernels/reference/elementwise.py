@@ -1,4 +1,4 @@
-"""RMS norm and SwiGLU's product, as the layers between the linears compute them.
+"""RMS norm, SwiGLU's product and RoPE, as the layers between the linears compute them.
 
 Other layers' codes hang on last bits, so the order of sums and the make of exp must not show: both are in
 float64 and rounded to float32 once, which leaves a difference in no more than a last bit in many millions.
@@ -25,6 +25,26 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for x [..., 2 * size], gate before up; silu rounded to the dtype of x."""
     gate, up = x.chunk(2, -1)
     return F.silu(gate.double()).float().to(x.dtype) * up
+
+
+def rotary_embedding(
+    positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, cos_sin: torch.Tensor, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE (Su et al., RoFormer, 2021) of query and key [tokens, heads * head_size] at positions [tokens] int64.
+
+    cos_sin [positions, rotary_dim], cosines before sines, in the dtype of both. Of a head's first rotary_dim
+    features i turns with i + rotary_dim / 2, in float32 and rounded once; the others stay.
+    """
+    cos, sin = cos_sin[positions].float()[:, None].chunk(2, -1)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second, rest = x.unflatten(-1, (-1, head_size)).split(
+            (cos.shape[-1], cos.shape[-1], head_size - cos_sin.shape[1]), -1
+        )
+        a, b = first.float(), second.float()
+        return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), -1).flatten(-2)
+
+    return turned(query), turned(key)
 
 
 def _normal(x: torch.Tensor, epsilon: float) -> torch.Tensor:
