@@ -56,14 +56,6 @@ void silu(float* values, int64_t count) {
     std::memcpy(values + i, last, (count - i) * sizeof(float));
 }
 
-// To what the dtype can hold, and back.
-void round_to(int64_t dtype, float* values, int64_t count, std::vector<uint16_t>& halves) {
-    if (dtype == FLOAT32) return;
-    if (static_cast<int64_t>(halves.size()) < count) halves.resize(count);
-    store_rows(values, 0, count, halves.data(), dtype);
-    load_rows(halves.data(), dtype, 0, count, values);
-}
-
 // Of all numbers that 16 bits hold, rounded to 16 bits: a prompt asks for some many times, and float64 takes its time.
 template <int64_t DTYPE>
 const float* silu_of_all() {
@@ -73,82 +65,99 @@ const float* silu_of_all() {
         std::iota(bits.begin(), bits.end(), uint16_t{0});
         load_rows<DTYPE>(bits.data(), 0, bits.size(), values.data());
         silu(values.data(), values.size());
-        round_to(DTYPE, values.data(), values.size(), bits);
+        for (size_t i = 0; i < values.size(); i += LANES) {
+            store(values.data() + i, rounded<DTYPE>(load(values.data() + i)));
+        }
         return values;
     }();
     return all.data();
 }
 
-// y = x / sqrt(mean of squares + epsilon), rounded to float32.
-void normalise(const float* x, int64_t size, double epsilon, float* y) {
-    Doubles sums[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * WIDTH <= size; i += 4 * WIDTH) {
-        for (int chain = 0; chain < 4; ++chain) {
+constexpr int CHAINS = 4;  // sums that do not wait for each other
+
+// Of the squares of x [size], which is zero up to CHAINS * WIDTH values behind them.
+double sum_of_squares(const float* x, int64_t size) {
+    Doubles sums[CHAINS] = {};
+    for (int64_t i = 0; i < size; i += CHAINS * WIDTH) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < CHAINS; ++chain) {
             const Doubles v = widen(x + i + chain * WIDTH);
             sums[chain] += v * v;
         }
     }
-    for (; i < size; i += WIDTH) {
-        const Doubles v = load_double(x + i, size - i);
-        sums[0] += v * v;
-    }
     const Doubles sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     double total = 0;
     for (int lane = 0; lane < WIDTH; ++lane) total += sum[lane];
-    const double factor = 1 / std::sqrt(total / size + epsilon);
-    for (i = 0; i + WIDTH <= size; i += WIDTH) narrow(y + i, widen(x + i) * factor);
-    for (; i < size; ++i) y[i] = static_cast<float>(x[i] * factor);
+    return total;
+}
+
+template <int64_t DTYPE>
+void rms_norm_of(const void* x, const void* residual, const void* weight, int64_t tokens, int64_t size, double epsilon,
+                 void* y, void* total) {
+#pragma omp parallel if (tokens * size > SERIAL_VALUES)
+    {
+        std::vector<float> row(size + CHAINS * WIDTH);
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; ++token) {
+            const int64_t first = token * size;
+            for (int64_t i = 0; i < size; i += LANES) {
+                Floats v = load_part<DTYPE>(x, first + i, size - i);
+                if (residual) {
+                    v += load_part<DTYPE>(residual, first + i, size - i);
+                    store_part<DTYPE>(total, first + i, size - i, v);
+                }
+                store(row.data() + i, v);
+            }
+            const double factor = 1 / std::sqrt(sum_of_squares(row.data(), size) / size + epsilon);
+            for (int64_t i = 0; i < size; i += WIDTH) narrow(row.data() + i, widen(row.data() + i) * factor);
+            for (int64_t i = 0; i < size; i += LANES) {
+                const Floats gain = load_part<DTYPE>(weight, i, size - i);
+                store_part<DTYPE>(y, first + i, size - i, rounded<DTYPE>(load(row.data() + i)) * gain);
+            }
+        }
+    }
+}
+
+template <int64_t DTYPE>
+void silu_and_mul_of(const void* x, int64_t tokens, int64_t size, void* out) {
+    const float* const known = DTYPE == FLOAT32 ? nullptr : silu_of_all<DTYPE>();
+#pragma omp parallel if (tokens * size > SERIAL_VALUES)
+    {
+        std::vector<float> gate(size + LANES);
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; ++token) {
+            const int64_t gates = 2 * token * size, ups = gates + size, first = token * size;
+            if (DTYPE == FLOAT32) {
+                load_rows<DTYPE>(x, gates, size, gate.data());
+                silu(gate.data(), size);
+            }
+            for (int64_t i = 0; i < size; i += LANES) {
+                const int64_t count = size - i;
+                const uint16_t* bits = static_cast<const uint16_t*>(x) + gates + i;
+                uint16_t some[LANES] = {};
+                if (count < LANES) bits = static_cast<uint16_t*>(std::memcpy(some, bits, count * sizeof *bits));
+                const Floats gated = DTYPE == FLOAT32 ? load(gate.data() + i) : look_up(known, bits);
+                store_part<DTYPE>(out, first + i, count, gated * load_part<DTYPE>(x, ups + i, count));
+            }
+        }
+    }
 }
 
 }  // namespace
 
 void infoquant::rms_norm(const void* x, const void* residual, const void* weight, int64_t dtype, int64_t tokens,
                          int64_t size, double epsilon, void* y, void* total) {
-#pragma omp parallel if (tokens * size > SERIAL_VALUES)
-    {
-        std::vector<float> values(3 * size);
-        std::vector<uint16_t> halves;
-        float *const row = values.data(), *const other = row + size, *const gain = other + size;
-        load_rows(weight, dtype, 0, size, gain);
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; ++token) {
-            load_rows(x, dtype, token * size, size, row);
-            if (residual) {
-                load_rows(residual, dtype, token * size, size, other);
-                for (int64_t i = 0; i < size; ++i) row[i] += other[i];
-                store_rows(row, token * size, size, total, dtype);
-            }
-            normalise(row, size, epsilon, other);
-            round_to(dtype, other, size, halves);
-            for (int64_t i = 0; i < size; ++i) other[i] *= gain[i];
-            store_rows(other, token * size, size, y, dtype);
-        }
-    }
+    const auto norm = dtype == FLOAT32    ? rms_norm_of<FLOAT32>
+                      : dtype == BFLOAT16 ? rms_norm_of<BFLOAT16>
+                                          : rms_norm_of<FLOAT16>;
+    norm(x, residual, weight, tokens, size, epsilon, y, total);
 }
 
 void infoquant::silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out) {
-    const float* const known = dtype == FLOAT32    ? nullptr
-                               : dtype == BFLOAT16 ? silu_of_all<BFLOAT16>()
-                                                   : silu_of_all<FLOAT16>();
-#pragma omp parallel if (tokens * size > SERIAL_VALUES)
-    {
-        std::vector<float> values(2 * size);
-        float *const gate = values.data(), *const up = gate + size;
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; ++token) {
-            load_rows(x, dtype, (2 * token + 1) * size, size, up);
-            if (known) {
-                const uint16_t* const bits = static_cast<const uint16_t*>(x) + 2 * token * size;
-                for (int64_t i = 0; i < size; ++i) gate[i] = known[bits[i]];
-            } else {
-                load_rows(x, dtype, 2 * token * size, size, gate);
-                silu(gate, size);
-            }
-            for (int64_t i = 0; i < size; ++i) gate[i] *= up[i];
-            store_rows(gate, token * size, size, out, dtype);
-        }
-    }
+    const auto gated = dtype == FLOAT32    ? silu_and_mul_of<FLOAT32>
+                       : dtype == BFLOAT16 ? silu_and_mul_of<BFLOAT16>
+                                           : silu_and_mul_of<FLOAT16>;
+    gated(x, tokens, size, out);
 }
 
 void infoquant::rotary_embedding(const int64_t* positions, int64_t tokens, const void* cos_sin, int64_t rotary_dim,

@@ -109,6 +109,15 @@ inline void store_codes(uint8_t* target, Ints a, Ints b, Ints c, Ints d, int16_t
 #endif
 }
 
+// table[place] for LANES places.
+inline Floats look_up(const float* table, const uint16_t* places) {
+#ifdef __AVX512F__
+    return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)places)), table, 4);
+#else
+    return _mm256_i32gather_ps(table, _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)places)), 4);
+#endif
+}
+
 inline Floats from_float16(const uint16_t* source) {
 #ifdef __AVX512F__
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)source));

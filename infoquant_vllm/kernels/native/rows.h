@@ -75,4 +75,41 @@ inline void store_rows(const float* values, int64_t first, int64_t count, void* 
     std::memcpy(target + i, &halves, (count - i) * sizeof(uint16_t));
 }
 
+// `count` elements from `first` on, LANES or fewer, zeros behind them.
+template <int64_t DTYPE>
+inline Floats load_part(const void* x, int64_t first, int64_t count) {
+    constexpr int64_t BYTES = DTYPE == FLOAT32 ? 4 : 2;
+    const char* const from = static_cast<const char*>(x) + first * BYTES;
+    if (count >= LANES) return load_as<DTYPE>(from);
+    char some[4 * LANES] = {};
+    std::memcpy(some, from, count * BYTES);
+    return load_as<DTYPE>(some);
+}
+
+template <int64_t DTYPE>
+inline void store_part(void* out, int64_t first, int64_t count, Floats v) {
+    constexpr int64_t BYTES = DTYPE == FLOAT32 ? 4 : 2;
+    char* const to = static_cast<char*>(out) + first * BYTES;
+    const auto copy = [&](const auto& values) {
+        if (count >= LANES) {
+            std::memcpy(to, &values, sizeof values);
+        } else {
+            std::memcpy(to, &values, count * BYTES);
+        }
+    };
+    if constexpr (DTYPE == FLOAT32) {
+        copy(v);
+    } else {
+        copy(DTYPE == BFLOAT16 ? to_bfloat16(v) : to_float16(v));
+    }
+}
+
+// To what the dtype can hold.
+template <int64_t DTYPE>
+inline Floats rounded(Floats v) {
+    if constexpr (DTYPE == FLOAT32) return v;
+    const Halves halves = DTYPE == BFLOAT16 ? to_bfloat16(v) : to_float16(v);
+    return load_as<DTYPE>(&halves);
+}
+
 }  // namespace infoquant
