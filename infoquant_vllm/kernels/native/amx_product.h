@@ -11,6 +11,12 @@ struct MatrixTiles {
     static constexpr int ROWS = 32, WIDTH = 16, UNIT = 16;  // of tokens; words side by side; tokens of a register
     static constexpr int FROM = 13;  // tokens: fewer are one tile of the other way, which reads weights faster
 
+    // Weights whose zero points are all alike are multiplied less those.
+    template <int BITS>
+    static bool needs_sums(const Problem& p) {
+        return BITS == 8 || p.weight_zero;
+    }
+
     template <int WEIGHT_BITS, int BITS>
     static void multiply_panels(const Problem& p, const Tile* tiles, int64_t count);
 };
@@ -100,9 +106,9 @@ INLINE void sum_weights(Lines& lines, int64_t group, int64_t first, int64_t coun
 struct Part {
     const Tile* tile;
     int64_t group, channel;
-    const Ints (*dots)[2];         // [ROWS]
-    const Ints* weight_sums;       // [2]
-    Floats (*out)[2];              // [ROWS]: the terms of the groups before it
+    const Ints (*dots)[2];    // [ROWS]
+    const Ints* weight_sums;  // [2]
+    Floats (*out)[2];         // [ROWS]: the terms of the groups before it
 };
 
 // use(row, first half, second half) with what the group adds to the result, for some rows.
@@ -110,9 +116,11 @@ template <int BITS, bool SIGNED, bool GROUPED, typename Use>
 INLINE void terms(const Problem& p, const Part& part, int64_t first, int64_t last, const Use& use) {
     const int64_t channel = part.channel, rows = part.tile->rows;
     const Ints zero[2] = {zero_points(p, part.group, channel), zero_points(p, part.group, channel + HALF)};
-    const Floats weight_scale[2] = {weight_scales(p, part.group, channel), weight_scales(p, part.group, channel + HALF)};
-    const int32_t *const start = part.tile->start + part.group * rows, *const rest = part.tile->rest + part.group * rows;
-    const float* const scale = part.tile->scale + part.group * rows;
+    const Floats weight_scale[2] = {weight_scales(p, part.group, channel),
+                                    weight_scales(p, part.group, channel + HALF)};
+    const int64_t cell = part.group * rows;
+    const int32_t *const start = part.tile->start + cell, *const rest = part.tile->rest + cell;
+    const float* const scale = part.tile->scale + cell;
     const Ints(*const dots)[2] = part.dots;
     const Ints weight_sums[2] = {part.weight_sums[0], part.weight_sums[1]};
     for (int64_t r = first; r < last; r++) {
@@ -132,17 +140,16 @@ INLINE void terms(const Problem& p, const Part& part, int64_t first, int64_t las
 // The results of some rows from their last group.
 template <int BITS, bool SIGNED, bool GROUPED, int64_t TYPE>
 INLINE void write(const Problem& p, const Part& part, int64_t first, int64_t last) {
-    constexpr int64_t BYTES = TYPE == FLOAT32 ? 4 : 2;
-    const int64_t channel = part.channel, left = p.channels - channel;
-    char* const to = static_cast<char*>(p.out) + (part.tile->first * p.channels + channel) * BYTES;
-    const int64_t row = p.channels * BYTES;
+    const int64_t channel = part.channel, left = p.channels - channel, to = part.tile->first * p.channels + channel;
     const Floats scale[2] = {channel_scales(p, channel), channel_scales(p, channel + HALF)};
     const Floats bias[2] = {biases(p, channel), biases(p, channel + HALF)};
     const Floats(*const out)[2] = part.out;
     const bool only = part.group == 0;
     terms<BITS, SIGNED, GROUPED>(p, part, first, last, [&](int64_t r, Floats low, Floats high) {
         if (!only) low = out[r][0] + low, high = out[r][1] + high;
-        store_panel<TYPE>(to + r * row, left, low * scale[0] + bias[0], high * scale[1] + bias[1]);
+        const int64_t row = to + r * p.channels;
+        store_part<TYPE>(p.out, row, left, low * scale[0] + bias[0]);
+        if (left > HALF) store_part<TYPE>(p.out, row + HALF, left - HALF, high * scale[1] + bias[1]);
     });
 }
 
@@ -169,63 +176,80 @@ INLINE void add_rows(const Problem& p, const Part& part, int64_t first, int64_t 
 INLINE void fetch_output(const Problem& p, const Tile& tile, int64_t channel, int64_t first, int64_t last) {
     const int64_t bytes = p.out_type == FLOAT32 ? 4 : 2;
     const char* const to = static_cast<const char*>(p.out) + (tile.first * p.channels + channel) * bytes;
-    for (int64_t r = first; r < last; r++) __builtin_prefetch(to + r * p.channels * bytes, 1);
+    for (int64_t r = first; r < std::min(last, tile.rows); r++) __builtin_prefetch(to + r * p.channels * bytes, 1);
 }
 
-// All tiles in one panel: a few lines of it at a time, of some groups or of a part of one, meet all tokens.
+// Some lines of a panel: of the groups first .. first + groups, from each group's step on `steps` of its lines.
+struct Block {
+    int64_t first, groups, step, steps, channel;
+    bool last;            // ends its groups
+    const uint8_t* next;  // weights of the panel behind these, to be fetched
+    int64_t fetched;      // cache lines of them for each register and tile
+};
+
+// All tiles meet a block. The sums of a tile and a group are added while the next ones are multiplied.
+template <int BITS, bool SIGNED, bool GROUPED>
+void multiply_block(const Problem& p, const Tile* tiles, int64_t count, const Lines& lines, const Block& block,
+                    std::vector<Sums>& kept) {
+    constexpr int64_t DEPTH = MatrixTiles::WIDTH, SOME_ROWS = 8;  // fewer are not worth the start
+    const int64_t padded = round_up(p.steps, DEPTH), registers = (block.steps + DEPTH - 1) / DEPTH;
+    const int64_t fetched_rows = (MatrixTiles::ROWS + registers - 1) / registers;
+    const uint8_t* ahead = block.next;
+    Part before{};  // is added meanwhile, if there is one
+    for (int64_t unit = 0; unit < count * block.groups; unit++) {
+        const int64_t i = unit / block.groups, g = unit % block.groups, group = block.first + g;
+        const Tile& tile = tiles[i];
+        const int64_t room = round_up(tile.rows, MatrixTiles::UNIT);
+        Sums& sums = kept[block.last && block.step == 0 ? unit % 2 : i];  // a tile's own, where a group is met in parts
+        const bool results = block.last && group == p.groups - 1;
+        const int64_t rows = before.tile ? before.tile->rows : 0;
+        const int64_t some_rows = std::max((rows + registers - 1) / registers, SOME_ROWS);
+        const auto meanwhile = [&](int64_t i) {
+            for (int64_t line = 0; line < block.fetched; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+            if (results) fetch_output(p, tile, block.channel, i * fetched_rows, (i + 1) * fetched_rows);
+            const int64_t from = i * some_rows, to = std::min(rows, from + some_rows);
+            if (from < to) add_rows<BITS, SIGNED, GROUPED>(p, before, from, to);
+        };
+        const auto multiply = [&](auto many) {
+            multiply_registers<SIGNED, decltype(many)::value>(
+                reinterpret_cast<const int8_t*>(tile.words + (group * padded + block.step) * room),
+                lines.bytes + g * block.steps * 2 * LINE, registers, block.step == 0,
+                reinterpret_cast<int32_t*>(sums.dots), meanwhile);
+        };
+        if (room > MatrixTiles::UNIT) {
+            multiply(std::true_type{});
+        } else {
+            multiply(std::false_type{});
+        }
+        if (block.last) before = {&tile, group, block.channel, sums.dots, lines.sums[g], kept[i].out};
+    }
+    if (block.last) add_rows<BITS, SIGNED, GROUPED>(p, before, 0, before.tile->rows);
+}
+
+// All tiles in one panel, block by block.
 template <int WEIGHT_BITS, int BITS, bool SIGNED, bool GROUPED>
 void multiply_panel(const Problem& problem, const Tile* tiles, int64_t count, const uint8_t* weights, int64_t channel) {
     const Problem p = problem;
-    constexpr int64_t SOME_ROWS = 8;  // fewer are not worth the start
     constexpr int64_t DEPTH = MatrixTiles::WIDTH, CACHE_LINES = DEPTH * WEIGHT_BITS / 4;  // of a register's weights
     static thread_local Lines lines;
     static thread_local std::vector<Sums> kept;
-    const int64_t padded = round_up(p.steps, DEPTH), some = std::clamp<int64_t>(Lines::MOST / p.steps, 1, p.groups);
-    // A part's sums are kept while the next one is multiplied; tile by tile, where a group is met in parts.
+    const int64_t some = std::clamp<int64_t>(Lines::MOST / p.steps, 1, p.groups);
     const int64_t pieces = (p.steps + Lines::MOST - 1) / Lines::MOST;  // of a group
     const int64_t most = round_up((p.steps + pieces - 1) / pieces, DEPTH);
     if (static_cast<int64_t>(kept.size()) < count + 1) kept.resize(count + 1);
-    const int64_t fetched = (CACHE_LINES + count - 1) / count;
     for (int64_t first = 0; first < p.groups; first += some) {
         const int64_t groups = std::min(some, p.groups - first);
         for (int64_t step = 0; step < p.steps; step += most) {
-            const int64_t steps = std::min(most, p.steps - step), registers = (steps + DEPTH - 1) / DEPTH;
-            const bool last = step + steps == p.steps;
+            const int64_t steps = std::min(most, p.steps - step);
             read_lines<WEIGHT_BITS>(lines, weights, groups * steps, SIGNED ? p.offset : 0);
             weights += groups * steps * LINE * WEIGHT_BITS / 4;
             for (int64_t g = 0; BITS == 8 && g < groups; g++) {
                 if (step == 0) lines.sums[g][0] = lines.sums[g][1] = Ints{};
                 sum_weights(lines, g, g * steps, steps);
             }
-            const uint8_t* ahead = weights;
-            const int64_t fetched_rows = (MatrixTiles::ROWS + registers - 1) / registers;
-            Part before{};  // is added meanwhile, if there is one
-            for (int64_t unit = 0; unit < count * groups; unit++) {
-                const int64_t i = unit / groups, g = unit % groups, room = round_up(tiles[i].rows, MatrixTiles::UNIT);
-                const int32_t* const x = tiles[i].words + ((first + g) * padded + step) * room;
-                Sums& sums = kept[last && step == 0 ? unit % 2 : i];
-                const int64_t rows = before.tile ? before.tile->rows : 0;
-                const int64_t some_rows = std::max((rows + registers - 1) / registers, SOME_ROWS);
-                const bool fetch = last && first + g == p.groups - 1;
-                const auto meanwhile = [&](int64_t r) {
-                    for (int64_t line = 0; line < fetched; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-                    const int64_t from = std::min(rows, r * some_rows), to = std::min(rows, from + some_rows);
-                    if (fetch) fetch_output(p, tiles[i], channel, r * fetched_rows, std::min(tiles[i].rows, (r + 1) * fetched_rows));
-                    if (from < to) add_rows<BITS, SIGNED, GROUPED>(p, before, from, to);
-                };
-                const auto multiply = [&](auto many) {
-                    multiply_registers<SIGNED, decltype(many)::value>(
-                        reinterpret_cast<const int8_t*>(x), lines.bytes + g * steps * 2 * LINE, registers, step == 0,
-                        reinterpret_cast<int32_t*>(sums.dots), meanwhile);
-                };
-                if (room > 16) {
-                    multiply(std::true_type{});
-                } else {
-                    multiply(std::false_type{});
-                }
-                if (last) before = {&tiles[i], first + g, channel, sums.dots, lines.sums[g], kept[i].out};
-            }
-            if (last) add_rows<BITS, SIGNED, GROUPED>(p, before, 0, before.tile->rows);
+            const bool last = step + steps == p.steps;
+            const Block block{first, groups, step, steps, channel, last, weights, (CACHE_LINES + count - 1) / count};
+            multiply_block<BITS, SIGNED, GROUPED>(p, tiles, count, lines, block, kept);
         }
     }
 }
@@ -233,7 +257,7 @@ void multiply_panel(const Problem& problem, const Tile* tiles, int64_t count, co
 template <int WEIGHT_BITS, int BITS>
 void MatrixTiles::multiply_panels(const Problem& p, const Tile* tiles, int64_t count) {
     const amx::Shapes shapes;
-    const bool is_signed = BITS == 4 && !p.weight_zero;
+    const bool is_signed = !needs_sums<BITS>(p);
     const auto multiply = p.weight_groups > 1 ? is_signed ? multiply_panel<WEIGHT_BITS, BITS, BITS == 4, true>
                                                           : multiply_panel<WEIGHT_BITS, BITS, false, true>
                           : is_signed         ? multiply_panel<WEIGHT_BITS, BITS, BITS == 4, false>

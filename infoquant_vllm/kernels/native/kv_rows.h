@@ -139,7 +139,9 @@ inline Floats across(const Floats (&v)[16], const Operation& of) {
     constexpr std::integral_constant<int, 0xDD> odd;
     Floats eight[8], four[4], two[2];
     for (int i = 0; i < 8; ++i) eight[i] = of(shuffle(v[i], v[i + 8], low), shuffle(v[i], v[i + 8], high));
-    for (int i = 0; i < 4; ++i) four[i] = of(shuffle(eight[i], eight[i + 4], even), shuffle(eight[i], eight[i + 4], odd));
+    for (int i = 0; i < 4; ++i) {
+        four[i] = of(shuffle(eight[i], eight[i + 4], even), shuffle(eight[i], eight[i + 4], odd));
+    }
     for (int i = 0; i < 2; ++i) two[i] = of(mix(four[i], four[i + 2], low), mix(four[i], four[i + 2], high));
     const Floats all_rows = of(mix(two[0], two[1], even), mix(two[0], two[1], odd));
     const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);

@@ -2,6 +2,7 @@
 // quantized_linear.cpp says what is computed.
 #pragma once
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "buffer.h"
@@ -34,7 +35,7 @@ struct Problem {
 struct Tile {
     int64_t first, rows;   // tokens
     const int32_t* words;  // [groups, steps / WIDTH, rows, WIDTH]: x, four signed bytes
-    const int32_t* start;  // [groups, rows]: - sum (code - z)
+    const int32_t* start;  // [groups, rows]: - sum (code - z), where SUMMED
     const int32_t* rest;   // [groups, rows]: r
     const float* scale;    // [groups, rows]
 };
@@ -45,7 +46,7 @@ inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1)
 inline int64_t row_words(const Problem& p, int64_t width) { return p.groups * (round_up(p.steps, width) + 3); }
 
 // `rows` of them from `first` on; `room` rows of words are kept for them.
-template <int BITS, int WIDTH>
+template <int BITS, int WIDTH, bool SUMMED>
 Tile make_tile(const Problem& p, int64_t first, int64_t rows, int64_t room, int32_t* words) {
     constexpr int64_t BLOCK = 64;  // words of a row at a time, so that what they are strewn over stays in the L1 cache
     const int64_t steps = round_up(p.steps, WIDTH), cells = p.groups * rows, ratio = p.groups / p.input_groups;
@@ -64,12 +65,8 @@ Tile make_tile(const Problem& p, int64_t first, int64_t rows, int64_t room, int3
                 const uint8_t* const codes = p.codes + (first + r) * p.features + g * p.group_size + 4 * s;
                 const uint8_t taken = BITS == 8 ? 128 : rest[g * rows + r] + 128;
                 int8_t bytes[4 * BLOCK] = {};
-                int32_t sum = 0;
-                for (int64_t k = 0; k < size; k++) {
-                    bytes[k] = static_cast<int8_t>(codes[k] - taken);
-                    sum += codes[k];
-                }
-                start[g * rows + r] -= sum;
+                for (int64_t k = 0; k < size; k++) bytes[k] = static_cast<int8_t>(codes[k] - taken);
+                if (SUMMED) start[g * rows + r] -= std::accumulate(codes, codes + size, int32_t{0});
                 int32_t* const to = words + (g * steps + s) * room + r * WIDTH;
                 for (int64_t i = 0; i < block; i += WIDTH) memcpy(to + i * room, bytes + 4 * i, 4 * WIDTH);
             }
@@ -94,23 +91,11 @@ INLINE Floats weight_scales(const Problem& p, int64_t group, int64_t first) {
     return load_some<Floats>(scales + first, p.channels - first);
 }
 
-// The first `count` elements, or all if there are fewer; of a whole vector the size is known when this is compiled.
-template <typename T, typename V>
-INLINE void store_some(T* to, V vector, int64_t count) {
-    if (count * sizeof(T) >= sizeof(V)) {
-        memcpy(to, &vector, sizeof vector);
-    } else {
-        memcpy(to, &vector, count * sizeof(T));
-    }
-}
-
 INLINE void store(const Problem& p, int64_t token, int64_t channel, Floats x) {
     const int64_t left = p.channels - channel, at = token * p.channels + channel;
-    if (p.out_type == FLOAT32) {
-        store_some(static_cast<float*>(p.out) + at, x, left);
-    } else {
-        store_some(static_cast<uint16_t*>(p.out) + at, p.out_type == BFLOAT16 ? to_bfloat16(x) : to_float16(x), left);
-    }
+    if (p.out_type == BFLOAT16) return store_part<BFLOAT16>(p.out, at, left, x);
+    if (p.out_type == FLOAT16) return store_part<FLOAT16>(p.out, at, left, x);
+    store_part<FLOAT32>(p.out, at, left, x);
 }
 
 // By what to multiply a group's sums before those of groups are added: where all groups share the scale of a channel,
@@ -122,20 +107,6 @@ INLINE Floats group_scales(const Problem& p, int64_t group, int64_t first) {
 // A channel's scale where all groups share it.
 INLINE Floats channel_scales(const Problem& p, int64_t first) {
     return p.weight_groups == 1 ? weight_scales(p, 0, first) : Floats{} + 1;
-}
-
-// The first `count` of two vectors, as TYPE.
-template <int64_t TYPE>
-INLINE void store_panel(char* to, int64_t count, Floats low, Floats high) {
-    constexpr int64_t BYTES = TYPE == FLOAT32 ? 4 : 2;
-    if constexpr (TYPE == FLOAT32) {
-        store_some(reinterpret_cast<float*>(to), low, count);
-        if (count > LANES) store_some(reinterpret_cast<float*>(to + LANES * BYTES), high, count - LANES);
-    } else {
-        const auto rounded = [](Floats x) { return TYPE == BFLOAT16 ? to_bfloat16(x) : to_float16(x); };
-        product::store_some(reinterpret_cast<uint16_t*>(to), rounded(low), count);
-        if (count > LANES) product::store_some(reinterpret_cast<uint16_t*>(to + LANES * BYTES), rounded(high), count - LANES);
-    }
 }
 
 // Sums over the groups, of LANES channels from `first` on, to `out`.

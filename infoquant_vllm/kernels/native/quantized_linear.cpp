@@ -21,7 +21,7 @@ using namespace infoquant::product;
 constexpr int PARTS = HALF / LANES;
 constexpr int MAX_ROWS = LANES == 16 ? 12 : 4;  // of a tile: two accumulators each, without spilling
 constexpr int64_t SCRATCH = 3 << 19;            // bytes of inputs at a time, for them to stay in the L2 cache
-constexpr int64_t RESULTS = 1 << 20;            // and of outputs
+constexpr int64_t RESULTS = 4 << 20;            // and of outputs
 constexpr int64_t PARALLEL = 1 << 19;           // multiplications below which threads cost more than they gain
 constexpr int64_t AHEAD = 2048, AHEAD_WORDS = 192;  // bytes of weights and words of inputs to prefetch
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
@@ -150,6 +150,11 @@ void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, int64_t 
 struct Registers {
     static constexpr int ROWS = MAX_ROWS, WIDTH = 1, UNIT = 1;
 
+    template <int BITS>
+    static bool needs_sums(const Problem&) {
+        return true;
+    }
+
     // All tiles in all panels; runs in every thread of a parallel region.
     template <int WEIGHT_BITS, int BITS>
     static void multiply_panels(const Problem& p, const Tile* tiles, int64_t count);
@@ -191,6 +196,8 @@ void run(const Problem& p) {
     const int64_t chunks = (p.tokens + most - 1) / most;
     static thread_local Buffer<int32_t> scratch;
     static thread_local std::vector<Tile> tiles;
+    const auto make = Way::template needs_sums<BITS>(p) ? make_tile<BITS, Way::WIDTH, true>
+                                                        : make_tile<BITS, Way::WIDTH, false>;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t start = part(chunk, chunks, p.tokens, Way::UNIT);
         const int64_t tokens = part(chunk + 1, chunks, p.tokens, Way::UNIT) - start;
@@ -204,8 +211,7 @@ void run(const Problem& p) {
             for (int64_t i = 0; i < count; i++) {
                 const int64_t first = part(i, count, tokens, Way::UNIT);
                 const int64_t rows = part(i + 1, count, tokens, Way::UNIT) - first;
-                made[i] = make_tile<BITS, Way::WIDTH>(p, start + first, rows, round_up(rows, Way::UNIT),
-                                                      to + first * words);
+                made[i] = make(p, start + first, rows, round_up(rows, Way::UNIT), to + first * words);
             }
             Way::template multiply_panels<WEIGHT_BITS, BITS>(p, made, count);
         }
