@@ -187,7 +187,8 @@ struct Block {
     int64_t fetched;      // cache lines of them for each register and tile
 };
 
-// All tiles meet a block. The sums of a tile and a group are added while the next ones are multiplied.
+// All tiles meet a block. The sums of a tile and a group are added while the next ones are multiplied, and are all
+// added by when those are stored.
 template <int BITS, bool SIGNED, bool GROUPED>
 void multiply_block(const Problem& p, const Tile* tiles, int64_t count, const Lines& lines, const Block& block,
                     std::vector<Sums>& kept) {
@@ -200,7 +201,7 @@ void multiply_block(const Problem& p, const Tile* tiles, int64_t count, const Li
         const int64_t i = unit / block.groups, g = unit % block.groups, group = block.first + g;
         const Tile& tile = tiles[i];
         const int64_t room = round_up(tile.rows, MatrixTiles::UNIT);
-        Sums& sums = kept[block.last && block.step == 0 ? unit % 2 : i];  // a tile's own, where a group is met in parts
+        Sums& sums = kept[block.last && block.step == 0 ? 0 : i];  // a tile's own, where a group is met in parts
         const bool results = block.last && group == p.groups - 1;
         const int64_t rows = before.tile ? before.tile->rows : 0;
         const int64_t some_rows = std::max((rows + registers - 1) / registers, SOME_ROWS);
@@ -236,7 +237,7 @@ void multiply_panel(const Problem& problem, const Tile* tiles, int64_t count, co
     const int64_t some = std::clamp<int64_t>(Lines::MOST / p.steps, 1, p.groups);
     const int64_t pieces = (p.steps + Lines::MOST - 1) / Lines::MOST;  // of a group
     const int64_t most = round_up((p.steps + pieces - 1) / pieces, DEPTH);
-    if (static_cast<int64_t>(kept.size()) < count + 1) kept.resize(count + 1);
+    if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
     for (int64_t first = 0; first < p.groups; first += some) {
         const int64_t groups = std::min(some, p.groups - first);
         for (int64_t step = 0; step < p.steps; step += most) {
