@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from vllm import _custom_ops
 
 from infoquant_vllm.kernels.native import elementwise as compiled
 from infoquant_vllm.kernels.reference import elementwise as reference
@@ -120,4 +121,16 @@ def test_turned_heads_are_those_of_the_reference(
         for found, right in zip(
             kernels.rotary_embedding(positions, query, key, cos_sin, head_size), expected, strict=True
         ):
-            assert torch.equal(found, right)
+            _assert_equal(found, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_turn_as_vllm_turns_them(kernels: ModuleType, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    angles = 100 * torch.rand(50, 32)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
+    query, key, positions = *torch.randn(2, 50, 192).to(dtype), torch.randperm(50)
+    found = kernels.rotary_embedding(positions, query, key, cos_sin, 64)
+    _custom_ops.rotary_embedding(positions, query, key, 64, cos_sin, True)
+    assert torch.equal(found[0], query)
+    assert torch.equal(found[1], key)

@@ -175,8 +175,8 @@ void infoquant::rotary_embedding(const int64_t* positions, int64_t tokens, const
 #pragma GCC ivdep
                 for (int64_t i = 0; i < half; ++i) {
                     const float first = head[i], second = head[i + half];
-                    head[i] = first * cosines[i] - second * sines[i];
-                    head[i + half] = second * cosines[i] + first * sines[i];
+                    head[i] = __builtin_fmaf(-second, sines[i], first * cosines[i]);
+                    head[i + half] = __builtin_fmaf(first, sines[i], second * cosines[i]);
                 }
             }
             store_rows(row, token * size, size, out, x.dtype);

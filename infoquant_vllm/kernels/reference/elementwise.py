@@ -33,7 +33,8 @@ def rotary_embedding(
     """RoPE (Su et al., RoFormer, 2021) of query and key [tokens, heads * head_size] at positions [tokens] int64.
 
     cos_sin [positions, rotary_dim], cosines before sines, in the dtype of both. Of a head's first rotary_dim
-    features i turns with i + rotary_dim / 2, in float32 and rounded once; the others stay.
+    features i turns with i + rotary_dim / 2; the others stay. In float32, the product with the sine fused into the
+    sum, as vLLM's operation for CPUs is compiled.
     """
     cos, sin = cos_sin[positions].float()[:, None].chunk(2, -1)
 
@@ -42,7 +43,9 @@ def rotary_embedding(
             (cos.shape[-1], cos.shape[-1], head_size - cos_sin.shape[1]), -1
         )
         a, b = first.float(), second.float()
-        return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), -1).flatten(-2)
+        left = (a * cos).double() - b.double() * sin.double()  # float64 holds a product of float32 exactly
+        right = (b * cos).double() + a.double() * sin.double()
+        return torch.cat((left.float().to(x.dtype), right.float().to(x.dtype), rest), -1).flatten(-2)
 
     return turned(query), turned(key)
 
