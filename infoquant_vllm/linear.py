@@ -13,7 +13,7 @@ from vllm.model_executor.parameter import (
     RowvLLMParameter,
 )
 
-from infoquant_vllm.format import FormatError, LinearScheme, activation_groups
+from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, check_share
 from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_matrices, prepare_weight
 from infoquant_vllm.ops.table import served_by
@@ -29,9 +29,8 @@ INPUT_TENSORS = ("input_clip", "input_blocks", "input_left", "input_right")
 class InfoQuantLinearMethod(LinearMethodBase):
     """Rotate and quantise the input, then multiply it with the 4-bit or 8-bit weights exactly.
 
-    An input of 16 bits has no clips.
-    Under tensor parallelism a row-parallel layer with one activation group quantises each rank's
-    share of the features on its own: a narrower range, never a wider one.
+    An input of 16 bits has no clips. Under tensor parallelism a row-parallel layer computes from its share of
+    the features what one worker computes of them, or is refused (see `check_share`).
     """
 
     def __init__(self, config: "InfoQuantConfig", scheme: LinearScheme, prefix: str):
@@ -111,17 +110,11 @@ class InfoQuantLinearMethod(LinearMethodBase):
         return dict(zip("qkv" if is_qkv else range(partitions), self.sources, strict=True))
 
     def _check_sizes(self, features: int, all_features: int) -> None:
-        ranks = f"tensor parallelism leaves {features} of {all_features} input features per rank"
-        activations, transform = self.scheme.input_activations, self.scheme.input_transform
-        for label, size in (
-            ("weight group_size", self.scheme.weights.group_size),
-            ("activation group_size", activations.group_size),
-            (f"{transform.type} block_size", transform.block_size),
-            ("kronecker size", all_features if transform.factors is not None else None),
-            ("codes per byte", 8 // self.scheme.weights.num_bits),
-        ):
-            if size is not None and features % size:
-                raise FormatError(f"{self.prefix}: {label} {size} does not divide {features} ({ranks})")
+        try:
+            check_share(self.scheme, all_features, workers=all_features // features)
+        except FormatError as error:
+            raise FormatError(f"{self.prefix}: {error}") from None
+        activations = self.scheme.input_activations
         input_group = None if activations.num_bits == 16 else activations.group_size
         groups = [group for group in (input_group, self.scheme.weights.group_size) if group is not None]
         if len(groups) == 2 and max(groups) % min(groups):

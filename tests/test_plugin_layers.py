@@ -199,9 +199,19 @@ def test_impossible_scales_are_refused_by_place(value: float, said: str) -> None
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_block_that_tensor_parallelism_cuts_is_refused_with_numbers(ranks: int) -> None:
-    message = rf"down_proj: hadamard block_size 384 does not divide {384 // ranks} .* of 384"
+    share = f"the {384 // ranks} of 384 input features that each of {ranks} tensor-parallel workers has"
+    message = rf"down_proj: hadamard block_size 384 does not divide {share}; .*--max-tp {ranks}"
     with _rank(0, ranks), pytest.raises(FormatError, match=message):
         Model().create("mlp.down_proj")
+
+
+def test_a_range_per_token_that_tensor_parallelism_cuts_is_refused() -> None:
+    model = Model(_with_group("out", input_activations={"num_bits": 8}))
+    with (
+        _rank(1, 2),
+        pytest.raises(FormatError, match=r"o_proj: activation range per token, of 256 does not divide the 128"),
+    ):
+        model.create("self_attn.o_proj")
 
 
 def _with_group(name: str, **changes: Any) -> dict[str, Any]:

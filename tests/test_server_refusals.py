@@ -68,7 +68,7 @@ CASES = {
     "unquantised model": Case(unquantised, ("infoquant quantize",), ("--quantization", "infoquant")),
     "tensor parallelism through a block": Case(
         sound,
-        ("down_proj", "384", "192"),
+        ("down_proj", "384", "192", "--max-tp 2"),
         ("--tensor-parallel-size", "2"),
         (("VLLM_CPU_OMP_THREADS_BIND", "0|1"),),  # vLLM shares out NUMA nodes by itself, but not the cores of one
     ),

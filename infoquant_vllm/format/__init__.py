@@ -23,6 +23,7 @@ from infoquant_vllm.format.schema import (
     WeightArgs,
     parse_config,
 )
+from infoquant_vllm.format.sharding import check_share
 from infoquant_vllm.format.tensors import (
     ModelShape,
     TensorSpec,
@@ -53,6 +54,7 @@ __all__ = [
     "apply_hadamard",
     "cache_tensors",
     "cell_bytes",
+    "check_share",
     "check_values",
     "expected_tensors",
     "hadamard",

@@ -9,6 +9,7 @@ from infoquant_vllm.format.architectures import ARCHITECTURES, architecture_name
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import hadamard_dense
 from infoquant_vllm.format.schema import ActivationArgs, KVCacheArgs, LinearScheme, QuantizationConfigData, Size
+from infoquant_vllm.format.sharding import check_share
 
 
 class TensorSpec(BaseModel):
@@ -115,14 +116,7 @@ def activation_groups(args: ActivationArgs, in_features: int) -> int:
 def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
     """Tensors of one quantised linear by their local names; raises FormatError for sizes that do not divide."""
     weights, activations, transform = scheme.weights, scheme.input_activations, scheme.input_transform
-    for label, size in (
-        ("weight group_size", weights.group_size),
-        ("activation group_size", activations.group_size),
-        ("input_transform block_size", transform.block_size),
-        ("bytes per packed row times", 8 // weights.num_bits),
-    ):
-        if size is not None and in_features % size:
-            raise FormatError(f"{label} {size} does not divide its {in_features} input features")
+    check_share(scheme, in_features)
     if transform.type == "hadamard" and transform.block_size is not None:
         hadamard_dense(transform.block_size)
     if transform.factors is not None and math.prod(transform.factors) != in_features:
