@@ -65,6 +65,16 @@ def quantize(
         ),
     ] = "self",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same checkpoint.")] = 0,
+    max_tp: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tp",
+            min=1,
+            max=1024,
+            help="Up to how many tensor-parallel workers may serve it: rotations and ranges of o_proj and down_proj "
+            "keep to each worker's share.  [default: the recipe's, 1 in presets]",
+        ),
+    ] = None,
     device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.auto,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint written earlier.")] = False,
@@ -92,6 +102,7 @@ def quantize(
             recipe=recipe,
             calibration=calibration,
             seed=seed,
+            max_tp=max_tp,
             device=device.value,
             overwrite=overwrite,
             dry_run=dry_run,

@@ -8,7 +8,7 @@ from torch import nn
 
 from infoquant_vllm.format import ActivationArgs, InputTransform, ModelShape, WeightArgs, activation_groups
 from offline.layer import local_tensors
-from offline.recipe import SITES, KVCache, Recipe, Site
+from offline.recipe import SITES, KVCache, Recipe
 from offline.simulated import dequantised_weight
 from offline.straight_through import fake_quantize
 from offline.trained_cache import ATTENTION, TrainedCache, register_attention
@@ -33,9 +33,8 @@ class ClippedLayer(nn.Module):
         self._inputs: dict[str, ClippedInput] = {}
         self._cache: ClippedCache | None = None
         for name, linears in SITES.items():
-            site: Site = getattr(recipe.sites, name)
             _, features = shape.linears()[f"model.layers.0.{linears[0]}"]
-            args, transform = site.input_activations.for_model(shape), recipe.input_transform(name, shape)
+            args, transform = recipe.input_activations(name, shape), recipe.input_transform(name, shape)
             self._inputs[name] = ClippedInput(transform, local_tensors(tensors, linears[0]), args, features)
             place = SHARED.get(name, linears[0])
             found = layer.get_submodule(place)

@@ -2,7 +2,7 @@
 
 import torch
 
-from infoquant_vllm.format import InputTransform, ModelShape, activation_groups, pack_codes
+from infoquant_vllm.format import ActivationArgs, InputTransform, ModelShape, activation_groups, pack_codes
 from offline.clip_search import search_clips
 from offline.gptq import gptq, output_error
 from offline.recipe import SITES, Recipe, Site
@@ -39,7 +39,8 @@ def quantize_layer(
         hessian = None
         if hessians is not None:
             hessian = transform_hessian(hessians[linears[0]], transform, tensors_of_input)
-        clip = _input_clip(site, shape, weights[0].shape[1], samples.get(linears[0]), transform, tensors_of_input)
+        args, features = recipe.input_activations(name, shape), weights[0].shape[1]
+        clip = _input_clip(site.clip, args, features, samples.get(linears[0]), transform, tensors_of_input)
         for linear, weight, rounded in zip(linears, weights, _round(weights, hessian, site, recipe), strict=True):
             tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site).items()}
             tensors |= {f"{linear}.{key}": t.clone() for key, t in (tensors_of_input | clip).items()}
@@ -62,20 +63,19 @@ def _round(
 
 
 def _input_clip(
-    site: Site,
-    shape: ModelShape,
+    clip: float | str,
+    args: ActivationArgs,
     features: int,
     sample: torch.Tensor | None,
     transform: InputTransform,
     tensors: InputTensors,
 ) -> dict[str, torch.Tensor]:
     """The factors on the ranges of an input, where it has any."""
-    args = site.input_activations.for_model(shape)
     if args.num_bits == 16:
         return {}
     groups = activation_groups(args, features)
-    if site.clip != "search":
-        return {"input_clip": torch.full((groups, 2), site.clip)}
+    if not isinstance(clip, str):
+        return {"input_clip": torch.full((groups, 2), clip)}
     assert sample is not None  # such recipes need calibration
     return {"input_clip": search_clips(transform_input(sample, transform, tensors), args, groups)}
 

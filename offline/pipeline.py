@@ -54,6 +54,7 @@ def quantize(
     recipe: Recipe | str | Path | None = None,
     calibration: str = "self",
     seed: int = 0,
+    max_tp: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
@@ -68,6 +69,7 @@ def quantize(
         recipe: a `Recipe`, or the path of a YAML file that holds one.
         calibration: "self", a text or JSONL file, or a data set name (see `calibration_tokens`).
         seed: same seed, source and calibration: same bytes, on the same machine.
+        max_tp: how many workers of tensor parallelism may serve the checkpoint; None: what the recipe says, mostly 1.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         overwrite: replace an output that this tool wrote earlier.
         dry_run: check everything and compute the sizes, but write nothing.
@@ -77,6 +79,7 @@ def quantize(
     """
     chosen = preset_named(preset) if recipe is None else recipe
     chosen = chosen if isinstance(chosen, Recipe) else load_recipe(chosen)
+    chosen = chosen if max_tp is None else chosen.model_copy(update={"max_tp": max_tp})
     model = Source.open(source)
     check_output(Path(output), model.folder, overwrite)
     try:

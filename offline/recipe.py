@@ -16,8 +16,10 @@ from infoquant_vllm.format import (
     ModelShape,
     QuantizationConfigData,
     WeightArgs,
+    check_share,
 )
 from offline.errors import ToolError
+from offline.workers import common_share, worker_counts
 
 SITES: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -26,6 +28,8 @@ SITES: dict[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 """Linears of a decoder layer that share an input, by the name of that input."""
+CUT_SITES = ("o", "down")
+"""Those whose features tensor parallelism shares out among its workers; the others every worker has whole."""
 
 Clip = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -182,6 +186,8 @@ class Recipe(_Strict):
     psot_layer: PsotLayer = PsotLayer()
     learned_clips: LearnedClips | None = None
     distillation: Distillation | None = None
+    max_tp: Annotated[int, Field(ge=1, le=1024)] = 1
+    """How many workers of tensor parallelism may serve it: rotations and ranges keep to a worker's share."""
 
     @model_validator(mode="after")
     def _what_reads_statistics_goes_with_gptq(self) -> "Recipe":
@@ -204,7 +210,8 @@ class Recipe(_Strict):
     def input_transform(self, site: str, shape: ModelShape) -> InputTransform:
         """What the inputs of that site (see SITES) are multiplied by at run time."""
         if site == "down" and self.transform != "none":
-            return InputTransform(type="hadamard", block_size=shape.intermediate_size)
+            block = common_share(shape.intermediate_size, shape, self.max_tp)
+            return InputTransform(type="hadamard", block_size=block)
         if site in ("qkv", "gate_up") and self.transform == "psot-layer":
             blocks = self.psot_layer.blocks
             if shape.hidden_size % blocks:
@@ -212,19 +219,32 @@ class Recipe(_Strict):
             return InputTransform(type="blocks", block_size=shape.hidden_size // blocks)
         return InputTransform()
 
+    def input_activations(self, site: str, shape: ModelShape) -> ActivationArgs:
+        """The codes of that site's inputs; a range per token becomes one per worker where they are cut."""
+        args = getattr(self.sites, site).input_activations.for_model(shape)
+        if site not in CUT_SITES or args.strategy != "token" or args.num_bits == 16:
+            return args
+        _, features = shape.linears()[f"model.layers.0.{SITES[site][0]}"]
+        share = common_share(features, shape, self.max_tp)
+        return args if share == features else args.model_copy(update={"strategy": "group", "group_size": share})
+
     def quantization_config(self, shape: ModelShape) -> QuantizationConfigData:
-        """`quantization_config` of the checkpoint that this recipe makes of a model of that shape."""
+        """`quantization_config` of the checkpoint that this recipe makes of a model of that shape.
+
+        Raises FormatError where the sizes of blocks or groups do not suit the model, or `max_tp` workers.
+        """
         rotated = self.transform != "none"
         groups = {
             name: ConfigGroup(
                 targets=list(linears),
                 weights=site.weights,
-                input_activations=site.input_activations.for_model(shape),
+                input_activations=self.input_activations(name, shape),
                 input_transform=self.input_transform(name, shape),
             )
             for name, linears in SITES.items()
             for site in [getattr(self.sites, name)]
         }
+        self._check_shares(groups, shape)
         kv_cache = None
         if self.kv_cache is not None:
             kv_cache = KVCacheArgs(
@@ -242,6 +262,16 @@ class Recipe(_Strict):
             tied_residual_rotation=self.transform in ("hadamard", "psot-shared") and shape.tie_word_embeddings,
             vocabulary_bits=self.vocabulary_bits,
         )
+
+    def _check_shares(self, groups: dict[str, ConfigGroup], shape: ModelShape) -> None:
+        linears = shape.linears()
+        for name in CUT_SITES:
+            module = SITES[name][0]
+            for workers in worker_counts(shape, self.max_tp)[1:]:
+                try:
+                    check_share(groups[name], linears[f"model.layers.0.{module}"][1], workers)
+                except FormatError as error:
+                    raise FormatError(f"{module} with max_tp {self.max_tp}: {error}") from None
 
     def dump(self) -> str:
         """The recipe as YAML; `load_recipe` reads it back."""

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from benchmarks.models import language_reference, quantised, source_model
 from benchmarks.server import Server
 from offline.text import text_windows
+from tests.engine import Engine, running_engine
 
 LOG_TAIL = 3000
 
@@ -50,6 +51,13 @@ def eight_bits(smollm2: Path) -> Path:
 def windows(smollm2: Path) -> torch.Tensor:
     """English prose no model here was calibrated on: int64 [4 windows, 512 tokens]."""
     return text_windows(str(language_reference()), AutoTokenizer.from_pretrained(smollm2), 4, 512, seed=0)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Generator[Engine]:
+    """vLLM's engine, for one model after another."""
+    with running_engine() as running:
+        yield running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

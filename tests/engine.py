@@ -1,0 +1,121 @@
+"""vLLM's engine without a server: for tests of numbers, a few seconds a model instead of half a minute.
+
+All models of a test run live one after another in one process, which imports vLLM once.
+"""
+
+import gc
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+Tokens = list[int]
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several workers share what cores there are
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+DEFAULTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 2**26,
+    "disable_log_stats": False,
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine makes of a prompt; log-probabilities in nats.
+
+    prompt: of each of its tokens but the first
+    tokens, logprobs: generated greedily
+    cached: how many tokens of the prompt came from the prefix cache
+    """
+
+    prompt: list[float]
+    tokens: Tokens
+    logprobs: list[float]
+    cached: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """The answers to each batch, in order, and the engine's counters after the last."""
+
+    answers: list[list[Answer]]
+    counters: dict[str, float]
+
+
+class Engine:
+    """Loads models one at a time in its process."""
+
+    def __init__(self, pool: ProcessPoolExecutor):
+        self._pool = pool
+
+    def run(
+        self, model: Path, *batches: list[Tokens], max_tokens: int = 1, calls: tuple[str, ...] = (), **options: Any
+    ) -> Run:
+        """Answer batches of prompts, one batch at a time.
+
+        calls: methods of vLLM's worker, called between the first batch and the second
+        options: of `vllm.LLM`
+
+        Whatever vLLM raises is raised here.
+        """
+        return self._pool.submit(_run, str(model), batches, max_tokens, calls, DEFAULTS | options).result()
+
+
+@contextmanager
+def running_engine() -> Iterator[Engine]:
+    """An engine's process, ended with the block."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prepare) as pool:
+        yield Engine(pool)
+
+
+def _prepare() -> None:
+    os.environ.update(ENVIRONMENT)
+
+
+def _run(
+    model: str, batches: tuple[list[Tokens], ...], max_tokens: int, calls: tuple[str, ...], options: dict[str, Any]
+) -> Run:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(model, **options)
+    try:
+        answers = []
+        for number, batch in enumerate(batches):
+            params = SamplingParams(
+                temperature=0, max_tokens=max_tokens, logprobs=0, prompt_logprobs=0, ignore_eos=True, detokenize=False
+            )
+            outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], params, use_tqdm=False)
+            answers.append([_answer(output) for output in outputs])
+            for call in calls if number == 0 else ():
+                llm.collective_rpc(call)
+        counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+        return Run(answers, counters)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _answer(output: Any) -> Answer:
+    places = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
+    choice = output.outputs[0]
+    return Answer(
+        [place[token].logprob for token, place in places],
+        list(choice.token_ids),
+        [place[token].logprob for token, place in zip(choice.token_ids, choice.logprobs, strict=True)],
+        output.num_cached_tokens or 0,
+    )
