@@ -137,11 +137,13 @@ def _attend_with_one_token(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface for the last token of each row, which sees all others.
+    """Transformers' attention interface for the last token of each row, which sees all others, or those in its window.
 
     query [rows, heads, 1, head_size]; key, value [rows, kv_heads, tokens, head_size]. The heads that share
     a kv-head stand in for tokens, so that keys and values need not be copied for each of them.
     """
+    window = kwargs.get("sliding_window") or key.shape[2]
+    key, value = key[:, :, -window:], value[:, :, -window:]
     grouped = query.view(len(query), key.shape[1], -1, query.shape[3])
     out = functional.scaled_dot_product_attention(grouped, key, value, scale=kwargs.get("scaling"))
     return out.reshape(len(query), 1, -1, query.shape[3]), None

@@ -272,18 +272,21 @@ def cached_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface over a quantised cache, `module.attn`: a `SimulatedCache`.
 
     Queries and keys come without their rotary embedding, which `module.rotary` applies here.
 
-    query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size]. The
-    sequences of a batch are of one length; what the mask says beyond causality and the window is not looked at.
+    query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size], or those that
+    the window can reach; position_ids [1, tokens], None where keys are there from the first on. The sequences of a
+    batch are of one length; what the mask says beyond causality and the window is not looked at.
     Transformers' own cache stays exact: the codes of a token are the same whenever they are made.
     """
     cache, rotary = module.attn, module.rotary
     assert isinstance(cache, SimulatedCache)
     assert isinstance(rotary, DeferredRotary)
-    query, key = rotary.turn(query, key.shape[2] - query.shape[2]), rotary.turn(key, 0)
+    end = key.shape[2] if position_ids is None else int(position_ids[0, -1]) + 1
+    query, key = rotary.turn(query, end - query.shape[2]), rotary.turn(key, end - key.shape[2])
     return cache.attend(query, key, value, scaling, sliding_window), None

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from offline.architectures import empty_model, read_config
+from offline.attention import register_windowed_attention
 from offline.source import Source
 from offline.transforms import Transforms
 
@@ -23,7 +24,7 @@ class Stream:
 
     def __init__(self, source: Source, tokens: torch.Tensor, transforms: Transforms | None, device: torch.device):
         config = read_config(source.shape, source.hf_config, source.folder / "config.json")
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = register_windowed_attention()
         model = empty_model(source.shape, config).model
         self._layer = model.layers[0].to_empty(device=device).eval().requires_grad_(False)
         self.hidden = nn.functional.embedding(tokens, source.tensor("model.embed_tokens.weight")).float()

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from offline.attention import windowed_attention
 from offline.straight_through import fake_store
 from offline.transforms import hadamard_product
 
@@ -54,5 +54,4 @@ def _attention(
     cache = module.attn
     assert isinstance(cache, TrainedCache)
     key, value = cache(key, value)
-    out, _ = sdpa_attention_forward(module, cache.rotate(query), key, value, attention_mask, **kwargs)
-    return out, None
+    return windowed_attention(module, cache.rotate(query), key, value, attention_mask, **kwargs)

@@ -5,7 +5,7 @@ All models of a test run live one after another in one process, which imports vL
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,12 +37,14 @@ class Answer:
 
     prompt: of each of its tokens but the first
     tokens, logprobs: generated greedily
+    likeliest: of the prompt's tokens but the first and of the generated ones, by token, as many as were asked for
     cached: how many tokens of the prompt came from the prefix cache
     """
 
     prompt: list[float]
     tokens: Tokens
     logprobs: list[float]
+    likeliest: list[dict[int, float]]
     cached: int
 
 
@@ -54,6 +56,10 @@ class Run:
     counters: dict[str, float]
 
 
+class EngineError(RuntimeError):
+    """What vLLM raised, by name and message: not all of its errors can be sent between processes."""
+
+
 class Engine:
     """Loads models one at a time in its process."""
 
@@ -61,16 +67,27 @@ class Engine:
         self._pool = pool
 
     def run(
-        self, model: Path, *batches: list[Tokens], max_tokens: int = 1, calls: tuple[str, ...] = (), **options: Any
+        self,
+        model: Path,
+        *batches: list[Tokens],
+        max_tokens: int = 1,
+        top: int = 0,
+        of_prompts: bool = True,
+        calls: Sequence[tuple[str, dict[str, Any]]] = (),
+        **options: Any,
     ) -> Run:
         """Answer batches of prompts, one batch at a time.
 
-        calls: methods of vLLM's worker, called between the first batch and the second
+        max_tokens: to generate, whatever they are
+        top: how many of the likeliest tokens to tell at each position
+        of_prompts: whether to tell log-probabilities of prompts, for which vLLM reads all of each, cached or not
+        calls: methods of vLLM's worker and their arguments, called between the first batch and the second
         options: of `vllm.LLM`
 
-        Whatever vLLM raises is raised here.
+        Raises EngineError with whatever vLLM raises.
         """
-        return self._pool.submit(_run, str(model), batches, max_tokens, calls, DEFAULTS | options).result()
+        options = DEFAULTS | {"max_logprobs": top} | options
+        return self._pool.submit(_run, str(model), batches, max_tokens, top, of_prompts, calls, options).result()
 
 
 @contextmanager
@@ -85,22 +102,36 @@ def _prepare() -> None:
 
 
 def _run(
-    model: str, batches: tuple[list[Tokens], ...], max_tokens: int, calls: tuple[str, ...], options: dict[str, Any]
+    model: str,
+    batches: tuple[list[Tokens], ...],
+    max_tokens: int,
+    top: int,
+    of_prompts: bool,
+    calls: Sequence[tuple[str, dict[str, Any]]],
+    options: dict[str, Any],
 ) -> Run:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(model, **options)
+    try:
+        llm = LLM(model, **options)
+    except Exception as error:
+        raise EngineError(f"{type(error).__name__}: {error}") from None
     try:
         answers = []
         for number, batch in enumerate(batches):
             params = SamplingParams(
-                temperature=0, max_tokens=max_tokens, logprobs=0, prompt_logprobs=0, ignore_eos=True, detokenize=False
+                temperature=0,
+                max_tokens=max_tokens,
+                logprobs=top,
+                prompt_logprobs=top if of_prompts else None,
+                ignore_eos=True,
+                detokenize=False,
             )
             outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], params, use_tqdm=False)
             answers.append([_answer(output) for output in outputs])
             for call in calls if number == 0 else ():
-                llm.collective_rpc(call)
+                llm.collective_rpc(call[0], kwargs=call[1])
         counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
         return Run(answers, counters)
     finally:
@@ -111,11 +142,15 @@ def _run(
 
 
 def _answer(output: Any) -> Answer:
-    places = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
     choice = output.outputs[0]
+    told = output.prompt_logprobs or [None]
+    prompt, generated = output.prompt_token_ids[1 : len(told)], list(choice.token_ids)
+    places = [*told[1:], *choice.logprobs]
+    taken = [place[token].logprob for token, place in zip([*prompt, *generated], places, strict=True)]
     return Answer(
-        [place[token].logprob for token, place in places],
-        list(choice.token_ids),
-        [place[token].logprob for token, place in zip(choice.token_ids, choice.logprobs, strict=True)],
+        taken[: len(prompt)],
+        generated,
+        taken[len(prompt) :],
+        [{token: entry.logprob for token, entry in place.items()} for place in places],
         output.num_cached_tokens or 0,
     )

@@ -106,8 +106,12 @@ MISTRAL, QWEN2, QWEN3 = "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausa
             r"architectures is \['MixtralForCausalLM'\]; this release knows LlamaForCausalLM, M",
         ),
         ("Qwen3MoeForCausalLM", {}, "Qwen3MoeForCausalLM"),
-        (MISTRAL, {"sliding_window": 512}, r"sliding_window 512 is below max_position_embeddings 1024 .* Mistral"),
-        (MISTRAL, {"max_position_embeddings": 32768}, "sliding_window 4096 is below max_position_embeddings 32768"),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window is 0, expected a number of tokens .* Mistral"),
+        (
+            MISTRAL,
+            {"sliding_window": 512, "layer_types": ["full_attention"] * 2},
+            "sliding_window 512 is below max_position_embeddings 1024",
+        ),
         (MISTRAL, {"sliding_window": None, "attention_bias": True}, "attention_bias is True"),
         ("LlamaForCausalLM", {"sliding_window": 512}, "sliding_window 512"),
         (QWEN2, {"use_sliding_window": True}, "use_sliding_window is true.* with Qwen2ForCausalLM"),
@@ -133,6 +137,8 @@ def test_architectures_that_are_no_one_name_are_refused(architectures: object) -
     [
         (MISTRAL, {"sliding_window": None}),
         (MISTRAL, {"sliding_window": 1024}),
+        (MISTRAL, {"sliding_window": 512}),
+        (MISTRAL, {"max_position_embeddings": 32768}),
         (QWEN2, {"use_sliding_window": False, "sliding_window": 512, "max_window_layers": 1}),
         (QWEN3, {"layer_types": ["full_attention"] * 2}),
     ],

@@ -9,10 +9,12 @@ from infoquant_vllm.format import ARCHITECTURES
 from offline import PRESETS, quantize
 from offline.architectures import RULES
 from offline.evaluate import compare
+from offline.fold import fold_layer
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Psot
 from offline.simulate import load_simulated
 from offline.source import Source
+from offline.stream import Stream
 from tests.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
 
 SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}
@@ -28,6 +30,17 @@ def test_format_and_tool_know_the_same_classes() -> None:
 
 def test_every_class_is_among_the_tiny_models() -> None:
     assert {SIZES[size].get("architecture", "LlamaForCausalLM") for size in FAMILIES} == set(RULES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", FAMILIES)
+def test_layers_one_by_one_compute_what_the_model_does(tmp_path: Path, size: str) -> None:
+    source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(1))
+    stream, model = Stream(source, tokens, None, torch.device("cpu")), source.model(torch.float32).model
+    for layer in range(source.shape.num_hidden_layers):
+        stream.advance(fold_layer(source, layer, None), [], lambda *_: None)
+    torch.testing.assert_close(model.norm(stream.hidden), model(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("preset", LARGEST_KL)

@@ -10,7 +10,7 @@ import torch
 from offline.calibration import calibration_tokens, save_tokens
 from offline.errors import ToolError
 from offline.source import Source
-from tests.tiny import write_source
+from tests.tiny import SIZES, write_source
 
 WORDS = "".join(f"line {number} of a text\n" for number in range(400))
 END = 2
@@ -75,8 +75,10 @@ def test_a_file_of_something_else_is_refused(source: Source, tmp_path: Path) -> 
         save_tokens(tmp_path / "tokens.pt", torch.zeros(1, 1))
 
 
-def test_sampled_tokens_follow_the_models_distribution(source: Source) -> None:
+@pytest.mark.parametrize("size", ["tied", "mistral-window"])
+def test_sampled_tokens_follow_the_models_distribution(size: str, tmp_path: Path) -> None:
     """Of what the model gave 90% of its probability to, about 90% must come out."""
+    source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = calibration_tokens("self", source, 32, 64, 0)
     with torch.no_grad():
         probabilities = source.model(torch.bfloat16)(tokens).logits.float().softmax(-1)[:, 8:-1]

@@ -237,8 +237,12 @@ def test_token_does_not_depend_on_those_after_it_or_beside_it(tmp_path: Path) ->
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
 
 
-def test_decoding_with_transformers_cache_equals_one_pass(tmp_path: Path) -> None:
-    model = load_simulated(write_random(tmp_path / "checkpoint"), torch.float32)
+WINDOW = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5}
+
+
+@pytest.mark.parametrize("changes", [{}, WINDOW], ids=["all tokens", "a window"])
+def test_decoding_with_transformers_cache_equals_one_pass(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = load_simulated(write_random(tmp_path / "checkpoint", **changes), torch.float32)
     tokens = torch.randint(3, 500, (1, 12), generator=torch.Generator().manual_seed(7))
     first = model(tokens[:, :8], use_cache=True)
     rest = model(tokens[:, 8:], past_key_values=first.past_key_values)

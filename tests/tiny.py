@@ -31,12 +31,13 @@ SIZES: dict[str, dict[str, Any]] = {
         }
     },
     "mistral": {"architecture": "MistralForCausalLM", "tie_word_embeddings": False, "sliding_window": 512},
+    "mistral-window": {"architecture": "MistralForCausalLM", "tie_word_embeddings": False, "sliding_window": 24},
     "qwen2": {"architecture": "Qwen2ForCausalLM"},
     "qwen3": {"architecture": "Qwen3ForCausalLM", "head_dim": 128},
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
-FAMILIES = ("llama3-rope", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama3-rope", "mistral", "mistral-window", "qwen2", "qwen3")
 """Those that differ in more than sizes."""
 
 

@@ -14,6 +14,7 @@ class Architecture:
     bias_fields: those of `attention_bias` and `mlp_bias` that add biases to all linears of their part
     qkv_bias: q, k and v carry a bias whatever the config says, o none
     qk_norm: RMSNorms over each head of queries and of keys before RoPE, `q_norm` and `k_norm` [head_dim]
+    windows: `sliding_window` is that of every layer
     free_head_dim: `head_dim` may be another than hidden_size / num_attention_heads
     defaults: what a field stands for where config.json does not name it
     """
@@ -21,6 +22,7 @@ class Architecture:
     bias_fields: tuple[str, ...] = ()
     qkv_bias: bool = False
     qk_norm: bool = False
+    windows: bool = False
     free_head_dim: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -28,7 +30,7 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(bias_fields=("attention_bias", "mlp_bias")),
     "MistralForCausalLM": Architecture(
-        defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072}
+        windows=True, defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072}
     ),
     "Qwen2ForCausalLM": Architecture(
         qkv_bias=True, free_head_dim=False, defaults={"num_key_value_heads": 32, "use_sliding_window": False}
@@ -62,7 +64,7 @@ def _not_served(architecture: Architecture, config: dict[str, Any]) -> str | Non
         return "dual_chunk_attention_config is set (attention in chunks)"
     if not architecture.free_head_dim and not _is_share_of_hidden(settings):
         return f"head_dim {settings['head_dim']!r} is not hidden_size / num_attention_heads"
-    return _sliding_window(settings, "use_sliding_window" in architecture.defaults)
+    return _sliding_window(settings, architecture)
 
 
 def _is_share_of_hidden(settings: dict[str, Any]) -> bool:
@@ -72,14 +74,18 @@ def _is_share_of_hidden(settings: dict[str, Any]) -> bool:
     return isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and head_dim == hidden // heads
 
 
-def _sliding_window(settings: dict[str, Any], has_switch: bool) -> str | None:
-    """The words for a window that cuts off any position that the model takes."""
+def _sliding_window(settings: dict[str, Any], architecture: Architecture) -> str | None:
+    """The words for a window that not every layer has, or that transformers and vLLM would not both apply."""
     kinds = settings.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and set(map(str, kinds)) <= {"full_attention"}):
         return f"layer_types is {kinds!r:.80}, not full_attention throughout"
-    if has_switch:
+    if "use_sliding_window" in architecture.defaults:
         return "use_sliding_window is true" if settings["use_sliding_window"] else None
     window, longest = settings.get("sliding_window"), settings.get("max_position_embeddings")
-    if window is None or (isinstance(window, int) and isinstance(longest, int) and window >= longest):
+    if window is None:
         return None
-    return f"sliding_window {window!r} is below max_position_embeddings {longest!r} (null switches it off)"
+    if type(window) is not int or window < 1:
+        return f"sliding_window is {window!r}, expected a number of tokens (null switches it off)"
+    if (isinstance(longest, int) and window >= longest) or (architecture.windows and kinds is None):
+        return None
+    return f"sliding_window {window} is below max_position_embeddings {longest!r} (null switches it off)"

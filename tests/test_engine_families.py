@@ -1,9 +1,9 @@
-"""Every model class of the table, served by vLLM, says what the simulation says.
+"""Every model class of the table, run by vLLM, says what the simulation says, of prompts and of what it generates.
 
-On tiny random models in float32; see test_server_equality.py. Between them they have the codes of
-`fast` and of `best`, and caches with several pairs of bits for keys and values. A last bit may flip a
-code that was all but a tie, and so change the rest of a window: most positions must be equal, and
-the few behind such a code near.
+On tiny random models in float32; see test_server_equality.py. Prompts come in chunks, while which a sliding window
+gives blocks of the cache back. Between them they have the codes of `fast` and of `best`, and caches with several pairs
+of bits for keys and values. A last bit may flip a code that was all but a tie, and so change the rest of a window: most
+positions must be equal, and the few behind such a code near.
 """
 
 from pathlib import Path
@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.scores import kl_divergence, score
-from benchmarks.server import serve
+from benchmarks.scores import Scores, kl_divergence
 from offline import PRESETS, quantize
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, Psot, Recipe
 from offline.simulate import load_simulated
-from tests.test_server_equality import TOP, scores_of
+from tests.engine import Engine
+from tests.test_server_equality import scores_of
 from tests.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
 
-ARGUMENTS = ("--dtype", "float32", "--max-model-len", "512", "--max-logprobs", str(TOP))
+CHUNKS = {"block_size": 32, "max_num_batched_tokens": 64}
 SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}
 ROUNDED_AS = {"mistral": ("best", 4, 4), "qwen2": ("fast", 8, 4), "qwen3": ("best", 4, 8)}
 """By family: preset, bits of keys, of values; else those of `fast`."""
@@ -36,12 +36,16 @@ def recipe_for(family: str) -> Recipe:
 
 
 @pytest.mark.parametrize("size", FAMILIES)
-def test_served_is_what_the_simulation_computes(size: str, tmp_path: Path) -> None:
+def test_served_is_what_the_simulation_computes(size: str, engine: Engine, tmp_path: Path) -> None:
     checkpoint, recipe = tmp_path / "checkpoint", recipe_for(size)
     quantize(write_source(tmp_path / "source", **SIZES[size]), checkpoint, recipe=recipe, progress=silent)
-    windows = torch.randint(3, VOCAB_SIZE - 13, (4, 256), generator=torch.Generator().manual_seed(3))
-    with serve(checkpoint, tmp_path / "server.log", "--enforce-eager", *ARGUMENTS) as server:
-        served = score(server, windows, TOP)
+    prompts = torch.randint(3, VOCAB_SIZE - 13, (4, 240), generator=torch.Generator().manual_seed(3)).tolist()
+    (answers,) = engine.run(checkpoint, prompts, max_tokens=16, top=VOCAB_SIZE, **CHUNKS).answers
+    served = Scores(
+        -torch.tensor([answer.prompt + answer.logprobs for answer in answers], dtype=torch.float64),
+        [answer.likeliest for answer in answers],
+    )
+    windows = torch.tensor([prompt + answer.tokens for prompt, answer in zip(prompts, answers, strict=True)])
     model = load_simulated(checkpoint, torch.float32)
     with torch.no_grad():
         simulated = scores_of(model(windows[:, :-1]).logits.double(), windows)
