@@ -34,6 +34,7 @@ class InfoQuantConfig(QuantizationConfig):
             )
         self.data = data
         self.summary = Summary()
+        self.rotation_back: torch.Tensor | None = None  # kept by lm_head until the embedding's comes anew
 
     def get_name(self) -> str:  # type: ignore[override]
         """The method's name."""
@@ -89,6 +90,7 @@ class InfoQuantConfig(QuantizationConfig):
         from infoquant_vllm.arithmetic import use_own_arithmetic
         from infoquant_vllm.kv_cache import InfoQuantKVCacheMethod
 
+        _refuse_adapters(prefix)
         use_own_arithmetic()  # the embedding comes here before the layers choose their operations
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
@@ -126,3 +128,11 @@ class InfoQuantConfig(QuantizationConfig):
         if schemes[0] is None:
             return UnquantizedLinearMethod()
         return InfoQuantLinearMethod(self, schemes[0], prefix)
+
+
+def _refuse_adapters(prefix: str) -> None:
+    if get_current_vllm_config().lora_config is not None:
+        raise FormatError(
+            f"{prefix}: LoRA adapters are not served on a quantised model, whose weights are in a rotated basis that "
+            "adapters were not trained in; merge the adapter into the source model and quantise that"
+        )

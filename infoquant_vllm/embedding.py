@@ -40,8 +40,7 @@ class VocabularyMethod(QuantizeMethodBase):
         self.prefix = prefix
         self.rotated, self.quantized = rotated, quantized
         self.tied = False
-        self.back: torch.Tensor | None = None
-        self.summary = config.summary
+        self.config = config
 
     def create_weights(
         self,
@@ -71,7 +70,7 @@ class VocabularyMethod(QuantizeMethodBase):
             if name in MATRIX_TENSORS:
                 set_weight_attrs(param, {"input_dim": 1, "output_dim": 0})
         if self.quantized:
-            self.summary.expect()
+            self.config.summary.expect()
 
     def _tensors(self, rows: int, hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         tensors = {}
@@ -96,6 +95,7 @@ class VocabularyMethod(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse missing tensors and a rotation that is none; a tied lm_head shares what the embedding converts."""
         layer.infoquant_tracker.require_all()
+        self.config.rotation_back = None
         if self.rotated:
             self._check_rotation(layer.residual_rotation.double())
         if self.quantized:
@@ -105,7 +105,7 @@ class VocabularyMethod(QuantizeMethodBase):
                 packed.data = prepare_weight(packed.data, 8, True, 1)
                 layer.weight_scale.data = prepare_grid(layer.weight_scale.data)
             kind = f"W8A16 ({served_by('linear')})"
-            self.summary.vocabulary(kind, packed.nbytes + layer.weight_scale.nbytes, bf16)
+            self.config.summary.vocabulary(kind, packed.nbytes + layer.weight_scale.nbytes, bf16)
 
     def _check_rotation(self, rotation: torch.Tensor) -> None:
         error = (rotation @ rotation.t() - torch.eye(len(rotation))).abs().max().item()
@@ -134,6 +134,6 @@ class VocabularyMethod(QuantizeMethodBase):
 
     def _back(self, layer: Any) -> torch.Tensor:
         """The rotation out of the residual basis; made at the first logits, since an embedding alone never needs it."""
-        if self.back is None:
-            self.back = layer.residual_rotation.t().contiguous()
-        return self.back
+        if self.config.rotation_back is None:
+            self.config.rotation_back = layer.residual_rotation.t().contiguous()
+        return self.config.rotation_back

@@ -24,11 +24,19 @@ class LoadTracker:
     def track(
         self, name: str, loader: Callable[..., None], shared: bool = False, largest_code: int | None = None
     ) -> Callable[..., None]:
-        """Wrap a weight loader of parameter `name`; of a `shared` one all shards must be equal."""
+        """Wrap a weight loader of parameter `name`; of a `shared` one all shards must be equal.
+
+        Before vLLM reloads weights it counts their elements, on device meta; shared ones must count once.
+        """
         self.expected += [(name, shard) for shard in self.sources]
 
         def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
             shard: Shard = next(iter((*args, *kwargs.values())), None)
+            if param.is_meta:
+                self._expect_again()
+                if not shared or shard == next(iter(self.sources)):
+                    loader(param, loaded_weight, *args, **kwargs)
+                return
             source = f"{self.sources[shard]}.{name}"
             check_values(loaded_weight, source, "checkpoint", largest_code)
             before = param.data.clone() if shared and any(seen == name for seen, _ in self.arrived) else None
@@ -41,6 +49,10 @@ class LoadTracker:
             self.arrived.add((name, shard))
 
         return load
+
+    def _expect_again(self) -> None:
+        if len(self.arrived) == len(self.expected):
+            self.arrived.clear()
 
     def require_all(self) -> None:
         """Raise FormatError naming the first tensor that never came."""
