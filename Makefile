@@ -14,7 +14,7 @@ installation page of PyTorch names, and run make again.
 endef
 export NO_TORCH
 
-.PHONY: demo serve bench test lint lock clean
+.PHONY: demo serve bench test fuzz lint lock clean
 
 demo: $(STAMP)  ## quantise a real model, serve it, ask it something, print what it costs and gains
 	$(BIN)/python -m benchmarks.demo
@@ -27,6 +27,9 @@ bench: $(STAMP)  ## speed, memory and time of everything, in short; writes bench
 
 test: lint  ## everything that is checked
 	$(BIN)/python -m pytest
+
+fuzz: $(STAMP)  ## ten minutes of spoilt checkpoints, at random; `make test` has a few seconds of the same ones
+	FUZZ_SECONDS=200 $(BIN)/python -m pytest tests/test_format_fuzz.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

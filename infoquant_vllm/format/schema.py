@@ -164,8 +164,10 @@ class QuantizationConfigData(_Strict):
         return schemes
 
 
-def parse_config(data: dict[str, Any], source: str = "quantization_config") -> QuantizationConfigData:
+def parse_config(data: Any, source: str = "quantization_config") -> QuantizationConfigData:
     """Validate `quantization_config`; raises FormatError naming every wrong field of `source`."""
+    if not isinstance(data, dict):
+        raise FormatError(f"{source}: a JSON object was expected, found {type(data).__name__}")
     method, version = data.get("quant_method"), data.get("format_version")
     if method != QUANT_METHOD:
         raise FormatError(f"{source}: quant_method is {method!r}, expected '{QUANT_METHOD}'")
