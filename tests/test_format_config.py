@@ -102,10 +102,11 @@ MISTRAL, QWEN2, QWEN3 = "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausa
     [
         (
             "MixtralForCausalLM",
-            {},
-            r"architectures is \['MixtralForCausalLM'\]; this release knows LlamaForCausalLM, M",
+            {"num_local_experts": 8},
+            r"architectures is \['MixtralForCausalLM'\], a mixture of 8 experts; this release knows Llama",
         ),
-        ("Qwen3MoeForCausalLM", {}, "Qwen3MoeForCausalLM"),
+        ("Qwen3MoeForCausalLM", {"num_experts": 128}, "Qwen3MoeForCausalLM.*a mixture of 128 experts"),
+        ("GPT2LMHeadModel", {}, r"architectures is \['GPT2LMHeadModel'\]; this release knows"),
         (MISTRAL, {"sliding_window": 0}, "sliding_window is 0, expected a number of tokens .* Mistral"),
         (
             MISTRAL,

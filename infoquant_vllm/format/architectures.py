@@ -40,13 +40,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 """By the name in config.json. A class that is added takes a line here and one in `offline/architectures.py`."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Fields of mixtures of experts, none of which is known."""
 
 
 def architecture_name(config: dict[str, Any], source: str) -> str:
     """The class that config.json names; raises FormatError for one that is not known, or a use of it that is not."""
     found = config.get("architectures")
     if not isinstance(found, list) or len(found) != 1 or found[0] not in tuple(ARCHITECTURES):
-        raise FormatError(f"{source}: architectures is {found!r}; this release knows {', '.join(ARCHITECTURES)}")
+        experts = next((f", a mixture of {config[key]!r:.20} experts" for key in EXPERTS if config.get(key)), "")
+        raise FormatError(
+            f"{source}: architectures is {found!r:.200}{experts}; this release knows {', '.join(ARCHITECTURES)}"
+        )
     name: str = found[0]
     problem = _not_served(ARCHITECTURES[name], config)
     if problem is not None:
