@@ -79,7 +79,10 @@ def quantize(
     """
     chosen = preset_named(preset) if recipe is None else recipe
     chosen = chosen if isinstance(chosen, Recipe) else load_recipe(chosen)
-    chosen = chosen if max_tp is None else chosen.model_copy(update={"max_tp": max_tp})
+    if max_tp is not None:
+        if max_tp < 1:
+            raise ToolError(f"max_tp is {max_tp}, expected a number of workers from 1 on")
+        chosen = chosen.model_copy(update={"max_tp": max_tp})
     model = Source.open(source)
     check_output(Path(output), model.folder, overwrite)
     try:

@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from infoquant_vllm.format import ModelShape, check_share
 from offline import PRESETS, ToolError, quantize
 from offline.progress import silent
 from offline.recipe import CUT_SITES, SITES, Recipe, Site, Sites
+from offline.source import Source
 from offline.workers import common_share, worker_counts
-from tests.tiny import write_source
+from tests.test_offline_equivalence import LARGEST_RELATIVE_ERROR, recipe_for, relative_error, transforms_for
+from tests.tiny import VOCAB_SIZE, write_source
 
 
 def shape(heads: int, kv_heads: int, intermediate: int, head_dim: int = 64) -> ModelShape:
@@ -48,6 +51,19 @@ def test_a_range_per_token_becomes_one_per_share_where_features_are_cut() -> Non
     token = Site()
     recipe = Recipe(name="t", transform="none", rounding="rtn", sites=Sites(o=token, down=token), max_tp=2)
     assert [recipe.input_activations(site, LLAMA_8B).group_size for site in SITES] == [None, 2048, None, 7168]
+
+
+def test_a_model_rotated_for_two_workers_computes_what_its_source_does(tmp_path: Path) -> None:
+    source = Source.open(write_source(tmp_path / "source"))
+    tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
+    recipe = recipe_for("hadamard").model_copy(update={"max_tp": 2})
+    assert recipe.input_transform("down", source.shape).block_size == source.shape.intermediate_size // 2
+    assert relative_error(source, transforms_for(source, recipe, tokens), recipe, tokens) < LARGEST_RELATIVE_ERROR
+
+
+def test_no_workers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="max_tp is 0"):
+        quantize(tmp_path, tmp_path / "out", max_tp=0, progress=silent)
 
 
 def test_groups_that_workers_would_cut_are_refused_before_anything_runs(tmp_path: Path) -> None:
