@@ -117,6 +117,8 @@ MISTRAL, QWEN2, QWEN3 = "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausa
         ("LlamaForCausalLM", {"sliding_window": 512}, "sliding_window 512"),
         (QWEN2, {"use_sliding_window": True}, "use_sliding_window is true.* with Qwen2ForCausalLM"),
         (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention"),
+        (QWEN2, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic', not default, linear"),
+        (QWEN3, {"rope_parameters": ["yarn"]}, r"rope_type is \['yarn'\]"),
         (QWEN2, {"head_dim": 32}, "head_dim 32 is not hidden_size / num_attention_heads"),
         (QWEN2, {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
         (QWEN3, {"attention_bias": True}, "attention_bias is True.* with Qwen3ForCausalLM"),
@@ -139,12 +141,13 @@ def test_architectures_that_are_no_one_name_are_refused(architectures: object) -
         (MISTRAL, {"sliding_window": None}),
         (MISTRAL, {"sliding_window": 1024}),
         (MISTRAL, {"sliding_window": 512}),
+        (QWEN3, {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}),
         (MISTRAL, {"max_position_embeddings": 32768}),
         (QWEN2, {"use_sliding_window": False, "sliding_window": 512, "max_window_layers": 1}),
         (QWEN3, {"layer_types": ["full_attention"] * 2}),
     ],
 )
-def test_window_that_cuts_nothing_off_is_no_window(architecture: str, changes: dict[str, Any]) -> None:
+def test_variant_that_is_served_is_accepted(architecture: str, changes: dict[str, Any]) -> None:
     assert ModelShape.from_hf(hf_config(architectures=[architecture], **changes)).architecture == architecture
 
 

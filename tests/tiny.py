@@ -32,7 +32,15 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "mistral": {"architecture": "MistralForCausalLM", "tie_word_embeddings": False, "sliding_window": 512},
     "mistral-window": {"architecture": "MistralForCausalLM", "tie_word_embeddings": False, "sliding_window": 24},
-    "qwen2": {"architecture": "Qwen2ForCausalLM"},
+    "qwen2": {
+        "architecture": "Qwen2ForCausalLM",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
     "qwen3": {"architecture": "Qwen3ForCausalLM", "head_dim": 128},
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }

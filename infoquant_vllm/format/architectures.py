@@ -40,6 +40,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 """By the name in config.json. A class that is added takes a line here and one in `offline/architectures.py`."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those that transformers and vLLM compute alike; they do not agree on dynamic."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Fields of mixtures of experts, none of which is known."""
 
@@ -69,6 +71,10 @@ def _not_served(architecture: Architecture, config: dict[str, Any]) -> str | Non
         return "dual_chunk_attention_config is set (attention in chunks)"
     if not architecture.free_head_dim and not _is_share_of_hidden(settings):
         return f"head_dim {settings['head_dim']!r} is not hidden_size / num_attention_heads"
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if kind not in ROPE_TYPES:
+        return f"rope_type is {kind!r:.80}, not {', '.join(ROPE_TYPES)}"
     return _sliding_window(settings, architecture)
 
 
