@@ -1,6 +1,7 @@
 """Reading a checkpoint folder: headers against config, values against sense."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from infoquant_vllm.format.tensors import ModelShape, TensorSpec, expected_tenso
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 * 2**20
+VALUES_AT_A_TIME = 2**22
+"""That are checked together, so that checking takes little memory beside the tensor."""
+Rule = Callable[[torch.Tensor], torch.Tensor]
 NEVER_ZERO = ("residual_rotation", "final_norm_weight", "input_blocks", "input_left", "input_right")
 
 
@@ -126,22 +130,33 @@ def check_values(tensor: torch.Tensor, name: str, source: str, largest_code: int
     These are NaN and Inf anywhere, scales <= 0, clips outside (0, 1], nothing but zeros in norms, embeddings and
     transforms, and zero points above `largest_code`.
     """
-    kind = name.rsplit(".", 1)[-1]
     if not tensor.is_floating_point() and largest_code is None:
         return
-    bad, expected = ~torch.isfinite(tensor), "finite numbers"
-    if kind == "weight_scale":
-        bad, expected = bad | (tensor <= 0), "scales above 0"
-    elif kind in ("input_clip", "key_clip", "value_clip"):
-        bad, expected = bad | (tensor <= 0) | (tensor > 1), "factors in (0, 1]"
-    elif kind in NEVER_ZERO or name.endswith(("norm.weight", "embed_tokens.weight")):
-        if not tensor.any():
-            bad, expected = torch.ones_like(bad), "numbers other than 0"
-    elif largest_code is not None:
-        bad, expected = tensor > largest_code, f"codes up to {largest_code}"
-    if bad.any():
-        index = tuple(bad.nonzero()[0].tolist())
+    wrong, expected = _rule(tensor, name, largest_code)
+    first, count = None, 0
+    for start in range(0, tensor.numel(), VALUES_AT_A_TIME):
+        bad = wrong(tensor.flatten()[start : start + VALUES_AT_A_TIME])
+        if bad.any():
+            first = start + int(bad.nonzero()[0]) if first is None else first
+            count += int(bad.sum())
+    if first is not None:
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
         raise FormatError(
             f"{source}: {name}[{', '.join(map(str, index))}] is {tensor[index].item():g}, "
-            f"expected {expected} ({int(bad.sum())} of {tensor.numel()} are wrong)"
+            f"expected {expected} ({count} of {tensor.numel()} are wrong)"
         )
+
+
+def _rule(tensor: torch.Tensor, name: str, largest_code: int | None) -> tuple[Rule, str]:
+    """Which of some values are wrong, and what they should be."""
+    kind = name.rsplit(".", 1)[-1]
+    if kind == "weight_scale":
+        return lambda x: ~torch.isfinite(x) | (x <= 0), "scales above 0"
+    if kind in ("input_clip", "key_clip", "value_clip"):
+        return lambda x: ~torch.isfinite(x) | (x <= 0) | (x > 1), "factors in (0, 1]"
+    if kind in NEVER_ZERO or name.endswith(("norm.weight", "embed_tokens.weight")):
+        if not tensor.any():
+            return lambda x: torch.ones_like(x, dtype=torch.bool), "numbers other than 0"
+    elif largest_code is not None:
+        return lambda x: x > largest_code, f"codes up to {largest_code}"
+    return lambda x: ~torch.isfinite(x), "finite numbers"
