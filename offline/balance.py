@@ -29,7 +29,8 @@ def balance_layer(
     if keys_module in statistics.sums:
         statistics.sums[keys_module] *= scale
     scale = balance_down(state, statistics.energies["mlp.down_proj"])
-    hessians["mlp.down_proj"] *= scale * scale[:, None]
+    for row, factor in zip(hessians["mlp.down_proj"], scale, strict=True):
+        row.mul_(scale * factor)
     statistics.rescale("mlp.down_proj", scale)
 
 

@@ -17,11 +17,11 @@ from offline.architectures import CausalLM
 from offline.errors import ToolError
 from offline.source import Source
 from offline.text import text_windows
+from offline.whole_model import SELF_BATCH
 from offline.writer import atomic_file
 
 SEPARATOR = "<|endoftext|>"
 """What closes a document in the pre-training text of models whose BOS is a chat token, or that have none."""
-SELF_BATCH = 128
 ATTENTION = "infoquant_sampling"
 TOKENS_SUFFIX = ".safetensors"
 

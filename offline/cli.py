@@ -78,6 +78,11 @@ def quantize(
     device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.auto,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint written earlier.")] = False,
+    shard_size: Annotated[float, typer.Option(min=0.001, help="Largest file of weights, in GB of 10^9 bytes.")] = 5.0,
+    log_json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append a line of JSON per step: error, memory, time left."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantise a model into a checkpoint folder that `vllm serve` loads.
@@ -105,6 +110,8 @@ def quantize(
             max_tp=max_tp,
             device=device.value,
             overwrite=overwrite,
+            shard_bytes=int(shard_size * 1e9),
+            log=log_json,
             dry_run=dry_run,
         )
         if as_json:
@@ -311,7 +318,7 @@ def _refusals() -> Iterator[None]:
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; nothing was changed", style="bold red")
+        Console(stderr=True).print("stopped; no output was written", style="bold red")
         raise typer.Exit(130) from None
 
 

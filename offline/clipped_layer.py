@@ -22,13 +22,13 @@ SHARED = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 class ClippedLayer(nn.Module):
     """A layer in float32 whose weights are what their codes stand for and whose rounding passes gradients.
 
-    layer: a decoder layer of transformers, which is changed
+    layer: a decoder layer of transformers without weights, which is changed
     tensors: the layer's, from `quantize_layer`; their clip factors are not read but start afresh
     """
 
     def __init__(self, layer: nn.Module, tensors: dict[str, torch.Tensor], recipe: Recipe, shape: ModelShape):
         super().__init__()
-        layer.load_state_dict(_state(tensors, recipe))
+        layer.load_state_dict(_state(tensors, recipe), assign=True)
         self._layer = layer.requires_grad_(False)
         self._inputs: dict[str, ClippedInput] = {}
         self._cache: ClippedCache | None = None
@@ -106,7 +106,7 @@ class ClippedCache(TrainedCache):
 
 def _state(tensors: dict[str, torch.Tensor], recipe: Recipe) -> dict[str, torch.Tensor]:
     """The layer's parameters: norms and biases, and the weights that the codes stand for."""
-    state = {name: tensor for name, tensor in tensors.items() if name.endswith(("norm.weight", ".bias"))}
+    state = {name: tensor.float() for name, tensor in tensors.items() if name.endswith(("norm.weight", ".bias"))}
     for name, linears in SITES.items():
         args: WeightArgs = getattr(recipe.sites, name).weights
         for linear in linears:

@@ -23,6 +23,9 @@ def quantize_layer(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The checkpoint's tensors of one layer, and the output error of each linear where GPTQ rounds.
 
+    Uses up what it is given: weights, Hessians and samples are taken out as their turn comes, so that
+    memory falls as the layer proceeds.
+
     state: the layer as `fold_layer` gives it, float32; names are local to the layer, here and in the results
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
     samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
@@ -33,33 +36,48 @@ def quantize_layer(
     tensors = {name: tensor.to(dtype) for name, tensor in state.items() if not name.endswith("_proj.weight")}
     errors: dict[str, float] = {}
     for name, linears in SITES.items():
-        site: Site = getattr(recipe.sites, name)
-        transform, tensors_of_input = recipe.input_transform(name, shape), inputs.get(name, {})
-        weights = [undo_in_weights(state[f"{linear}.weight"], transform, tensors_of_input) for linear in linears]
-        hessian = None
-        if hessians is not None:
-            hessian = transform_hessian(hessians[linears[0]], transform, tensors_of_input)
-        args, features = recipe.input_activations(name, shape), weights[0].shape[1]
-        clip = _input_clip(site.clip, args, features, samples.get(linears[0]), transform, tensors_of_input)
-        for linear, weight, rounded in zip(linears, weights, _round(weights, hessian, site, recipe), strict=True):
-            tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site).items()}
-            tensors |= {f"{linear}.{key}": t.clone() for key, t in (tensors_of_input | clip).items()}
-            if hessian is not None:
-                errors[linear] = output_error(weight, rounded.values(), hessian)
+        weights = [state.pop(f"{linear}.weight") for linear in linears]
+        hessian = None if hessians is None else hessians.pop(linears[0])
+        sample = samples.pop(linears[0], None)
+        tensors |= _quantize_site(name, weights, hessian, sample, inputs.get(name, {}), recipe, shape, errors)
     return tensors | _cache_tensors(recipe, keys, shape), errors
 
 
-def _round(
-    weights: list[torch.Tensor], hessian: torch.Tensor | None, site: Site, recipe: Recipe
-) -> list[QuantizedWeight]:
-    """Quantise linears that share an input in one go."""
-    stacked = torch.cat(weights)
+def _quantize_site(
+    name: str,
+    weights: list[torch.Tensor],
+    hessian: torch.Tensor | None,
+    sample: torch.Tensor | None,
+    inputs: InputTensors,
+    recipe: Recipe,
+    shape: ModelShape,
+    errors: dict[str, float],
+) -> dict[str, torch.Tensor]:
+    """Tensors of the linears that share an input; adds their errors. Weights and Hessian are overwritten."""
+    linears, site = SITES[name], getattr(recipe.sites, name)
+    tensors: dict[str, torch.Tensor] = {}
+    transform = recipe.input_transform(name, shape)
+    rows = [len(weight) for weight in weights]
+    weight = torch.cat([undo_in_weights(weights.pop(0), transform, inputs) for _ in rows])
+    if hessian is not None:
+        hessian = transform_hessian(hessian, transform, inputs)
+    args = recipe.input_activations(name, shape)
+    clip = _input_clip(site.clip, args, weight.shape[1], sample, transform, inputs)
+    parts = _round(weight, hessian, site, recipe).split(rows)
+    for linear, part, rounded in zip(linears, weight.split(rows), parts, strict=True):
+        tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site).items()}
+        tensors |= {f"{linear}.{key}": t.clone() for key, t in (inputs | clip).items()}
+        if hessian is not None:
+            errors[linear] = output_error(part, rounded, hessian)
+    return tensors
+
+
+def _round(weight: torch.Tensor, hessian: torch.Tensor | None, site: Site, recipe: Recipe) -> QuantizedWeight:
+    """Quantise the rows of linears that share an input in one go."""
     if hessian is None:
-        rounded = round_to_nearest(stacked, site.weights)
-    else:
-        rounded = gptq(stacked, hessian, site.weights, recipe.gptq.damping)
-        rounded = refine(stacked, rounded, hessian, site.weights, recipe.gptq.refinements)
-    return rounded.split([len(weight) for weight in weights])
+        return round_to_nearest(weight, site.weights)
+    rounded = gptq(weight, hessian, site.weights, recipe.gptq.damping)
+    return refine(weight, rounded, hessian, site.weights, recipe.gptq.refinements)
 
 
 def _input_clip(

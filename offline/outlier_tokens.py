@@ -22,8 +22,7 @@ def outlier_weights(x: torch.Tensor, weight: float) -> torch.Tensor:
 
 def token_scores(x: torch.Tensor) -> torch.Tensor:
     """A token's largest distance from its sequence's mean, in that sequence's standard deviations."""
-    mean, deviation = x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True)
-    return ((x - mean).abs().amax(2, keepdim=True) / deviation).squeeze(2)
+    return torch.stack([(each - each.mean()).abs().amax(1) / each.std() for each in x])
 
 
 def select_threshold(scores: torch.Tensor) -> int:

@@ -1,49 +1,38 @@
 """`quantize`: from a source model to a checkpoint folder, one decoder layer in memory at a time."""
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from infoquant_vllm.format import Checkpoint, FormatError, QuantizationConfigData
-from offline.architectures import rules_for
-from offline.balance import balance_layer
+from infoquant_vllm.format import Checkpoint, FormatError
 from offline.calibration import calibration_tokens
 from offline.card import model_card
 from offline.distill import distill
 from offline.errors import ToolError
-from offline.fold import fold_ends, fold_layer, stored_dtype
-from offline.key_offset import key_offset
-from offline.layer import quantize_layer
-from offline.learned_clips import learn_clips
+from offline.fold import fold_ends
+from offline.layers import quantized_layers
 from offline.presets import preset_named
-from offline.progress import ProgressReport, console_progress
+from offline.progress import JsonLog, ProgressReport, both, console_progress
 from offline.psot import make_transforms
-from offline.recipe import SITES, Distillation, Recipe, load_recipe
-from offline.report import Report, Stopwatch, checkpoint_sizes, peak_memory_bytes
+from offline.recipe import Distillation, Recipe, load_recipe
+from offline.report import REPORT_FILE, Report, checkpoint_sizes, peak_memory_bytes
+from offline.run import Run
 from offline.source import Source
-from offline.stream import Statistics, Stream
+from offline.specs import checkpoint_specs
 from offline.student import Layer, Student
-from offline.transforms import Transforms
-from offline.vocabulary import quantize_vocabulary
+from offline.transforms import Transforms, orthogonality_error
+from offline.vocabulary import quantize_end
+from offline.whole_model import check_memory
+from offline.work import Work
 from offline.writer import Writer, atomic_folder, check_output, check_space
 
-
-@dataclass
-class _Run:
-    """What every stage of one run reads, and the timings and errors that they leave."""
-
-    source: Source
-    recipe: Recipe
-    config: QuantizationConfigData
-    seed: int
-    device: torch.device
-    progress: ProgressReport
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    errors: dict[str, float] = field(default_factory=dict)
+SHARD_BYTES = 5 * 10**9
+TOKENS, ROTATION = "tokens", "rotation"
+"""Names of what is kept of the first stages."""
 
 
 def quantize(
@@ -58,6 +47,8 @@ def quantize(
     device: str = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    log: str | Path | None = None,
     progress: ProgressReport | None = None,
 ) -> Report:
     """Quantise a model of a known class into a checkpoint folder that `vllm serve` loads.
@@ -73,6 +64,8 @@ def quantize(
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         overwrite: replace an output that this tool wrote earlier.
         dry_run: check everything and compute the sizes, but write nothing.
+        shard_bytes: how large a file of the output may be, unless one tensor is larger.
+        log: a file that gets a line of JSON for every step, beside what is shown (see `JsonLog`).
         progress: called while the run goes on; None draws bars on standard error.
 
     Returns the run's figures. Raises ToolError, naming what is wrong, before anything is changed.
@@ -83,11 +76,11 @@ def quantize(
         if max_tp < 1:
             raise ToolError(f"max_tp is {max_tp}, expected a number of workers from 1 on")
         chosen = chosen.model_copy(update={"max_tp": max_tp})
-    model = Source.open(source)
+    model, device_used = Source.open(source), _device(device)
     check_output(Path(output), model.folder, overwrite)
     try:
         config = chosen.quantization_config(model.shape)
-        sizes = checkpoint_sizes(model, config)
+        specs = checkpoint_specs(model, config)
     except FormatError as error:
         raise ToolError(f"recipe '{chosen.name}' does not suit {model.folder}: {error}") from None
     figures = Report(
@@ -96,34 +89,42 @@ def quantize(
         calibration=Path(calibration).name,
         seed=seed,
         dry_run=dry_run,
-        **sizes,
+        **checkpoint_sizes(model, config, specs),
     )
     if dry_run:
         return figures
+    check_memory(model, chosen, calibration)
     check_space(Path(output), figures.total_bytes)
+    events = None if log is None else JsonLog(Path(log))
     with console_progress() if progress is None else nullcontext(progress) as shown:
-        run = _Run(model, chosen, config, seed, _device(device), shown)
         with atomic_folder(Path(output)) as partial:
-            return _write_checkpoint(run, partial, figures, calibration, Path(output).name)
+            work = Work(partial / "work")
+            reports = shown if events is None else both(shown, events.progress)
+            run = Run(model, chosen, config, seed, device_used, reports, work, events)
+            writer = Writer(partial, specs, shard_bytes)
+            return _write_checkpoint(run, writer, figures, calibration, Path(output).name)
 
 
-def _write_checkpoint(run: _Run, folder: Path, figures: Report, calibration: str, name: str) -> Report:
+def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: str, name: str) -> Report:
     tokens = _calibration(run, calibration) if run.recipe.needs_calibration else None
-    with run.watch("rotation"):
-        transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.device, run.progress)
-    writer = Writer(folder)
-    writer.add(quantize_vocabulary(fold_ends(run.source, transforms), run.config, run.source.shape))
-    layers = _quantized_layers(run, tokens, transforms)
+    transforms = _transforms(run, tokens)
+    if transforms is not None and transforms.residual is not None:
+        run.orthogonality_errors["residual"] = orthogonality_error(transforms.residual)
+    for name_of_end, tensor in fold_ends(run.source, transforms):
+        writer.add(quantize_end(name_of_end, tensor, run.config, run.source.shape))
+    layers = quantized_layers(run, tokens, transforms)
     if run.recipe.distillation is not None and tokens is not None:
         layers = _distilled(run, run.recipe.distillation, list(layers), tokens, transforms)
     for index, tensors in enumerate(layers):
         writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
-    writer.finish_tensors()
+    if not run.work.keeps:
+        shutil.rmtree(run.work.folder)
     figures = figures.model_copy(
         update={
             "calibration_tokens": 0 if tokens is None else tokens.numel(),
             "calibration_sha256": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "errors": run.errors,
+            "orthogonality_errors": run.orthogonality_errors,
             "seconds": run.watch.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
         }
@@ -131,17 +132,19 @@ def _write_checkpoint(run: _Run, folder: Path, figures: Report, calibration: str
     writer.copy_from(run.source.folder)
     writer.write_text("README.md", model_card(name, run.recipe, figures))
     writer.write_text("infoquant_recipe.yaml", run.recipe.dump())
-    writer.write_text("infoquant_report.json", figures.model_dump_json(indent=2) + "\n")
+    writer.write_text(REPORT_FILE, figures.model_dump_json(indent=2) + "\n")
     quantization_config = run.config.model_dump(mode="json", exclude_none=True)
     writer.finish(run.source.hf_config | {"quantization_config": quantization_config})
-    Checkpoint(folder)  # reads the headers back: every tensor there, of the right shape and type
+    Checkpoint(writer.folder)  # reads the headers back: every tensor there, of the right shape and type
     return figures
 
 
-def _calibration(run: _Run, spec: str) -> torch.Tensor:
+def _calibration(run: Run, spec: str) -> torch.Tensor:
     size = run.recipe.calibration
+    if run.work.holds(TOKENS):
+        return run.work.tensors(TOKENS)[TOKENS]
     with run.watch("calibration"):
-        return calibration_tokens(
+        tokens = calibration_tokens(
             spec,
             run.source,
             size.sequences,
@@ -149,46 +152,26 @@ def _calibration(run: _Run, spec: str) -> torch.Tensor:
             run.seed,
             lambda done, total: run.progress("calibration", done, total),
         )
+    if run.work.keeps:
+        run.work.save(TOKENS, {TOKENS: tokens})
+    return tokens
 
 
-def _quantized_layers(run: _Run, tokens: torch.Tensor | None, transforms: Transforms | None) -> Iterator[Layer]:
-    """Every decoder layer's tensors by their names inside it."""
-    shape, dtype = run.source.shape, stored_dtype(run.source)
-    positions = None if run.recipe.kv_cache is None else run.recipe.kv_cache.key_offset_positions
-    stream, learned = None, run.recipe.learned_clips
-    if run.recipe.rounding == "gptq":
-        assert tokens is not None  # such recipes need calibration
-        stream = Stream(run.source, tokens, transforms, run.device)
-    for layer in range(shape.num_hidden_layers):
-        prefix, hessians, before, keys = f"model.layers.{layer}", None, None, None
-        statistics = Statistics()
-        state = {name: tensor.to(run.device) for name, tensor in fold_layer(run.source, layer, transforms).items()}
-        if stream is not None:
-            with run.watch("activations"):
-                before = stream.hidden[: learned.sequences].clone() if learned is not None else None
-                outputs = () if positions is None else (rules_for(shape).keys,)
-                stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe, outputs)
-                hessians = statistics.hessians()
-                if run.recipe.balance:
-                    balance_layer(state, hessians, statistics, shape)
-                if positions is not None:
-                    keys = key_offset(statistics, stream, positions, shape)
-        with run.watch("weights"):
-            inputs = transforms.inputs[layer] if transforms is not None and transforms.inputs else {}
-            tensors, errors = quantize_layer(
-                state, hessians, statistics.samples(), inputs, keys, run.recipe, shape, dtype
-            )
-        if stream is not None and learned is not None and before is not None:
-            with run.watch("clips"):
-                tensors |= learn_clips(tensors, stream, before, learned, run.recipe, shape)
-        yield tensors
-        run.errors |= {f"{prefix}.{name}": error for name, error in errors.items()}
-        mean = sum(errors.values()) / max(len(errors), 1)
-        run.progress("layers", layer + 1, shape.num_hidden_layers, f"output error {mean:.4f}" if errors else "")
+def _transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
+    """The model's rotations; learnt ones of the residual stream are kept, those of layers keep themselves."""
+    if run.work.holds(ROTATION):
+        return Transforms(**run.work.tensors(ROTATION))
+    with run.watch("rotation"):
+        transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.device, run.progress, run.work)
+    if run.work.keeps and run.recipe.transform == "psot-shared" and transforms is not None:
+        assert transforms.residual is not None  # that is what was learnt
+        assert transforms.heads is not None
+        run.work.save(ROTATION, {"residual": transforms.residual, "heads": transforms.heads})
+    return transforms
 
 
 def _distilled(
-    run: _Run, args: Distillation, layers: list[Layer], tokens: torch.Tensor, transforms: Transforms | None
+    run: Run, args: Distillation, layers: list[Layer], tokens: torch.Tensor, transforms: Transforms | None
 ) -> Iterator[Layer]:
     """The layers with what distillation changed."""
     with run.watch("distillation"):

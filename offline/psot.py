@@ -16,6 +16,7 @@ from offline.recipe import Psot, Recipe
 from offline.source import Source
 from offline.stream import Stream
 from offline.transforms import Transforms, random_hadamard, random_head_rotations
+from offline.work import Work
 
 TOKENS_SEEN_PER_TOKEN_POOLED = 4
 
@@ -27,17 +28,18 @@ def make_transforms(
     seed: int,
     device: torch.device,
     progress: ProgressReport,
+    work: Work,
 ) -> Transforms | None:
     """The rotations that the recipe asks for; None for transform `none`, the only one that needs no tokens."""
     if recipe.transform == "none":
         return None
     generator = torch.Generator().manual_seed(seed)
     if recipe.transform == "psot-layer" and tokens is not None:
-        return learn_layer_rotations(source, tokens, recipe.psot_layer, generator, device, progress)
+        return learn_layer_rotations(source, tokens, recipe.psot_layer, generator, device, progress, work)
     residual = random_hadamard(source.shape.hidden_size, generator)
     heads = random_head_rotations(source.shape, generator)
     if recipe.transform == "psot-shared" and tokens is not None:
-        inputs = collect_inputs(source, tokens, recipe.psot, device, progress)
+        inputs = collect_inputs(source, tokens, recipe.psot, device, progress, work)
         group = recipe.sites.qkv.input_activations.group_size
         groups = 1 if group is None else source.shape.hidden_size // group
         residual = learn_rotation(inputs, residual, groups, recipe.psot, generator, progress)
@@ -45,7 +47,7 @@ def make_transforms(
 
 
 def collect_inputs(
-    source: Source, tokens: torch.Tensor, args: Psot, device: torch.device, progress: ProgressReport
+    source: Source, tokens: torch.Tensor, args: Psot, device: torch.device, progress: ProgressReport, work: Work
 ) -> torch.Tensor:
     """Normalised inputs of all layers' attention and MLP, norms' gains left out, [rows, hidden] float32.
 
@@ -55,18 +57,23 @@ def collect_inputs(
     per_site = max(1, args.pool_tokens // (2 * layers))
     sequences = tokens[: max(1, -(-TOKENS_SEEN_PER_TOKEN_POOLED * per_site // tokens.shape[1]))]
     stride = max(1, sequences.numel() // per_site)
-    pool: list[torch.Tensor] = []
+    stream = Stream(source, sequences, None, device, work.scratch)
+    sites, taken = list(rules_for(source.shape).readers), 0
+    rows = layers * len(sites) * sum(-(-batch // stride) for batch in stream.tokens_in_batches)
+    size = rows, source.shape.hidden_size
+    pool = work.scratch.empty(*size) if device.type == "cpu" else torch.empty(size, device=device)
 
     def observe(_: str, x: torch.Tensor) -> None:
+        nonlocal taken
         chosen = x[::stride]
-        pool.append(chosen * torch.rsqrt(chosen.square().mean(1, keepdim=True)))
+        pool[taken : taken + len(chosen)] = chosen * torch.rsqrt(chosen.square().mean(1, keepdim=True))
+        taken += len(chosen)
 
-    stream = Stream(source, sequences, None, device)
     for layer in range(layers):
         state = {name: tensor.to(device) for name, tensor in fold_layer(source, layer, None).items()}
-        stream.advance(state, list(rules_for(source.shape).readers), observe)
+        stream.advance(state, sites, observe)
         progress("sampling", layer + 1, layers)
-    return torch.cat(pool)
+    return pool
 
 
 def learn_rotation(

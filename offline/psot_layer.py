@@ -4,7 +4,8 @@ Each acts on the input of its linears at run time, so the residual stream stays 
 basis; only those of the values fold into the weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -15,8 +16,11 @@ from offline.recipe import PsotLayer
 from offline.source import Source
 from offline.stiefel import cayley_step, retract
 from offline.stream import Stream
-from offline.transforms import Transforms, random_hadamard, random_head_rotations
+from offline.transforms import InputTensors, Transforms, random_hadamard, random_head_rotations
+from offline.work import Work
 
+NEXT = "next-rotations"
+"""What the next layer's rotations are learnt from is kept under that name."""
 LAYERS_WITHOUT_OUTLIERS = 2
 """The first layers, whose tokens all weigh the same."""
 
@@ -31,17 +35,23 @@ def learn_layer_rotations(
     generator: torch.Generator,
     device: torch.device,
     progress: ProgressReport,
+    work: Work,
 ) -> Transforms:
     """Rotations for the attention input, the MLP input and the values of every layer.
 
-    Four activations of one layer, each as large as the calibration text's hidden states, and all
-    layers' rotations are in memory at a time.
+    Four activations of one layer, each up to as large as the calibration text's hidden states, are there
+    at a time, on disk where memory is short; the rotations of the inputs are kept in `work`.
     """
     shape = source.shape
-    heads, inputs = random_head_rotations(shape, generator), []
-    stream = Stream(source, tokens, None, device)
-    for layer in range(shape.num_hidden_layers):
-        seen = _activations(source, stream, layer, device)
+    heads = random_head_rotations(shape, generator)
+    stream, done = Stream(source, tokens, None, device, work.scratch), 0
+    if work.holds(NEXT):
+        kept, done = work.tensors(NEXT), work.facts(NEXT)["layer"]
+        stream.hidden.copy_(kept["hidden"])
+        heads.copy_(kept["heads"])
+        generator.set_state(kept["generator"])
+    for layer in range(done, shape.num_hidden_layers):
+        seen = _activations(source, stream, layer, device, work)
         weight = 1.0 if layer < LAYERS_WITHOUT_OUTLIERS else args.outlier_weight
         weights = {name: outlier_weights(x.flatten(2), weight) for name, x in seen.items()}
         rotations, losses = {}, []
@@ -57,30 +67,66 @@ def learn_layer_rotations(
         heads[layer], fall = _learn(
             heads[layer], head_loss(*pairs, args.temperature, device), len(tokens), args, generator, device
         )
-        inputs.append({site: {"input_blocks": rotation.float()} for site, rotation in rotations.items()})
+        work.save(_name(layer), {site: rotation.float() for site, rotation in rotations.items()})
+        if work.keeps:
+            state = {"hidden": stream.hidden, "heads": heads, "generator": generator.get_state()}
+            work.save(NEXT, state, layer=layer + 1)
         falls = ", ".join(f"{fall:.3f}" for fall in (*losses, fall))
         progress("rotations", layer + 1, shape.num_hidden_layers, f"losses at {falls} of the first epoch")
-    return Transforms(None, heads, tuple(inputs))
+    return Transforms(None, heads, _KeptInputs(work, shape.num_hidden_layers))
 
 
-def _activations(source: Source, stream: Stream, layer: int, device: torch.device) -> dict[str, torch.Tensor]:
+class _KeptInputs(Sequence[dict[str, InputTensors]]):
+    """Each layer's rotations, read when they are asked for."""
+
+    def __init__(self, work: Work, layers: int):
+        self._work, self._layers = work, range(layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, layer: Any) -> Any:
+        tensors = self._work.tensors(_name(self._layers[layer]))
+        return {site: {"input_blocks": rotation} for site, rotation in tensors.items()}
+
+
+def _name(layer: int) -> str:
+    return f"rotations-{layer:05d}"
+
+
+def _activations(
+    source: Source, stream: Stream, layer: int, device: torch.device, work: Work
+) -> dict[str, torch.Tensor]:
     """Inputs of attention, MLP and o_proj, and the values, [sequences, length, features] float32 on the CPU.
 
     Norm gains are folded into the weights. Advances the stream.
     """
-    modules = {"self_attn.q_proj": "qkv", "self_attn.o_proj": "o", "mlp.gate_proj": "gate_up"}
+    modules, shape = {"self_attn.q_proj": "qkv", "self_attn.o_proj": "o", "mlp.gate_proj": "gate_up"}, source.shape
+    features = {
+        "qkv": shape.hidden_size,
+        "o": shape.num_attention_heads * shape.head_dim,
+        "gate_up": shape.hidden_size,
+        "v": shape.num_key_value_heads * shape.head_dim,
+    }
+    size = stream.hidden.shape[:2]
+    seen, filled = (
+        {site: work.scratch.empty(*size, width) for site, width in features.items()},
+        dict.fromkeys(features, 0),
+    )
     state = {name: tensor.to(device) for name, tensor in fold_layer(source, layer, Transforms(None, None)).items()}
-    seen: dict[str, list[torch.Tensor]] = {site: [] for site in (*modules.values(), "v")}
+
+    def keep(site: str, x: torch.Tensor) -> None:
+        seen[site].flatten(0, 1)[filled[site] : filled[site] + len(x)] = x
+        filled[site] += len(x)
 
     def observe(module: str, x: torch.Tensor) -> None:
-        seen[modules[module]].append(x.cpu())
+        keep(modules[module], x)
         if modules[module] == "qkv":
-            values = torch.nn.functional.linear(x, state["self_attn.v_proj.weight"], state.get("self_attn.v_proj.bias"))
-            seen["v"].append(values.cpu())
+            weight, bias = state["self_attn.v_proj.weight"], state.get("self_attn.v_proj.bias")
+            keep("v", torch.nn.functional.linear(x, weight, bias))
 
     stream.advance(state, list(modules), observe)
-    size = stream.hidden.shape[:2]
-    return {site: torch.cat(parts).unflatten(0, size) for site, parts in seen.items()}
+    return seen
 
 
 def input_loss(x: torch.Tensor, weights: torch.Tensor, temperature: float, device: torch.device) -> Loss:

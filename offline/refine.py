@@ -12,6 +12,8 @@ from offline.weights import QuantizedWeight, Scales, code_range
 
 BLOCK = 32
 ROWS_AT_A_TIME = 8192
+SYSTEM_ELEMENTS = 2**24
+"""Of the systems of equations that are solved together: a row with G groups has G^2."""
 REGULARISATION = 1e-4
 """Share of the Hessian's mean diagonal that is added to it: inputs that hardly occur stay near their weights."""
 SMALLEST_CHANGE = 0.5
@@ -25,7 +27,8 @@ def refine(
     diagonal = hessian.diagonal().mean()
     if passes == 0 or diagonal <= 0:
         return rounded
-    hessian = hessian + REGULARISATION * diagonal * torch.eye(len(hessian), device=hessian.device)
+    hessian = hessian.clone()
+    hessian.diagonal().add_(REGULARISATION * diagonal)
     rows, parts = weight.split(ROWS_AT_A_TIME), []
     for own, part in zip(rows, rounded.split([len(own) for own in rows]), strict=True):
         for _ in range(passes):
@@ -75,6 +78,14 @@ def refit_scales(weight: torch.Tensor, rounded: QuantizedWeight, hessian: torch.
     With C_g the codes less zeros of group g and 0 elsewhere: sum_h (C_g H C_h^T) s_h = C_g H w^T.
     """
     groups = rounded.scale.shape[1]
+    rows = max(1, SYSTEM_ELEMENTS // groups**2)
+    parts = [slice(start, start + rows) for start in range(0, len(weight), rows)]
+    scales = [_refit_rows(weight[part], rounded.rows(part), hessian) for part in parts]
+    return QuantizedWeight(rounded.codes, torch.cat(scales), rounded.zero)
+
+
+def _refit_rows(weight: torch.Tensor, rounded: QuantizedWeight, hessian: torch.Tensor) -> torch.Tensor:
+    groups = rounded.scale.shape[1]
     codes = rounded.codes.unflatten(1, (groups, -1)) - rounded.zero[:, :, None]  # [N, G, K / G]
     blocks = hessian.view(groups, codes.shape[2], -1)
     matrix = torch.stack(
@@ -86,4 +97,4 @@ def refit_scales(weight: torch.Tensor, rounded: QuantizedWeight, hessian: torch.
     scale = torch.linalg.solve(matrix, target).to(rounded.scale.dtype)
     change = scale / rounded.scale
     sound = ((change > SMALLEST_CHANGE) & (change < 1 / SMALLEST_CHANGE)).all(1, keepdim=True)
-    return QuantizedWeight(rounded.codes, torch.where(sound, scale, rounded.scale), rounded.zero)
+    return torch.where(sound, scale, rounded.scale)

@@ -6,15 +6,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from infoquant_vllm.format import QuantizationConfigData, TensorSpec, cell_bytes, expected_tensors
+from infoquant_vllm.format import QuantizationConfigData, TensorSpec, cell_bytes
 from offline.fold import stored_dtype
+from offline.shards import spec_bytes
 from offline.source import Source
 
-BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+REPORT_FILE = "infoquant_report.json"
 
 
 class Report(BaseModel):
@@ -38,6 +40,8 @@ class Report(BaseModel):
     calibration_sha256: str | None = None
     errors: dict[str, float] = {}
     """Share of each linear's output energy that weight rounding loses, by module name."""
+    orthogonality_errors: dict[str, float] = {}
+    """Largest entry of |Q^T Q - I| over each layer's rotations, and over that of the residual stream."""
     seconds: dict[str, float] = {}
     """Wall time by stage."""
     peak_memory_bytes: int | None = None
@@ -60,14 +64,18 @@ class Stopwatch:
 
 def peak_memory_bytes() -> int:
     """The most main memory that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, whose getrusage counts what the parent held when it started this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def checkpoint_sizes(source: Source, config: QuantizationConfigData) -> dict[str, Any]:
-    """The size fields of a `Report`; raises FormatError where config and model do not fit."""
+def checkpoint_sizes(source: Source, config: QuantizationConfigData, specs: dict[str, TensorSpec]) -> dict[str, Any]:
+    """The size fields of a `Report` on a checkpoint that holds `specs`."""
     shape, width = source.shape, stored_dtype(source).itemsize
-    tensors = {name: _bytes(spec, width) for name, spec in expected_tensors(config, shape).items()}
+    tensors = {name: spec_bytes(spec) for name, spec in specs.items()}
     linears = shape.linears()
     linear_bytes = sum(size for name, size in tensors.items() if name.rsplit(".", 1)[0] in linears)
     weights = sum(math.prod(size) for size in linears.values())
@@ -88,7 +96,3 @@ def checkpoint_sizes(source: Source, config: QuantizationConfigData) -> dict[str
         "source_kv_bytes_per_token": cached * width,
         "kv_bytes_per_token": quantized,
     }
-
-
-def _bytes(spec: TensorSpec, default_width: int) -> int:
-    return math.prod(spec.shape) * (BYTES[spec.dtype] if spec.dtype else default_width)

@@ -15,7 +15,7 @@ from offline.architectures import CausalLM, read_config, rules_for
 from offline.errors import ToolError
 
 SINGLE_FILE = "model.safetensors"
-DTYPES = ("BF16", "F16", "F32")
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
@@ -64,6 +64,11 @@ class Source:
         except FormatError as error:
             raise ToolError(str(error)) from None
         return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor, from its file's header."""
+        with safe_open(self.folder / self.weight_map[name], framework="pt") as shard:
+            return DTYPES[shard.get_slice(name).get_dtype()]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, from its own files only."""

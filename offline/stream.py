@@ -8,10 +8,13 @@ from torch import nn
 
 from offline.architectures import empty_model, read_config
 from offline.attention import register_windowed_attention
+from offline.scratch import IN_MEMORY, Scratch
 from offline.source import Source
 from offline.transforms import Transforms
 
 TOKENS_PER_BATCH = 4096
+ROWS_AT_A_TIME = 1024
+"""Of a Hessian as it is completed."""
 TOKENS_PER_SAMPLE = 16
 """Of the inputs that pass by, one in so many is kept."""
 
@@ -22,14 +25,26 @@ Observer = Callable[[str, torch.Tensor], None]
 class Stream:
     """Unquantised hidden states [sequences, length, hidden] float32, as they enter the next layer."""
 
-    def __init__(self, source: Source, tokens: torch.Tensor, transforms: Transforms | None, device: torch.device):
+    def __init__(
+        self,
+        source: Source,
+        tokens: torch.Tensor,
+        transforms: Transforms | None,
+        device: torch.device,
+        scratch: Scratch = IN_MEMORY,
+    ):
         config = read_config(source.shape, source.hf_config, source.folder / "config.json")
         config._attn_implementation = register_windowed_attention()
         model = empty_model(source.shape, config).model
-        self._layer = model.layers[0].to_empty(device=device).eval().requires_grad_(False)
-        self.hidden = nn.functional.embedding(tokens, source.tensor("model.embed_tokens.weight")).float()
-        if transforms is not None and transforms.residual is not None:
-            self.hidden = self.hidden @ transforms.residual.float()
+        self._layer = model.layers[0].eval().requires_grad_(False)  # on meta: its weights come with each layer
+        self.hidden = scratch.empty(*tokens.shape, source.shape.hidden_size)
+        self._batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+        self.tokens_in_batches = [batch.numel() for batch in tokens.split(self._batch)]
+        embeddings = source.tensor("model.embed_tokens.weight")
+        rotation = None if transforms is None or transforms.residual is None else transforms.residual.float()
+        for ids, batch in zip(tokens.split(self._batch), self.hidden.split(self._batch), strict=True):
+            embedded = nn.functional.embedding(ids, embeddings).float()
+            batch.copy_(embedded if rotation is None else embedded @ rotation)
         self._device = device
         positions = torch.arange(tokens.shape[1], device=device)[None]
         self._rotary_embedding = model.rotary_emb.to(device)
@@ -39,11 +54,11 @@ class Stream:
     def advance(
         self, state: dict[str, torch.Tensor], modules: list[str], observe: Observer, outputs: tuple[str, ...] = ()
     ) -> None:
-        """Run a layer with weights `state` (see `fold_layer`).
+        """Run a layer with weights `state` (see `fold_layer`), which it does not copy.
 
         Shows what enters each of `modules` and, under its name too, what leaves each of `outputs`.
         """
-        self._layer.load_state_dict(state)
+        self._layer.load_state_dict(state, assign=True)
         handles = [
             self._layer.get_submodule(name).register_forward_pre_hook(
                 lambda _, args, name=name: observe(name, args[0].flatten(0, -2))
@@ -56,11 +71,12 @@ class Stream:
             for name in outputs
         ]
         try:
-            for batch in self.hidden.split(max(1, TOKENS_PER_BATCH // self.hidden.shape[1])):
+            for batch in self.hidden.split(self._batch):
                 batch.copy_(self._layer(batch.to(self._device), position_embeddings=self._rotary))
         finally:
             for handle in handles:
                 handle.remove()
+            self._layer.to_empty(device="meta")
 
     def turn_mean(self, keys: torch.Tensor, positions: int) -> torch.Tensor:
         """Mean over the first `positions` of keys [kv_heads, head_dim], the same everywhere, behind RoPE."""
@@ -70,7 +86,7 @@ class Stream:
         return keys * cos + torch.cat((-second, first), -1) * sin
 
     def copy_layer(self) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-        """The layer that ran last, for others to change, and the cosines and sines that it needs."""
+        """A layer without weights, for others to fill, and the cosines and sines that it needs."""
         return copy.deepcopy(self._layer), self._rotary
 
 
@@ -107,8 +123,11 @@ class Statistics:
         self._samples[module].append(x[::TOKENS_PER_SAMPLE].clone())
 
     def hessians(self) -> dict[str, torch.Tensor]:
-        """The whole matrices; they are symmetric."""
-        return {module: upper.triu() + upper.triu(1).T for module, upper in self._upper.items()}
+        """The whole matrices, which are symmetric; they are handed over, and can be asked for once."""
+        found, self._upper = self._upper, {}
+        for matrix in found.values():
+            _mirror(matrix)
+        return found
 
     def samples(self) -> dict[str, torch.Tensor]:
         """Some of the inputs."""
@@ -117,3 +136,12 @@ class Statistics:
     def rescale(self, module: str, scale: torch.Tensor) -> None:
         """Multiply the samples of a module's inputs by `scale` [features], as its weights were divided by it."""
         self._samples[module] = [part * scale for part in self._samples[module]]
+
+
+def _mirror(matrix: torch.Tensor) -> None:
+    """What is above the diagonal, below it too, in place."""
+    for start in range(0, len(matrix), ROWS_AT_A_TIME):
+        stop = start + ROWS_AT_A_TIME
+        square = matrix[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T

@@ -1,12 +1,15 @@
 """Transforms that leave a model's function unchanged, and their application along an axis."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from infoquant_vllm.format import InputTransform, ModelShape, apply_hadamard, hadamard, hadamard_dense
+
+ROWS_AT_A_TIME = 1024
+"""Of a Hessian as it is transformed."""
 
 InputTensors = dict[str, torch.Tensor]
 """What an `InputTransform` reads from the checkpoint, float32 by local names; none for type none and hadamard."""
@@ -24,7 +27,19 @@ class Transforms:
 
     residual: torch.Tensor | None
     heads: torch.Tensor | None
-    inputs: tuple[dict[str, InputTensors], ...] = ()
+    inputs: Sequence[dict[str, InputTensors]] = ()
+
+    def orthogonality_error(self, layer: int) -> float | None:
+        """The largest entry of |Q^T Q - I| over a layer's rotations; None where it has none of its own."""
+        found = [] if self.heads is None else [self.heads[layer]]
+        if self.inputs:
+            found += [matrix for tensors in self.inputs[layer].values() for matrix in tensors.values()]
+        return max((orthogonality_error(matrix.double()) for matrix in found), default=None)
+
+
+def orthogonality_error(matrix: torch.Tensor) -> float:
+    """Largest entry of |Q^T Q - I| over matrices [..., n, n]."""
+    return (matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype)).abs().max().item()
 
 
 def random_hadamard(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -79,11 +94,15 @@ def undo_in_weights(weight: torch.Tensor, transform: InputTransform, tensors: In
 
 
 def transform_hessian(hessian: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:
-    """R^T H R, of inputs x R where `hessian` [K, K] is that of x; computed in float64, returned as float32."""
+    """R^T H R, of inputs x R where `hessian` [K, K] float32 is that of x; computed in float64, in its place."""
     if transform.type == "none":
         return hessian
-    half = transform_input(hessian.double(), transform, tensors)
-    return transform_input(half.T, transform, tensors).float()
+    half = torch.empty_like(hessian, dtype=torch.float64)
+    for rows, out in zip(hessian.split(ROWS_AT_A_TIME), half.split(ROWS_AT_A_TIME), strict=True):
+        out.copy_(transform_input(rows.double(), transform, tensors))
+    for columns, out in zip(half.T.split(ROWS_AT_A_TIME), hessian.split(ROWS_AT_A_TIME), strict=True):
+        out.copy_(transform_input(columns, transform, tensors))
+    return hessian
 
 
 def apply_kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from offline.against import Comparison
 from offline.errors import CheckError
 from offline.progress import ProgressReport, silent
 from offline.simulated import integer_weights
+from offline.transforms import orthogonality_error
 
 LARGEST_ORTHOGONALITY_ERROR = 1e-4
 LARGEST_CONDITION = 1e4
@@ -157,11 +158,6 @@ def check_rotations(checkpoint: Checkpoint) -> str:
         if not condition <= LARGEST_CONDITION:
             raise CheckError(f"{name}: condition number {condition:.2g}, at most {LARGEST_CONDITION:g}")
     return f"|Q^T Q - I| of the residual rotation {worst_rotation:.1e}, of input transforms {worst_transform:.1e}"
-
-
-def orthogonality_error(matrix: torch.Tensor) -> float:
-    """Largest entry of |Q^T Q - I| over matrices [..., n, n]."""
-    return (matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype)).abs().max().item()
 
 
 def check_shared_inputs(checkpoint: Checkpoint) -> str:

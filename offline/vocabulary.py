@@ -8,25 +8,24 @@ ROWS_AT_A_TIME = 8192
 SMALLEST_SCALE = 1e-12
 
 
-def quantize_vocabulary(
-    state: dict[str, torch.Tensor], config: QuantizationConfigData, shape: ModelShape
+def quantize_end(
+    name: str, tensor: torch.Tensor, config: QuantizationConfigData, shape: ModelShape
 ) -> dict[str, torch.Tensor]:
-    """`state` (see `fold_ends`) with the matrix that makes the logits as codes and scales, if config says so.
+    """A tensor of `fold_ends` as the checkpoint holds it: the vocabulary matrix as codes and scales, if config says so.
 
     A row's largest value gets the largest code: a search over clipped ranges lowers the error of
     SmolLM2's rows by 0.03%.
     """
-    scheme, name = config.vocabulary_scheme, f"{shape.vocabulary_module}.weight"
-    if scheme is None:
-        return state
+    scheme = config.vocabulary_scheme
+    if scheme is None or name != f"{shape.vocabulary_module}.weight":
+        return {name: tensor}
     largest = 2 ** (scheme.weights.num_bits - 1) - 1
     codes, scales = [], []
-    for rows in state[name].split(ROWS_AT_A_TIME):
+    for rows in tensor.split(ROWS_AT_A_TIME):
         scale = (rows.float().abs().amax(1, keepdim=True) / largest).clamp(min=SMALLEST_SCALE)
         codes.append(pack_codes(torch.round(rows.float() / scale), scheme.weights.num_bits, signed=True))
         scales.append(scale)
-    rest = {other: tensor for other, tensor in state.items() if other != name}
-    return rest | {f"{name}_packed": torch.cat(codes), f"{name}_scale": torch.cat(scales)}
+    return {f"{name}_packed": torch.cat(codes), f"{name}_scale": torch.cat(scales)}
 
 
 def vocabulary_rows(checkpoint: Checkpoint) -> torch.Tensor:

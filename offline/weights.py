@@ -43,6 +43,10 @@ class QuantizedWeight:
         codes = self.codes.unflatten(1, (groups, -1))
         return ((codes - self.zero[:, :, None]) * self.scale[:, :, None]).flatten(1)
 
+    def rows(self, part: slice) -> "QuantizedWeight":
+        """Some of the rows."""
+        return QuantizedWeight(self.codes[part], self.scale[part], self.zero[part])
+
     def split(self, rows: list[int]) -> list["QuantizedWeight"]:
         """The same cut into parts of that many rows."""
         parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True)
@@ -52,7 +56,7 @@ class QuantizedWeight:
 def search_scales(weight: torch.Tensor, args: WeightArgs) -> Scales:
     """Scales [N, 1] for rows [N, K], the clipping factor of each row chosen by its squared error."""
     rows = len(weight) if weight.device.type != "cpu" else max(1, ELEMENTS_AT_A_TIME // weight.shape[1])
-    parts = [_search_rows(part, args) for part in weight.split(rows)]
+    parts = [_search_rows(part.contiguous(), args) for part in weight.split(rows)]
     scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "zero"))
     return Scales(scale, zero, parts[0].lowest, parts[0].highest)
 

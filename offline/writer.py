@@ -4,41 +4,35 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from infoquant_vllm.format import INDEX_FILE, QUANT_METHOD, FormatError, read_json
+from infoquant_vllm.format import QUANT_METHOD, FormatError, TensorSpec, read_json
 from offline.errors import ToolError
+from offline.shards import ShardWriter
+from offline.work import fsync
 
-SHARD_BYTES = 4 * 2**30
 COPIED_PATTERNS = ("tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.json")  # fmt: skip
 
 
 class Writer:
-    """Collects a checkpoint in a folder of its own; tensors go to disk shard by shard."""
+    """Collects a checkpoint in a folder of its own; tensors go to disk as they come."""
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int):
+        """`specs`: of every tensor, in the order of the shards, each with its dtype."""
         self.folder = folder
-        self._shard_bytes = shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self.total_bytes = 0
+        self._shards = ShardWriter(folder, specs, shard_bytes)
 
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take tensors by their full names; full shards are written at once."""
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write tensors by their full names."""
         for name, tensor in tensors.items():
-            if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
-                self._flush()
-            self._pending[name] = tensor.detach().cpu().contiguous()
-            self._pending_bytes += tensor.nbytes
+            self._shards.write(name, tensor)
 
     def copy_from(self, source: Path) -> None:
         """Copy tokenizer files and generation config."""
@@ -51,35 +45,14 @@ class Writer:
         """Write one text file."""
         (self.folder / name).write_text(text, encoding="utf-8")
 
-    def finish_tensors(self) -> None:
-        """Write the last shard and the index."""
-        self._flush()
-        weight_map: dict[str, str] = {}
-        count = len(self._shards)
-        for number, names in enumerate(self._shards, start=1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.folder / _shard_name(number)).rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        self.write_text(INDEX_FILE, json.dumps(index, indent=2) + "\n")
-
     def finish(self, config: dict[str, Any]) -> None:
-        """Force everything to disk, config.json after all else: without it nothing loads the folder."""
+        """Write the index, force all to disk, config.json after all else: without it nothing loads the folder."""
+        self._shards.finish()
         for file in self.folder.iterdir():
-            _fsync(file)
+            fsync(file)
         self.write_text("config.json", json.dumps(config, indent=2) + "\n")
-        _fsync(self.folder / "config.json")
-        _fsync(self.folder)
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        self._shards.append(list(self._pending))
-        file = self.folder / _shard_name(len(self._shards))
-        save_file(self._pending, file, metadata={"format": "pt"})
-        file.chmod(0o666 & ~_umask())  # safetensors lets nobody but the owner read
-        self.total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
+        fsync(self.folder / "config.json")
+        fsync(self.folder)
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -116,14 +89,17 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     try:
         partial.chmod(0o777 & ~_umask())
         yield partial
-        _replace(partial, output)
+        move_into_place(partial, output)
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(output.parent).free
-        raise ToolError(
-            f"{output}: not written, nothing was changed: {error} ({free / 1e6:.0f} MB are free)"
-        ) from error
+        raise not_written(output, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def not_written(output: Path, error: Exception, advice: str = "") -> ToolError:
+    """What to tell where the disk did not take it."""
+    free = shutil.disk_usage(output.parent).free
+    return ToolError(f"{output}: not written, nothing was changed: {error} ({free / 1e6:.0f} MB are free){advice}")
 
 
 @contextmanager
@@ -142,7 +118,8 @@ def atomic_file(output: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _replace(partial: Path, output: Path) -> None:
+def move_into_place(partial: Path, output: Path) -> None:
+    """Let a finished folder take the place of `output`, which may hold an older one."""
     if output.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
         output.rename(old / output.name)
@@ -150,7 +127,7 @@ def _replace(partial: Path, output: Path) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(output)
-    _fsync(output.parent)
+    fsync(output.parent)
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -161,19 +138,7 @@ def _is_checkpoint(folder: Path) -> bool:
     return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
 
-def _shard_name(number: int) -> str:
-    return f"model-{number:05d}.safetensors"
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -61,8 +61,8 @@ def engine() -> Generator[Engine]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that start servers last."""
-    items.sort(key=lambda item: "test_server" in item.nodeid)
+    """Run the tests that take minutes and those that start servers last."""
+    items.sort(key=lambda item: ("test_server" in item.nodeid, "test_offline_memory" in item.nodeid))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,6 +12,7 @@ from offline.psot import make_transforms
 from offline.recipe import SITES, Psot, PsotLayer, Recipe
 from offline.source import Source
 from offline.transforms import Transforms, transform_input, undo_in_weights
+from offline.work import Work
 from tests.tiny import SIZES, VOCAB_SIZE, write_source
 
 TRANSFORMS = ("none", "hadamard", "psot-shared", "psot-layer")
@@ -31,7 +32,7 @@ def recipe_for(transform: str) -> Recipe:
 def transformed_model(source: Source, transforms: Transforms | None, recipe: Recipe) -> CausalLM:
     """The source with `transforms` folded in, and with hooks that do what the server does at run time."""
     model = source.model(torch.float32)
-    ends = fold_ends(source, transforms)
+    ends = dict(fold_ends(source, transforms))
     model.model.norm.weight.data = ends["model.norm.weight"].float()
     for number, layer in enumerate(model.model.layers):
         layer.load_state_dict(fold_layer(source, number, transforms))
@@ -59,7 +60,9 @@ def transformed_model(source: Source, transforms: Transforms | None, recipe: Rec
 
 
 def transforms_for(source: Source, recipe: Recipe, tokens: torch.Tensor) -> Transforms | None:
-    return make_transforms(source, recipe, tokens, 1, torch.device("cpu"), silent)
+    return make_transforms(
+        source, recipe, tokens, 1, torch.device("cpu"), silent, Work(source.folder.with_name("work"))
+    )
 
 
 @torch.no_grad()

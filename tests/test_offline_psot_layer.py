@@ -1,6 +1,7 @@
 """Each layer's own rotations press down the peaks of their inputs, by the published objective."""
 
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 
@@ -8,6 +9,7 @@ from offline.psot_layer import centre, input_loss, learn_layer_rotations, peak_n
 from offline.recipe import PsotLayer
 from offline.source import Source
 from offline.transforms import Transforms
+from offline.work import Work
 from tests.tiny import VOCAB_SIZE, write_source
 
 CPU = torch.device("cpu")
@@ -22,7 +24,8 @@ def learn(source: Source, **args: int) -> tuple[Transforms, list[float]]:
         left.extend(float(part) for part in detail.removeprefix("losses at ").split(" of ")[0].split(", "))
 
     generator = torch.Generator().manual_seed(1)
-    return learn_layer_rotations(source, tokens, PsotLayer(**args), generator, CPU, note), left
+    work = Work(Path(mkdtemp(dir=source.folder.parent)))
+    return learn_layer_rotations(source, tokens, PsotLayer(**args), generator, CPU, note, work), left
 
 
 def test_every_loss_falls_and_every_rotation_is_orthogonal_and_seeded(tmp_path: Path) -> None:

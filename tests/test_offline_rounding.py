@@ -6,7 +6,7 @@ import torch
 from infoquant_vllm.format import WeightArgs
 from offline.gptq import gptq, inverse_factor, output_error
 from offline.refine import descend, refine, refit_scales
-from offline.weights import round_to_nearest, search_scales
+from offline.weights import QuantizedWeight, round_to_nearest, search_scales
 
 SCHEMES = [
     pytest.param(WeightArgs(num_bits=bits, symmetric=symmetric, **group), id=f"{bits}-{symmetric}-{group}")
@@ -48,7 +48,7 @@ def test_codes_fit_their_bits(args: WeightArgs, extreme: float) -> None:
 def test_gptq_loses_less_than_rounding_on_correlated_inputs(args: WeightArgs) -> None:
     weight, hessian = random_weight(), correlated_hessian()
     plain, better = round_to_nearest(weight, args), gptq(weight, hessian, args, DAMPING)
-    assert output_error(weight, better.values(), hessian) < 0.8 * output_error(weight, plain.values(), hessian)
+    assert output_error(weight, better, hessian) < 0.8 * output_error(weight, plain, hessian)
 
 
 @pytest.mark.parametrize("args", SCHEMES)
@@ -65,9 +65,9 @@ def test_each_step_of_refining_lowers_the_error_of_outputs(args: WeightArgs) -> 
     start = gptq(weight, hessian, args, DAMPING)
     moved = descend(weight, start, hessian, args)
     scaled = refit_scales(weight, moved, hessian)
-    errors = [output_error(weight, rounded.values(), hessian) for rounded in (start, moved, scaled)]
+    errors = [output_error(weight, rounded, hessian) for rounded in (start, moved, scaled)]
     assert errors[0] > errors[1] > errors[2]
-    assert output_error(weight, refine(weight, start, hessian, args, 3).values(), hessian) < 0.97 * errors[0]
+    assert output_error(weight, refine(weight, start, hessian, args, 3), hessian) < 0.97 * errors[0]
 
 
 def test_no_single_code_is_better_than_the_one_that_descending_ends_with() -> None:
@@ -75,13 +75,14 @@ def test_no_single_code_is_better_than_the_one_that_descending_ends_with() -> No
     rounded = gptq(weight, hessian, args, DAMPING)
     for _ in range(20):
         rounded = descend(weight, rounded, hessian, args)
-    least = output_error(weight, rounded.values(), hessian)
+    least = output_error(weight, rounded, hessian)
     for row, column in torch.cartesian_prod(torch.arange(6), torch.arange(24)).tolist():
         for step in (-1, 1):
             if -8 <= rounded.codes[row, column] + step <= 7:
-                values = rounded.values()
-                values[row, column] += step * rounded.scale[row, 0]
-                assert output_error(weight, values, hessian) >= least * (1 - 1e-5)
+                codes = rounded.codes.clone()
+                codes[row, column] += step
+                moved = QuantizedWeight(codes, rounded.scale, rounded.zero)
+                assert output_error(weight, moved, hessian) >= least * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("args", SCHEMES)
@@ -109,8 +110,12 @@ def test_refining_leaves_weights_alone_that_nothing_is_known_of(args: WeightArgs
     assert (refined.scale > 0).all()
 
 
+@pytest.mark.parametrize("block", [40, 2048])
 @pytest.mark.parametrize("rank", [0, 10, 96])
-def test_inverse_factor_is_that_of_the_damped_hessian_of_any_rank(rank: int) -> None:
+def test_inverse_factor_is_that_of_the_damped_hessian_of_any_rank(
+    rank: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offline.gptq.FACTOR_BLOCK", block)
     x = torch.randn(rank, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hessian = x.T @ x
     factor = inverse_factor(hessian, DAMPING)

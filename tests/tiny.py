@@ -75,8 +75,13 @@ def write_source(
     model = rules.model(rules.config(**(sizes | config)))
     _randomize(model, torch.Generator().manual_seed(seed))
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    _tokenizer().save_pretrained(folder)
+    write_tokenizer(folder)
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One that knows bytes."""
+    _tokenizer().save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -1,0 +1,29 @@
+"""One run of the tool: what its stages read, and what they leave for the report."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from infoquant_vllm.format import QuantizationConfigData
+from offline.progress import JsonLog, ProgressReport
+from offline.recipe import Recipe
+from offline.report import Stopwatch
+from offline.source import Source
+from offline.work import Work
+
+
+@dataclass
+class Run:
+    """What every stage of one run reads, and the timings and errors that they leave."""
+
+    source: Source
+    recipe: Recipe
+    config: QuantizationConfigData
+    seed: int
+    device: torch.device
+    progress: ProgressReport
+    work: Work
+    log: JsonLog | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    errors: dict[str, float] = field(default_factory=dict)
+    orthogonality_errors: dict[str, float] = field(default_factory=dict)

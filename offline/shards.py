@@ -1,0 +1,104 @@
+"""Safetensors files written tensor by tensor, whose sizes are known before the first one.
+
+The layout is that of the library (https://huggingface.co/docs/safetensors): eight bytes with the
+length of the header, the header as JSON padded with spaces to a multiple of eight, the tensors.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from typing_extensions import Buffer
+
+from infoquant_vllm.format import INDEX_FILE, TensorSpec
+from offline.errors import ToolError
+
+DTYPES = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+}
+"""In the order that tensors have in a file, which keeps each aligned to its own size."""
+MAX_HEADER_BYTES = 100_000_000
+"""What the library reads."""
+
+
+def spec_bytes(spec: TensorSpec) -> int:
+    """Size of a tensor whose dtype is known."""
+    return torch.Size(spec.shape).numel() * DTYPES[str(spec.dtype)].itemsize
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
+    """Names in the order of `specs`, a new shard wherever the next tensor would make one larger than `shard_bytes`."""
+    shards: list[list[str]] = []
+    size = 0
+    for name, spec in specs.items():
+        if not shards or size + spec_bytes(spec) > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec_bytes(spec)
+    return shards
+
+
+def begin_file(file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> dict[str, int]:
+    """Make a file of full size with nothing but its header; returns where in it each tensor belongs."""
+    order = list(DTYPES)
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offsets, end = {}, 0
+    for name in sorted(specs, key=lambda name: (order.index(str(specs[name].dtype)), name)):
+        start, end = end, end + spec_bytes(specs[name])
+        header[name] = {"dtype": specs[name].dtype, "shape": list(specs[name].shape), "data_offsets": [start, end]}
+        offsets[name] = start
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > MAX_HEADER_BYTES:
+        raise ToolError(f"{file}: a header of {len(encoded)} bytes, at most {MAX_HEADER_BYTES}; use smaller shards")
+    with file.open("wb") as opened:
+        opened.write(len(encoded).to_bytes(8, "little") + encoded)
+        opened.truncate(8 + len(encoded) + end)
+    return {name: 8 + len(encoded) + start for name, start in offsets.items()}
+
+
+def raw_bytes(tensor: torch.Tensor) -> Buffer:
+    """What a file holds of a tensor; a view where it is contiguous and in main memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+class ShardWriter:
+    """The shards of one checkpoint, made at full size at once; tensors come in any order and go to their places."""
+
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int):
+        self._folder, self._specs = folder, dict(specs)
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._missing = set(specs)
+        shards = plan_shards(specs, shard_bytes)
+        for number, names in enumerate(shards, start=1):
+            file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            offsets = begin_file(file, {name: self._specs[name] for name in names}, {"format": "pt"})
+            self._places |= {name: (file, offset) for name, offset in offsets.items()}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor into its place; it must be as its spec says."""
+        spec = self._specs[name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[str(spec.dtype)]:
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {spec.dtype} {list(spec.shape)}")
+        file, offset = self._places[name]
+        with file.open("r+b") as opened:
+            opened.seek(offset)
+            opened.write(raw_bytes(tensor))
+        self._missing.discard(name)
+
+    def finish(self) -> None:
+        """Write the index; every tensor must be there."""
+        if self._missing:
+            raise ValueError(f"{min(self._missing)} was not written ({len(self._missing)} such tensors)")
+        index = {
+            "metadata": {"total_size": sum(map(spec_bytes, self._specs.values()))},
+            "weight_map": {name: self._places[name][0].name for name in sorted(self._places)},
+        }
+        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
