@@ -78,6 +78,13 @@ def quantize(
     device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.auto,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint written earlier.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep what is done in OUTPUT.resume, and go on from there when the run was ended, by whatever.",
+        ),
+    ] = False,
     shard_size: Annotated[float, typer.Option(min=0.001, help="Largest file of weights, in GB of 10^9 bytes.")] = 5.0,
     log_json: Annotated[
         Path | None,
@@ -110,6 +117,7 @@ def quantize(
             max_tp=max_tp,
             device=device.value,
             overwrite=overwrite,
+            resume=resume,
             shard_bytes=int(shard_size * 1e9),
             log=log_json,
             dry_run=dry_run,

@@ -13,6 +13,7 @@ from offline.calibration import calibration_tokens
 from offline.card import model_card
 from offline.distill import distill
 from offline.errors import ToolError
+from offline.fingerprint import fingerprint
 from offline.fold import fold_ends
 from offline.layers import quantized_layers
 from offline.presets import preset_named
@@ -20,6 +21,7 @@ from offline.progress import JsonLog, ProgressReport, both, console_progress
 from offline.psot import make_transforms
 from offline.recipe import Distillation, Recipe, load_recipe
 from offline.report import REPORT_FILE, Report, checkpoint_sizes, peak_memory_bytes
+from offline.resume import finished_before, resumable_folder, work_folder
 from offline.run import Run
 from offline.source import Source
 from offline.specs import checkpoint_specs
@@ -46,6 +48,7 @@ def quantize(
     max_tp: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     shard_bytes: int = SHARD_BYTES,
     log: str | Path | None = None,
@@ -63,6 +66,8 @@ def quantize(
         max_tp: how many workers of tensor parallelism may serve the checkpoint; None: what the recipe says, mostly 1.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         overwrite: replace an output that this tool wrote earlier.
+        resume: keep what is done in `OUTPUT.resume` beside the output and go on from what an earlier run, ended
+            by whatever, kept there; gives the bytes of a run that nothing ended.
         dry_run: check everything and compute the sizes, but write nothing.
         shard_bytes: how large a file of the output may be, unless one tensor is larger.
         log: a file that gets a line of JSON for every step, beside what is shown (see `JsonLog`).
@@ -77,6 +82,9 @@ def quantize(
             raise ToolError(f"max_tp is {max_tp}, expected a number of workers from 1 on")
         chosen = chosen.model_copy(update={"max_tp": max_tp})
     model, device_used = Source.open(source), _device(device)
+    marks = fingerprint(model, chosen, calibration, seed, device_used) if resume else {}
+    if resume and finished_before(Path(output), marks):
+        return Report.model_validate_json((Path(output) / REPORT_FILE).read_text(encoding="utf-8"))
     check_output(Path(output), model.folder, overwrite)
     try:
         config = chosen.quantization_config(model.shape)
@@ -94,11 +102,12 @@ def quantize(
     if dry_run:
         return figures
     check_memory(model, chosen, calibration)
-    check_space(Path(output), figures.total_bytes)
+    check_space(Path(output), figures.total_bytes * (2 if resume else 1))
     events = None if log is None else JsonLog(Path(log))
     with console_progress() if progress is None else nullcontext(progress) as shown:
-        with atomic_folder(Path(output)) as partial:
-            work = Work(partial / "work")
+        folder = resumable_folder(Path(output), marks) if resume else atomic_folder(Path(output))
+        with folder as partial:
+            work = Work(work_folder(Path(output)), keeps=True) if resume else Work(partial / "work")
             reports = shown if events is None else both(shown, events.progress)
             run = Run(model, chosen, config, seed, device_used, reports, work, events)
             writer = Writer(partial, specs, shard_bytes)
