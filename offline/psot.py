@@ -19,6 +19,8 @@ from offline.transforms import Transforms, random_hadamard, random_head_rotation
 from offline.work import Work
 
 TOKENS_SEEN_PER_TOKEN_POOLED = 4
+STEPS_KEPT = 25
+LEARNING, ADAM_STATE = "learning-rotation", ("step", "exp_avg", "exp_avg_sq")
 
 
 def make_transforms(
@@ -42,7 +44,7 @@ def make_transforms(
         inputs = collect_inputs(source, tokens, recipe.psot, device, progress, work)
         group = recipe.sites.qkv.input_activations.group_size
         groups = 1 if group is None else source.shape.hidden_size // group
-        residual = learn_rotation(inputs, residual, groups, recipe.psot, generator, progress)
+        residual = learn_rotation(inputs, residual, groups, recipe.psot, generator, progress, work)
     return Transforms(residual, heads)
 
 
@@ -83,30 +85,48 @@ def learn_rotation(
     args: Psot,
     generator: torch.Generator,
     progress: ProgressReport,
+    work: Work | None = None,
 ) -> torch.Tensor:
     """An orthogonal matrix [hidden, hidden] float64, start @ Cayley(P - P^T), P learnt from 0.
 
     inputs: [tokens, hidden] float32 or bfloat16, normalised inputs of all layers without the norms' gains
     start: [hidden, hidden] float64, a random Hadamard
     groups: how many ranges a token is quantised with
+    work: where the optimisation is kept every STEPS_KEPT steps, and gone on from
     """
     hidden = len(start)
     base = start.to(inputs.device, torch.float32)
     parameter = torch.zeros(hidden, hidden, device=inputs.device, requires_grad=True)
     optimizer = torch.optim.Adam([parameter], lr=args.learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / args.steps))
-    )
-    for step in range(args.steps):
+    done = 0 if work is None else _restore(work, parameter, optimizer, generator)
+    for step in range(done, args.steps):
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (0.5 * (1 + math.cos(math.pi * step / args.steps)))
         rows = torch.randint(len(inputs), (args.batch_tokens,), generator=generator).to(inputs.device)
         loss = squared_range(((inputs[rows].float() @ base) @ cayley(parameter)).unflatten(1, (groups, -1)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        if work is not None and work.keeps and (step + 1) % STEPS_KEPT == 0:
+            state = {name: optimizer.state[parameter][name] for name in ADAM_STATE}
+            state |= {"parameter": parameter, "generator": generator.get_state()}
+            work.save(LEARNING, state, step=step + 1)
         progress("rotation", step + 1, args.steps, f"squared range {loss.item():.2f}")
     with torch.no_grad():
         return start @ cayley(parameter.double()).cpu()
+
+
+def _restore(work: Work, parameter: torch.Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+    """Set everything back to how it was kept; returns the number of steps that were done, 0 where none is."""
+    if not work.holds(LEARNING):
+        return 0
+    state = work.tensors(LEARNING)
+    with torch.no_grad():
+        parameter.copy_(state["parameter"])
+    moments = {name: state[name].clone().to(parameter.device) for name in ADAM_STATE if name != "step"}
+    optimizer.state[parameter] = {"step": state["step"].clone(), **moments}
+    generator.set_state(state["generator"])
+    done: int = work.facts(LEARNING)["step"]
+    return done
 
 
 def cayley(parameter: torch.Tensor) -> torch.Tensor:

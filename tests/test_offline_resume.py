@@ -66,7 +66,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 def small(preset: str) -> Recipe:
-    update = {"calibration": CalibrationSize(sequences=4, sequence_length=64), "psot": Psot(steps=3)}
+    update = {"calibration": CalibrationSize(sequences=4, sequence_length=64), "psot": Psot(steps=60)}
     return PRESETS[preset].model_copy(update=update | STEPS[preset])
 
 
@@ -125,6 +125,14 @@ def test_finished_layers_are_not_computed_again(tmp_path: Path, source: Path, mo
     begin(tmp_path, source, progress=silent)
     assert computed == [2, 3]
     assert not work_folder(tmp_path / "out").exists()
+
+
+def test_learning_of_the_rotation_goes_on_from_the_steps_that_were_kept(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path, source, progress=stop_at("rotation", 55))
+    steps: list[int] = []
+    begin(tmp_path, source, progress=lambda stage, done, *_: steps.append(done) if stage == "rotation" else None)
+    assert steps == list(range(51, 61))
 
 
 def test_what_changed_is_named_and_nothing_is_lost(tmp_path: Path, source: Path) -> None:
