@@ -16,6 +16,7 @@ from offline.errors import ToolError
 from offline.fingerprint import fingerprint
 from offline.fold import fold_ends
 from offline.layers import quantized_layers
+from offline.plan import make_plan
 from offline.presets import preset_named
 from offline.progress import JsonLog, ProgressReport, both, console_progress
 from offline.psot import make_transforms
@@ -68,7 +69,8 @@ def quantize(
         overwrite: replace an output that this tool wrote earlier.
         resume: keep what is done in `OUTPUT.resume` beside the output and go on from what an earlier run, ended
             by whatever, kept there; gives the bytes of a run that nothing ended.
-        dry_run: check everything and compute the sizes, but write nothing.
+        dry_run: check everything, compute sizes, memory and time (see `make_plan`), but write nothing. A source that
+            is a config.json and no weights will do.
         shard_bytes: how large a file of the output may be, unless one tensor is larger.
         log: a file that gets a line of JSON for every step, beside what is shown (see `JsonLog`).
         progress: called while the run goes on; None draws bars on standard error.
@@ -81,7 +83,7 @@ def quantize(
         if max_tp < 1:
             raise ToolError(f"max_tp is {max_tp}, expected a number of workers from 1 on")
         chosen = chosen.model_copy(update={"max_tp": max_tp})
-    model, device_used = Source.open(source), _device(device)
+    model, device_used = Source.open(source, headers_only=dry_run), _device(device)
     marks = fingerprint(model, chosen, calibration, seed, device_used) if resume else {}
     if resume and finished_before(Path(output), marks):
         return Report.model_validate_json((Path(output) / REPORT_FILE).read_text(encoding="utf-8"))
@@ -100,7 +102,7 @@ def quantize(
         **checkpoint_sizes(model, config, specs),
     )
     if dry_run:
-        return figures
+        return figures.model_copy(update={"plan": make_plan(model, chosen, specs, calibration, shard_bytes)})
     check_memory(model, chosen, calibration)
     check_space(Path(output), figures.total_bytes * (2 if resume else 1))
     events = None if log is None else JsonLog(Path(log))
@@ -141,7 +143,7 @@ def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: st
     writer.copy_from(run.source.folder)
     writer.write_text("README.md", model_card(name, run.recipe, figures))
     writer.write_text("infoquant_recipe.yaml", run.recipe.dump())
-    writer.write_text(REPORT_FILE, figures.model_dump_json(indent=2) + "\n")
+    writer.write_text(REPORT_FILE, figures.model_dump_json(indent=2, exclude={"plan"}) + "\n")
     quantization_config = run.config.model_dump(mode="json", exclude_none=True)
     writer.finish(run.source.hf_config | {"quantization_config": quantization_config})
     Checkpoint(writer.folder)  # reads the headers back: every tensor there, of the right shape and type

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infoquant_vllm.format import QuantizationConfigData, TensorSpec, cell_bytes
 from offline.fold import stored_dtype
+from offline.plan import Plan
 from offline.shards import spec_bytes
 from offline.source import Source
 
@@ -44,6 +45,8 @@ class Report(BaseModel):
     """Largest entry of |Q^T Q - I| over each layer's rotations, and over that of the residual stream."""
     seconds: dict[str, float] = {}
     """Wall time by stage."""
+    plan: Plan | None = None
+    """Of a dry run."""
     peak_memory_bytes: int | None = None
     """The most main memory that the process held until the run's end."""
 

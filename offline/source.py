@@ -36,8 +36,12 @@ class Source:
     weight_map: dict[str, str]
 
     @classmethod
-    def open(cls, path_or_hub_id: str | Path) -> "Source":
-        """Check config, tokenizer, index and shard headers; raises ToolError for the first thing wrong."""
+    def open(cls, path_or_hub_id: str | Path, headers_only: bool = False) -> "Source":
+        """Check config, tokenizer, index and shard headers; raises ToolError for the first thing wrong.
+
+        With `headers_only` a folder that holds a config.json, and neither weights nor a tokenizer, will do:
+        `weight_map` is empty then and no tensor can be read.
+        """
         folder = _local_folder(path_or_hub_id)
         try:
             hf_config = read_json(folder / "config.json")
@@ -45,6 +49,8 @@ class Source:
             shape = ModelShape.from_hf(hf_config, str(folder / "config.json"))
         except FormatError as error:
             raise ToolError(str(error)) from None
+        if headers_only and not any(folder.glob("*.safetensors")) and not (folder / INDEX_FILE).is_file():
+            return cls(folder, hf_config, shape, {})
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise ToolError(f"{folder}: no tokenizer ({' or '.join(TOKENIZER_FILES)} was expected)")
         return cls(folder, hf_config, shape, _weight_map(folder, shape))
@@ -66,7 +72,10 @@ class Source:
         return tensor
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype of a tensor, from its file's header."""
+        """The stored dtype of a tensor, from its file's header; the config's word for it where there is no file."""
+        if not self.weight_map:
+            named = str(self.hf_config.get("dtype", self.hf_config.get("torch_dtype", "bfloat16")))
+            return {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)
         with safe_open(self.folder / self.weight_map[name], framework="pt") as shard:
             return DTYPES[shard.get_slice(name).get_dtype()]
 

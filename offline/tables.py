@@ -8,6 +8,7 @@ from rich.table import Table
 from offline.evaluate import Evaluation, Figure
 from offline.inspect import Inspection, scheme_words
 from offline.page.summary import Summary
+from offline.plan import Plan
 from offline.report import Report
 from offline.verify import Verification
 
@@ -25,8 +26,33 @@ def print_report(report: Report, output: Path) -> None:
     console = Console()
     console.print(table)
     console.print(f"recipe {report.recipe}, {report.bits_per_weight:.2f} bits per weight, seed {report.seed}")
+    if report.plan is not None:
+        _print_plan(console, report.plan)
     if not report.dry_run:
         console.print(f"{report.calibration_tokens} calibration tokens, {sum(report.seconds.values()):.0f} seconds")
+
+
+def _print_plan(console: Console, plan: Plan) -> None:
+    """What a layer consists of, what stages hold and take, and the sums."""
+    sites = Table("linears", "weights", "MB in bf16", "MB written", "Hessian, MB", "seconds")
+    sites.title = f"each of {plan.layers} decoder layers"
+    for site in plan.sites.values():
+        names = ", ".join(linear.rpartition(".")[2] for linear in site.linears)
+        sizes = (f"{size / 1e6:,.1f}" for size in (site.source_bytes, site.bytes, site.hessian_bytes))
+        sites.add_row(names, f"{site.rows} x {site.columns}", *sizes, f"{site.seconds:.1f}")
+    console.print(sites)
+    stages = Table("stage", "seconds", "memory at its fullest, GB", title="the whole run, on the CPU of this machine")
+    for stage in plan.stages:
+        stages.add_row(stage.name, f"{stage.seconds:,.0f}", f"{stage.memory_bytes / 1e9:.2f}")
+    stages.add_row("in all", f"{plan.seconds:,.0f}", f"{plan.memory_bytes / 1e9:.2f}", style="bold")
+    console.print(stages)
+    where = "on disk" if plan.hidden_states_on_disk else "in memory"
+    console.print(
+        f"a layer in float32 is {plan.layer_float32_bytes / 1e9:.2f} GB, a batch of activations "
+        f"{plan.batch_bytes / 1e9:.2f} GB, 1.5 times both and 2 GiB are {plan.memory_bound_bytes / 1e9:.2f} GB; hidden "
+        f"states of all calibration text are {plan.hidden_states_bytes / 1e9:.2f} GB, {where}; "
+        f"{plan.shards} shards, {plan.disk_bytes / 1e9:.2f} GB on disk"
+    )
 
 
 def print_verification(found: Verification) -> None:
