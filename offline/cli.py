@@ -242,6 +242,32 @@ def sample(
         print(f"{file}: {sequences} sequences of {length} tokens")
 
 
+@app.command()
+def push(
+    checkpoint: CheckpointFolder,
+    repository: Annotated[str, typer.Argument(metavar="REPOSITORY", help="ORGANISATION/NAME on the hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is made now, nobody else sees it.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint and upload it to the model hub.
+
+    Log in first, with `hf auth login` or HF_TOKEN. Nothing is sent of a checkpoint that fails `verify`.
+
+    [bold]Example[/bold]
+
+      infoquant push ./model-w4a4kv4 organisation/model-w4a4kv4
+    """
+    with _refusals():
+        from offline.progress import console_progress
+        from offline.push import push as run
+
+        with console_progress() as progress:
+            sent = run(checkpoint, repository, private=private, progress=progress)
+        print(sent.model_dump_json(indent=2) if as_json else f"{sent.files} files, {sent.bytes:,} bytes: {sent.url}")
+
+
 @app.command(name="report")
 def report_command(
     checkpoint: CheckpointFolder,
