@@ -12,16 +12,32 @@ from offline.errors import CheckError
 from offline.evaluate import compare, stored_dtype
 from offline.prompts import PASSAGES
 from offline.simulate import load_simulated
-from offline.source import Source
+from offline.source import Source, read_tokenizer
 from offline.text import leading_tokens
 from offline.vocabulary import vocabulary_rows
 
+PROMPT_WORDS = 12
 LARGEST_KL = 2.0
 """Nats per position. A usable 4-bit model is well below 1; one with a wrong rotation or layer far above."""
 LARGEST_BASIS_ERROR = 0.02
 """Relative; bfloat16 embeddings rounded once more give 0.003."""
 LARGEST_ROUNDING_ERROR = 0.05
 """Relative, of embeddings in 8 bits; those of SmolLM2 have 0.012."""
+
+
+def continuation(folder: str | Path, tokens: int = 24) -> tuple[str, str]:
+    """The beginning of a passage, and how the checkpoint goes on from there when it takes the likeliest token."""
+    tokenizer, model = read_tokenizer(Path(folder)), load_simulated(folder, stored_dtype(Path(folder)))
+    prompt = " ".join(PASSAGES[0].split()[:PROMPT_WORDS])
+    ids = leading_tokens(tokenizer) + tokenizer(prompt, add_special_tokens=False).input_ids
+    written: list[int] = []
+    for _ in range(tokens):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids + written])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        written.append(token)
+    return prompt, str(tokenizer.decode(written))
 
 
 class Comparison:

@@ -90,6 +90,10 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="Append a line of JSON per step: error, memory, time left."),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Then verify it against the source and let it write a line; holds both models."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantise a model into a checkpoint folder that `vllm serve` loads.
@@ -128,6 +132,8 @@ def quantize(
             from offline.tables import print_report
 
             print_report(report, output)
+        if check and not dry_run:
+            _check(output, source, as_json)
 
 
 @app.command()
@@ -339,6 +345,23 @@ def demo_model_command(
 
         demo_model(folder)
         print(f"{folder}: {NAME}")
+
+
+def _check(checkpoint: Path, source: str, as_json: bool) -> None:
+    """Verify a checkpoint against its source and let it write; exit code 1 where a check fails."""
+    from offline.against import continuation
+    from offline.progress import console_progress
+    from offline.tables import print_verification
+    from offline.verify import verify as run
+
+    with console_progress() as progress:
+        found = run(checkpoint, against=source, progress=progress)
+    console = Console(stderr=as_json)
+    print_verification(found, console)
+    if not found.passed:
+        raise typer.Exit(1)
+    prompt, written = continuation(checkpoint)
+    console.print(f"> {prompt}\n{written}", markup=False, highlight=False)
 
 
 @contextmanager

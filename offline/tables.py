@@ -55,17 +55,24 @@ def _print_plan(console: Console, plan: Plan) -> None:
     )
 
 
-def print_verification(found: Verification) -> None:
-    """The checks, errors by layer where a source was given, and the verdict."""
-    console = Console()
+def print_verification(found: Verification, console: Console | None = None) -> None:
+    """The checks, errors by layer, and the verdict."""
+    console = Console() if console is None else console
     table = Table("check", "", "found", title=found.checkpoint)
     for check in found.checks:
         table.add_row(check.name, "[green]ok[/]" if check.passed else "[red]FAILED[/]", check.detail)
     console.print(table)
-    if found.layer_errors:
-        layers = Table("after", "relative error of the hidden states", title="against the source")
-        for name, error in found.layer_errors.items():
-            layers.add_row(name, f"{error:.3f}")
+    columns = {
+        "hidden states' relative error": (found.layer_errors, ".3f"),
+        "energy lost by rounding": (found.rounding_errors, ".2%"),
+        "|Q^T Q - I|": (found.orthogonality_errors, ".1e"),
+    }
+    shown = {title: column for title, column in columns.items() if column[0]}
+    if shown:
+        layers = Table("after", *shown, title="layer by layer")
+        names = dict.fromkeys(name for errors, _ in shown.values() for name in errors)
+        for name in names:
+            layers.add_row(name, *(format(e[name], form) if name in e else "" for e, form in shown.values()))
         console.print(layers)
     console.print("[green]passed[/]" if found.passed else "[bold red]failed[/]")
 

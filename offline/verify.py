@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infoquant_vllm.format import Checkpoint, FormatError, WeightArgs
+from infoquant_vllm.format import Checkpoint, FormatError, WeightArgs, read_json
 from offline.against import Comparison
 from offline.errors import CheckError
 from offline.progress import ProgressReport, silent
+from offline.report import REPORT_FILE, Report
 from offline.simulated import integer_weights
 from offline.transforms import orthogonality_error
 
@@ -45,6 +46,10 @@ class Verification(BaseModel):
     checks: list[Check]
     layer_errors: dict[str, float] = {}
     """Against a source: relative error of the hidden states after each layer."""
+    rounding_errors: dict[str, float] = {}
+    """By layer, from the run's own report: share of its linears' output energy that weight rounding lost, the mean."""
+    orthogonality_errors: dict[str, float] = {}
+    """By layer, from the report: largest entry of |Q^T Q - I| over its rotations, those folded into weights too."""
 
 
 class _Checks:
@@ -90,13 +95,32 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
             comparison = Comparison(opened[0], against)
             if checks.run("same model", comparison.same_ends):
                 checks.run("behaviour", lambda: comparison.behaviour(layer_errors))
+    report = _report(Path(folder))
     return Verification(
         checkpoint=str(folder),
         against=None if against is None else str(against),
         passed=checks.passed,
         checks=checks.done,
         layer_errors=layer_errors,
+        rounding_errors={} if report is None else _by_layer(report.errors),
+        orthogonality_errors={} if report is None else report.orthogonality_errors,
     )
+
+
+def _report(folder: Path) -> Report | None:
+    """What the run that wrote the folder told of itself; None where it cannot be read, which is nobody's harm."""
+    try:
+        return Report.model_validate(read_json(folder / REPORT_FILE))
+    except (FormatError, ValidationError):
+        return None
+
+
+def _by_layer(errors: dict[str, float]) -> dict[str, float]:
+    """Means over the linears of each decoder layer."""
+    layers: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        layers.setdefault(".".join(name.split(".")[:3]), []).append(error)
+    return {layer: sum(found) / len(found) for layer, found in layers.items()}
 
 
 def check_all_values(checkpoint: Checkpoint) -> str:

@@ -110,6 +110,29 @@ def test_eval_prints_figures(checkpoint: Path, source: Path) -> None:
     assert json.loads(done.stdout)["kl"]["mean"] > 0
 
 
+def test_log_has_a_line_for_every_step_with_memory_and_time_left(source: Path, recipe: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", source, tmp_path / "out", "--recipe", recipe, "--log-json", tmp_path / "log")
+    done = infoquant(*arguments)
+    assert done.exit_code == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert all(line["memory_bytes"] > 10**8 for line in lines)
+    layers = [line for line in lines if line["event"] == "layer"]
+    assert [line["layer"] for line in layers] == [0, 1]
+    assert all(0 < line["output_error"] < 1 and line["tokens_per_second"] > 0 for line in layers)
+    assert all(line["orthogonality_error"] < 1e-10 for line in layers)
+    last = [line for line in lines if line["event"] == "progress"][-1]
+    assert (last["stage"], last["done"], last["total"], last["seconds_left"]) == ("layers", 2, 2, 0.0)
+    assert "tokens/s" in done.stderr
+    refused("log cannot be written", *arguments[:-1], tmp_path / "no" / "log", "--overwrite")
+
+
+def test_check_ends_with_a_table_a_verdict_and_a_line_of_text(source: Path, recipe: Path, tmp_path: Path) -> None:
+    done = infoquant("quantize", source, tmp_path / "out", "--recipe", recipe, "--check")
+    assert done.exit_code == 0, done.stderr
+    table, verdict, text = (done.stdout.index(words) for words in ("layer by layer", "passed", "> The tide"))
+    assert table < verdict < text
+
+
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     done = infoquant("quantize", source, tmp_path / "out", "--preset", "rtn", "--dry-run", "--json")
     assert done.exit_code == 0, done.stderr
