@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from typing_extensions import Buffer
 
 from infoquant_vllm.format import INDEX_FILE, TensorSpec
 from offline.errors import ToolError
@@ -64,9 +63,9 @@ def begin_file(file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[st
     return {name: 8 + len(encoded) + start for name, start in offsets.items()}
 
 
-def raw_bytes(tensor: torch.Tensor) -> Buffer:
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """What a file holds of a tensor; a view where it is contiguous and in main memory."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class ShardWriter:

@@ -1,5 +1,6 @@
 """Memory stays within a decoder layer's, whatever the number of layers."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def peak_of_a_run(source: Path, recipe: Recipe) -> tuple[int, int]:
     file.write_text(recipe.dump())
     output = source.with_name(f"{source.name}-{recipe.name}")
     command = [sys.executable, "-c", QUANTIZE, source, output, file, text]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=850)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # tensors that are freed leave the process
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=850, env=environment)
     foretold, peak = map(int, done.stdout.split())
     return foretold, peak
 
@@ -73,10 +75,10 @@ def test_peak_does_not_grow_with_the_layers(tmp_path: Path, transform: str) -> N
     sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 16, "dtype": torch.bfloat16}
     few, many = (
         peak_of_a_run(write_source(tmp_path / f"{layers}", num_hidden_layers=layers, **sizes), recipe)[1]
-        for layers in (2, 8)
+        for layers in (2, 12)
     )
     layer = 4 * (2 * 1024 * 1024 + 2 * 128 * 1024 + 3 * 1024 * 1024)
-    assert many - few < 1.5 * layer
+    assert many - few < 0.3 * 10 * layer  # kept in bfloat16, the layers' weights would be half
 
 
 def test_scratch_too_large_for_the_free_memory_is_a_file_without_a_name(
