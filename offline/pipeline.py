@@ -171,7 +171,8 @@ def _calibration(run: Run, spec: str) -> torch.Tensor:
 def _transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
     """The model's rotations; learnt ones of the residual stream are kept, those of layers keep themselves."""
     if run.work.holds(ROTATION):
-        return Transforms(**run.work.tensors(ROTATION))
+        kept = run.work.tensors(ROTATION)
+        return Transforms(kept["residual"], kept["heads"])
     with run.watch("rotation"):
         transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.device, run.progress, run.work)
     if run.work.keeps and run.recipe.transform == "psot-shared" and transforms is not None:
