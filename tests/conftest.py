@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from pathlib import Path
 
+import tests.interpreted  # isort: skip # noqa: F401 (before anything else imports triton)
 import pytest
 import torch
 from transformers import AutoTokenizer

@@ -1,0 +1,16 @@
+"""Triton's kernels under its interpreter, in this process alone: servers that tests start choose for themselves.
+
+Triton reads the variable when its own functions and ours are defined, so this comes before all that imports it.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import triton.experimental.gluon  # noqa: E402, F401 (or the first launch imports it, and looks for the variable)
+
+from infoquant_vllm.kernels.triton import kv4_store  # noqa: E402
+
+del os.environ["TRITON_INTERPRET"]
+
+__all__ = ["kv4_store"]
