@@ -7,10 +7,10 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import triton.experimental.gluon  # noqa: E402, F401 (or the first launch imports it, and looks for the variable)
+import triton.experimental.gluon  # noqa: F401 (or the first launch imports it, and looks for the variable)
 
-from infoquant_vllm.kernels.triton import kv4_store  # noqa: E402
+from infoquant_vllm.kernels.triton import kv4_attention, kv4_store
 
 del os.environ["TRITON_INTERPRET"]
 
-__all__ = ["kv4_store"]
+__all__ = ["kv4_attention", "kv4_store"]

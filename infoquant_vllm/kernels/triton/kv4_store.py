@@ -140,7 +140,6 @@ def kv_store(
     assert cache.stride()[2:] == (cache.shape[3], 1), "cells of a page must be side by side"
     if tokens == 0:
         return
-    order, log_n = hadamard_sizes(size, hadamard)
     kv4_store_kernel[(triton.cdiv(tokens, TOKENS), kv_heads)](
         key,
         value,
@@ -149,7 +148,7 @@ def kv_store(
         key_clip,
         value_clip,
         key_offset,
-        dense_factor(size, key.device) if order > 1 else None,
+        dense_factor(size, key.device) if hadamard else None,
         1 / math.sqrt(size),
         tokens,
         *key.stride()[:2],

@@ -1,0 +1,151 @@
+"""Attention in Triton under the interpreter, against the reference; and what its rows do not depend on."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from infoquant_vllm.kernels.cpu import kv_cache as cpu
+from infoquant_vllm.kernels.reference import kv_cache as reference
+from tests.interpreted import kv4_attention
+from tests.test_kernels_kv_cache import BATCHES, BITS, Batch
+
+TOLERANCE = 5e-4
+"""Of the greatest output: both round weights to 32512 steps of a chunk's greatest, but each its own chunks'."""
+
+
+@pytest.fixture(autouse=True)
+def _few_parts_in_memory_that_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(kv4_attention, "PARTS", 8)  # empty ones cost time here
+    torch.use_deterministic_algorithms(True)  # which also fills what is allocated
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_like_the_reference(batch: Batch, window: int | None = None, **other: Any) -> None:
+    cache = batch.store(cpu)
+    found, expected = (batch.attend(kernels, cache, window, **other).float() for kernels in (kv4_attention, cpu))
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_is_that_of_the_reference(name: str, window: int | None) -> None:
+    assert_like_the_reference(Batch(*BATCHES[name], 3, 1, 64, dtype=torch.float32), window)
+
+
+@pytest.mark.parametrize("num_bits", BITS[1:])
+@pytest.mark.parametrize("name", ["decode", "mixed"])
+def test_bits_of_keys_and_of_values_are_their_own(num_bits: tuple[int, int], name: str) -> None:
+    assert_like_the_reference(Batch(*BATCHES[name], 2, 1, 64, num_bits, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "block"), [(2, 2, 64, 48), (3, 1, 96, 32), (8, 1, 128, 64), (2, 1, 256, 128)]
+)
+@pytest.mark.parametrize("counts", [[1, 1], [9, 1]])
+def test_head_sizes_groups_and_blocks_are_those_of_the_reference(
+    heads: int, kv_heads: int, size: int, block: int, counts: list[int]
+) -> None:
+    assert_like_the_reference(Batch(counts, [150, 17], heads, kv_heads, size, block=block, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("window", [1, 64, 65, 68, 73, 128])
+@pytest.mark.parametrize("queries", [1, 70])
+def test_windows_begin_where_they_should(window: int, queries: int) -> None:
+    batch = Batch([queries], [200], 1, 1, 64, dtype=torch.float32)
+    batch.query /= 16  # so that every token counts
+    assert_like_the_reference(batch, window)
+
+
+@pytest.mark.parametrize(("length", "queries"), [(127, 1), (128, 1), (129, 1), (1025, 1), (127, 2), (128, 2), (129, 2)])
+def test_a_context_ends_where_it_should(length: int, queries: int) -> None:
+    batch = Batch([queries], [length], 1, 1, 64, dtype=torch.float32)
+    batch.query /= 16  # so that every token counts
+    assert_like_the_reference(batch)
+
+
+@pytest.mark.parametrize("heads", [12, 40])
+def test_more_heads_to_a_kv_head_than_a_tile_has_rows(heads: int) -> None:
+    assert_like_the_reference(Batch([1], [70], heads, 1, 64, dtype=torch.float32))
+    assert_like_the_reference(Batch([3], [70], heads, 1, 64, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("counts", [[1, 4], [1, 1]])
+def test_queries_and_outputs_may_be_parts_of_wider_tensors(counts: list[int]) -> None:
+    batch = Batch(counts, [30, 20], 4, 2, 96)
+    cache, tokens = batch.store(cpu), sum(counts)
+    expected = batch.attend(kv4_attention, cache)
+    query, out = torch.zeros(tokens, 9, 96).bfloat16(), torch.ones(4, 7, 96).bfloat16().transpose(0, 1)
+    query[:, 2:6] = batch.query
+    rest = (batch.query_starts, batch.lens, batch.block_table, True, 96**-0.5, None, (4, 4))
+    kv4_attention.kv_attention(query[:, 2:6], cache, *rest, out[1 : tokens + 1])
+    assert torch.equal(out[1 : tokens + 1], expected)
+    assert (out[0] == 1).all()
+    assert (out[tokens + 1 :] == 1).all()
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 0, 0], [5, 1, 0, 0]])
+def test_the_padding_of_a_captured_batch_is_left_alone(counts: list[int]) -> None:
+    """Rows of no sequence, and sequences of no rows and no tokens, whose block table holds what was there before."""
+    batch = Batch(counts, [144, 32, 0, 0], 2, 1, 64)
+    cache, tokens = batch.store(cpu), sum(counts)
+    expected = batch.attend(cpu, cache)
+    for row, used in enumerate((9, 2, 0, 0)):
+        batch.block_table[row, used:] = 10**9
+    query, out = torch.cat((batch.query, batch.query[:2] * torch.nan)), torch.full((tokens + 2, 2, 64), 7.0)
+    rest = (batch.query_starts, batch.lens, batch.block_table, True, 64**-0.5, None, (4, 4))
+    kv4_attention.kv_attention(query, cache, *rest, out)
+    assert (out[:tokens] - expected).abs().max() <= 0.01 * expected.abs().max()  # bf16, which the interpreter cuts off
+    assert (out[tokens:] == 7).all()
+
+
+def test_a_decoding_row_is_the_same_bits_in_every_batch() -> None:
+    batch = Batch([1] * 3, [300, 20, 140], 2, 1, 64, dtype=torch.float32)
+    cache = batch.store(cpu)
+    together = batch.attend(kv4_attention, cache)
+    for row in range(3):
+        part = {"query": batch.query[row : row + 1], "starts": torch.tensor([0, 1], dtype=torch.int32)}
+        part |= {"lens": batch.lens[row : row + 1], "table": batch.block_table[row : row + 1]}
+        assert torch.equal(batch.attend(kv4_attention, cache, **part), together[row : row + 1])
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_prompt_is_the_same_bits_in_every_cut(window: int | None) -> None:
+    batch = Batch([150], [150], 2, 1, 64, dtype=torch.float32)
+    cache = batch.store(cpu)
+    whole = batch.attend(kv4_attention, cache, window)
+    ends = [2, 37, 64, 130, 150]
+    for first, last in zip([0, *ends], ends, strict=False):
+        starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, last - first], [last]))
+        part = {"query": batch.query[first:last], "starts": starts, "lens": lens}
+        assert torch.equal(batch.attend(kv4_attention, cache, window, **part), whole[first:last])
+
+
+def test_huge_scores_and_queries_of_zeros_are_those_of_the_reference() -> None:
+    batch = Batch([3, 1], [140, 300], 2, 1, 64, dtype=torch.float32)
+    batch.query[0], batch.query[1] = 0, batch.query[1] * 1000
+    assert_like_the_reference(batch)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_many_small_weights_beside_a_great_one_are_not_lost(queries: int) -> None:
+    """As in real models, whose first token takes most of the weight; against float64 over the same codes."""
+    batch = Batch([queries], [1024], 1, 1, 64, dtype=torch.float32)
+    batch.query[:] = batch.query[0, 0]
+    batch.key[:] *= 0.1
+    batch.key[0], batch.value[0] = 9 * batch.query[0, 0] / batch.query[0, 0].norm(), batch.value[0] / 16
+    cache = batch.store(cpu, hadamard=False, offset=False)
+    keys, values, params = reference.kv_read(cache, batch.block_table[0], 64, (4, 4))
+    keys, values = (
+        (codes[0, :1024] * params[i, 0, :1024, None].double() + params[i + 1, 0, :1024, None].double())
+        for i, codes in ((0, keys), (2, values))
+    )
+    weights = (keys @ batch.query[0, 0].double() * 64**-0.5).softmax(-1)
+    assert weights[0] > 0.5 > 100 * weights[1:].max()
+    out = torch.empty_like(batch.query)
+    rest = (batch.query_starts, batch.lens, batch.block_table, False, 64**-0.5, None, (4, 4), out)
+    kv4_attention.kv_attention(batch.query, cache, *rest)
+    expected = weights @ values
+    assert (out[-1, 0] - expected).norm() / expected.norm() < 1e-4
