@@ -7,6 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -104,6 +105,9 @@ class KVMetadata(AttentionMetadata):
 
 class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
     """Makes a batch's metadata, once for all layers."""
+
+    # The metadata are vLLM's own persistent tensors, and launches hang on shapes alone: any batch can be captured.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device

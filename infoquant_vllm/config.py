@@ -16,6 +16,7 @@ from infoquant_vllm.format import (
     QuantizationConfigData,
     parse_config,
 )
+from infoquant_vllm.ops.table import forced_family
 from infoquant_vllm.summary import Summary
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class InfoQuantConfig(QuantizationConfig):
 
     def __init__(self, data: QuantizationConfigData | None = None):
         super().__init__()
+        forced_family()  # refuses a word that names none, before any layer is built
         if data is None:  # vLLM found no quantization_config, but --quantization infoquant was given
             raise FormatError(
                 "the model is not quantised: its config.json has no quantization_config; "

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from infoquant_vllm.format import QUANT_METHOD
 from infoquant_vllm.kernels.native.library import TARGETS, library, runnable
-from infoquant_vllm.ops.table import KERNELS, served_by
+from infoquant_vllm.ops.table import FORCE, KERNELS, OF_DEVICE, forced_family, served_by
 
 DISTRIBUTION = "infoquant-vllm"
 COMPILE_ANEW = "apt install g++ (or set CXX to a compiler), then pip install -v --force-reinstall --no-deps, as before"
@@ -34,7 +34,7 @@ class Finding(BaseModel):
 
 def examine() -> list[Finding]:
     """Look at everything; takes seconds, since vLLM is imported."""
-    return [*packages(), plugin(), cpu_kernels(), compiler(), *platform()]
+    return [*packages(), plugin(), *choice(), *platform()]
 
 
 def packages() -> Iterator[Finding]:
@@ -72,6 +72,21 @@ def plugin() -> Finding:
     return Finding(subject="plugin", in_order=not advice, found=found, advice=advice)
 
 
+def choice() -> Iterator[Finding]:
+    """The family of kernels that INFOQUANT_KERNELS forces, or else what serves on this CPU."""
+    try:
+        family = forced_family()
+    except ValueError as error:
+        yield Finding(subject=FORCE, in_order=False, found=str(error), advice=f"unset {FORCE}")
+        return
+    if family is not None:
+        advice = f"unset {FORCE} where this is no test" if family != "cpu" else ""
+        yield Finding(subject=FORCE, in_order=True, found=f"{family} kernels alone", advice=advice)
+    if family in (None, "cpu"):
+        yield cpu_kernels()
+    yield compiler()
+
+
 def cpu_kernels() -> Finding:
     """Which kernels serve on this CPU: in order is the best library that its features allow."""
     usable, loaded = runnable(), library()
@@ -98,15 +113,18 @@ def compiler() -> Finding:
 
 
 def platform() -> Iterator[Finding]:
-    """What vLLM was built for; of that this release serves CPUs."""
+    """What vLLM was built for, and whether everything that a W4A4KV4 layer needs has a kernel there."""
     if importlib.util.find_spec("vllm") is None:
         return  # which `packages` has said
     from vllm.platforms import current_platform
 
-    served = {device for _, device in KERNELS}
     device = current_platform.device_type or "unknown"
-    advice = "" if device in served else "use a CPU build of vLLM: this release has kernels for CPUs only"
-    yield Finding(subject="vLLM's platform", in_order=device in served, found=device, advice=advice)
+    found, advice = device, ""
+    try:
+        found += f": {served_by('linear', 'kv_store', 'kv_attention', device=device)}"
+    except (NotImplementedError, ValueError) as error:
+        advice = f"{error}" if device in OF_DEVICE else "use a build of vLLM for CPUs or for CUDA"
+    yield Finding(subject="vLLM's platform", in_order=not advice, found=found, advice=advice)
 
 
 def print_findings(findings: list[Finding]) -> None:

@@ -104,11 +104,11 @@ class VocabularyMethod(QuantizeMethodBase):
             if not self.tied:
                 packed.data = prepare_weight(packed.data, 8, True, 1)
                 layer.weight_scale.data = prepare_grid(layer.weight_scale.data)
-            kind = f"W8A16 ({served_by('linear')})"
+            kind = f"W8A16 ({served_by('linear', device=packed.device.type)})"
             self.config.summary.vocabulary(kind, packed.nbytes + layer.weight_scale.nbytes, bf16)
 
     def _check_rotation(self, rotation: torch.Tensor) -> None:
-        error = (rotation @ rotation.t() - torch.eye(len(rotation))).abs().max().item()
+        error = (rotation @ rotation.t() - torch.eye(len(rotation)).to(rotation)).abs().max().item()
         if error > MAX_ROTATION_ERROR:
             raise FormatError(
                 f"{self.prefix}.residual_rotation is not orthogonal: |Q Q^T - I| is {error:.3g}, "

@@ -7,13 +7,14 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from infoquant_vllm.attention import BACKENDS
 from infoquant_vllm.format import FormatError, KVCacheArgs
 from infoquant_vllm.loading import LoadTracker
-from infoquant_vllm.ops.table import served_by
+from infoquant_vllm.ops.table import require, served_by
 
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
@@ -38,6 +39,7 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
             raise FormatError(
                 f"{layer.layer_name}: head size {layer.head_size} is not a multiple of 8 up to {MAX_HEAD_SIZE}"
             )
+        self._check_kernel(layer)
         layer.infoquant_tracker = LoadTracker({None: layer.layer_name})
         sizes = {"key_clip": 2, "value_clip": 2} | ({"key_offset": layer.head_size} if self.args.key_offset else {})
         for name, size in sizes.items():
@@ -61,13 +63,21 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         )
         self.summary.expect()
 
+    def _check_kernel(self, layer: Any) -> None:
+        facts = dict(zip(("key_bits", "value_bits"), self.args.num_bits, strict=True)) | {"head_size": layer.head_size}
+        try:
+            for operation in ("kv_store", "kv_attention"):
+                require(operation, current_platform.device_type, **facts)
+        except NotImplementedError as error:
+            raise FormatError(f"{layer.layer_name}: {error}") from None
+
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse missing tensors."""
         super().process_weights_after_loading(layer)
         layer.infoquant_tracker.require_all()
         keys, values = self.args.num_bits
         codes = f"KV{keys}" if keys == values else f"K{keys}V{values}"
-        kernels = served_by("kv_store", "kv_attention")
+        kernels = served_by("kv_store", "kv_attention", device=layer.key_clip.device.type)
         self.summary.cache(f"{codes} ({kernels})", layer.impl.cell_bytes, 4 * layer.head_size)
 
 

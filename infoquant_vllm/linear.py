@@ -12,11 +12,12 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
     RowvLLMParameter,
 )
+from vllm.platforms import current_platform
 
 from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, check_share
 from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_matrices, prepare_weight
-from infoquant_vllm.ops.table import served_by
+from infoquant_vllm.ops.table import require, served_by
 
 if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
@@ -51,6 +52,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
     ) -> None:
         """Register the checkpoint's tensors of this layer, sharded as vLLM shards the layer."""
         self._check_sizes(input_size_per_partition, input_size)
+        self._check_kernel()
         tracker = LoadTracker(self._shards(len(output_partition_sizes)))
         loader = extra_weight_attrs["weight_loader"]
         layer.infoquant_tracker = tracker
@@ -122,6 +124,15 @@ class InfoQuantLinearMethod(LinearMethodBase):
         if 2 ** min(activations.num_bits, 8) * 2**8 * min(groups, default=features) >= 2**31:
             raise FormatError(f"{self.prefix}: sums over {features} features may overflow 32 bits")
 
+    def _check_kernel(self) -> None:
+        weights, inputs = self.scheme.weights, self.scheme.input_activations
+        facts: dict[str, int] = {"weight_bits": weights.num_bits, "input_bits": inputs.num_bits}
+        facts |= {"weight_group": weights.group_size or 0, "input_group": inputs.group_size or 0}
+        try:
+            require("linear", current_platform.device_type, **facts)
+        except NotImplementedError as error:
+            raise FormatError(f"{self.prefix}: {error}") from None
+
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse missing tensors, then bring the weights into the kernel's layout."""
         layer.infoquant_tracker.require_all()
@@ -137,7 +148,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
                 data = getattr(layer, name).data
                 setattr(layer, name, _frozen(prepare_grid(data) if name in GRIDS else data))
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
-        kind = f"W{weights.num_bits}A{inputs} ({served_by('linear')})"
+        kind = f"W{weights.num_bits}A{inputs} ({served_by('linear', device=packed.device.type)})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,8 +4,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from infoquant_vllm.kernels.native.library import library
+from infoquant_vllm.ops.table import FORCE, forced_family
 
 logger = init_logger("vllm.infoquant")
 
@@ -67,6 +69,8 @@ class Summary:
         if self.caches:
             gain = self.cell_bf16_bytes / self.cell_bytes
             parts.append(f"{self.cell_bytes} bytes per token and kv-head of the cache, {gain:.2f} x the tokens of bf16")
-        if library().problem:
+        if forced_family() is not None:
+            parts.append(f"kernels as {FORCE}={forced_family()} has them")
+        elif library().problem and current_platform.is_cpu():
             parts.append(f"no native kernels ({library().problem})")
         return ", ".join(parts)

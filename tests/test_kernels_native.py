@@ -32,7 +32,7 @@ def _summary_line() -> str:
 
 def test_targets_and_sources_are_those_that_the_library_knows() -> None:
     assert list(TARGETS) == list(native.TARGETS)
-    modules = [module.split(".") for served in KERNELS.values() for module in served]
+    modules = [route.module.split(".") for routes in KERNELS.values() for route in routes]
     assert all((FOLDER.parent / family / f"{name}.py").exists() for family, name in modules)
 
 
@@ -52,8 +52,8 @@ def test_without_a_library_torch_serves_and_the_summary_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    for operation, device in KERNELS:
-        assert kernel(operation, device).__module__.split(".")[2] in ("cpu", "reference")
+    for operation, _ in KERNELS:
+        assert kernel(operation, "cpu").__module__.split(".")[2] in ("cpu", "reference")
     line = _summary_line()
     assert "1 linears W4A4 (torch, oneDNN int8)" in line
     assert line.endswith("no native kernels (not compiled, `pip install -v` says why)")

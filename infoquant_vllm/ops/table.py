@@ -1,52 +1,184 @@
-"""Which kernel serves which operation on which device."""
+"""Which kernel serves which operation on which device, for which bits, groups and head sizes."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from infoquant_vllm.kernels.native.library import library
 
-# Modules of infoquant_vllm.kernels, the best first; those of `native` serve where its library is there for this CPU.
+FORCE = "INFOQUANT_KERNELS"
+FAMILIES = ("reference", "cpu", "triton")
+OF_DEVICE = MappingProxyType({"cpu": "cpu", "cuda": "triton"})
+MIN_CAPABILITY = 80  # the first with int8 tensor cores of 16 x 8 x 32
+
+
+@dataclass(frozen=True)
+class Route:
+    """A module of infoquant_vllm.kernels, what it needs beside itself, and what it takes where it does not take all.
+
+    limits: by what a layer says of itself, see `require`; a group of 0 features is all of them.
+    """
+
+    module: str
+    needs: tuple[str, ...] = ()
+    limits: Mapping[str, Container[int]] = field(default_factory=dict)
+
+
+def _routes(*modules: str) -> tuple[Route, ...]:
+    return tuple(Route(module) for module in modules)
+
+
+CACHE_LIMITS = MappingProxyType({"head_size": range(8, 257, 8), "key_bits": (4, 8), "value_bits": (4, 8)})
+LINEAR_LIMITS = MappingProxyType(
+    {"weight_bits": (4, 8), "input_bits": (4, 8), "weight_group": (0, 64, 128), "input_group": (0, 64, 128)}
+)
+TRITON_LINEAR = (
+    Route("triton.linear", ("triton.rotate_quantize", "triton.int4_linear"), LINEAR_LIMITS),
+    Route("reference.linear"),
+)
+
+# By operation and family, the best first that `_serves`.
 KERNELS = MappingProxyType(
     {
-        ("linear", "cpu"): ("native.linear", "cpu.linear"),
-        ("prepare_matrices", "cpu"): ("native.linear", "cpu.linear"),
-        ("prepare_weight", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
-        ("prepare_grid", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
-        ("weight_rows", "cpu"): ("native.quantized_linear", "cpu.quantized_linear"),
-        ("rotate_rows", "cpu"): ("native.rotate_rows", "cpu.rotate_rows"),
-        ("dense_linear", "cpu"): ("native.dense_linear", "cpu.dense_linear"),
-        ("rms_norm", "cpu"): ("native.elementwise", "reference.elementwise"),
-        ("add_rms_norm", "cpu"): ("native.elementwise", "reference.elementwise"),
-        ("silu_and_mul", "cpu"): ("native.elementwise", "reference.elementwise"),
-        ("rotary_embedding", "cpu"): ("native.elementwise", "reference.elementwise"),
-        ("kv_store", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
-        ("kv_attention", "cpu"): ("native.kv_cache", "cpu.kv_cache"),
+        ("linear", "cpu"): _routes("native.linear", "cpu.linear"),
+        ("prepare_matrices", "cpu"): _routes("native.linear", "cpu.linear"),
+        ("prepare_weight", "cpu"): _routes("native.quantized_linear", "cpu.quantized_linear"),
+        ("prepare_grid", "cpu"): _routes("native.quantized_linear", "cpu.quantized_linear"),
+        ("weight_rows", "cpu"): _routes("native.quantized_linear", "cpu.quantized_linear"),
+        ("rotate_rows", "cpu"): _routes("native.rotate_rows", "cpu.rotate_rows"),
+        ("dense_linear", "cpu"): _routes("native.dense_linear", "cpu.dense_linear"),
+        ("rms_norm", "cpu"): _routes("native.elementwise", "reference.elementwise"),
+        ("add_rms_norm", "cpu"): _routes("native.elementwise", "reference.elementwise"),
+        ("silu_and_mul", "cpu"): _routes("native.elementwise", "reference.elementwise"),
+        ("rotary_embedding", "cpu"): _routes("native.elementwise", "reference.elementwise"),
+        ("kv_store", "cpu"): _routes("native.kv_cache", "cpu.kv_cache"),
+        ("kv_attention", "cpu"): _routes("native.kv_cache", "cpu.kv_cache"),
+        ("linear", "triton"): TRITON_LINEAR,
+        ("prepare_matrices", "triton"): TRITON_LINEAR,
+        ("prepare_weight", "triton"): TRITON_LINEAR,
+        ("prepare_grid", "triton"): TRITON_LINEAR,
+        ("weight_rows", "triton"): _routes("reference.linear"),
+        ("rotate_rows", "triton"): _routes("cpu.rotate_rows"),  # these two are plain torch, which runs anywhere
+        ("dense_linear", "triton"): _routes("cpu.dense_linear"),
+        ("rms_norm", "triton"): _routes("reference.elementwise"),
+        ("add_rms_norm", "triton"): _routes("reference.elementwise"),
+        ("silu_and_mul", "triton"): _routes("reference.elementwise"),
+        ("rotary_embedding", "triton"): _routes("reference.elementwise"),
+        ("kv_store", "triton"): (Route("triton.kv4_store", limits=CACHE_LIMITS),),
+        ("kv_attention", "triton"): (Route("triton.kv4_attention", limits=CACHE_LIMITS),),
+        ("linear", "reference"): _routes("reference.linear"),
+        ("prepare_matrices", "reference"): _routes("reference.linear"),
+        ("prepare_weight", "reference"): _routes("reference.linear"),
+        ("prepare_grid", "reference"): _routes("reference.linear"),
+        ("weight_rows", "reference"): _routes("reference.linear"),
+        ("rotate_rows", "reference"): _routes("reference.rotate_rows"),
+        ("dense_linear", "reference"): _routes("reference.dense_linear"),
+        ("rms_norm", "reference"): _routes("reference.elementwise"),
+        ("add_rms_norm", "reference"): _routes("reference.elementwise"),
+        ("silu_and_mul", "reference"): _routes("reference.elementwise"),
+        ("rotary_embedding", "reference"): _routes("reference.elementwise"),
+        ("kv_store", "reference"): _routes("reference.kv_cache"),
+        ("kv_attention", "reference"): _routes("reference.kv_cache"),
     }
 )
-NAMES = MappingProxyType({"cpu.linear": "torch, oneDNN int8"})  # of the modules that are not plain torch
+
+
+@cache
+def forced_family() -> str | None:
+    """The family that INFOQUANT_KERNELS names; raises ValueError for a word that names none."""
+    word = os.environ.get(FORCE)
+    if word is not None and word not in FAMILIES:
+        raise ValueError(f"{FORCE}={word}: expected one of {', '.join(FAMILIES)}, or leave it unset")
+    return word
 
 
 @cache
 def kernel(operation: str, device: str) -> Callable[..., Any]:
     """The one kernel for `operation` on a device type; raises NotImplementedError where there is none."""
-    return getattr(import_module(f"infoquant_vllm.kernels.{_module(operation, device)}"), operation)
+    module = _route(operation, device).module
+    run: Callable[..., Any] = getattr(import_module(f"infoquant_vllm.kernels.{module}"), operation)
+    if device == "cpu" or not module.startswith("reference."):
+        return run
+
+    def there(*arguments: Any) -> Any:
+        with torch.device(device):  # where the reference makes tensors of its own
+            return run(*arguments)
+
+    return there
+
+
+def require(operation: str, device: str, **facts: int) -> None:
+    """Refuse, by NotImplementedError, bits, groups and sizes that the kernel for `operation` does not take."""
+    limits = _route(operation, device).limits
+    for name, value in facts.items():
+        if name in limits and value not in limits[name]:
+            expected = limits[name]
+            said = f"multiples of {expected.step} up to {max(expected)}" if isinstance(expected, range) else expected
+            raise NotImplementedError(
+                f"infoquant: {name} {value}: the kernel for {operation} on {device} serves {said}"
+            )
 
 
 def served_by(*operations: str, device: str = "cpu") -> str:
     """Names of the kernels behind some operations, for people: "native avx512vnni", "torch, oneDNN int8"."""
-    return ", ".join(dict.fromkeys(_name(_module(operation, device)) for operation in operations))
+    return ", ".join(dict.fromkeys(_name(_route(operation, device).module) for operation in operations))
 
 
-def _module(operation: str, device: str) -> str:
-    for module in KERNELS.get((operation, device), ()):
-        if not module.startswith("native.") or library().handle is not None:
-            return module
-    served = sorted(known for name, known in KERNELS if name == operation)
-    raise NotImplementedError(f"infoquant: no kernel for {operation} on {device}; this release has {served}")
+def capability() -> int:
+    """Of the current CUDA device, ten times the major number plus the minor one."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def _route(operation: str, device: str) -> Route:
+    family = forced_family() or OF_DEVICE.get(device, "")
+    _refuse_device(family, device)
+    routes = KERNELS.get((operation, family), ())
+    for route in routes:
+        if _serves(route, device):
+            return route
+    missing = [need for route in routes for need in route.needs if not _exists(need)]
+    wanted = f": {' and '.join(missing)} are not in this release" if missing else ""
+    known = sorted(served for name, served in KERNELS if name == operation)
+    raise NotImplementedError(f"infoquant: no kernel for {operation} on {device}{wanted}; there are {', '.join(known)}")
+
+
+def _refuse_device(family: str, device: str) -> None:
+    if family == "cpu" and device != "cpu":
+        raise NotImplementedError(f"infoquant: {FORCE}=cpu: these kernels do not run on {device}; unset it")
+    if family == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise NotImplementedError(f"infoquant: {FORCE}=triton on a CPU is Triton's interpreter: set TRITON_INTERPRET=1")
+    if device == "cuda" and capability() < MIN_CAPABILITY:
+        found, least = capability() / 10, MIN_CAPABILITY / 10
+        raise NotImplementedError(f"infoquant: compute capability {found}, the kernels need {least} or more")
+
+
+def _serves(route: Route, device: str) -> bool:
+    """Whether a route can be taken here; none leaves a GPU for the reference unless that is forced."""
+    if route.module.startswith("native."):
+        return library().handle is not None
+    if route.module.startswith("reference.") and device != "cpu":
+        return forced_family() == "reference"
+    return all(map(_exists, route.needs))
+
+
+def _exists(module: str) -> bool:
+    return find_spec(f"infoquant_vllm.kernels.{module}") is not None
 
 
 def _name(module: str) -> str:
-    return f"native {library().target}" if module.startswith("native.") else NAMES.get(module, "torch")
+    family, _, name = module.partition(".")
+    if family == "native":
+        return f"native {library().target}"
+    if family == "triton":
+        return "Triton, interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "Triton"
+    if forced_family() in ("reference", "triton") and family == "reference":
+        return "reference"
+    return "torch, oneDNN int8" if name == "linear" else "torch"
