@@ -342,18 +342,24 @@ def attention_constants(
         "VALUE_BITS": num_bits[1],
         "num_warps": 4 if size <= 128 else 8,
         "num_stages": 2,
+        "maxnreg": 255,  # left alone, ptxas spills a few bytes of some for the sake of a third block
         "enable_fp_fusion": True,
     }
 
 
+def parts_of(kv_heads: int) -> int:
+    """How many parts a context is cut into at most: it hangs on the layer, never on the batch."""
+    return min(max(triton.next_power_of_2(PARTS // kv_heads), MIN_PARTS), MAX_PARTS)
+
+
 def decode_constants(constants: dict[str, int], kv_heads: int) -> dict[str, int]:
-    """The same for `kv4_decode_kernel`: how many parts hangs on the layer, never on the batch."""
-    parts = min(max(triton.next_power_of_2(PARTS // kv_heads), MIN_PARTS), MAX_PARTS)
+    """The same for `kv4_decode_kernel`, from those of `attention_constants`."""
     rows = max(8, triton.next_power_of_2(constants["GROUP"]))
-    return constants | {"PARTS": parts, "ROWS": rows, "CHUNK": 128, "num_warps": 4, "num_stages": 3}
+    changes = {"PARTS": parts_of(kv_heads), "ROWS": rows, "CHUNK": 128, "num_warps": 4, "num_stages": 3}
+    return constants | changes
 
 
 def reduce_constants(constants: dict[str, int]) -> dict[str, int]:
     """The same for `kv4_reduce_kernel`, from those of `decode_constants`."""
     names = ("WINDOW", "HEAD", "GROUP", "SIZE", "CHUNK", "PARTS", "enable_fp_fusion")
-    return {name: constants[name] for name in names} | {"num_warps": 4}
+    return {name: constants[name] for name in names} | {"num_warps": 8 if constants["SIZE"] > 128 else 4}
