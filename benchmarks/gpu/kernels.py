@@ -1,0 +1,128 @@
+"""The Triton kernels of the KV cache on this GPU: held against the CPU's reference first, then timed.
+
+A row is one kernel in one shape: its error against the reference, microseconds, and the share of the bytes that it has
+to read and write, in GB/s. On a CPU (--device cpu, TRITON_INTERPRET=1) the errors alone.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.provenance import provenance, write_rows
+from infoquant_vllm.format import cell_bytes
+from infoquant_vllm.kernels.cpu import kv_cache as expected
+from infoquant_vllm.kernels.triton import kv4_attention, kv4_store
+
+BITS = (4, 4)
+BLOCK = 16
+TOLERANCE = 0.01  # of the greatest output: outputs are bf16
+
+
+@dataclass(frozen=True)
+class Case:
+    """`sequences` of `context` tokens, of which the last `queries` ask."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    sequences: int
+    context: int
+    queries: int
+
+
+CASES = [
+    Case(heads, kv_heads, 128, sequences, context, queries)
+    for heads, kv_heads in ((32, 8), (40, 40), (28, 4))
+    for sequences, context, queries in ((1, 16384, 1), (16, 4096, 1), (1, 2048, 2048), (2, 4096, 512))
+]
+SMALL = [Case(4, 2, 64, 2, 40, 1), Case(4, 2, 64, 2, 40, 7)]
+
+
+def main() -> None:
+    """Check, measure, print rows and write --json; raises SystemExit where a result is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernels", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    options = parser.parse_args()
+    rows = [row for case in (SMALL if options.device == "cpu" else CASES) for row in measure(case, options.device)]
+    for row in rows:
+        Console().print(row)
+    if options.json:
+        write_rows(rows, options.json)
+    wrong = [row["kernel"] for row in rows if not row["right"]]
+    if wrong:
+        raise SystemExit(f"wrong results of {', '.join(wrong)}; the rows say where")
+
+
+def measure(case: Case, device: str) -> list[dict[str, Any]]:
+    """Rows of `kv4_store` and `kv4_attention`."""
+    torch.manual_seed(0)
+    tokens = case.sequences * case.context
+    key, value = torch.randn(2, tokens, case.kv_heads, case.size).bfloat16()
+    query = torch.randn(case.sequences * case.queries, case.heads, case.size).bfloat16()
+    used = -(-case.context // BLOCK)
+    table = torch.randperm(case.sequences * used).int().view(case.sequences, used)
+    places = torch.arange(case.context)
+    slots = (table[:, places // BLOCK].long() * BLOCK + places % BLOCK).flatten()
+    starts = torch.arange(case.sequences + 1, dtype=torch.int32) * case.queries
+    lens = torch.full((case.sequences,), case.context, dtype=torch.int32)
+    cells = torch.zeros(table.numel(), case.kv_heads, BLOCK, cell_bytes(case.size, BITS), dtype=torch.uint8)
+    clip = torch.ones(case.kv_heads, 2)
+
+    store = (key, value, cells, slots, clip, clip)
+    there = [tensor.to(device, copy=True) for tensor in store]
+    expected.kv_store(*store, None, True, BITS)
+    kv4_store.kv_store(*there, None, True, BITS)
+    stored = (there[2].cpu() != cells).float().mean().item()
+
+    batch, rest = (query, cells, starts, lens, table), (True, case.size**-0.5, None, BITS)
+    on_device = [tensor.to(device) for tensor in batch]
+    out, found = torch.empty_like(query), torch.empty_like(on_device[0])
+    expected.kv_attention(*batch, *rest, out)
+    kv4_attention.kv_attention(*on_device, *rest, found)
+    error = ((found.cpu().float() - out.float()).abs().max() / out.float().abs().max()).item()
+
+    bytes_stored, bytes_read = 2 * key.nbytes + cells.nbytes, cells.nbytes + 2 * query.nbytes
+    return [
+        _row(
+            "kv4_store", case, stored, stored == 0, bytes_stored, lambda: kv4_store.kv_store(*there, None, True, BITS)
+        ),
+        _row(
+            "kv4_attention",
+            case,
+            error,
+            error <= TOLERANCE,
+            bytes_read,
+            lambda: kv4_attention.kv_attention(*on_device, *rest, found),
+        ),
+    ]
+
+
+def _row(name: str, case: Case, error: float, right: bool, moved: int, call: Callable[[], None]) -> dict[str, Any]:
+    row = {"kernel": name, **vars(case), "error": error, "right": right, **device_provenance()}
+    if not torch.cuda.is_available():
+        return row
+    from triton.testing import do_bench
+
+    microseconds = 1e3 * do_bench(call, return_mode="median")
+    return row | {"microseconds": microseconds, "gb_per_s": moved / microseconds / 1e3}
+
+
+def device_provenance() -> dict[str, Any]:
+    """What every row carries, the GPU in place of the CPU where there is one."""
+    import triton
+
+    found = provenance(seed=0)
+    found["versions"] = found["versions"] | {"triton": triton.__version__, "cuda": torch.version.cuda}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    return found
+
+
+if __name__ == "__main__":
+    main()
