@@ -74,31 +74,30 @@ def measure(case: Case, device: str) -> list[dict[str, Any]]:
     cells = torch.zeros(table.numel(), case.kv_heads, BLOCK, cell_bytes(case.size, BITS), dtype=torch.uint8)
     clip = torch.ones(case.kv_heads, 2)
 
-    store = (key, value, cells, slots, clip, clip)
-    there = [tensor.to(device, copy=True) for tensor in store]
-    expected.kv_store(*store, None, True, BITS)
-    kv4_store.kv_store(*there, None, True, BITS)
+    store: list[Any] = [key, value, cells, slots, clip, clip, None, True, BITS]
+    there: list[Any] = [each.to(device, copy=True) if isinstance(each, torch.Tensor) else each for each in store]
+    expected.kv_store(*store)
+    kv4_store.kv_store(*there)
     stored = (there[2].cpu() != cells).float().mean().item()
 
-    batch, rest = (query, cells, starts, lens, table), (True, case.size**-0.5, None, BITS)
-    on_device = [tensor.to(device) for tensor in batch]
-    out, found = torch.empty_like(query), torch.empty_like(on_device[0])
-    expected.kv_attention(*batch, *rest, out)
-    kv4_attention.kv_attention(*on_device, *rest, found)
+    out, scale = torch.empty_like(query), case.size**-0.5
+    batch: list[Any] = [query, cells, starts, lens, table, True, scale, None, BITS, out]
+    on_device: list[Any] = [each.to(device, copy=True) if isinstance(each, torch.Tensor) else each for each in batch]
+    found = on_device[-1]
+    expected.kv_attention(*batch)
+    kv4_attention.kv_attention(*on_device)
     error = ((found.cpu().float() - out.float()).abs().max() / out.float().abs().max()).item()
 
     bytes_stored, bytes_read = 2 * key.nbytes + cells.nbytes, cells.nbytes + 2 * query.nbytes
     return [
-        _row(
-            "kv4_store", case, stored, stored == 0, bytes_stored, lambda: kv4_store.kv_store(*there, None, True, BITS)
-        ),
+        _row("kv4_store", case, stored, stored == 0, bytes_stored, lambda: kv4_store.kv_store(*there)),
         _row(
             "kv4_attention",
             case,
             error,
             error <= TOLERANCE,
             bytes_read,
-            lambda: kv4_attention.kv_attention(*on_device, *rest, found),
+            lambda: kv4_attention.kv_attention(*on_device),
         ),
     ]
 
