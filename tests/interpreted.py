@@ -9,8 +9,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import triton.experimental.gluon  # noqa: F401 (or the first launch imports it, and looks for the variable)
 
-from infoquant_vllm.kernels.triton import kv4_attention, kv4_store
+from infoquant_vllm.kernels.triton import (
+    configurations,
+    int4_linear,
+    nibbles,
+    weights,
+)
 
 del os.environ["TRITON_INTERPRET"]
 
-__all__ = ["kv4_attention", "kv4_store"]
+__all__ = ["configurations", "int4_linear", "nibbles", "weights"]

@@ -1,1 +1,1 @@
-"""GPU kernels in Triton, one operation per file; the reference says what each means."""
+"""Kernels for GPUs, sm_80 and later, in Triton; one per file, beside the launchers that the operations call."""
