@@ -12,10 +12,12 @@ import triton.experimental.gluon  # noqa: F401 (or the first launch imports it, 
 from infoquant_vllm.kernels.triton import (
     configurations,
     int4_linear,
+    linear,
     nibbles,
+    rotate_quantize,
     weights,
 )
 
 del os.environ["TRITON_INTERPRET"]
 
-__all__ = ["configurations", "int4_linear", "nibbles", "weights"]
+__all__ = ["configurations", "int4_linear", "linear", "nibbles", "rotate_quantize", "weights"]

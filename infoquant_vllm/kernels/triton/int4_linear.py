@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from infoquant_vllm.kernels.triton import configurations
 from infoquant_vllm.kernels.triton.codes import Codes
-from infoquant_vllm.kernels.triton.configurations import BAND, Tile, architecture, linear_tile
+from infoquant_vllm.kernels.triton.configurations import BAND, Tile, linear_tile
 from infoquant_vllm.kernels.triton.epilogue import correct, finish, row
 from infoquant_vllm.kernels.triton.nibbles import unpack_nibbles
 from infoquant_vllm.kernels.triton.reduce_splits import reduce_splits
@@ -187,7 +188,7 @@ def int4_linear(
     assert all(grid is None or grid.stride(0) == 1 for grid in (weight_scale, weight_zero)), "not from prepare_grid"
     if tokens == 0:
         return out
-    tile = tile or linear_tile(architecture(weight.device), tokens, channels, shape)
+    tile = tile or linear_tile(configurations.architecture(weight.device), tokens, channels, shape)
     grids = weight_sums, weight_scale, weight_zero, bias
     constants = {"WEIGHT_SPAN": groups // weight_groups if weight_groups > 1 else 0, "WEIGHT_BITS": bits}
     partial = (

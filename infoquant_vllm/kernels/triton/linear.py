@@ -1,12 +1,23 @@
-"""A linear layer in Triton; semantics: kernels/reference/linear.py."""
+"""A linear layer on a GPU: two kernels, the quantiser's and the product's; semantics: kernels/reference/linear.py."""
 
 import torch
 
-from infoquant_vllm.kernels.reference.linear import prepare_grid, prepare_matrices, prepare_weight
-from infoquant_vllm.kernels.triton.int4_linear import quantized_linear
+from infoquant_vllm.format import hadamard_dense
+from infoquant_vllm.kernels.reference.weight_only_linear import add_bytes
+from infoquant_vllm.kernels.triton.configurations import current_device
+from infoquant_vllm.kernels.triton.int4_linear import int4_linear
 from infoquant_vllm.kernels.triton.rotate_quantize import rotate_quantize
+from infoquant_vllm.kernels.triton.weights import layout, num_bits_of, prepare_grid, prepare_weight, weight_rows
 
-__all__ = ["linear", "prepare_grid", "prepare_matrices", "prepare_weight"]
+__all__ = ["linear", "prepare_grid", "prepare_matrices", "prepare_weight", "weight_rows"]
+
+
+def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
+    """The matrices of an input transform, contiguous; of a Hadamard its dense factor, where it has one."""
+    if not hadamard:
+        return [matrix.contiguous() for matrix in matrices]
+    dense = hadamard_dense(hadamard)
+    return [dense.to(current_device(), torch.float32).contiguous()] if len(dense) > 1 else []
 
 
 def linear(
@@ -21,8 +32,17 @@ def linear(
     weight_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As the reference, of 4-bit and 8-bit inputs; raises NotImplementedError for those of 16 bits (clip None)."""
-    if clip is None:
-        raise NotImplementedError("infoquant: input_bits 16: no Triton kernel serves them")
-    codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric)
-    return quantized_linear(*codes, weight, weight_scale, weight_zero, bias, x.dtype)
+    """As the reference, on what the three `prepare_` functions make.
+
+    The same bits, but for what float32 products of input transforms with matrices round elsewhere (a code in some
+    hundred thousand differs by one), and sums over groups of few tokens (see `int4_linear`).
+    """
+    features = x.shape[1]
+    groups = max(1 if clip is None else len(clip), weight_scale.shape[1])
+    padded = layout(features, groups, num_bits_of(weight, weight_scale.shape[0], features, groups)).padded
+    sum_groups = 0 if weight_zero is None else groups
+    codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric, padded, sum_groups)
+    if clip is not None:
+        return int4_linear(codes, features, weight, weight_scale, weight_zero, bias, x.dtype)
+    bytes_apart = int4_linear(codes, features, weight, weight_scale, weight_zero, None, torch.float32)
+    return add_bytes(bytes_apart, bias, x.dtype)

@@ -1,0 +1,20 @@
+"""The Hadamard transform of rows held in registers, with the format's order of additions."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def butterflies(y, LINES: tl.constexpr, SIZE: tl.constexpr):
+    """y [LINES, SIZE] through SIZE's butterflies, not normalised; SIZE a power of two.
+
+    Neighbours meet, sums go to the first half and differences to the second: what was twice as far apart are
+    neighbours then, and after the last step everything is back in its place. So every step looks the same to the
+    compiler, which exchanges through shared memory only where the neighbours are not in one thread.
+    """
+    size: tl.constexpr = SIZE
+    for step in tl.static_range(16):
+        if 2**step < size:
+            a, b = tl.split(tl.reshape(y, (LINES, SIZE // 2, 2)))
+            y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (LINES, SIZE))
+    return y

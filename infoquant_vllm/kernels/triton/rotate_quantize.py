@@ -1,0 +1,260 @@
+"""Input transform and activation quantiser in one pass: rows are read once, and codes written once."""
+
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from infoquant_vllm.kernels.triton.codes import Codes
+from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS
+from infoquant_vllm.kernels.triton.hadamard import butterflies
+from infoquant_vllm.kernels.triton.quantize import grid, store_rows, stored_codes
+from infoquant_vllm.kernels.triton.rotate_blocks import rotate_blocks
+
+WIDTH = 4096  # features, those of all its tokens, that a program holds if it can choose
+
+
+@triton.jit
+def rotate_quantize_kernel(
+    x_ptr,
+    left_ptr,
+    right_ptr,
+    clip_ptr,
+    values_ptr,
+    scale_ptr,
+    rest_ptr,
+    sums_ptr,
+    M,
+    x_stride,
+    values_stride,
+    factor,
+    HADAMARD: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCKS_PADDED: tl.constexpr,
+    OUTER_PADDED: tl.constexpr,
+    INNER_PADDED: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    SUM_SIZE: tl.constexpr,
+    SUM_PADDED: tl.constexpr,
+    NUM_BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Segments of BLOCKS * OUTER * INNER features of ROWS tokens: transform, range per group, codes.
+
+    x [M, x_stride]; a segment's block X [OUTER, INNER] becomes left^T X right: butterflies in place of right for a
+    Hadamard (times `factor` in the end), left_ptr [OUTER, OUTER] its dense factor or a Kronecker pair's first, None
+    for none. Products with matrices are float32 in three TF32 steps. clip [groups, 2]; values [rows, values_stride]
+    int8, scale, rest [groups, rows], sums [finer groups, rows] as in `Codes`. A token has one row, at 16 bits
+    two: of high and of low bytes.
+    """
+    SEGMENT: tl.constexpr = BLOCKS * OUTER * INNER
+    LINES: tl.constexpr = ROWS * BLOCKS_PADDED * OUTER_PADDED
+    line, inner = tl.arange(0, LINES), tl.arange(0, INNER_PADDED)
+    outer, block = line % OUTER_PADDED, line // OUTER_PADDED % BLOCKS_PADDED
+    token = (tl.program_id(0) * ROWS + line // (OUTER_PADDED * BLOCKS_PADDED)).to(tl.int64)
+    feature = tl.program_id(1) * SEGMENT + ((block * OUTER + outer) * INNER)[:, None] + inner[None, :]
+    mask = ((token < M) & (outer < OUTER) & (block < BLOCKS))[:, None] & (inner < INNER)[None, :]
+    y = tl.load(x_ptr + token[:, None] * x_stride + feature, mask, other=0).to(tl.float32)
+    if HADAMARD:
+        y = butterflies(y, LINES, INNER_PADDED)
+    if left_ptr is not None:
+        y = _from_left(left_ptr, y, ROWS * BLOCKS_PADDED, OUTER, OUTER_PADDED, INNER_PADDED)
+    if right_ptr is not None:
+        y = tl.dot(y, _matrix(right_ptr, INNER, INNER_PADDED), input_precision="tf32x3")
+    if HADAMARD:
+        y *= factor
+
+    COUNT: tl.constexpr = LINES * INNER_PADDED // ROWS // GROUP_PADDED
+    y = tl.reshape(y, (ROWS, COUNT, GROUP_PADDED))
+    low, high = tl.min(y, 2), tl.max(y, 2)
+    m, group, known = _groups(M, ROWS, COUNT, SEGMENT // GROUP_SIZE)
+    scale, inverse, zero = grid(low, high, clip_ptr, group, known, NUM_BITS, SYMMETRIC)
+    codes = stored_codes(y, inverse[:, :, None], zero[:, :, None], NUM_BITS)
+    codes = tl.reshape(codes, (LINES, INNER_PADDED))
+    store_rows(scale_ptr, rest_ptr, scale, zero, group, m, known, M, NUM_BITS)
+    values = values_ptr + feature
+    if NUM_BITS == 16:
+        high_byte, codes = codes >> 8, (codes & 255) - 128
+        tl.store(values + 2 * token[:, None] * values_stride, high_byte.to(tl.int8), mask)
+        tl.store(values + (2 * token[:, None] + 1) * values_stride, codes.to(tl.int8), mask)
+        if sums_ptr is not None:
+            _store_sums(sums_ptr, high_byte, mask, M, 2, 0, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED)
+            _store_sums(sums_ptr, codes, mask, M, 2, 1, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED)
+    else:
+        tl.store(values + token[:, None] * values_stride, codes.to(tl.int8), mask)
+        if sums_ptr is not None:
+            _store_sums(sums_ptr, codes, mask, M, 1, 0, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED)
+
+
+@triton.jit
+def _groups(M, ROWS: tl.constexpr, COUNT: tl.constexpr, GROUPS: tl.constexpr):
+    """(token [ROWS, 1], group [1, COUNT], which of them there are [ROWS, COUNT]) of this program."""
+    m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    index = tl.arange(0, COUNT)[None, :]
+    return m, tl.program_id(1) * GROUPS + index, (m < M) & (index < GROUPS)
+
+
+@triton.jit
+def _store_sums(
+    sums_ptr,
+    codes,
+    mask,
+    M,
+    ROWS_PER_TOKEN: tl.constexpr,
+    ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SUM_SIZE: tl.constexpr,
+    SUM_PADDED: tl.constexpr,
+):
+    COUNT: tl.constexpr = codes.numel // ROWS // SUM_PADDED
+    m, group, known = _groups(M, ROWS, COUNT, SEGMENT // SUM_SIZE)
+    sums = tl.sum(tl.reshape(tl.where(mask, codes, 0), (ROWS, COUNT, SUM_PADDED)), 2)
+    tl.store(sums_ptr + (group * M + m) * ROWS_PER_TOKEN + ROW, sums, known)
+
+
+@triton.jit
+def _from_left(
+    left_ptr, y, BLOCKS: tl.constexpr, OUTER: tl.constexpr, OUTER_PADDED: tl.constexpr, INNER_PADDED: tl.constexpr
+):
+    """left^T X of each block X of y [BLOCKS * OUTER_PADDED, INNER_PADDED], by one product of them side by side."""
+    left = tl.trans(_matrix(left_ptr, OUTER, OUTER_PADDED))
+    blocks = tl.permute(tl.reshape(y, (BLOCKS, OUTER_PADDED, INNER_PADDED)), (1, 0, 2))
+    product = tl.dot(left, tl.reshape(blocks, (OUTER_PADDED, BLOCKS * INNER_PADDED)), input_precision="tf32x3")
+    blocks = tl.permute(tl.reshape(product, (OUTER_PADDED, BLOCKS, INNER_PADDED)), (1, 0, 2))
+    return tl.reshape(blocks, (BLOCKS * OUTER_PADDED, INNER_PADDED))
+
+
+@triton.jit
+def _matrix(ptr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """[SIZE, SIZE] float32, zeros behind it."""
+    index = tl.arange(0, PADDED)
+    known = index < SIZE
+    return tl.load(ptr + index[:, None] * SIZE + index[None, :], known[:, None] & known[None, :], other=0)
+
+
+class Segment(NamedTuple):
+    """What a program transforms and quantises of a token: `blocks` blocks of outer * inner features."""
+
+    blocks: int
+    outer: int
+    inner: int
+
+    @property
+    def features(self) -> int:
+        """Of a token."""
+        return self.blocks * self.outer * self.inner
+
+    @property
+    def padded(self) -> tuple[int, int, int]:
+        """Each size to a power of two."""
+        return tuple(map(triton.next_power_of_2, self))
+
+    def padded_group(self, size: int) -> int:
+        """Places that a group of `size` features takes; raises ValueError where they would have gaps."""
+        blocks, outer, inner = self.padded
+        if size == self.features:
+            return blocks * outer * inner
+        gaps = inner != self.inner and self.blocks * self.outer > 1
+        if size & (size - 1) or gaps:
+            raise ValueError(f"groups of {size} features: beside {self} the Triton kernels need a power of two")
+        return size
+
+
+def segment(features: int, factors: tuple[int, int], group_size: int) -> Segment:
+    """How a token is cut; factors: (outer, inner) sizes of the transform's block, product 1 for none."""
+    size = factors[0] * factors[1]
+    if size == 1:
+        several = WIDTH // group_size if group_size & (group_size - 1) == 0 else 1
+        while features // group_size % max(several, 1):
+            several //= 2
+        return Segment(1, 1, group_size * max(several, 1))
+    if group_size % size == 0:
+        return Segment(group_size // size, *factors)
+    if size % group_size == 0:
+        return Segment(1, *factors)
+    raise ValueError(f"groups of {group_size} features and a transform of {size} do not nest")
+
+
+def rotate_quantize(
+    x: torch.Tensor,
+    matrices: list[torch.Tensor],
+    hadamard: int,
+    clip: torch.Tensor | None,
+    num_bits: int,
+    symmetric: bool,
+    padded: int,
+    sum_groups: int,
+) -> Codes:
+    """x [tokens, K], rows any stride apart, transformed and quantised; arguments as the reference's.
+
+    clip None: 16 bits, one group. matrices: of a Hadamard its dense factor, if it has one. padded: features of a
+    stored row, what is behind K stays as it is found; sum_groups: groups whose codes are summed, 0 for none.
+    """
+    tokens, features = x.shape
+    groups = 1 if clip is None else len(clip)
+    codes = Codes.empty(tokens, groups, padded, sum_groups, num_bits, symmetric, x.device)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if tokens == 0:
+        return codes
+    sum_size = features // (sum_groups or groups)
+    common = {
+        "GROUP_SIZE": features // groups,
+        "SUM_SIZE": sum_size,
+        "NUM_BITS": num_bits,
+        "SYMMETRIC": symmetric or num_bits == 16,
+    }
+    if matrices and matrices[0].dim() == 3:
+        rotate_blocks(x, matrices[0], clip, codes, common)
+    else:
+        _rotate_rows(x, matrices, hadamard, clip, codes, common)
+    return codes
+
+
+def _rotate_rows(
+    x: torch.Tensor,
+    matrices: list[torch.Tensor],
+    hadamard: int,
+    clip: torch.Tensor | None,
+    codes: Codes,
+    common: dict[str, int],
+) -> None:
+    tokens, features = x.shape
+    left, right = (*matrices, None, None)[:2]
+    outer = len(left) if left is not None else 1
+    inner = hadamard // outer if hadamard else len(right) if right is not None else 1
+    part = segment(features, (outer, inner), common["GROUP_SIZE"])
+    blocks, outer_padded, inner_padded = part.padded
+    width = blocks * outer_padded * inner_padded
+    rows = max(1, WIDTH // width) if tokens > FEW_TOKENS else 1
+    rotate_quantize_kernel[triton.cdiv(tokens, rows), features // part.features](
+        x,
+        left,
+        right,
+        clip,
+        codes.values,
+        *codes[1:],
+        tokens,
+        x.stride(0),
+        codes.values.shape[1],
+        1 / sqrt(hadamard) if hadamard else 1.0,
+        HADAMARD=hadamard > 0,
+        BLOCKS=part.blocks,
+        OUTER=part.outer,
+        INNER=part.inner,
+        BLOCKS_PADDED=blocks,
+        OUTER_PADDED=outer_padded,
+        INNER_PADDED=inner_padded,
+        GROUP_PADDED=part.padded_group(common["GROUP_SIZE"]),
+        SUM_PADDED=part.padded_group(common["SUM_SIZE"]),
+        ROWS=rows,
+        **common,
+        num_warps=max(1, min(16, rows * width // 1024)),
+        enable_fp_fusion=False,
+    )
