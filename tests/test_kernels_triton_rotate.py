@@ -176,3 +176,11 @@ def test_a_linear_is_the_references(
     )
     exact = tokens > configurations.FEW_TOKENS or max(groups, weight_groups) == 1
     torch.testing.assert_close(found, expected, rtol=0 if exact else 1e-2, atol=0 if exact else 1e-2)
+
+
+def test_matrices_too_wide_for_a_program_are_applied_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotate_quantize, "MAX_ORDER", 4)
+    check(torch.randn(3, 384).bfloat16(), ([], 96), torch.ones(1, 2), 4, False, flips=FLIPS)
+    monkeypatch.setattr(rotate_quantize, "MAX_FEATURES", 383)
+    for kind in ("hadamard 384", "kronecker 12"):
+        check(torch.randn(3, 384).bfloat16(), transform(kind, 384), torch.ones(3, 2), 4, False, flips=FLIPS)

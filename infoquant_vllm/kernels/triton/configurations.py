@@ -1,40 +1,120 @@
-"""Tiles of the kernels, by architecture and shape."""
+"""Which tile serves which product: a table by architecture, and over it a file that a GPU was measured for."""
 
+import os
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, NamedTuple
 
 import torch
 import triton
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from infoquant_vllm.kernels.triton.weights import Layout
 
-BAND = 8
+TILES = "INFOQUANT_TILES"
+"""Environment variable with the path of a JSON file, a list of `Measured`."""
+BAND = 8  # rows of tiles that share weights in the L2 cache
 FEW_TOKENS = 32
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were defined
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError(f"{value} is no power of two")
+    return value
+
+
+Power = Annotated[int, Field(ge=1, le=1024), AfterValidator(_power_of_two)]
 
 
 class Tile(NamedTuple):
     """A program of `int4_linear`: channels, tokens and features of a step, and how it is launched."""
 
-    block_n: int
-    block_m: int
-    block_k: int
-    warps: int
-    stages: int
-    splits: int = 1
+    block_n: Power
+    block_m: Power
+    block_k: Annotated[Power, Field(ge=32)]
+    warps: Annotated[Power, Field(le=16)]
+    stages: Annotated[int, Field(ge=1, le=16)]
+    splits: Annotated[int, Field(ge=1, le=256)] = 1
+
+
+class Choice(NamedTuple):
+    """Tiles of an architecture, chosen by `python -m benchmarks.static --choose`, and its usual number of SMs.
+
+    `row` is for many tokens with one group, `groups` for more, `few` and `few_groups` for up to FEW_TOKENS tokens,
+    whose block_m follows them and whose splits follow the shape.
+    """
+
+    row: Tile
+    groups: Tile
+    few: Tile
+    few_groups: Tile
+    sms: int
+
+
+CHOICES = MappingProxyType(
+    {
+        arch: Choice(
+            Tile(128, 128, 128, 4, 3), Tile(128, 64, 128, 8, 3), Tile(64, 16, 256, 4, 4), Tile(64, 16, 128, 4, 4), sms
+        )
+        for arch, sms in ((80, 108), (86, 84), (89, 142), (90, 132), (100, 148), (120, 170))
+    }
+)
+
+
+class Measured(BaseModel):
+    """The tile for products of up to `tokens` tokens with a shape, on GPUs of compute capability `arch` / 10."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arch: int
+    tokens: Annotated[int, Field(ge=1)]
+    channels: int
+    features: int
+    group_size: int
+    tile: Tile
 
 
 def linear_tile(arch: int, tokens: int, channels: int, shape: Layout) -> Tile:
     """The tile of a product of so many tokens on a GPU of compute capability `arch`, 90 for 9.0."""
-    block_k = shape.block_k(128)
-    if tokens <= 32:
-        return Tile(64, 16 if tokens <= 16 else 32, block_k, 4, 4, 2)
-    return Tile(128, 128, block_k, 4, 3)
+    key = arch, channels, shape.features, shape.group_size
+    for entry in measured(os.environ.get(TILES)):
+        if key == (entry.arch, entry.channels, entry.features, entry.group_size) and tokens <= entry.tokens:
+            return entry.tile._replace(block_k=shape.block_k(entry.tile.block_k))
+    choice = CHOICES[max(known for known in CHOICES if known <= arch)]
+    if tokens > FEW_TOKENS:
+        tile = choice.groups if shape.group_size else choice.row
+        return tile._replace(block_k=shape.block_k(tile.block_k))
+    tile = choice.few_groups if shape.group_size else choice.few
+    tile = tile._replace(block_m=16 if tokens <= 16 else 32, block_k=shape.block_k(tile.block_k))
+    return tile._replace(splits=_splits(tile, channels, shape, choice.sms))
+
+
+def _splits(tile: Tile, channels: int, shape: Layout, sms: int) -> int:
+    """A power of two: two programs to an SM, as long as each has more steps than it has loads under way."""
+    splits, programs, steps = 1, triton.cdiv(channels, tile.block_n), shape.steps(tile.block_k)
+    while programs * splits < 2 * sms and steps >= 2 * splits * tile.stages:
+        splits *= 2
+    return splits
+
+
+@cache
+def measured(path: str | None) -> tuple[Measured, ...]:
+    """Entries of a file of tiles, those of fewest tokens first; raises ValueError naming it where it is not one."""
+    if path is None:
+        return ()
+    try:
+        entries = TypeAdapter(list[Measured]).validate_json(Path(path).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ValueError(f"{TILES}={path}: {error}") from None
+    return tuple(sorted(entries, key=lambda entry: entry.tokens))
 
 
 def current_device() -> torch.device:
     """Where kernels run: the current GPU, or this CPU under the interpreter."""
-    return torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
+    on_cpu = INTERPRETED or not torch.cuda.is_available()
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
 @cache

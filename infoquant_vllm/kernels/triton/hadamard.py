@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def butterflies(y, LINES: tl.constexpr, SIZE: tl.constexpr):
@@ -17,4 +19,12 @@ def butterflies(y, LINES: tl.constexpr, SIZE: tl.constexpr):
         if 2**step < size:
             a, b = tl.split(tl.reshape(y, (LINES, SIZE // 2, 2)))
             y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (LINES, SIZE))
-    return y
+    return once(y)
+
+
+@triton.jit
+def once(y):
+    """y itself, which the compiler will not compute again in another layout for another use of it."""
+    if _INTERPRETED:
+        return y
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [y], dtype=tl.float32, is_pure=False, pack=1)

@@ -2,22 +2,12 @@
 
 import torch
 
-from infoquant_vllm.format import hadamard_dense
 from infoquant_vllm.kernels.reference.weight_only_linear import add_bytes
-from infoquant_vllm.kernels.triton.configurations import current_device
 from infoquant_vllm.kernels.triton.int4_linear import int4_linear
-from infoquant_vllm.kernels.triton.rotate_quantize import rotate_quantize
+from infoquant_vllm.kernels.triton.rotate_quantize import prepare_matrices, rotate_quantize
 from infoquant_vllm.kernels.triton.weights import layout, num_bits_of, prepare_grid, prepare_weight, weight_rows
 
 __all__ = ["linear", "prepare_grid", "prepare_matrices", "prepare_weight", "weight_rows"]
-
-
-def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
-    """The matrices of an input transform, contiguous; of a Hadamard its dense factor, where it has one."""
-    if not hadamard:
-        return [matrix.contiguous() for matrix in matrices]
-    dense = hadamard_dense(hadamard)
-    return [dense.to(current_device(), torch.float32).contiguous()] if len(dense) > 1 else []
 
 
 def linear(

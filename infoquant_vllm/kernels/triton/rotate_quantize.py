@@ -1,19 +1,26 @@
 """Input transform and activation quantiser in one pass: rows are read once, and codes written once."""
 
-from math import sqrt
+from math import frexp, sqrt
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from infoquant_vllm.format import hadamard as hadamard_matrix
+from infoquant_vllm.format import hadamard_dense
 from infoquant_vllm.kernels.triton.codes import Codes
-from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS
+from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS, current_device
 from infoquant_vllm.kernels.triton.hadamard import butterflies
 from infoquant_vllm.kernels.triton.quantize import grid, store_rows, stored_codes
 from infoquant_vllm.kernels.triton.rotate_blocks import rotate_blocks
 
+PER_WARP = 2048  # features that a warp holds
+MAX_FEATURES = 16384  # of a row that a program transforms; pairs of matrices for wider rows are torch's work
+MAX_ORDER = 128  # of a dense factor that a program multiplies with
 WIDTH = 4096  # features, those of all its tokens, that a program holds if it can choose
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -29,8 +36,10 @@ def rotate_quantize_kernel(
     M,
     x_stride,
     values_stride,
-    factor,
     HADAMARD: tl.constexpr,
+    SIGNS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    EXACT_FACTOR: tl.constexpr,
     BLOCKS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
@@ -48,8 +57,9 @@ def rotate_quantize_kernel(
     """Segments of BLOCKS * OUTER * INNER features of ROWS tokens: transform, range per group, codes.
 
     x [M, x_stride]; a segment's block X [OUTER, INNER] becomes left^T X right: butterflies in place of right for a
-    Hadamard (times `factor` in the end), left_ptr [OUTER, OUTER] its dense factor or a Kronecker pair's first, None
-    for none. Products with matrices are float32 in three TF32 steps. clip [groups, 2]; values [rows, values_stride]
+    Hadamard (times FACTOR in the end), left_ptr [OUTER, OUTER] its dense factor or a Kronecker pair's first, None
+    for none. The dense factor goes first, when x still has 16 bits: its entries are +-1 (SIGNS) or the Hartley
+    matrix's. Other products are float32 in three TF32 steps. clip [groups, 2]; values [rows, values_stride]
     int8, scale, rest [groups, rows], sums [finer groups, rows] as in `Codes`. A token has one row, at 16 bits
     two: of high and of low bytes.
     """
@@ -60,21 +70,24 @@ def rotate_quantize_kernel(
     token = (tl.program_id(0) * ROWS + line // (OUTER_PADDED * BLOCKS_PADDED)).to(tl.int64)
     feature = tl.program_id(1) * SEGMENT + ((block * OUTER + outer) * INNER)[:, None] + inner[None, :]
     mask = ((token < M) & (outer < OUTER) & (block < BLOCKS))[:, None] & (inner < INNER)[None, :]
-    y = tl.load(x_ptr + token[:, None] * x_stride + feature, mask, other=0).to(tl.float32)
+    y = tl.load(x_ptr + token[:, None] * x_stride + feature, mask, other=0)
+    if left_ptr is not None:
+        y = _from_left(left_ptr, y, SIGNS, ROWS * BLOCKS_PADDED, OUTER, OUTER_PADDED, INNER_PADDED)
+    y = y.to(tl.float32)
     if HADAMARD:
         y = butterflies(y, LINES, INNER_PADDED)
-    if left_ptr is not None:
-        y = _from_left(left_ptr, y, ROWS * BLOCKS_PADDED, OUTER, OUTER_PADDED, INNER_PADDED)
     if right_ptr is not None:
         y = tl.dot(y, _matrix(right_ptr, INNER, INNER_PADDED), input_precision="tf32x3")
-    if HADAMARD:
-        y *= factor
 
     COUNT: tl.constexpr = LINES * INNER_PADDED // ROWS // GROUP_PADDED
     y = tl.reshape(y, (ROWS, COUNT, GROUP_PADDED))
-    low, high = tl.min(y, 2), tl.max(y, 2)
+    low, high = tl.min(y, 2) * FACTOR, tl.max(y, 2) * FACTOR  # as if y had been multiplied: that keeps the order
     m, group, known = _groups(M, ROWS, COUNT, SEGMENT // GROUP_SIZE)
     scale, inverse, zero = grid(low, high, clip_ptr, group, known, NUM_BITS, SYMMETRIC)
+    if EXACT_FACTOR:
+        inverse *= FACTOR
+    else:
+        y *= FACTOR
     codes = stored_codes(y, inverse[:, :, None], zero[:, :, None], NUM_BITS)
     codes = tl.reshape(codes, (LINES, INNER_PADDED))
     store_rows(scale_ptr, rest_ptr, scale, zero, group, m, known, M, NUM_BITS)
@@ -121,11 +134,24 @@ def _store_sums(
 
 @triton.jit
 def _from_left(
-    left_ptr, y, BLOCKS: tl.constexpr, OUTER: tl.constexpr, OUTER_PADDED: tl.constexpr, INNER_PADDED: tl.constexpr
+    left_ptr,
+    x,
+    SIGNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    OUTER: tl.constexpr,
+    OUTER_PADDED: tl.constexpr,
+    INNER_PADDED: tl.constexpr,
 ):
-    """left^T X of each block X of y [BLOCKS * OUTER_PADDED, INNER_PADDED], by one product of them side by side."""
+    """left^T X of each block X of x [BLOCKS * OUTER_PADDED, INNER_PADDED], by one product of them side by side.
+
+    SIGNS: left's entries are +-1, so that x can stay in its 16 bits (not under the interpreter, whose dot cannot).
+    """
     left = tl.trans(_matrix(left_ptr, OUTER, OUTER_PADDED))
-    blocks = tl.permute(tl.reshape(y, (BLOCKS, OUTER_PADDED, INNER_PADDED)), (1, 0, 2))
+    if SIGNS and not _INTERPRETED:
+        left = left.to(x.dtype)
+    else:
+        x = x.to(tl.float32)
+    blocks = tl.permute(tl.reshape(x, (BLOCKS, OUTER_PADDED, INNER_PADDED)), (1, 0, 2))
     product = tl.dot(left, tl.reshape(blocks, (OUTER_PADDED, BLOCKS * INNER_PADDED)), input_precision="tf32x3")
     blocks = tl.permute(tl.reshape(product, (OUTER_PADDED, BLOCKS, INNER_PADDED)), (1, 0, 2))
     return tl.reshape(blocks, (BLOCKS * OUTER_PADDED, INNER_PADDED))
@@ -137,6 +163,23 @@ def _matrix(ptr, SIZE: tl.constexpr, PADDED: tl.constexpr):
     index = tl.arange(0, PADDED)
     known = index < SIZE
     return tl.load(ptr + index[:, None] * SIZE + index[None, :], known[:, None] & known[None, :], other=0)
+
+
+def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
+    """The matrices of an input transform, contiguous; of a Hadamard its dense factor, where it has one.
+
+    Where a Hadamard with one is too wide for a program it becomes a Kronecker pair.
+    """
+    if not hadamard:
+        return [matrix.contiguous() for matrix in matrices]
+    dense = hadamard_dense(hadamard)
+    order, device = len(dense), current_device()
+    if order == 1:
+        return []
+    factors = [dense]
+    if order > MAX_ORDER or hadamard > MAX_FEATURES:
+        factors = [dense / sqrt(order), hadamard_matrix(hadamard // order)]
+    return [factor.to(device, torch.float32).contiguous() for factor in factors]
 
 
 class Segment(NamedTuple):
@@ -194,7 +237,7 @@ def rotate_quantize(
 ) -> Codes:
     """x [tokens, K], rows any stride apart, transformed and quantised; arguments as the reference's.
 
-    clip None: 16 bits, one group. matrices: of a Hadamard its dense factor, if it has one. padded: features of a
+    clip None: 16 bits, one group. matrices: as `prepare_matrices` makes them. padded: features of a
     stored row, what is behind K stays as it is found; sum_groups: groups whose codes are summed, 0 for none.
     """
     tokens, features = x.shape
@@ -227,8 +270,13 @@ def _rotate_rows(
 ) -> None:
     tokens, features = x.shape
     left, right = (*matrices, None, None)[:2]
+    if left is not None and right is not None and (features > MAX_FEATURES or len(left) > MAX_ORDER):
+        pairs = x.float().reshape(tokens, -1, len(left), len(right))
+        x = torch.matmul(torch.matmul(left.t(), pairs), right).view(tokens, features)
+        left, right, hadamard = None, None, 0
     outer = len(left) if left is not None else 1
     inner = hadamard // outer if hadamard else len(right) if right is not None else 1
+    factor = 1 / sqrt(hadamard) if hadamard else 1.0
     part = segment(features, (outer, inner), common["GROUP_SIZE"])
     blocks, outer_padded, inner_padded = part.padded
     width = blocks * outer_padded * inner_padded
@@ -243,8 +291,10 @@ def _rotate_rows(
         tokens,
         x.stride(0),
         codes.values.shape[1],
-        1 / sqrt(hadamard) if hadamard else 1.0,
         HADAMARD=hadamard > 0,
+        SIGNS=hadamard > 0 and outer % 4 == 0,
+        FACTOR=factor,
+        EXACT_FACTOR=frexp(factor)[0] == 0.5,
         BLOCKS=part.blocks,
         OUTER=part.outer,
         INNER=part.inner,
@@ -255,6 +305,6 @@ def _rotate_rows(
         SUM_PADDED=part.padded_group(common["SUM_SIZE"]),
         ROWS=rows,
         **common,
-        num_warps=max(1, min(16, rows * width // 1024)),
+        num_warps=max(1, min(16, rows * width // PER_WARP)),
         enable_fp_fusion=False,
     )
