@@ -8,6 +8,7 @@ import torch
 
 from infoquant_vllm.format import pack_codes, unpack_codes
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference
+from tests.guards import guarded
 from tests.interpreted import configurations, int4_linear, nibbles, weights
 
 WHOLE = configurations.Tile(32, 32, 128, 4, 3)
@@ -47,7 +48,9 @@ class Case:
         grids = [None if grid is None else weights.prepare_grid(grid) for grid in (self.weight_scale, self.weight_zero)]
         block_k = weights.layout(features, groups, self.bits[1]).block_k(tile.block_k)
         tile = tile._replace(block_k=block_k)
-        return int4_linear.int4_linear(self.stored(), features, weight, *grids, self.bias, dtype, tile)
+        codes = self.stored()
+        with guarded():
+            return int4_linear.int4_linear(codes, features, weight, *grids, self.bias, dtype, tile)
 
     def stored(self) -> Any:
         """The codes as the quantiser leaves them; whatever was there is behind them."""
@@ -101,6 +104,11 @@ def test_outputs_of_16_bits_are_rounded_as_torch_rounds(dtype: torch.dtype, tile
     assert torch.equal(case.found(tile, dtype), case.expected(dtype))
 
 
+def test_many_tiles_of_tokens_are_each_done_once() -> None:
+    case = Case(150, 128, channels=32)
+    assert torch.equal(case.found(WHOLE._replace(block_n=16, block_m=16)), case.expected())
+
+
 def test_sums_of_the_widest_rows_are_exact() -> None:
     case = Case(2, 28672, bits=(8, 4), signed=False, channels=16)
     case.packed.fill_(0xFF)
@@ -122,7 +130,7 @@ def test_no_tokens_and_no_bias() -> None:
 def test_the_tables_tile_serves(tokens: int) -> None:
     for case in (Case(tokens, 512), Case(tokens, 512, (4, 8), signed=False)):
         layout = weights.layout(512, max(case.groups), 4)
-        tile = configurations.linear_tile(80, tokens, 48, layout)
+        tile = configurations.linear_tile(80, tokens, 48, layout, not case.signed)
         assert (case.found(tile) - case.expected()).abs().max() <= 1e-5 * case.expected().abs().max()
 
 

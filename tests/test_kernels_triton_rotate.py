@@ -8,6 +8,7 @@ from infoquant_vllm.kernels.reference.linear import linear as reference_linear
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference
 from infoquant_vllm.kernels.reference.weight_only_linear import wide_codes
+from tests.guards import SENTINEL, guarded
 from tests.interpreted import configurations, linear, rotate_quantize
 
 Transform = tuple[list[torch.Tensor], int]
@@ -43,7 +44,11 @@ def check(
     else:
         codes, scale, zero = reference(x, matrices, hadamard, clip, num_bits, symmetric)
     prepared = linear.prepare_matrices(matrices, hadamard)
-    found = rotate_quantize.rotate_quantize(x, prepared, hadamard, clip, num_bits, symmetric, features + 64, sum_groups)
+    with guarded():
+        found = rotate_quantize.rotate_quantize(
+            x, prepared, hadamard, clip, num_bits, symmetric, features + 64, sum_groups
+        )
+    assert (found.values[:, features:] == SENTINEL).all()
     centre = zero if num_bits == 4 else torch.full_like(zero, 128)
     expected = codes.int() - centre.repeat_interleave(features // zero.shape[1], 1)
     values = found.values[:, :features].int()

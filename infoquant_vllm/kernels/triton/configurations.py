@@ -16,6 +16,7 @@ TILES = "INFOQUANT_TILES"
 """Environment variable with the path of a JSON file, a list of `Measured`."""
 BAND = 8  # rows of tiles that share weights in the L2 cache
 FEW_TOKENS = 32
+CORRECTED_TOKENS = 64
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were defined
 
 
@@ -53,12 +54,16 @@ class Choice(NamedTuple):
     sms: int
 
 
+_ROW, _GROUPS = Tile(128, 128, 128, 4, 3), Tile(128, 64, 128, 8, 3)
+_FEW, _FEW_GROUPS = Tile(64, 16, 256, 4, 4), Tile(64, 16, 128, 4, 4)
 CHOICES = MappingProxyType(
     {
-        arch: Choice(
-            Tile(128, 128, 128, 4, 3), Tile(128, 64, 128, 8, 3), Tile(64, 16, 256, 4, 4), Tile(64, 16, 128, 4, 4), sms
-        )
-        for arch, sms in ((80, 108), (86, 84), (89, 142), (90, 132), (100, 148), (120, 170))
+        80: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=108),
+        86: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=84),
+        89: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=142),
+        90: Choice(Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3), _FEW, _FEW_GROUPS, sms=132),
+        100: Choice(_ROW, Tile(128, 128, 128, 8, 3), _FEW, _FEW_GROUPS, sms=148),
+        120: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=170),
     }
 )
 
@@ -76,8 +81,11 @@ class Measured(BaseModel):
     tile: Tile
 
 
-def linear_tile(arch: int, tokens: int, channels: int, shape: Layout) -> Tile:
-    """The tile of a product of so many tokens on a GPU of compute capability `arch`, 90 for 9.0."""
+def linear_tile(arch: int, tokens: int, channels: int, shape: Layout, corrected: bool) -> Tile:
+    """The tile of a product of so many tokens on a GPU of compute capability `arch`, 90 for 9.0.
+
+    corrected: whether zero points are left for the product, which takes registers in every group.
+    """
     key = arch, channels, shape.features, shape.group_size
     for entry in measured(os.environ.get(TILES)):
         if key == (entry.arch, entry.channels, entry.features, entry.group_size) and tokens <= entry.tokens:
@@ -85,6 +93,8 @@ def linear_tile(arch: int, tokens: int, channels: int, shape: Layout) -> Tile:
     choice = CHOICES[max(known for known in CHOICES if known <= arch)]
     if tokens > FEW_TOKENS:
         tile = choice.groups if shape.group_size else choice.row
+        if shape.group_size and corrected:
+            tile = tile._replace(block_m=min(tile.block_m, CORRECTED_TOKENS))
         return tile._replace(block_k=shape.block_k(tile.block_k))
     tile = choice.few_groups if shape.group_size else choice.few
     tile = tile._replace(block_m=16 if tokens <= 16 else 32, block_k=shape.block_k(tile.block_k))
