@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Tiles of an architecture, chosen by `python -m benchmarks.static --choose`, and its usual number of SMs.
+    """Tiles of an architecture, compared by `python -m benchmarks.static --choose`, and its usual number of SMs.
 
     `row` is for many tokens with one group, `groups` for more, `few` and `few_groups` for up to FEW_TOKENS tokens,
     whose block_m follows them and whose splits follow the shape.
@@ -61,8 +61,8 @@ CHOICES = MappingProxyType(
         80: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=108),
         86: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=84),
         89: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=142),
-        90: Choice(Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3), _FEW, _FEW_GROUPS, sms=132),
-        100: Choice(_ROW, Tile(128, 128, 128, 8, 3), _FEW, _FEW_GROUPS, sms=148),
+        90: Choice(Tile(128, 256, 128, 8, 3), _GROUPS, _FEW, _FEW_GROUPS, sms=132),
+        100: Choice(_ROW, _GROUPS, Tile(128, 16, 256, 4, 4), _FEW_GROUPS, sms=148),
         120: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=170),
     }
 )

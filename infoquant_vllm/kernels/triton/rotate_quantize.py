@@ -15,7 +15,7 @@ from infoquant_vllm.kernels.triton.hadamard import butterflies
 from infoquant_vllm.kernels.triton.quantize import grid, store_rows, stored_codes
 from infoquant_vllm.kernels.triton.rotate_blocks import rotate_blocks
 
-PER_WARP = 2048  # features that a warp holds
+PER_WARP, PER_WARP_OF_PAIRS = 2048, 1024  # features that a warp holds, and where they meet a right matrix
 MAX_FEATURES = 16384  # of a row that a program transforms; pairs of matrices for wider rows are torch's work
 MAX_ORDER = 128  # of a dense factor that a program multiplies with
 WIDTH = 4096  # features, those of all its tokens, that a program holds if it can choose
@@ -305,6 +305,6 @@ def _rotate_rows(
         SUM_PADDED=part.padded_group(common["SUM_SIZE"]),
         ROWS=rows,
         **common,
-        num_warps=max(1, min(16, rows * width // PER_WARP)),
+        num_warps=max(1, min(16, rows * width // (PER_WARP if right is None else PER_WARP_OF_PAIRS))),
         enable_fp_fusion=False,
     )
