@@ -1,0 +1,238 @@
+"""The kernels that are looked at: what they are called with for a model's shapes, and how much a loop of theirs does.
+
+A kernel more is an entry more in `ENTRIES`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import inf
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from benchmarks.static.launches import Launch
+from infoquant_vllm.kernels.triton.codes import Codes
+from infoquant_vllm.kernels.triton.int4_linear import int4_linear
+from infoquant_vllm.kernels.triton.rotate_quantize import prepare_matrices, rotate_quantize
+from infoquant_vllm.kernels.triton.weights import layout, prepare_weight
+
+TOKENS = (16, 2048)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a model, and over how many GPUs it is cut."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int = 128
+    ranks: int = 1
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(features, channels) of a rank's linears."""
+        heads, kv_heads, inner = self.heads // self.ranks, self.kv_heads // self.ranks, self.intermediate // self.ranks
+        return {
+            "qkv": (self.hidden, (heads + 2 * kv_heads) * self.head_size),
+            "o": (heads * self.head_size, self.hidden),
+            "gate_up": (self.hidden, 2 * inner),
+            "down": (inner, self.hidden),
+        }
+
+
+MODELS = (
+    Model("LLaMA-3-8B", 4096, 14336, 32, 8),
+    Model("LLaMA-2-13B", 5120, 13824, 40, 40),
+    Model("LLaMA-3-70B", 8192, 28672, 64, 8),
+    Model("LLaMA-3-70B TP 4", 8192, 28672, 64, 8, ranks=4),
+    Model("Qwen2.5-7B", 3584, 18944, 28, 4),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a public launcher, on the meta device, and what to call it."""
+
+    model: str
+    layer: str
+    scheme: str
+    tokens: int
+    call: Callable[[], Any]
+    macs: int = 0
+    """that the product needs, without padding"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel by its function's name: calls that launch it, and facts about a launch that its code does not tell."""
+
+    cases: Callable[[Model], Iterator[Case]]
+    trips: Callable[[Launch], float] = lambda launch: 1.0
+    """of the main loop"""
+    macs: Callable[[Launch], float] = lambda launch: 0.0
+    """on INT8 tensor cores in all of the kernel, padding included"""
+    in_flight: Callable[[Launch], float] = lambda launch: inf
+    """bytes that a program has asked memory for at once"""
+
+
+def linear_cases(model: Model) -> Iterator[Case]:
+    """Products of W4A4: input of o_proj per head, else per token; of the first model other schemes too."""
+    for layer, (features, channels) in model.linears.items():
+        groups = features // model.head_size if layer == "o" else 1
+        for tokens in TOKENS:
+            scheme = "A4 per head" if layer == "o" else "A4 per token"
+            yield Case(
+                model.name,
+                layer,
+                scheme,
+                tokens,
+                linear_call(tokens, features, channels, groups),
+                tokens * features * channels,
+            )
+    if model is MODELS[0]:
+        features, channels = model.linears["gate_up"]
+        for tokens in TOKENS:
+            for name, given in SCHEMES.items():
+                yield Case(
+                    model.name,
+                    "gate_up",
+                    name,
+                    tokens,
+                    linear_call(tokens, features, channels, **given),
+                    tokens * features * channels,
+                )
+
+
+SCHEMES: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
+    {
+        "A8 per token": {"num_bits": 8},
+        "A4 groups of 64, weights of 64 with zeros": {"groups": 64, "weight_groups": 64, "signed": False},
+        "A4 groups of 128": {"groups": 32},
+        "A8 groups of 32, weights of 64 with zeros": {
+            "groups": 128,
+            "weight_groups": 64,
+            "signed": False,
+            "num_bits": 8,
+        },
+        "A16, weights of 64 with zeros": {"weight_groups": 64, "signed": False, "num_bits": 16},
+    }
+)
+
+
+def linear_call(
+    tokens: int,
+    features: int,
+    channels: int,
+    groups: int = 1,
+    weight_groups: int = 1,
+    signed: bool = True,
+    num_bits: int = 4,
+) -> Callable[[], Any]:
+    """A product as `linear` makes it."""
+    finer = max(groups, weight_groups)
+    with torch.device("meta"):
+        weight = prepare_weight(torch.empty(channels, features // 2, dtype=torch.uint8), 4, signed, finer)
+        grid = torch.empty(weight_groups, channels).t()
+        zero = None if signed else torch.empty(weight_groups, channels, dtype=torch.uint8).t()
+        shape = layout(features, finer, 4)
+        sum_groups = 0 if signed else finer
+        codes = Codes.empty(tokens, groups, shape.padded, sum_groups, num_bits, False, torch.device("meta"))
+        dtype = torch.float32 if num_bits == 16 else torch.bfloat16
+    return lambda: int4_linear(codes, features, weight, grid, zero, None, dtype)
+
+
+def linear_trips(launch: Launch) -> float:
+    """Steps of a program, on average."""
+    return launch.arguments["steps"] / launch.arguments["SPLITS"]
+
+
+def linear_macs(launch: Launch) -> float:
+    """Of all programs: whole tiles, whatever of them is needed."""
+    given = launch.arguments
+    tiles = launch.programs / given["SPLITS"]
+    return tiles * given["BLOCK_N"] * given["BLOCK_M"] * given["codes_stride"]
+
+
+def linear_in_flight(launch: Launch) -> float:
+    """Weights and codes of the stages that are under way."""
+    given = launch.arguments
+    step = given["codes_stride"] // given["steps"]
+    of_weights = given["BLOCK_N"] * step * given["WEIGHT_BITS"] // 8
+    return (launch.options["num_stages"] - 1) * (of_weights + given["BLOCK_M"] * step)
+
+
+def rotate_cases(model: Model) -> Iterator[Case]:
+    """Quantisers as `fast` needs them; of the first model other transforms too."""
+    for layer, (features, _) in model.linears.items():
+        groups = features // model.head_size if layer == "o" else 1
+        hadamard = features if layer == "down" else 0
+        for tokens in TOKENS:
+            scheme = ("Hadamard, " if hadamard else "") + ("A4 per head" if layer == "o" else "A4 per token")
+            yield Case(model.name, layer, scheme, tokens, rotate_call(tokens, features, groups, hadamard))
+    if model is MODELS[0]:
+        features = model.hidden
+        pair = [torch.empty(size, size, device="meta") for size in (64, 64)]
+        others: dict[str, tuple[Any, ...]] = {
+            "Hadamard, A4 per token": (1, features),
+            "Hadamard, A8 per token": (1, features, [], 8),
+            "Hadamard of heads, A4 per head": (32, 128),
+            "A4 groups of 64": (64, 0),
+            "Kronecker 64 x 64, A4 per token": (1, 0, pair),
+        }
+        for tokens in TOKENS:
+            for name, given in others.items():
+                yield Case(model.name, "qkv", name, tokens, rotate_call(tokens, features, *given))
+
+
+def blocks_cases(model: Model) -> Iterator[Case]:
+    """Learned blocks: half a row each, as in the paper, and of a head's size."""
+    if model is not MODELS[0]:
+        return
+    for size in (128, model.hidden // 2):
+        blocks = [torch.empty(model.hidden // size, size, size, device="meta")]
+        for tokens in TOKENS:
+            call = rotate_call(tokens, model.hidden, 1, 0, blocks)
+            yield Case(model.name, "qkv", f"blocks of {size}, A4 per token", tokens, call)
+
+
+def rotate_call(
+    tokens: int,
+    features: int,
+    groups: int,
+    hadamard: int,
+    matrices: list[torch.Tensor] | None = None,
+    num_bits: int = 4,
+) -> Callable[[], Any]:
+    """A quantiser's call as `linear` makes it."""
+    given = [matrix.to("meta") for matrix in prepare_matrices(list(matrices or []), hadamard)]
+    x = torch.empty(tokens, features, dtype=torch.bfloat16, device="meta")
+    clip = torch.empty(groups, 2, device="meta")
+    padded = layout(features, groups, 4).padded
+    return lambda: rotate_quantize(x, given, hadamard, clip, num_bits, False, padded, 0)
+
+
+def blocks_trips(launch: Launch) -> float:
+    """Steps over the depth of a block, for every tile of columns, and again where a group is wider than a tile."""
+    given = launch.arguments
+    columns = given["GROUP_SIZE"] // given["COLUMNS"]
+    return given["BLOCK_SIZE"] / given["DEPTH"] * columns * (2 if columns > 1 else 1)
+
+
+def rotate_in_flight(launch: Launch) -> float:
+    """All that a program reads of its tokens."""
+    given = launch.arguments
+    return 2 * given["ROWS"] * given["BLOCKS"] * given["OUTER"] * given["INNER"]
+
+
+ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(
+    {
+        "int4_linear_kernel": Entry(linear_cases, linear_trips, linear_macs, linear_in_flight),
+        "reduce_splits_kernel": Entry(lambda model: iter(())),
+        "rotate_quantize_kernel": Entry(rotate_cases, in_flight=rotate_in_flight),
+        "rotate_blocks_kernel": Entry(blocks_cases, blocks_trips),
+    }
+)

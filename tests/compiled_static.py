@@ -1,0 +1,136 @@
+"""What is said of GPU kernels without a GPU: readings of machine code, arithmetic, bars, and the golden file.
+
+Run by test_benchmarks_static.py, in a process of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.static.__main__ import known
+from benchmarks.static.bars import broken, drifted, golden
+from benchmarks.static.kernels import ENTRIES, MODELS, Case, linear_call, rotate_call
+from benchmarks.static.launches import launches
+from benchmarks.static.machines import MACHINES
+from benchmarks.static.predict import bytes_moved, predict, row
+from benchmarks.static.report import markdown, roofline
+from benchmarks.static.sass import Code, compiled, main_loop
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E R2, [R4] ;
+.L_x_2:
+        /*0020*/                   IMMA.16832.S8.S8 R4, R8, R9, R4 ;
+        /*0030*/              @!P0 BRA `(.L_x_9) ;
+.L_x_3:
+        /*0040*/                   LOP3.LUT R2, R2, 0xf0, RZ, 0xc0, !PT ;
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/                   BRA.U UP2, `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+.L_x_9:
+        /*0080*/                   SYNCS.PHASECHK R3 ;
+        /*0090*/                   BRA `(.L_x_3) ;
+        /*00a0*/                   NOP ;
+"""
+
+
+def test_the_main_loop_is_the_innermost_with_the_tensor_cores_instructions() -> None:
+    loop, rest = main_loop(SASS)
+    assert loop == {"IMMA": 1, "BRA": 3, "LOP3": 1, "SYNCS": 1}
+    assert rest == {"MOV": 1, "LDG": 1, "BRA": 1, "EXIT": 1}  # the padding behind it is nowhere
+
+
+def test_code_without_a_loop_has_none() -> None:
+    loop, rest = main_loop("/*0000*/ FADD R1, R2, R3 ;\n/*0010*/ EXIT ;")
+    assert not loop
+    assert rest == {"FADD": 1, "EXIT": 1}
+
+
+def test_a_launch_is_what_the_launcher_makes_of_a_gpu() -> None:
+    first, second = launches(linear_call(16, 4096, 4096), 80)
+    assert first.kernel.__name__ == "int4_linear_kernel"
+    assert second.kernel.__name__ == "reduce_splits_kernel"
+    given = first.arguments
+    assert first.programs == 4096 // given["BLOCK_N"] * given["SPLITS"]
+    weights = 4096 * 4096 // 2
+    partial = 4 * given["SPLITS"] * 16 * 4096
+    assert weights + partial < bytes_moved(first) < 1.05 * weights + partial
+    source = first.source()
+    assert source.signature["weight_ptr"] == "*i8"
+    assert source.signature["rest_ptr"] == "constexpr"
+    assert (first.kernel.arg_names.index("M"),) in source.attrs
+
+
+def test_a_prediction_is_the_slowest_resources_time() -> None:
+    launch = launches(linear_call(2048, 4096, 4096), 80)[0]
+    code = Code("mma", 128, 0, 1024, {"IMMA": 64, "LOP3": 36}, {"MOV": 100})
+    found = predict(launch, code, MACHINES[80])
+    tile = launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_M"]
+    per_sm = -(-(4096 * 2048 // tile) // 108)
+    assert found.mma == pytest.approx(per_sm * tile * 4096 / 2048 / 1.41e9)
+    trips, warps = 4096 / launch.arguments["BLOCK_K"], launch.options["num_warps"]
+    assert found.issue == pytest.approx(per_sm * (trips * 100 + 100) * warps / 4 / 1.41e9)
+    assert found.dram == pytest.approx(bytes_moved(launch) / 2.039e12)
+    assert found.seconds == max(found.mma, found.issue, found.dram)
+    assert found.bound == ("mma" if found.mma > found.issue else "issue")
+
+
+def test_occupancy_is_what_registers_shared_memory_and_warps_leave() -> None:
+    ampere = MACHINES[80]
+    assert ampere.occupancy(4, 255, 0) == 2
+    assert ampere.occupancy(4, 32, 80 * 1024) == 2
+    assert ampere.occupancy(4, 32, 0) == 16
+    assert MACHINES[89].occupancy(4, 32, 0) == 12
+
+
+def _rows(call: Callable[[], Any], arch: int, scheme: str, tokens: int) -> list[dict[str, Any]]:
+    case = Case("LLaMA-3-8B", "qkv", scheme, tokens, call, tokens * 4096 * 6144)
+    return [row(case, launch, compiled(launch, arch), MACHINES[arch]) for launch in launches(call, arch)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """A prompt's product on Hopper, a decoding one on Ampere, and a Hadamard on Ampere: compiled here."""
+    return [
+        *_rows(linear_call(2048, 4096, 6144), 90, "A4 per token", 2048),
+        *_rows(linear_call(16, 4096, 6144), 80, "A4 per token", 16),
+        *_rows(rotate_call(2048, 4096, 1, 4096), 80, "Hadamard, A4 per token", 2048),
+    ]
+
+
+def test_compiled_code_is_that_of_the_golden_file(rows: list[dict[str, Any]]) -> None:
+    assert drifted(golden(rows), known()) == []
+    assert broken(rows) == []
+
+
+def test_what_was_compiled_is_what_a_gpu_is_good_at(rows: list[dict[str, Any]]) -> None:
+    prompt, few, _, rotate = rows
+    assert prompt["mma"].startswith("wgmma.mma_async.sync.aligned.m64n")
+    assert few["mma"].startswith("mma.sync.aligned.m16n8k32")
+    assert (prompt["bound"], few["bound"], rotate["bound"]) == ("mma", "dram", "dram")
+
+
+def test_drift_and_broken_bars_are_told(rows: list[dict[str, Any]]) -> None:
+    spoilt = rows[0] | {"spills": 3, "shared": 10**6, "issue_per_mma": 0.7, "mma": "mma.sync.f16"}
+    assert len(broken([spoilt])) == 4
+    assert "not in the golden file" in drifted(golden([spoilt]), {})[0]
+    lines = drifted(golden([spoilt]), golden(rows))
+    assert [line.split(": ")[1].split()[0] for line in lines] == ["mma", "shared", "spills"]
+
+
+def test_the_report_says_that_it_predicts(rows: list[dict[str, Any]]) -> None:
+    text = markdown(rows, broken(rows))
+    assert "nothing on this page was measured on a GPU" in text
+    assert "predicted microseconds" in text
+    assert "Predictions" in roofline(rows)
+
+
+def test_every_kernel_has_an_entry_and_every_model_its_linears() -> None:
+    assert MODELS[3].linears == {"qkv": (8192, 2560), "o": (2048, 8192), "gate_up": (8192, 14336), "down": (7168, 8192)}
+    for entry in ENTRIES.values():
+        for case in entry.cases(MODELS[0]):
+            assert {launch.kernel.__name__ for launch in launches(case.call, 90)} <= ENTRIES.keys()
+    assert not torch.cuda.is_initialized()
