@@ -12,6 +12,8 @@ import triton.experimental.gluon  # noqa: F401 (or the first launch imports it, 
 from infoquant_vllm.kernels.triton import (
     configurations,
     int4_linear,
+    kv4_attention,
+    kv4_store,
     linear,
     nibbles,
     rotate_quantize,
@@ -20,4 +22,13 @@ from infoquant_vllm.kernels.triton import (
 
 del os.environ["TRITON_INTERPRET"]
 
-__all__ = ["configurations", "int4_linear", "linear", "nibbles", "rotate_quantize", "weights"]
+__all__ = [
+    "configurations",
+    "int4_linear",
+    "kv4_attention",
+    "kv4_store",
+    "linear",
+    "nibbles",
+    "rotate_quantize",
+    "weights",
+]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -21,13 +20,12 @@ MIN_CAPABILITY = 80  # the first with int8 tensor cores of 16 x 8 x 32
 
 @dataclass(frozen=True)
 class Route:
-    """A module of infoquant_vllm.kernels, what it needs beside itself, and what it takes where it does not take all.
+    """A module of infoquant_vllm.kernels, and what it takes where it does not take all.
 
     limits: by what a layer says of itself, see `require`; a group of 0 features is all of them.
     """
 
     module: str
-    needs: tuple[str, ...] = ()
     limits: Mapping[str, Container[int]] = field(default_factory=dict)
 
 
@@ -36,13 +34,11 @@ def _routes(*modules: str) -> tuple[Route, ...]:
 
 
 CACHE_LIMITS = MappingProxyType({"head_size": range(8, 257, 8), "key_bits": (4, 8), "value_bits": (4, 8)})
+GROUPS = range(0, 1 << 20, 32)
 LINEAR_LIMITS = MappingProxyType(
-    {"weight_bits": (4, 8), "input_bits": (4, 8), "weight_group": (0, 64, 128), "input_group": (0, 64, 128)}
+    {"weight_bits": (4, 8), "input_bits": (4, 8, 16), "weight_group": GROUPS, "input_group": GROUPS}
 )
-TRITON_LINEAR = (
-    Route("triton.linear", ("triton.rotate_quantize", "triton.int4_linear"), LINEAR_LIMITS),
-    Route("reference.linear"),
-)
+TRITON_LINEAR = (Route("triton.linear", LINEAR_LIMITS),)
 
 # By operation and family, the best first that `_serves`.
 KERNELS = MappingProxyType(
@@ -64,15 +60,15 @@ KERNELS = MappingProxyType(
         ("prepare_matrices", "triton"): TRITON_LINEAR,
         ("prepare_weight", "triton"): TRITON_LINEAR,
         ("prepare_grid", "triton"): TRITON_LINEAR,
-        ("weight_rows", "triton"): _routes("reference.linear"),
+        ("weight_rows", "triton"): TRITON_LINEAR,
         ("rotate_rows", "triton"): _routes("cpu.rotate_rows"),  # these two are plain torch, which runs anywhere
         ("dense_linear", "triton"): _routes("cpu.dense_linear"),
         ("rms_norm", "triton"): _routes("reference.elementwise"),
         ("add_rms_norm", "triton"): _routes("reference.elementwise"),
         ("silu_and_mul", "triton"): _routes("reference.elementwise"),
         ("rotary_embedding", "triton"): _routes("reference.elementwise"),
-        ("kv_store", "triton"): (Route("triton.kv4_store", limits=CACHE_LIMITS),),
-        ("kv_attention", "triton"): (Route("triton.kv4_attention", limits=CACHE_LIMITS),),
+        ("kv_store", "triton"): (Route("triton.kv4_store", CACHE_LIMITS),),
+        ("kv_attention", "triton"): (Route("triton.kv4_attention", CACHE_LIMITS),),
         ("linear", "reference"): _routes("reference.linear"),
         ("prepare_matrices", "reference"): _routes("reference.linear"),
         ("prepare_weight", "reference"): _routes("reference.linear"),
@@ -144,10 +140,8 @@ def _route(operation: str, device: str) -> Route:
     for route in routes:
         if _serves(route, device):
             return route
-    missing = [need for route in routes for need in route.needs if not _exists(need)]
-    wanted = f": {' and '.join(missing)} are not in this release" if missing else ""
     known = sorted(served for name, served in KERNELS if name == operation)
-    raise NotImplementedError(f"infoquant: no kernel for {operation} on {device}{wanted}; there are {', '.join(known)}")
+    raise NotImplementedError(f"infoquant: no kernel for {operation} on {device}; there are {', '.join(known)}")
 
 
 def _refuse_device(family: str, device: str) -> None:
@@ -164,13 +158,7 @@ def _serves(route: Route, device: str) -> bool:
     """Whether a route can be taken here; none leaves a GPU for the reference unless that is forced."""
     if route.module.startswith("native."):
         return library().handle is not None
-    if route.module.startswith("reference.") and device != "cpu":
-        return forced_family() == "reference"
-    return all(map(_exists, route.needs))
-
-
-def _exists(module: str) -> bool:
-    return find_spec(f"infoquant_vllm.kernels.{module}") is not None
+    return not route.module.startswith("reference.") or device == "cpu" or forced_family() == "reference"
 
 
 def _name(module: str) -> str:
