@@ -73,6 +73,17 @@ def names(node: ast.stmt) -> list[str]:
     return [found.id for target in targets for found in ast.walk(target) if isinstance(found, ast.Name)]
 
 
+def imported_from(module: str, node: ast.stmt) -> str | None:
+    """The module of vLLM's that an import of names reads."""
+    if not isinstance(node, ast.ImportFrom) or not node.module:
+        return None
+    if not node.level:
+        return node.module if node.module.startswith("vllm") else None
+    is_package = reader()(f"{module.replace('.', '/')}.py") is None
+    above = module.split(".")[: None if is_package else -1]
+    return ".".join([*above[: len(above) - node.level + 1], node.module])
+
+
 def find(module: str, name: str) -> tuple[str, ast.stmt] | None:
     """Where a module's name is defined, through the imports of it in vLLM."""
     parsed = tree(module)
@@ -83,9 +94,10 @@ def find(module: str, name: str) -> tuple[str, ast.stmt] | None:
                 return found
         if name not in names(node):
             continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vllm") and not node.level:
+        source = imported_from(module, node)
+        if isinstance(node, ast.ImportFrom) and source is not None:
             original = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
-            return find(node.module, original) or (module, node)
+            return find(source, original) or (module, node)
         return module, node
     if tree(f"{module}.{name}") is not None:
         return f"{module}.{name}", ast.Pass()
