@@ -22,6 +22,7 @@ DTYPES = {
     "U8": torch.uint8,
 }
 """In the order that tensors have in a file, which keeps each aligned to its own size."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
 """What the library reads."""
 

@@ -4,7 +4,7 @@ import re
 
 from infoquant_vllm.format import QuantizationConfigData, TensorSpec, expected_tensors
 from offline.fold import stored_dtype
-from offline.shards import DTYPES
+from offline.shards import NAMES
 from offline.source import Source
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -12,12 +12,11 @@ LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 def checkpoint_specs(source: Source, config: QuantizationConfigData) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor, ends first, then layer by layer; FormatError where config and model disagree."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
     default, specs = stored_dtype(source), expected_tensors(config, source.shape)
     found = {}
     for name in sorted(specs, key=_layer):
         dtype = default if _layer(name) >= 0 or name not in source.weight_map else source.dtype(name)
-        found[name] = specs[name].model_copy(update={"dtype": specs[name].dtype or names[dtype]})
+        found[name] = specs[name].model_copy(update={"dtype": specs[name].dtype or NAMES[dtype]})
     return found
 
 

@@ -10,9 +10,7 @@ from safetensors import safe_open
 
 from infoquant_vllm.format import TensorSpec
 from offline.scratch import Scratch
-from offline.shards import DTYPES, begin_file, raw_bytes
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from offline.shards import NAMES, begin_file, raw_bytes
 
 
 class Work:

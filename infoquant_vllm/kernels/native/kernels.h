@@ -6,6 +6,8 @@
 
 namespace infoquant {
 
+inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
 enum Transforms { NONE, HADAMARD, BLOCKS, KRONECKER };
 
 // A linear's input x [tokens, features] and its transform. By kind:

@@ -40,11 +40,9 @@ struct Task {
     float* parts;  // where the context is split: [chunks from begin, count, Row::SAVED + width]
 };
 
-int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
 void read_query(Row& row, const Problem& p, int64_t token, int64_t head) {
     Floats query[kv::MAX_HEAD_SIZE / LANES];
-    std::fill_n(query, round_up(p.head_size, SPLIT) / LANES, Floats{});
+    std::fill_n(query, infoquant::round_up(p.head_size, SPLIT) / LANES, Floats{});
     float* const numbers = reinterpret_cast<float*>(query);
     const int64_t place = token * p.query_stride + head * p.head_size;
     load_row(numbers, p.query + place * element_bytes(p.query_dtype), p.head_size, p.query_dtype);

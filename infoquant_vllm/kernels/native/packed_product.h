@@ -40,8 +40,6 @@ struct Tile {
     const float* scale;    // [groups, rows]
 };
 
-inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
 // Of 32 bits, that `make_tile` writes for each row.
 inline int64_t row_words(const Problem& p, int64_t width) { return p.groups * (round_up(p.steps, width) + 3); }
 
