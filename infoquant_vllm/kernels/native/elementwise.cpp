@@ -143,6 +143,32 @@ void silu_and_mul_of(const void* x, int64_t tokens, int64_t size, void* out) {
     }
 }
 
+template <int64_t DTYPE>
+void rotary_embedding_of(const int64_t* positions, int64_t tokens, const void* cos_sin, int64_t rotary_dim,
+                         const Rows<const void*>& x, int64_t heads, int64_t head_size, void* out) {
+    const int64_t half = rotary_dim / 2;
+#pragma omp parallel for schedule(static) if (tokens * heads * head_size > SERIAL_VALUES)
+    for (int64_t token = 0; token < tokens; ++token) {
+        const int64_t angles = positions[token] * rotary_dim;
+        for (int64_t head = 0; head < heads; ++head) {
+            const int64_t from = token * x.stride + head * head_size, to = (token * heads + head) * head_size;
+            for (int64_t i = 0; i < half; i += LANES) {
+                const int64_t count = half - i;
+                const Floats cosine = load_part<DTYPE>(cos_sin, angles + i, count);
+                const Floats sine = load_part<DTYPE>(cos_sin, angles + half + i, count);
+                const Floats first = load_part<DTYPE>(x.data, from + i, count);
+                const Floats second = load_part<DTYPE>(x.data, from + half + i, count);
+                store_part<DTYPE>(out, to + i, count, fma(-second, sine, first * cosine));
+                store_part<DTYPE>(out, to + half + i, count, fma(first, sine, second * cosine));
+            }
+            for (int64_t i = rotary_dim; i < head_size; i += LANES) {
+                const int64_t count = head_size - i;
+                store_part<DTYPE>(out, to + i, count, load_part<DTYPE>(x.data, from + i, count));
+            }
+        }
+    }
+}
+
 }  // namespace
 
 void infoquant::rms_norm(const void* x, const void* residual, const void* weight, int64_t dtype, int64_t tokens,
@@ -162,24 +188,8 @@ void infoquant::silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64
 
 void infoquant::rotary_embedding(const int64_t* positions, int64_t tokens, const void* cos_sin, int64_t rotary_dim,
                                  const Rows<const void*>& x, int64_t heads, int64_t head_size, void* out) {
-    const int64_t size = heads * head_size, half = rotary_dim / 2;
-#pragma omp parallel if (tokens * size > SERIAL_VALUES)
-    {
-        std::vector<float> values(size + rotary_dim);
-        float *const row = values.data(), *const cosines = row + size, *const sines = cosines + half;
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; ++token) {
-            load_rows(cos_sin, x.dtype, positions[token] * rotary_dim, rotary_dim, cosines);
-            load_rows(x.data, x.dtype, token * x.stride, size, row);
-            for (float* head = row; head < row + size; head += head_size) {
-#pragma GCC ivdep
-                for (int64_t i = 0; i < half; ++i) {
-                    const float first = head[i], second = head[i + half];
-                    head[i] = __builtin_fmaf(-second, sines[i], first * cosines[i]);
-                    head[i + half] = __builtin_fmaf(first, sines[i], second * cosines[i]);
-                }
-            }
-            store_rows(row, token * size, size, out, x.dtype);
-        }
-    }
+    const auto turned = x.dtype == FLOAT32    ? rotary_embedding_of<FLOAT32>
+                        : x.dtype == BFLOAT16 ? rotary_embedding_of<BFLOAT16>
+                                              : rotary_embedding_of<FLOAT16>;
+    turned(positions, tokens, cos_sin, rotary_dim, x, heads, head_size, out);
 }
