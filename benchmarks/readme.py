@@ -1,4 +1,4 @@
-"""The tables of README.md, from the result files: `python -m benchmarks.readme` prints them as Markdown."""
+"""The tables of README.md and docs/speed.md, from the result files: `python -m benchmarks.readme` prints them as Markdown."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def tables(results: Path) -> list[str]:
-    """Each as the lines of Markdown that stand in README.md; those of a CPU with AMX are in a folder of their own."""
+    """Each as the lines of Markdown that stand there; those of a CPU with AMX are in a folder of their own."""
     read, with_amx = _read(results), _read(results / "amx")
     return [
         accuracy(read["accuracy.json"]),
