@@ -25,8 +25,8 @@ serve: $(STAMP)  ## the same, and the server stays up
 bench: $(STAMP)  ## speed, memory and time of everything, in short; writes benchmarks/results
 	$(BIN)/python -m benchmarks.ladder
 
-test: lint  ## everything that is checked
-	$(BIN)/python -m pytest
+test: lint  ## everything that is checked, a file of tests at a time on each of two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(STAMP)  ## ten minutes of spoilt checkpoints, at random; `make test` has a few seconds of the same ones
 	FUZZ_SECONDS=200 $(BIN)/python -m pytest tests/test_format_fuzz.py

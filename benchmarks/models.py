@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from pydoc_data import topics
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / ".demo"
 
@@ -31,8 +33,10 @@ def quantised(name: str, *options: str | Path) -> Path:
 def language_reference() -> Path:
     """A text file to measure on that needs no download: Python's own language reference."""
     file = DEMO / "language-reference.txt"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("\n\n".join(topics.topics.values()), encoding="utf-8")
+    with _alone():
+        part = file.with_suffix(".part")
+        part.write_text("\n\n".join(topics.topics.values()), encoding="utf-8")
+        part.replace(file)
     return file
 
 
@@ -45,12 +49,18 @@ def infoquant(*arguments: str | Path) -> None:
 def _make(folder: Path, read: list[Path], *arguments: str | Path) -> None:
     """Run `infoquant` to make `folder`, unless it was made so already from the files `read`."""
     made_with, key = folder.with_suffix(".made-with"), _digest(read, arguments)
-    if folder.is_dir() and made_with.is_file() and made_with.read_text() == key:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(exist_ok=True)
-    infoquant(*arguments)
-    made_with.write_text(key)
+    with _alone():
+        if folder.is_dir() and made_with.is_file() and made_with.read_text() == key:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        infoquant(*arguments)
+        made_with.write_text(key)
+
+
+def _alone() -> FileLock:
+    """Held while `.demo/` changes: several processes of tests ask for the same models."""
+    DEMO.mkdir(exist_ok=True)
+    return FileLock(DEMO / ".lock")
 
 
 def _digest(files: list[Path], arguments: tuple[str | Path, ...]) -> str:
