@@ -66,6 +66,15 @@ def test_unexpected_tensor_is_named(folder: Path) -> None:
         Checkpoint(folder)
 
 
+def test_tensor_that_only_the_index_knows_is_named(folder: Path) -> None:
+    file = folder / INDEX_FILE
+    index = json.loads(file.read_text())
+    index["weight_map"][""] = SHARD
+    file.write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=rf"{SHARD}: {INDEX_FILE} places '' there, which it does not hold"):
+        Checkpoint(folder)
+
+
 def test_wrong_shape_is_named_with_both_shapes(folder: Path) -> None:
     edit(folder, {SCALE: torch.ones(128, 1)})
     with pytest.raises(FormatError, match=rf"{SCALE} has shape \[128, 1\], expected \[256, 1\]"):

@@ -94,6 +94,10 @@ class Checkpoint:
         if extra:
             file = self.folder / self.weight_map[extra[0]]
             raise FormatError(f"{file}: unexpected tensor {extra[0]} ({len(extra)} such tensors)")
+        absent = sorted(set(self.weight_map) - set(found))
+        if absent:
+            file = self.folder / self.weight_map[absent[0]]
+            raise FormatError(f"{file}: {INDEX_FILE} places {absent[0]!r} there, which it does not hold")
 
 
 def read_json(file: Path) -> dict[str, Any]:
