@@ -1,6 +1,8 @@
 """GPTQ: rounding column by column, each column's error pushed into those not yet rounded.
 
-E. Frantar et al., arXiv 2210.17323, sections 3.2 to 3.4 (without act-order).
+E. Frantar et al., arXiv 2210.17323, sections 3.2 to 3.4 (without act-order), in the form that J. Chee
+et al. show to give the same codes (LDLQ, arXiv 2307.13304, theorem 6): by a factor of the Hessian
+itself rather than of its inverse, which is half the work and need not be in memory beside it.
 """
 
 import torch
@@ -21,73 +23,82 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping:
     with groups, over each group when its turn comes.
     """
     rest = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]: what is rounded together lies together
-    factor, strip = inverse_factor(hessian, damping), rest.new_empty(len(rest), BLOCK).T
-    group = args.group_size or len(rest)
+    factor, end = unit_factor(hessian, damping), len(rest)
+    group = args.group_size or end
     found: list[Scales] = []
-    for first in range(0, len(rest), group):
-        scales = search_scales(rest[first : first + group].T, args)
+    for first in range(0, end, group):
+        scales = search_scales(_compensated(weight, rest, factor, slice(first, first + group)).T, args)
         found.append(scales)
         for start in range(first, first + group, BLOCK):
             stop = min(start + BLOCK, first + group)
-            rows = strip[: stop - start].copy_(factor[start:stop])
-            codes, errors = _round_block(rest[start:stop], rows[:, start:stop], scales)
+            rows, wanted = _part(factor, slice(start, stop), slice(start, end)), weight.T[start:stop].contiguous()
+            codes, errors = _round_block(wanted, rest[start:stop], rows[:, : stop - start], scales)
             rest[start:stop] = codes  # whose weights nothing reads any more
-            rest[stop:].addmm_(rows[:, stop:].T, errors, alpha=-1)
+            rest[stop:].addmm_(rows[:, stop - start :].T, errors)
     scale, zero = (torch.cat([getattr(scales, name) for scales in found], dim=1) for name in ("scale", "zero"))
     return QuantizedWeight(rest.T, scale, zero)
 
 
-def _round_block(rows: torch.Tensor, factor: torch.Tensor, scales: Scales) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and errors [B, N] of B inputs' weights `rows` [B, N], one input after the other."""
+def _compensated(weight: torch.Tensor, rest: torch.Tensor, factor: list[torch.Tensor], group: slice) -> torch.Tensor:
+    """A group's weights [G, N] as they best make up for the errors before it, were none of them rounded.
+
+    `rest` has what each is to make up for where the others of the group stay as they were.
+    """
+    if group.start == 0:
+        return rest[group]
+    pushed = rest[group] - weight.T[group]
+    square = _part(factor, group, group)
+    return weight.T[group] + torch.linalg.solve_triangular(square.T, pushed, upper=False, unitriangular=True)
+
+
+def _round_block(
+    wanted: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scales: Scales
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and errors [B, N] of B inputs' weights `wanted` [B, N], one input after the other.
+
+    rows: the weights and what the inputs before the block have pushed into them
+    """
     scales = Scales(scales.scale[:, 0], scales.zero[:, 0], scales.lowest, scales.highest)
     codes, errors = torch.empty_like(rows), torch.empty_like(rows)
     for index, row in enumerate(rows):
         if index:
-            row = torch.addmv(row, errors[:index].T, factor[:index, index], alpha=-1)  # noqa: PLW2901
+            row = torch.addmv(row, errors[:index].T, factor[:index, index])  # noqa: PLW2901
         codes[index] = scales.codes(row)
-        errors[index] = (row - scales.values(codes[index])) / factor[index, index]
+        errors[index] = wanted[index] - scales.values(codes[index])
     return codes, errors
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper Cholesky factor U, U^T U = (H + damping * mean(diag H) I)^-1, float64.
+def unit_factor(hessian: torch.Tensor, damping: float) -> list[torch.Tensor]:
+    """U of H + damping * mean(diag H) I = U D U^T, upper triangular with ones on its diagonal; D is diagonal.
 
-    The damping keeps H invertible where inputs are never used or fewer tokens than inputs were seen.
-    It takes one matrix in float64 and a few blocks: H = R R^T with R upper triangular, so U = R^-1,
-    and both steps run in place.
+    The damping keeps D positive where inputs are never used or fewer tokens than inputs were seen.
+    Computed in float64, from the last block of columns to the first, in half of a matrix: U comes as
+    blocks of FACTOR_BLOCK columns float32, each down to the diagonal, `U[:stop, start:stop]`.
     """
-    matrix = hessian.to(torch.float64, copy=True).T  # column after column, as LAPACK works
-    diagonal = matrix.diagonal()
+    blocks, diagonal = _blocks(len(hessian)), hessian.diagonal().double()
     mean = diagonal.mean()
-    diagonal += damping * mean if mean > 0 else 1.0
-    _factor_in_place(matrix)
-    _invert_in_place(matrix)
-    return matrix
-
-
-def _factor_in_place(matrix: torch.Tensor) -> None:
-    """R of `matrix` = R R^T in place of its upper triangle, from the last block of columns to the first."""
-    for block in reversed(_blocks(len(matrix))):
-        upper = torch.linalg.cholesky(matrix[block, block].flip(0, 1)).flip(0, 1)
-        matrix[block, block] = upper
-        above = matrix[: block.start, block]
+    found = [hessian[: block.stop, block].to(torch.float64, copy=True) for block in blocks]
+    for block, columns in reversed(list(zip(blocks, found, strict=True))):
+        columns[block].diagonal().add_(damping * mean if mean > 0 else 1.0)
+        upper = torch.linalg.cholesky(columns[block].flip(0, 1)).flip(0, 1)
+        columns[block] = upper
         for other in _blocks(block.start):
-            above[other] = torch.linalg.solve_triangular(upper.T, above[other], upper=False, left=False)
-        for other in _blocks(block.start):
-            matrix[: other.stop, other].addmm_(above[: other.stop], above[other].T, alpha=-1)
+            columns[other] = torch.linalg.solve_triangular(upper.T, columns[other], upper=False, left=False)
+        for other, earlier in zip(_blocks(block.start), found, strict=False):
+            earlier.addmm_(columns[: other.stop], columns[other].T, alpha=-1)
+        found[block.start // FACTOR_BLOCK] = columns.div_(upper.diagonal()).float()
+    return found
 
 
-def _invert_in_place(matrix: torch.Tensor) -> None:
-    """The inverse of an upper triangular matrix in its place; zeros go below its diagonal."""
-    for block in _blocks(len(matrix)):
-        size = block.stop - block.start
-        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        inverse = torch.linalg.solve_triangular(matrix[block, block], eye, upper=True)
-        matrix[block, block] = inverse
-        matrix[block.stop :, block] = 0
-        for other in _blocks(block.start):  # the rows above are read from this one on, so it can be overwritten
-            above = matrix[other, other.start : block.start] @ matrix[other.start : block.start, block]
-            matrix[other, block] = -(above @ inverse)
+def _part(factor: list[torch.Tensor], rows: slice, columns: slice) -> torch.Tensor:
+    """Some rows and columns of a `unit_factor`; entries left of the diagonal are anything."""
+    found = factor[0].new_empty(columns.stop - columns.start, rows.stop - rows.start).T
+    for block, own in zip(_blocks(len(factor[-1])), factor, strict=True):
+        start, stop = max(block.start, columns.start), min(block.stop, columns.stop)
+        if start < stop:
+            part = own[rows, start - block.start : stop - block.start]
+            found[: len(part), start - columns.start : stop - columns.start] = part
+    return found
 
 
 def _blocks(size: int) -> list[slice]:

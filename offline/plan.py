@@ -22,8 +22,8 @@ from offline.whole_model import SELF_BATCH, distillation_bytes, parameters, samp
 
 BOUND_FACTOR, BOUND_REST = 1.5, 2 * 2**30
 """Of a decoder layer and a batch of activations in float32, what a run should stay within."""
-OF_A_PRODUCT = 0.45
-"""Of K^3 multiply-adds in float64: what an inverse Cholesky factor takes beside its diagonal blocks."""
+OF_A_PRODUCT = 1 / 6
+"""Of K^3 multiply-adds in float64: what a Cholesky factor takes beside its diagonal blocks."""
 OF_A_CALL = 2e-3
 """Seconds that a decoder layer takes for one token beside its products."""
 MATRICES_OF_A_STEP = 15
@@ -236,12 +236,13 @@ class _Account:
         return products + 8 * rows * self._rates.element, self._resident + 4 * rows + 16 * shape.hidden_size**2
 
     def _rounding_bytes(self) -> int:
-        """The fullest moment of a layer: Hessian, its factor in float64, and three copies of the site's weights."""
+        """The fullest moment of a layer: Hessian, half of its factor in float64, two copies of the site's weights."""
         most, left = 0, list(self.sites.values())
         while left:
             site = left[0]
             later = sum(4 * other.rows * other.columns + other.hessian_bytes for other in left[1:])
-            most = max(most, later + 3 * site.hessian_bytes + 3 * 4 * site.rows * site.columns)
+            factor = site.hessian_bytes + site.hessian_bytes * min(FACTOR_BLOCK, site.columns) // site.columns
+            most = max(most, later + site.hessian_bytes + factor + 2 * 4 * site.rows * site.columns)
             left = left[1:]
         return most
 

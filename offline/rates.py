@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from infoquant_vllm.format import WeightArgs, apply_hadamard
-from offline.gptq import gptq, inverse_factor
+from infoquant_vllm.format import WeightArgs
+from offline.gptq import gptq, unit_factor
 from offline.progress import silent
 from offline.psot import learn_rotation
 from offline.recipe import Psot
-from offline.transforms import random_hadamard
+from offline.transforms import hadamard_product, random_hadamard
 from offline.weights import search_scales
 
 SIZE, RUNS = 1024, 5
@@ -23,7 +23,7 @@ class Rates:
     """Seconds for one unit of each kind of work.
 
     float32, float64: a multiply-add of a large product; few: of a product with `SIZE` / 8 rows
-    factor: K^3 of an inverse Cholesky factor
+    factor: K^3 of a Cholesky factor
     search: a weight, of the search for scales; row: a weight, of rounding row after row
     hadamard: a number in float64 through a Hadamard transform
     turn: hidden^3 of a step of `learn_rotation`
@@ -47,18 +47,18 @@ def measure(hadamard_size: int) -> Rates:
     single = torch.randn(SIZE, SIZE, generator=generator)
     double, args = single.double(), WeightArgs(num_bits=4)
     eye, weight = torch.eye(SIZE), torch.randn(SIZE, 256, generator=generator)
-    rows = torch.randn(16, hadamard_size, generator=generator).double()
+    rows = torch.randn(64, hadamard_size, generator=generator).double()
     float32 = _seconds(lambda: single @ single) / SIZE**3
     search = _seconds(lambda: search_scales(weight, args)) / weight.numel()
     rounding = _seconds(lambda: gptq(weight, eye[:256, :256], args, 0.01)) / weight.numel()
-    transform = _seconds(lambda: apply_hadamard(rows)) / rows.numel()
+    transform = _seconds(lambda: hadamard_product(rows)) / rows.numel()
     steps, start = Psot(steps=2, batch_tokens=64), random_hadamard(ROTATION_SIZE, generator)
     turning = _seconds(lambda: learn_rotation(single[:64, :ROTATION_SIZE], start, 1, steps, generator, silent)) / 2
     return Rates(
         float32=float32,
         float64=_seconds(lambda: double @ double) / SIZE**3,
         few=_seconds(lambda: single[: SIZE // 8] @ single) / (SIZE**3 / 8),
-        factor=_seconds(lambda: inverse_factor(eye, 0.01)) / SIZE**3,
+        factor=_seconds(lambda: unit_factor(eye, 0.01)) / SIZE**3,
         search=search,
         row=max(rounding - search - 128 * float32, 0.0),
         hadamard=transform,

@@ -10,6 +10,8 @@ import torch
 
 MEMORY_SHARE = 0.25
 """Of the memory that is free: a tensor that would take more of it goes to disk."""
+LARGEST_IN_MEMORY = 2**29
+"""Bytes: a larger tensor goes to disk however much is free, and what a run holds does not hang on its length."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Scratch:
 
 
 def goes_to_disk(size: int) -> bool:
-    """Whether a tensor of so many bytes is too large for the memory that is free now."""
-    return size > MEMORY_SHARE * psutil.virtual_memory().available
+    """Whether a tensor of so many bytes is too large to be kept in memory."""
+    return size > min(LARGEST_IN_MEMORY, MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 IN_MEMORY = Scratch()

@@ -8,8 +8,8 @@ import torch
 
 from infoquant_vllm.format import InputTransform, ModelShape, apply_hadamard, hadamard, hadamard_dense
 
-ROWS_AT_A_TIME = 1024
-"""Of a Hessian as it is transformed."""
+ROWS_AT_A_TIME = 256
+"""Of a weight or a Hessian as it is transformed in float64."""
 
 InputTensors = dict[str, torch.Tensor]
 """What an `InputTransform` reads from the checkpoint, float32 by local names; none for type none and hadamard."""
@@ -75,7 +75,7 @@ def transform_input(
 
 
 def hadamard_product(x: torch.Tensor) -> torch.Tensor:
-    """x [..., size] @ hadamard(size) by matrix products: few operations, for gradients; other last bits."""
+    """x [..., size] @ hadamard(size) by matrix products: few operations, for gradients and speed; other last bits."""
     dense = hadamard_dense(x.shape[-1]).to(x)
     rows = x.unflatten(-1, (len(dense), -1))
     rows = rows @ hadamard(rows.shape[-1]).to(x)
@@ -90,18 +90,19 @@ def undo_in_weights(weight: torch.Tensor, transform: InputTransform, tensors: In
     if transform.type == "none":
         return weight
     inverse = {name: torch.linalg.inv(matrix.double()).mT for name, matrix in tensors.items()}
-    return transform_input(weight.double(), transform, inverse).float()
+    undone = torch.empty_like(weight)
+    for rows, out in zip(weight.split(ROWS_AT_A_TIME), undone.split(ROWS_AT_A_TIME), strict=True):
+        out.copy_(transform_input(rows.double(), transform, inverse, hadamard_product))
+    return undone
 
 
 def transform_hessian(hessian: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:
-    """R^T H R, of inputs x R where `hessian` [K, K] float32 is that of x; computed in float64, in its place."""
+    """R^T H R, of inputs x R where `hessian` [K, K] float32 is that of x; each product in float64, in its place."""
     if transform.type == "none":
         return hessian
-    half = torch.empty_like(hessian, dtype=torch.float64)
-    for rows, out in zip(hessian.split(ROWS_AT_A_TIME), half.split(ROWS_AT_A_TIME), strict=True):
-        out.copy_(transform_input(rows.double(), transform, tensors))
-    for columns, out in zip(half.T.split(ROWS_AT_A_TIME), hessian.split(ROWS_AT_A_TIME), strict=True):
-        out.copy_(transform_input(columns, transform, tensors))
+    for side in (hessian, hessian.T):
+        for rows in side.split(ROWS_AT_A_TIME):
+            rows.copy_(transform_input(rows.double(), transform, tensors, hadamard_product))
     return hessian
 
 

@@ -27,7 +27,7 @@ options = {"recipe": recipe, "calibration": calibration, "progress": silent}
 print(quantize(source, output, dry_run=True, **options).plan.memory_bytes)
 print(quantize(source, output, **options).peak_memory_bytes)
 """
-TOKENS = 2048
+TOKENS = 1024
 """Of calibration, in one batch of the tool's."""
 TEXT = "".join(f"The number {n} is followed by {n + 1}.\n" for n in range(2000))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infoquant_vllm.format import WeightArgs
-from offline.gptq import gptq, inverse_factor, output_error
+from offline.gptq import gptq, output_error, unit_factor
 from offline.refine import descend, refine, refit_scales
 from offline.weights import QuantizedWeight, round_to_nearest, search_scales
 
@@ -112,16 +112,49 @@ def test_refining_leaves_weights_alone_that_nothing_is_known_of(args: WeightArgs
 
 @pytest.mark.parametrize("block", [40, 2048])
 @pytest.mark.parametrize("rank", [0, 10, 96])
-def test_inverse_factor_is_that_of_the_damped_hessian_of_any_rank(
+def test_factor_is_that_of_the_damped_hessian_of_any_rank(
     rank: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offline.gptq.FACTOR_BLOCK", block)
     x = torch.randn(rank, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hessian = x.T @ x
-    factor = inverse_factor(hessian, DAMPING)
     damped = hessian + torch.eye(96) * (DAMPING * hessian.diagonal().mean() if rank else 1.0)
+    blocks = unit_factor(hessian, DAMPING)
+    factor = torch.cat([torch.nn.functional.pad(part, (0, 0, 0, 96 - len(part))) for part in blocks], dim=1).double()
+    assert [part.shape for part in blocks] == [
+        (min(start + block, 96), min(block, 96 - start)) for start in range(0, 96, block)
+    ]
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(96, dtype=torch.float64))
+    assert (factor.diagonal() == 1).all()
+    inverse = torch.linalg.inv(factor)
+    scale = (inverse @ damped @ inverse.T).diagonal()
+    torch.testing.assert_close(factor @ (scale[:, None] * factor.T), damped, rtol=1e-5, atol=1e-5 * damped.max().item())
+
+
+def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs) -> torch.Tensor:
+    """The values that GPTQ's algorithm 1 rounds to in float64, column by column, by the inverse's factor."""
+    rest, values = weight.double(), torch.empty_like(weight, dtype=torch.float64)
+    damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(len(hessian))
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    for column in range(weight.shape[1]):
+        if column % (args.group_size or weight.shape[1]) == 0:
+            scales = search_scales(rest[:, column : column + (args.group_size or weight.shape[1])], args)
+        values[:, column] = scales.values(scales.codes(rest[:, column : column + 1]))[:, 0]
+        error = (rest[:, column] - values[:, column]) / factor[column, column]
+        rest[:, column:] -= torch.outer(error, factor[column, column:])
+    return values
+
+
+@pytest.mark.parametrize("block", [40, 2048])
+@pytest.mark.parametrize("args", SCHEMES)
+def test_gptq_by_parts_rounds_as_the_plain_algorithm(
+    args: WeightArgs, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offline.gptq.FACTOR_BLOCK", block)
+    weight, hessian = random_weight(), correlated_hessian()
+    found, expected = gptq(weight, hessian, args, DAMPING).values(), plain_gptq(weight, hessian, args)
+    same = torch.isclose(found, expected.float(), rtol=1e-4, atol=1e-5).all(1)
+    assert same.float().mean() > 0.95  # a row in which two codes are as good as each other may go another way
 
 
 def test_clip_search_narrows_the_range_where_one_weight_sticks_out() -> None:

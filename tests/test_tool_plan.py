@@ -55,6 +55,13 @@ def test_config_alone_gives_the_account_of_a_70b_model(tmp_path: Path) -> None:
         quantize(source, tmp_path / "out", calibration="text.txt", progress=silent)
 
 
+@pytest.mark.parametrize("preset", ["rtn", "quarot", "fast", "paper"])
+def test_a_70b_model_stays_within_a_layer_and_a_batch(tmp_path: Path, preset: str) -> None:
+    plan = planned(quantize(config_alone(tmp_path / "70b", **LLAMA_3_70B), tmp_path / "out", preset=preset, **DRY))
+    assert plan.memory_bytes <= plan.memory_bound_bytes
+    assert plan.memory_bound_bytes == int(1.5 * (plan.layer_float32_bytes + plan.batch_bytes)) + 2 * 2**30
+
+
 def test_memory_grows_neither_with_layers_nor_much_with_the_preset(tmp_path: Path) -> None:
     few, many = (
         planned(
