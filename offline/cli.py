@@ -75,7 +75,9 @@ def quantize(
             "keep to each worker's share.  [default: the recipe's, 1 in presets]",
         ),
     ] = None,
-    device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.auto,
+    device: Annotated[
+        Device, typer.Option(help="auto: all visible CUDA devices, or the CPU; cuda: one.")
+    ] = Device.auto,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint written earlier.")] = False,
     resume: Annotated[

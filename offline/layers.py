@@ -29,7 +29,7 @@ def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transfor
         done = run.work.facts(NEXT)["layer"]
     if run.recipe.rounding == "gptq" and done < layers:
         assert tokens is not None  # such recipes need calibration
-        stream = Stream(run.source, tokens, transforms, run.device, run.work.scratch)
+        stream = Stream(run.source, tokens, transforms, run.devices, run.work.scratch)
         if done:
             stream.hidden.copy_(run.work.tensors(NEXT)[HIDDEN])
     for layer in range(done):
@@ -75,7 +75,7 @@ def _quantized_layer(
     shape, learned, before, keys, hessians = run.source.shape, run.recipe.learned_clips, None, None, None
     positions = None if run.recipe.kv_cache is None else run.recipe.kv_cache.key_offset_positions
     statistics = Statistics()
-    state = {name: tensor.to(run.device) for name, tensor in fold_layer(run.source, layer, transforms).items()}
+    state = {name: tensor.to(run.devices[0]) for name, tensor in fold_layer(run.source, layer, transforms).items()}
     if stream is not None:
         with run.watch("activations"):
             if learned is not None:

@@ -65,7 +65,7 @@ def quantize(
         calibration: "self", a text or JSONL file, or a data set name (see `calibration_tokens`).
         seed: same seed, source and calibration: same bytes, on the same machine.
         max_tp: how many workers of tensor parallelism may serve the checkpoint; None: what the recipe says, mostly 1.
-        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        device: "cpu", "cuda", or "auto" for all visible CUDA devices where there are any.
         overwrite: replace an output that this tool wrote earlier.
         resume: keep what is done in `OUTPUT.resume` beside the output and go on from what an earlier run, ended
             by whatever, kept there; gives the bytes of a run that nothing ended.
@@ -83,8 +83,8 @@ def quantize(
         if max_tp < 1:
             raise ToolError(f"max_tp is {max_tp}, expected a number of workers from 1 on")
         chosen = chosen.model_copy(update={"max_tp": max_tp})
-    model, device_used = Source.open(source, headers_only=dry_run), _device(device)
-    marks = fingerprint(model, chosen, calibration, seed, device_used) if resume else {}
+    model, devices = Source.open(source, headers_only=dry_run), _devices(device)
+    marks = fingerprint(model, chosen, calibration, seed, devices[0]) if resume else {}
     if resume and finished_before(Path(output), marks):
         return Report.model_validate_json((Path(output) / REPORT_FILE).read_text(encoding="utf-8"))
     check_output(Path(output), model.folder, overwrite)
@@ -111,7 +111,7 @@ def quantize(
         with folder as partial:
             work = Work(work_folder(Path(output)), keeps=True) if resume else Work(partial / "work")
             reports = shown if events is None else both(shown, events.progress)
-            run = Run(model, chosen, config, seed, device_used, reports, work, events)
+            run = Run(model, chosen, config, seed, devices, reports, work, events)
             writer = Writer(partial, specs, shard_bytes)
             return _write_checkpoint(run, writer, figures, calibration, Path(output).name)
 
@@ -174,7 +174,7 @@ def _transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
         kept = run.work.tensors(ROTATION)
         return Transforms(kept["residual"], kept["heads"])
     with run.watch("rotation"):
-        transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.device, run.progress, run.work)
+        transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.devices, run.progress, run.work)
     if run.work.keeps and run.recipe.transform == "psot-shared" and transforms is not None:
         assert transforms.residual is not None  # that is what was learnt
         assert transforms.heads is not None
@@ -193,9 +193,13 @@ def _distilled(
         yield tensors | student.tensors(index)
 
 
-def _device(name: str) -> torch.device:
+def _devices(name: str) -> list[torch.device]:
+    """What works, on the first of which everything is but the copies of a layer that batches run through."""
     if name not in ("auto", "cpu", "cuda"):
         raise ToolError(f"device is {name!r}, expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.device_count()
+    if name == "cuda" and not found:
         raise ToolError("device is cuda, but torch finds no CUDA device; choose auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not found:
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(found if name == "auto" else 1)]

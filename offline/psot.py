@@ -28,7 +28,7 @@ def make_transforms(
     recipe: Recipe,
     tokens: torch.Tensor | None,
     seed: int,
-    device: torch.device,
+    devices: list[torch.device],
     progress: ProgressReport,
     work: Work,
 ) -> Transforms | None:
@@ -37,11 +37,11 @@ def make_transforms(
         return None
     generator = torch.Generator().manual_seed(seed)
     if recipe.transform == "psot-layer" and tokens is not None:
-        return learn_layer_rotations(source, tokens, recipe.psot_layer, generator, device, progress, work)
+        return learn_layer_rotations(source, tokens, recipe.psot_layer, generator, devices, progress, work)
     residual = random_hadamard(source.shape.hidden_size, generator)
     heads = random_head_rotations(source.shape, generator)
     if recipe.transform == "psot-shared" and tokens is not None:
-        inputs = collect_inputs(source, tokens, recipe.psot, device, progress, work)
+        inputs = collect_inputs(source, tokens, recipe.psot, devices, progress, work)
         group = recipe.sites.qkv.input_activations.group_size
         groups = 1 if group is None else source.shape.hidden_size // group
         residual = learn_rotation(inputs, residual, groups, recipe.psot, generator, progress, work)
@@ -49,7 +49,7 @@ def make_transforms(
 
 
 def collect_inputs(
-    source: Source, tokens: torch.Tensor, args: Psot, device: torch.device, progress: ProgressReport, work: Work
+    source: Source, tokens: torch.Tensor, args: Psot, devices: list[torch.device], progress: ProgressReport, work: Work
 ) -> torch.Tensor:
     """Normalised inputs of all layers' attention and MLP, norms' gains left out, [rows, hidden] float32.
 
@@ -59,11 +59,11 @@ def collect_inputs(
     per_site = max(1, args.pool_tokens // (2 * layers))
     sequences = tokens[: max(1, -(-TOKENS_SEEN_PER_TOKEN_POOLED * per_site // tokens.shape[1]))]
     stride = max(1, sequences.numel() // per_site)
-    stream = Stream(source, sequences, None, device, work.scratch)
+    stream = Stream(source, sequences, None, devices, work.scratch)
     sites, taken = list(rules_for(source.shape).readers), 0
     rows = layers * len(sites) * sum(-(-batch // stride) for batch in stream.tokens_in_batches)
     size = rows, source.shape.hidden_size
-    pool = work.scratch.empty(*size) if device.type == "cpu" else torch.empty(size, device=device)
+    pool = work.scratch.empty(*size) if devices[0].type == "cpu" else torch.empty(size, device=devices[0])
 
     def observe(_: str, x: torch.Tensor) -> None:
         nonlocal taken
@@ -72,7 +72,7 @@ def collect_inputs(
         taken += len(chosen)
 
     for layer in range(layers):
-        state = {name: tensor.to(device) for name, tensor in fold_layer(source, layer, None).items()}
+        state = {name: tensor.to(devices[0]) for name, tensor in fold_layer(source, layer, None).items()}
         stream.advance(state, sites, observe)
         progress("sampling", layer + 1, layers)
     return pool

@@ -33,7 +33,7 @@ def learn_layer_rotations(
     tokens: torch.Tensor,
     args: PsotLayer,
     generator: torch.Generator,
-    device: torch.device,
+    devices: list[torch.device],
     progress: ProgressReport,
     work: Work,
 ) -> Transforms:
@@ -44,7 +44,7 @@ def learn_layer_rotations(
     """
     shape = source.shape
     heads = random_head_rotations(shape, generator)
-    stream, done = Stream(source, tokens, None, device, work.scratch), 0
+    stream, done, device = Stream(source, tokens, None, devices, work.scratch), 0, devices[0]
     if work.holds(NEXT):
         kept, done = work.tensors(NEXT), work.facts(NEXT)["layer"]
         stream.hidden.copy_(kept["hidden"])

@@ -14,13 +14,16 @@ from offline.work import Work
 
 @dataclass
 class Run:
-    """What every stage of one run reads, and the timings and errors that they leave."""
+    """What every stage of one run reads, and the timings and errors that they leave.
+
+    devices: the first holds what is computed, all of them run batches of the calibration text
+    """
 
     source: Source
     recipe: Recipe
     config: QuantizationConfigData
     seed: int
-    device: torch.device
+    devices: list[torch.device]
     progress: ProgressReport
     work: Work
     log: JsonLog | None = None

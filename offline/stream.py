@@ -1,7 +1,8 @@
 """The calibration text's hidden states, carried through the decoder one layer at a time."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -23,14 +24,17 @@ Observer = Callable[[str, torch.Tensor], None]
 
 
 class Stream:
-    """Unquantised hidden states [sequences, length, hidden] float32, as they enter the next layer."""
+    """Unquantised hidden states [sequences, length, hidden] float32, as they enter the next layer.
+
+    devices: each gets a copy of the layer and takes its turn at the batches; on the first is what is seen
+    """
 
     def __init__(
         self,
         source: Source,
         tokens: torch.Tensor,
         transforms: Transforms | None,
-        device: torch.device,
+        devices: Sequence[torch.device],
         scratch: Scratch = IN_MEMORY,
     ):
         config = read_config(source.shape, source.hf_config, source.folder / "config.json")
@@ -45,42 +49,37 @@ class Stream:
         for ids, batch in zip(tokens.split(self._batch), self.hidden.split(self._batch), strict=True):
             embedded = nn.functional.embedding(ids, embeddings).float()
             batch.copy_(embedded if rotation is None else embedded @ rotation)
-        self._device = device
-        positions = torch.arange(tokens.shape[1], device=device)[None]
-        self._rotary_embedding = model.rotary_emb.to(device)
+        self._devices, first = devices, devices[0]
+        positions = torch.arange(tokens.shape[1], device=first)[None]
+        self._rotary_embedding = model.rotary_emb.to(first)
         self._rotary = self._rotary_embedding(self.hidden.new_empty(0), position_ids=positions)
 
-    @torch.no_grad()
     def advance(
         self, state: dict[str, torch.Tensor], modules: list[str], observe: Observer, outputs: tuple[str, ...] = ()
     ) -> None:
-        """Run a layer with weights `state` (see `fold_layer`), which it does not copy.
+        """Run a layer with weights `state` (see `fold_layer`), which the first device does not copy.
 
-        Shows what enters each of `modules` and, under its name too, what leaves each of `outputs`.
+        Shows what enters each of `modules` and, under its name too, what leaves each of `outputs`, batch
+        after batch in the text's order whatever the number of devices: sums come out the same.
         """
-        self._layer.load_state_dict(state, assign=True)
-        handles = [
-            self._layer.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: observe(name, args[0].flatten(0, -2))
-            )
-            for name in modules
-        ] + [
-            self._layer.get_submodule(name).register_forward_hook(
-                lambda _, args, out, name=name: observe(name, out.flatten(2).flatten(0, 1))
-            )
-            for name in outputs
+        batches, several = self.hidden.split(self._batch), len(self._devices) > 1
+        seen: list[list[tuple[str, torch.Tensor]]] = [[] for _ in self._devices]
+        keepers = [lambda *one, own=own: own.append(one) for own in seen] if several else [observe]
+        replicas = [
+            _Replica(self._layer, state, device, self._rotary, modules, outputs, keep)
+            for device, keep in zip(self._devices, keepers, strict=True)
         ]
-        try:
-            for batch in self.hidden.split(self._batch):
-                batch.copy_(self._layer(batch.to(self._device), position_embeddings=self._rotary))
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._layer.to_empty(device="meta")
+        with ThreadPoolExecutor(len(replicas)) as pool:
+            for start in range(0, len(batches), len(replicas)):
+                list(pool.map(_Replica.run, replicas, batches[start : start + len(replicas)]))
+                for own in seen:
+                    for name, x in own:
+                        observe(name, x.to(self._devices[0]))
+                    own.clear()
 
     def turn_mean(self, keys: torch.Tensor, positions: int) -> torch.Tensor:
         """Mean over the first `positions` of keys [kv_heads, head_dim], the same everywhere, behind RoPE."""
-        where = torch.arange(positions, device=self._device)[None]
+        where = torch.arange(positions, device=self._devices[0])[None]
         cos, sin = (t[0].mean(0) for t in self._rotary_embedding(self.hidden.new_empty(0), position_ids=where))
         first, second = keys.chunk(2, -1)
         return keys * cos + torch.cat((-second, first), -1) * sin
@@ -88,6 +87,38 @@ class Stream:
     def copy_layer(self) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
         """A layer without weights, for others to fill, and the cosines and sines that it needs."""
         return copy.deepcopy(self._layer), self._rotary
+
+
+class _Replica:
+    """A layer on one device, which shows `observe` what enters `modules` and leaves `outputs`."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        state: dict[str, torch.Tensor],
+        device: torch.device,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        modules: list[str],
+        outputs: tuple[str, ...],
+        observe: Observer,
+    ):
+        self._layer, self._device = copy.deepcopy(layer), device
+        self._layer.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
+        self._rotary = tuple(part.to(device) for part in rotary)
+        for name in modules:
+            self._layer.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: observe(name, args[0].flatten(0, -2))
+            )
+        for name in outputs:
+            self._layer.get_submodule(name).register_forward_hook(
+                lambda _, args, out, name=name: observe(name, out.flatten(2).flatten(0, 1))
+            )
+
+    @torch.no_grad()
+    def run(self, batch: torch.Tensor) -> None:
+        """Replace a batch of hidden states [sequences, length, hidden] by what leaves the layer."""
+        entering = batch.to(self._device, copy=True)  # what is seen of it is looked at after `batch` is replaced
+        batch.copy_(self._layer(entering, position_embeddings=self._rotary))
 
 
 class Statistics:

@@ -37,7 +37,7 @@ def test_every_class_is_among_the_tiny_models() -> None:
 def test_layers_one_by_one_compute_what_the_model_does(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(1))
-    stream, model = Stream(source, tokens, None, torch.device("cpu")), source.model(torch.float32).model
+    stream, model = Stream(source, tokens, None, [torch.device("cpu")]), source.model(torch.float32).model
     for layer in range(source.shape.num_hidden_layers):
         stream.advance(fold_layer(source, layer, None), [], lambda *_: None)
     torch.testing.assert_close(model.norm(stream.hidden), model(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from tests.tiny import SIZES, VOCAB_SIZE, write_source
 def test_balanced_model_gives_the_sources_logits(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
-    stream = Stream(source, tokens, None, torch.device("cpu"))
+    stream = Stream(source, tokens, None, [torch.device("cpu")])
     model = source.model(torch.float32)
     expected = model(tokens).logits
     for number, layer in enumerate(model.model.layers):
@@ -75,7 +75,7 @@ def test_keys_and_queries_have_like_energies_in_every_pair_where_balanced(tmp_pa
             uneven = torch.linspace(0.1, 3, len(state[name]))
             state[name] = state[name] * uneven.view(-1, *[1] * (state[name].dim() - 1)) * (20 if "bias" in name else 1)
     tokens = torch.randint(3, VOCAB_SIZE, (8, 64), generator=torch.Generator().manual_seed(2))
-    Stream(source, tokens, None, torch.device("cpu")).advance(
+    Stream(source, tokens, None, [torch.device("cpu")]).advance(
         state, [linears[0] for linears in SITES.values()], statistics.observe
     )
     balance_layer(state, statistics.hessians(), statistics, shape)

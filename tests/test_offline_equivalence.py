@@ -61,7 +61,7 @@ def transformed_model(source: Source, transforms: Transforms | None, recipe: Rec
 
 def transforms_for(source: Source, recipe: Recipe, tokens: torch.Tensor) -> Transforms | None:
     return make_transforms(
-        source, recipe, tokens, 1, torch.device("cpu"), silent, Work(source.folder.with_name("work"))
+        source, recipe, tokens, 1, [torch.device("cpu")], silent, Work(source.folder.with_name("work"))
     )
 
 

@@ -65,7 +65,7 @@ def test_checkpoint_of_centred_keys_in_eight_bits_predicts_as_its_source(tmp_pat
 def test_key_offset_is_the_mean_of_a_constant_key_at_all_positions(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(2))
-    stream = Stream(source, tokens, None, torch.device("cpu"))
+    stream = Stream(source, tokens, None, [torch.device("cpu")])
     heads, size_of_head = source.shape.num_key_value_heads, source.shape.head_dim
     key = torch.randn(heads, size_of_head, generator=torch.Generator().manual_seed(3))
     rotary = source.model(torch.float32).model.rotary_emb
@@ -79,7 +79,7 @@ def test_keys_are_observed_as_rope_turns_them(tmp_path: Path, size: str) -> None
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(2))
     stream, statistics, keys = (
-        Stream(source, tokens, None, torch.device("cpu")),
+        Stream(source, tokens, None, [torch.device("cpu")]),
         Statistics(),
         rules_for(source.shape).keys,
     )

@@ -48,7 +48,7 @@ def checkpoint_of(tmp_path: Path, sites: str) -> tuple[Source, Recipe, dict[str,
 def stream_of(source: Source) -> tuple[Stream, torch.Tensor]:
     """A stream behind the first layer, and the hidden states before it."""
     tokens = torch.randint(3, VOCAB_SIZE, (4, 64), generator=torch.Generator().manual_seed(0))
-    stream = Stream(source, tokens, None, CPU)
+    stream = Stream(source, tokens, None, [CPU])
     before = stream.hidden.clone()
     stream.advance(fold_layer(source, 0, None), [], lambda *_: None)
     return stream, before

@@ -25,7 +25,7 @@ def learn(source: Source, **args: int) -> tuple[Transforms, list[float]]:
 
     generator = torch.Generator().manual_seed(1)
     work = Work(Path(mkdtemp(dir=source.folder.parent)))
-    return learn_layer_rotations(source, tokens, PsotLayer(**args), generator, CPU, note, work), left
+    return learn_layer_rotations(source, tokens, PsotLayer(**args), generator, [CPU], note, work), left
 
 
 def test_every_loss_falls_and_every_rotation_is_orthogonal_and_seeded(tmp_path: Path) -> None:
