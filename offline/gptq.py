@@ -13,7 +13,8 @@ from offline.weights import QuantizedWeight, Scales, search_scales
 BLOCK = 32
 FACTOR_BLOCK = 2048
 """Columns of the Hessian that are factored together."""
-ROWS_AT_A_TIME = 2048
+ROWS_SEEN = 2048
+"""Of a weight at most, where its error is told: all of them would take as long as rounding them."""
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping: float) -> QuantizedWeight:
@@ -27,7 +28,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping:
     group = args.group_size or end
     found: list[Scales] = []
     for first in range(0, end, group):
-        scales = search_scales(_compensated(weight, rest, factor, slice(first, first + group)).T, args)
+        scales = search_scales(_compensated(weight, rest, factor, slice(first, first + group)), args)
         found.append(scales)
         for start in range(first, first + group, BLOCK):
             stop = min(start + BLOCK, first + group)
@@ -40,15 +41,16 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping:
 
 
 def _compensated(weight: torch.Tensor, rest: torch.Tensor, factor: list[torch.Tensor], group: slice) -> torch.Tensor:
-    """A group's weights [G, N] as they best make up for the errors before it, were none of them rounded.
+    """A group's weights [N, G] as they best make up for the errors before it, were none of them rounded.
 
     `rest` has what each is to make up for where the others of the group stay as they were.
     """
+    own = weight[:, group]
     if group.start == 0:
-        return rest[group]
-    pushed = rest[group] - weight.T[group]
+        return own
     square = _part(factor, group, group)
-    return weight.T[group] + torch.linalg.solve_triangular(square.T, pushed, upper=False, unitriangular=True)
+    pushed = (rest[group].T - own).contiguous()
+    return own + torch.linalg.solve_triangular(square, pushed, upper=True, left=False, unitriangular=True)
 
 
 def _round_block(
@@ -106,12 +108,13 @@ def _blocks(size: int) -> list[slice]:
 
 
 def output_error(weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor) -> float:
-    """Share of the output's energy that is lost: tr(D H D^T) / tr(W H W^T), D = W - Q."""
-    lost = total = 0.0
-    for start in range(0, len(weight), ROWS_AT_A_TIME):
-        rows = slice(start, start + ROWS_AT_A_TIME)
-        lost += _energy(weight[rows] - quantized.rows(rows).values(), hessian)
-        total += _energy(weight[rows], hessian)
+    """Share of the output's energy that is lost: tr(D H D^T) / tr(W H W^T), D = W - Q.
+
+    Of a linear with more outputs than ROWS_SEEN, over that many evenly spaced ones.
+    """
+    rows = slice(None, None, -(-len(weight) // ROWS_SEEN))
+    weight, values = weight[rows], quantized.rows(rows).values()
+    lost, total = _energy(weight - values, hessian), _energy(weight, hessian)
     return max(lost, 0.0) / total if total > 0 else 0.0
 
 

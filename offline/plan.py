@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict
 
 from infoquant_vllm.format import ModelShape, TensorSpec
-from offline.gptq import FACTOR_BLOCK
+from offline.gptq import FACTOR_BLOCK, ROWS_SEEN
 from offline.progress import held_bytes
 from offline.rates import Rates, measure
 from offline.recipe import SITES, Recipe
@@ -138,7 +138,7 @@ class _Account:
         block = min(k, FACTOR_BLOCK)
         seconds += rates.factor * k * block**2 + rates.float64 * OF_A_PRODUCT * (k**3 - k * block**2)
         seconds += n * k * rates.row + n * k**2 / 2 * rates.float32
-        seconds += n * k**2 * rates.float32  # the errors
+        seconds += min(n, len(SITES[name]) * ROWS_SEEN) * k**2 * rates.float32  # the errors
         seconds += passes * (n * k * rates.row + 3 * n * k**2 * rates.float32)
         if online == "hadamard":
             seconds += 2 * k**2 * rates.hadamard
