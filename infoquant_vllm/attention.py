@@ -149,12 +149,13 @@ class KVImpl(AttentionImpl[KVMetadata]):
         num_bits: tuple[int, int] = (4, 4),
         key_transform: str = "none",
     ):
-        if alibi_slopes is not None or logits_soft_cap or attn_type != AttentionType.DECODER:
-            raise NotImplementedError("infoquant: alibi, soft-capping and encoder attention are not served")
+        if alibi_slopes is not None or attn_type != AttentionType.DECODER:
+            raise NotImplementedError("infoquant: alibi and encoder attention are not served")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
+        self.capped = {"soft_cap": float(logits_soft_cap)} if logits_soft_cap else {}  # which not all kernels take
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.num_bits, self.hadamard = num_bits, key_transform == "hadamard"
@@ -204,5 +205,6 @@ class KVImpl(AttentionImpl[KVMetadata]):
             self.sliding_window,
             self.num_bits,
             output[:tokens],
+            **self.capped,
         )
         return output

@@ -56,6 +56,7 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
             layer.num_kv_heads,
             sliding_window=layer.sliding_window,
             kv_cache_dtype=layer.kv_cache_dtype,
+            logits_soft_cap=getattr(layer.impl, "logits_soft_cap", None),
             attn_type=layer.attn_type,
             kv_sharing_target_layer_name=layer.kv_sharing_target_layer_name,
             num_bits=self.args.num_bits,
@@ -65,6 +66,7 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
 
     def _check_kernel(self, layer: Any) -> None:
         facts = dict(zip(("key_bits", "value_bits"), self.args.num_bits, strict=True)) | {"head_size": layer.head_size}
+        facts["soft_cap"] = getattr(layer.impl, "logits_soft_cap", None) or 0
         try:
             for operation in ("kv_store", "kv_attention"):
                 require(operation, current_platform.device_type, **facts)
@@ -95,7 +97,6 @@ def _refuse_what_is_not_served(layer: Any) -> None:
         f"attention type {layer.attn_type}": layer.attn_type != AttentionType.DECODER,
         f"kv cache dtype {layer.kv_cache_dtype}": layer.kv_cache_dtype not in SERVED_CACHE_DTYPES,
         "alibi": getattr(impl, "alibi_slopes", None) is not None or layer.use_alibi_sqrt,
-        "attention logits soft-capping": bool(getattr(impl, "logits_soft_cap", None)),
         "attention sinks": layer.has_sink,
         "bidirectional prefixes": layer.use_mm_prefix,
         "values of another head size than keys": layer.head_size_v != layer.head_size,

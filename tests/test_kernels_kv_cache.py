@@ -80,13 +80,20 @@ class Batch:
         kernels.kv_store(self.key, self.value, cache, self.slots, *ranges, hadamard, self.num_bits)
         return cache
 
-    def attend(self, kernels: ModuleType, cache: torch.Tensor, window: int | None = None, **other: Any) -> torch.Tensor:
+    def attend(
+        self,
+        kernels: ModuleType,
+        cache: torch.Tensor,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        **other: Any,
+    ) -> torch.Tensor:
         """Attention of the batch, or of one that differs from it."""
         batch = {"query": self.query, "starts": self.query_starts, "lens": self.lens, "table": self.block_table} | other
         out = torch.empty_like(batch["query"])
         scale = self.query.shape[2] ** -0.5
         rest = (batch["starts"], batch["lens"], batch["table"], True, scale, window, self.num_bits, out)
-        kernels.kv_attention(batch["query"], cache, *rest)
+        kernels.kv_attention(batch["query"], cache, *rest, **({"soft_cap": soft_cap} if soft_cap else {}))
         return out
 
 

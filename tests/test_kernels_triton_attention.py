@@ -8,7 +8,7 @@ import torch
 
 from infoquant_vllm.kernels.cpu import kv_cache as cpu
 from infoquant_vllm.kernels.reference import kv_cache as reference
-from tests.interpreted import kv4_attention
+from tests.interpreted import kv4_attention, kv4_tiles
 from tests.test_kernels_kv_cache import BATCHES, BITS, Batch
 
 TOLERANCE = 5e-4
@@ -17,7 +17,7 @@ TOLERANCE = 5e-4
 
 @pytest.fixture(autouse=True)
 def _few_parts_in_memory_that_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(kv4_attention, "PARTS", 8)  # empty ones cost time here
+    monkeypatch.setattr(kv4_tiles, "PARTS", 8)  # empty ones cost time here
     torch.use_deterministic_algorithms(True)  # which also fills what is allocated
     yield
     torch.use_deterministic_algorithms(False)
@@ -64,6 +64,18 @@ def test_a_context_ends_where_it_should(length: int, queries: int) -> None:
     batch = Batch([queries], [length], 1, 1, 64, dtype=torch.float32)
     batch.query /= 16  # so that every token counts
     assert_like_the_reference(batch)
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [9, 1]])
+@pytest.mark.parametrize("soft_cap", [0.5, 30.0])
+def test_soft_caps_bound_scores_as_the_reference_does(counts: list[int], soft_cap: float) -> None:
+    batch = Batch(counts, [150, 17], 2, 1, 64, dtype=torch.float32)
+    batch.query *= 8  # scores are beyond the smaller bound, and far enough from the greater one to be bent a little
+    cache = batch.store(cpu)
+    expected, free = batch.attend(reference, cache, soft_cap=soft_cap), batch.attend(reference, cache)
+    found = batch.attend(kv4_attention, cache, soft_cap=soft_cap)
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert (free - expected).abs().max() > 10 * TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("heads", [12, 40])

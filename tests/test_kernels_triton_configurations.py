@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interpreted import configurations, weights
+from tests.interpreted import configurations, kv4_tiles, weights
 
 LAYOUT = weights.layout(4096, 1, 4)
 ENTRY = {"arch": 90, "tokens": 16, "channels": 4096, "features": 4096, "group_size": 0, "tile": [32, 16, 128, 2, 5, 4]}
@@ -36,6 +36,26 @@ def test_a_file_overrides_the_table_for_its_shape(tmp_path: Path, monkeypatch: p
     assert configurations.linear_tile(90, 16, 4096, LAYOUT, False) == (32, 16, 128, 2, 5, 4)
     assert configurations.linear_tile(90, 17, 4096, LAYOUT, False) == (64, 32, 64, 4, 3, 1)
     assert configurations.linear_tile(90, 1, 2048, LAYOUT, False) == table
+
+
+def test_a_file_overrides_the_table_for_its_attention_beside_linears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tiles.json"
+    given = {"arch": 90, "kernel": "kv4_decode", "head_size": 128, "group": 4, "tile": [16, 64, 2, 4]}
+    file.write_text(json.dumps([ENTRY, given]))
+    table = kv4_tiles.attention_tile(90, "kv4_attention", 128, 4)
+    monkeypatch.setenv(configurations.TILES, str(file))
+    assert kv4_tiles.attention_tile(90, "kv4_decode", 128, 4) == (16, 64, 2, 4)
+    assert kv4_tiles.attention_tile(90, "kv4_attention", 128, 4) == table
+    assert configurations.linear_tile(90, 16, 4096, LAYOUT, False) == (32, 16, 128, 2, 5, 4)
+
+
+@pytest.mark.parametrize("arch", kv4_tiles.CHOICES)
+@pytest.mark.parametrize("group", [1, 7, 12, 40])
+def test_a_tile_has_rows_for_all_heads_of_a_kv_head(arch: int, group: int) -> None:
+    for kernel in ("kv4_attention", "kv4_decode"):
+        assert kv4_tiles.attention_tile(arch, kernel, 128, group).rows >= group
 
 
 @pytest.mark.parametrize("spoilt", ["[", '[{"arch": 90}]', json.dumps([ENTRY | {"tile": [33, 16, 128, 2, 5, 4]}])])

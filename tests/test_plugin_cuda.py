@@ -15,7 +15,7 @@ from infoquant_vllm.attention import KV4Backend
 from infoquant_vllm.format import FormatError
 from infoquant_vllm.kernels.cpu import kv_cache as cpu
 from infoquant_vllm.ops import table
-from tests.interpreted import kv4_attention
+from tests.interpreted import kv4_attention, kv4_tiles
 from tests.test_kernels_kv_cache import Batch
 from tests.test_plugin_layers import Model, _rank, model_config
 
@@ -29,7 +29,7 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (kv_cache, linear):
         monkeypatch.setattr(module, "current_platform", SimpleNamespace(device_type="cuda", is_cpu=lambda: False))
     monkeypatch.setattr(attention, "kernel", lambda operation, device: table.kernel(operation, "cuda"))
-    monkeypatch.setattr(kv4_attention, "PARTS", 8)  # empty ones cost time here
+    monkeypatch.setattr(kv4_tiles, "PARTS", 8)  # empty ones cost time here
     table.kernel.cache_clear()
     yield
     table.kernel.cache_clear()

@@ -250,7 +250,7 @@ def test_a_weight_only_linear_multiplies_its_input_as_it_comes(transform: dict[s
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"logits_soft_cap": 30.0}, "attention logits soft-capping"),
+        ({"logits_soft_cap": 30.0}, r"infoquant: soft_cap 30.0: the kernel for kv_attention on cpu serves \(0,\)"),
         ({"alibi_slopes": [0.5] * 4}, "alibi"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only"),
     ],

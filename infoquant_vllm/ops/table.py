@@ -26,7 +26,7 @@ class Route:
     """
 
     module: str
-    limits: Mapping[str, Container[int]] = field(default_factory=dict)
+    limits: Mapping[str, Container[float]] = field(default_factory=dict)
 
 
 def _routes(*modules: str) -> tuple[Route, ...]:
@@ -34,6 +34,7 @@ def _routes(*modules: str) -> tuple[Route, ...]:
 
 
 CACHE_LIMITS = MappingProxyType({"head_size": range(8, 257, 8), "key_bits": (4, 8), "value_bits": (4, 8)})
+UNCAPPED = MappingProxyType({"soft_cap": (0,)})  # no bound on scores
 GROUPS = range(0, 1 << 20, 32)
 LINEAR_LIMITS = MappingProxyType(
     {"weight_bits": (4, 8), "input_bits": (4, 8, 16), "weight_group": GROUPS, "input_group": GROUPS}
@@ -55,7 +56,7 @@ KERNELS = MappingProxyType(
         ("silu_and_mul", "cpu"): _routes("native.elementwise", "reference.elementwise"),
         ("rotary_embedding", "cpu"): _routes("native.elementwise", "reference.elementwise"),
         ("kv_store", "cpu"): _routes("native.kv_cache", "cpu.kv_cache"),
-        ("kv_attention", "cpu"): _routes("native.kv_cache", "cpu.kv_cache"),
+        ("kv_attention", "cpu"): (Route("native.kv_cache", UNCAPPED), Route("cpu.kv_cache", UNCAPPED)),
         ("linear", "triton"): TRITON_LINEAR,
         ("prepare_matrices", "triton"): TRITON_LINEAR,
         ("prepare_weight", "triton"): TRITON_LINEAR,
@@ -110,7 +111,7 @@ def kernel(operation: str, device: str) -> Callable[..., Any]:
     return there
 
 
-def require(operation: str, device: str, **facts: int) -> None:
+def require(operation: str, device: str, **facts: float) -> None:
     """Refuse, by NotImplementedError, bits, groups and sizes that the kernel for `operation` does not take."""
     limits = _route(operation, device).limits
     for name, value in facts.items():

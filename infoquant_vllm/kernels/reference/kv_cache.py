@@ -121,13 +121,15 @@ def kv_attention(
     window: int | None,
     num_bits: tuple[int, int],
     out: torch.Tensor,
+    soft_cap: float | None = None,
 ) -> None:
     """Causal attention of query [tokens, heads, head_size] over the cache, sequence by sequence.
 
     Sequence i has the queries query_starts[i] .. query_starts[i + 1], which are its last tokens,
     and its seq_lens[i] cells in the blocks block_table[i]; all three int32. A query sees itself and
-    the tokens before it, with a window only the last `window` of these. Writes `out`, shaped as
-    query, in its dtype; see `attend` for what is computed.
+    the tokens before it, with a window only the last `window` of these. A score s counts as
+    soft_cap * tanh(s / soft_cap) where there is one (Gemma 2, 2024, section 2). Writes `out`, shaped
+    as query, in its dtype; see `attend` for what is computed.
     """
     for i, length in enumerate(seq_lens.tolist()):
         start, end = query_starts[i : i + 2].tolist()
@@ -141,7 +143,7 @@ def kv_attention(
         for head in range(query.shape[1]):
             h = head * len(keys) // query.shape[1]
             cells = (keys[h, :length], values[h, :length], params[:, h, :length])
-            out[start:end, head] = attend(q[:, head], *cells, visible, scale).to(out.dtype)
+            out[start:end, head] = attend(q[:, head], *cells, visible, scale, soft_cap).to(out.dtype)
 
 
 def attend(
@@ -151,6 +153,7 @@ def attend(
     params: torch.Tensor,
     visible: torch.Tensor,
     scale: float,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """One head: q [queries, head_size] float32, keys and values [tokens, head_size] codes, params [4, tokens].
 
@@ -169,7 +172,11 @@ def attend(
     key_scale, key_zero, value_scale, value_zero = params.float()
     whole_q, step = whole_numbers(q)
     products = (whole_q @ keys.double().T).float() * key_scale + whole_q.sum(-1, keepdim=True).float() * key_zero
-    scores = (products * (step * (scale * math.log2(math.e)))).masked_fill(~visible, -math.inf)
+    scores = products * (step * (scale * math.log2(math.e)))
+    if soft_cap:
+        cap = soft_cap * math.log2(math.e)
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~visible, -math.inf)
     scores = functional.pad(scores, (0, padding), value=-math.inf)
     value_scale, value_zero = (functional.pad(x, (0, padding)) for x in (value_scale, value_zero))
     values = functional.pad(values.double(), (0, 0, 0, padding))

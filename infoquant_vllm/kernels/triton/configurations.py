@@ -4,7 +4,7 @@ import os
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from infoquant_vllm.kernels.triton.weights import Layout
 
 TILES = "INFOQUANT_TILES"
-"""Environment variable with the path of a JSON file, a list of `Measured`."""
+"""Environment variable with the path of a JSON file, a list of `Measured` and `MeasuredAttention`."""
 BAND = 8  # rows of tiles that share weights in the L2 cache
 FEW_TOKENS = 32
 CORRECTED_TOKENS = 64
@@ -81,6 +81,27 @@ class Measured(BaseModel):
     tile: Tile
 
 
+class AttentionTile(NamedTuple):
+    """A program of attention: rows (queries times heads), tokens of a step, how it is launched."""
+
+    rows: Annotated[Power, Field(ge=8)]
+    chunk: Annotated[Power, Field(ge=32)]
+    warps: Annotated[Power, Field(le=16)]
+    stages: Annotated[int, Field(ge=1, le=16)]
+
+
+class MeasuredAttention(BaseModel):
+    """The tile of an attention kernel for heads of a size, `group` of them to a kv-head."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arch: int
+    kernel: Literal["kv4_attention", "kv4_decode"]
+    head_size: int
+    group: int
+    tile: AttentionTile
+
+
 def linear_tile(arch: int, tokens: int, channels: int, shape: Layout, corrected: bool) -> Tile:
     """The tile of a product of so many tokens on a GPU of compute capability `arch`, 90 for 9.0.
 
@@ -109,16 +130,26 @@ def _splits(tile: Tile, channels: int, shape: Layout, sms: int) -> int:
     return splits
 
 
-@cache
 def measured(path: str | None) -> tuple[Measured, ...]:
-    """Entries of a file of tiles, those of fewest tokens first; raises ValueError naming it where it is not one."""
+    """A file's entries for linears, those of fewest tokens first; raises ValueError naming it where it is not one."""
+    return _entries(path)[0]
+
+
+def measured_attention(path: str | None) -> tuple[MeasuredAttention, ...]:
+    """The same for attention."""
+    return _entries(path)[1]
+
+
+@cache
+def _entries(path: str | None) -> tuple[tuple[Measured, ...], tuple[MeasuredAttention, ...]]:
     if path is None:
-        return ()
+        return (), ()
     try:
-        entries = TypeAdapter(list[Measured]).validate_json(Path(path).read_bytes())
+        entries = TypeAdapter(list[Measured | MeasuredAttention]).validate_json(Path(path).read_bytes())
     except (OSError, ValidationError) as error:
         raise ValueError(f"{TILES}={path}: {error}") from None
-    return tuple(sorted(entries, key=lambda entry: entry.tokens))
+    linears = sorted((entry for entry in entries if isinstance(entry, Measured)), key=lambda entry: entry.tokens)
+    return tuple(linears), tuple(entry for entry in entries if isinstance(entry, MeasuredAttention))
 
 
 def current_device() -> torch.device:

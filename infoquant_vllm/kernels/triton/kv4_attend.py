@@ -9,8 +9,9 @@ exponents, their zeros one sum per row:
     out = (sum w[t] code[t] + sum w[t] value_zero[t] / value_scale[t]) / (sum w[t] / value_scale[t])
 
 for P the product of the whole query with the codes, Q the sum of the whole query, c its step times the scale in powers
-of two. Softmax goes chunk by chunk of CHUNK tokens counted from the sequence's first (Milakov and Gimelshein, Online
-normalizer calculation, 2018; Dao et al., FlashAttention, 2022); weights are rounded relative to their own chunk's
+of two. A soft-cap bends the first term (Gemma 2, 2024, section 2). Softmax goes chunk by chunk of CHUNK tokens counted
+from the sequence's first (Milakov and Gimelshein, Online normalizer calculation, 2018; Dao et al., FlashAttention,
+2022); weights are rounded relative to their own chunk's
 greatest, so that many small ones beside a great one are not lost.
 """
 
@@ -19,6 +20,7 @@ import math
 import triton
 import triton.language as tl
 
+from infoquant_vllm.kernels.triton.hadamard import once
 from infoquant_vllm.kernels.triton.head_hadamard import hadamard_rows
 
 LEVELS = tl.constexpr(32512.0)  # 127 * 256: whole numbers up to here are 256 a + b with signed bytes a and b
@@ -27,6 +29,7 @@ TINY = tl.constexpr(2.0**-100)
 MAGIC = tl.constexpr(1.5 * 2**23)  # added, it leaves a whole number, ties to even, in the lowest bits
 HIDDEN = tl.constexpr(-(2.0**30))  # the score of a token that is not seen, below any other
 LOWEST = tl.constexpr(-(2.0**29))
+TWO_LOG_E = tl.constexpr(2 * math.log2(math.e))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 UNPACK = tl.constexpr("and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;")
 
@@ -52,6 +55,13 @@ def approximate(x, FUNCTION: tl.constexpr):
         ASM: tl.constexpr = FUNCTION + ".approx.ftz.f32 $0, $1;"
         y = tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return y
+
+
+@triton.jit
+def capped(x, CAP: tl.constexpr):
+    """CAP * tanh(x / CAP), of a tanh that is right to seven digits of 1; the GPU's own has three."""
+    power = approximate(x * (TWO_LOG_E / CAP), "ex2")
+    return CAP - 2 * CAP * approximate(power + 1, "rcp")
 
 
 @triton.jit
@@ -204,6 +214,7 @@ def attend(
     block_stride,
     log_scale,
     WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -214,6 +225,7 @@ def attend(
 ):
     """Rows of queries over tokens first .. end, of which a row sees those up to its position [ROWS].
 
+    SOFT_CAP bounds scores, in powers of two; 0: nothing does, and nothing is computed for it.
     Returns sums relative to 2^largest [ROWS]: result [ROWS, features] in two halves (with 8-bit values the first is all
     of it), and the total of weights [ROWS]. `first` is a multiple of CHUNK.
     """
@@ -255,9 +267,14 @@ def attend(
         key_scale, key_zero, value_scale, value_zero = read_numbers(
             number_ptr, KEY_BYTES + VALUE_BYTES, tokens, tokens < end
         )
+        key_scale, key_zero, inverse = once(key_scale), once(key_zero), once(approximate(value_scale, "rcp"))
+        log_value_scale, shift = once(approximate(value_scale, "lg2")), once(value_zero * inverse)
         product = key_products(low_a, low_b, high_a, high_b, query_sum, keys, ROWS, CHUNK, KEY_BITS).to(tl.float32)
         scores = product * key_scale[None, :] + query_sum.to(tl.float32)[:, None] * key_zero[None, :]
-        scores = scores * c[:, None] + approximate(value_scale, "lg2")[None, :]
+        scores = scores * c[:, None]
+        if SOFT_CAP > 0:
+            scores = capped(scores, SOFT_CAP)
+        scores += log_value_scale[None, :]
         age = position[:, None] - tokens[None, :]
         visible = (age >= 0) & (age < WINDOW) if WINDOW > 0 else age >= 0
         scores = tl.where(visible, scores, HIDDEN)
@@ -266,9 +283,8 @@ def attend(
         before = largest
         largest = tl.maximum(before, exponent)
         old, new = approximate(before - largest, "ex2"), approximate(exponent - largest, "ex2")
-        inverse = approximate(value_scale, "rcp")
         total = total * old + tl.sum(weights * inverse[None, :], 1) * new
-        zero = zero * old + tl.sum(weights * (value_zero * inverse)[None, :], 1) * new
+        zero = zero * old + tl.sum(weights * shift[None, :], 1) * new
         lower_product, upper_product = value_products(weights, values, ROWS, CHUNK, VALUE_BITS)
         result = result * old[:, None] + lower_product * new[:, None]
         upper = upper * old[:, None] + upper_product * new[:, None]

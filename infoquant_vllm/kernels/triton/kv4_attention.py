@@ -10,11 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from infoquant_vllm.kernels.triton.head_hadamard import dense_factor, hadamard_sizes
+from infoquant_vllm.kernels.triton import configurations
+from infoquant_vllm.kernels.triton.head_hadamard import dense_factor
 from infoquant_vllm.kernels.triton.kv4_attend import LOWEST, attend, read_query
-
-PARTS = 256  # programs that a decoding sequence is cut into, over all kv-heads
-MAX_PARTS, MIN_PARTS = 64, 8  # of one kv-head
+from infoquant_vllm.kernels.triton.kv4_tiles import Layer, decode_constants, mixed_constants, reduce_constants
 
 
 @triton.jit
@@ -51,6 +50,7 @@ def kv4_attention_kernel(
     out_token_stride,
     out_head_stride,
     WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD: tl.constexpr,
     GROUP: tl.constexpr,
@@ -104,6 +104,7 @@ def kv4_attention_kernel(
         cache_block_stride,
         log_scale,
         WINDOW,
+        SOFT_CAP,
         BLOCK,
         HEAD,
         ROWS,
@@ -149,6 +150,7 @@ def kv4_decode_kernel(
     cache_head_stride,
     table_stride,
     WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD: tl.constexpr,
     GROUP: tl.constexpr,
@@ -192,6 +194,7 @@ def kv4_decode_kernel(
                 cache_block_stride,
                 log_scale,
                 WINDOW,
+                SOFT_CAP,
                 BLOCK,
                 HEAD,
                 ROWS,
@@ -258,6 +261,7 @@ def kv_attention(
     window: int | None,
     num_bits: tuple[int, int],
     out: torch.Tensor,
+    soft_cap: float | None = None,
 ) -> None:
     """As the reference but for last bits, of [tokens, heads, head_size] with any distance between tokens and heads.
 
@@ -272,8 +276,11 @@ def kv_attention(
     factor = dense_factor(size, query.device) if hadamard else None
     lengths = (query_starts, seq_lens, block_table)
     scales = (1 / math.sqrt(size), scale * math.log2(math.e))
-    constants = attention_constants(block, size, heads // kv_heads, num_bits, hadamard, window or 0)
+    arch = configurations.architecture(query.device)
+    cap = (soft_cap or 0.0) * math.log2(math.e)
+    layer = Layer(block, size, heads // kv_heads, num_bits, hadamard, window or 0, cap)
     if tokens > len(seq_lens):
+        constants = mixed_constants(arch, layer)
         programs = tokens // (constants["ROWS"] // constants["GROUP"]) + len(seq_lens)
         kv4_attention_kernel[(programs, kv_heads)](
             query,
@@ -290,7 +297,7 @@ def kv_attention(
             **constants,
         )
         return
-    constants = decode_constants(constants, kv_heads)
+    constants = decode_constants(arch, layer, kv_heads)
     parts = constants["PARTS"]
     partial = query.new_empty((tokens, heads, parts, size), dtype=torch.float32)
     largest, total = query.new_empty((2, tokens, heads, parts), dtype=torch.float32)
@@ -320,46 +327,3 @@ def kv_attention(
         *out.stride()[:2],
         **reduce_constants(constants),
     )
-
-
-def attention_constants(
-    block: int, size: int, group: int, num_bits: tuple[int, int], hadamard: bool, window: int
-) -> dict[str, int]:
-    """What `kv4_attention_kernel` is compiled for, its launch options included; group: heads per kv-head."""
-    order, log_n = hadamard_sizes(size, hadamard)
-    return {
-        "WINDOW": window,
-        "BLOCK": block,
-        "HEAD": size,
-        "GROUP": group,
-        "ROWS": max(32, triton.next_power_of_2(group)),
-        "SIZE": max(64, triton.next_power_of_2(size)),
-        "CHUNK": 64,
-        "ORDER": order,
-        "LOG_N": log_n,
-        "HADAMARD": hadamard,
-        "KEY_BITS": num_bits[0],
-        "VALUE_BITS": num_bits[1],
-        "num_warps": 4 if size <= 128 else 8,
-        "num_stages": 2,
-        "maxnreg": 255,  # left alone, ptxas spills a few bytes of some for the sake of a third block
-        "enable_fp_fusion": True,
-    }
-
-
-def parts_of(kv_heads: int) -> int:
-    """How many parts a context is cut into at most: it hangs on the layer, never on the batch."""
-    return min(max(triton.next_power_of_2(PARTS // kv_heads), MIN_PARTS), MAX_PARTS)
-
-
-def decode_constants(constants: dict[str, int], kv_heads: int) -> dict[str, int]:
-    """The same for `kv4_decode_kernel`, from those of `attention_constants`."""
-    rows = max(8, triton.next_power_of_2(constants["GROUP"]))
-    changes = {"PARTS": parts_of(kv_heads), "ROWS": rows, "CHUNK": 128, "num_warps": 4, "num_stages": 3}
-    return constants | changes
-
-
-def reduce_constants(constants: dict[str, int]) -> dict[str, int]:
-    """The same for `kv4_reduce_kernel`, from those of `decode_constants`."""
-    names = ("WINDOW", "HEAD", "GROUP", "SIZE", "CHUNK", "PARTS", "enable_fp_fusion")
-    return {name: constants[name] for name in names} | {"num_warps": 8 if constants["SIZE"] > 128 else 4}
