@@ -11,8 +11,9 @@ from rich.console import Console
 
 from benchmarks.provenance import write_rows, write_whole
 from benchmarks.static.bars import broken, drifted, golden
+from benchmarks.static.cases import MODELS
 from benchmarks.static.choose import choose
-from benchmarks.static.kernels import ENTRIES, MODELS
+from benchmarks.static.kernels import ENTRIES
 from benchmarks.static.launches import launches
 from benchmarks.static.machines import MACHINES
 from benchmarks.static.predict import row

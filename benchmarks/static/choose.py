@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from math import inf
 from typing import Any
 
-from benchmarks.static.kernels import MODELS, linear_call
+from benchmarks.static.cases import MODELS
+from benchmarks.static.kernels import linear_call
 from benchmarks.static.launches import launches
 from benchmarks.static.machines import MACHINES
 from benchmarks.static.predict import predict

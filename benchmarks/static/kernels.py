@@ -1,16 +1,16 @@
-"""The kernels that are looked at: what they are called with for a model's shapes, and how much a loop of theirs does.
+"""The kernels that are looked at, and those of linears: their calls for a model, and how much a loop of theirs does.
 
 A kernel more is an entry more in `ENTRIES`.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from math import inf
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from benchmarks.static.cases import MODELS, Case, Entry, Model
+from benchmarks.static.kv_kernels import KV_ENTRIES
 from benchmarks.static.launches import Launch
 from infoquant_vllm.kernels.triton.codes import Codes
 from infoquant_vllm.kernels.triton.int4_linear import int4_linear
@@ -18,65 +18,6 @@ from infoquant_vllm.kernels.triton.rotate_quantize import prepare_matrices, rota
 from infoquant_vllm.kernels.triton.weights import layout, prepare_weight
 
 TOKENS = (16, 2048)
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a model, and over how many GPUs it is cut."""
-
-    name: str
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int = 128
-    ranks: int = 1
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(features, channels) of a rank's linears."""
-        heads, kv_heads, inner = self.heads // self.ranks, self.kv_heads // self.ranks, self.intermediate // self.ranks
-        return {
-            "qkv": (self.hidden, (heads + 2 * kv_heads) * self.head_size),
-            "o": (heads * self.head_size, self.hidden),
-            "gate_up": (self.hidden, 2 * inner),
-            "down": (inner, self.hidden),
-        }
-
-
-MODELS = (
-    Model("LLaMA-3-8B", 4096, 14336, 32, 8),
-    Model("LLaMA-2-13B", 5120, 13824, 40, 40),
-    Model("LLaMA-3-70B", 8192, 28672, 64, 8),
-    Model("LLaMA-3-70B TP 4", 8192, 28672, 64, 8, ranks=4),
-    Model("Qwen2.5-7B", 3584, 18944, 28, 4),
-)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call of a public launcher, on the meta device, and what to call it."""
-
-    model: str
-    layer: str
-    scheme: str
-    tokens: int
-    call: Callable[[], Any]
-    macs: int = 0
-    """that the product needs, without padding"""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A kernel by its function's name: calls that launch it, and facts about a launch that its code does not tell."""
-
-    cases: Callable[[Model], Iterator[Case]]
-    trips: Callable[[Launch], float] = lambda launch: 1.0
-    """of the main loop"""
-    macs: Callable[[Launch], float] = lambda launch: 0.0
-    """on INT8 tensor cores in all of the kernel, padding included"""
-    in_flight: Callable[[Launch], float] = lambda launch: inf
-    """bytes that a program has asked memory for at once"""
 
 
 def linear_cases(model: Model) -> Iterator[Case]:
@@ -234,5 +175,6 @@ ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(
         "reduce_splits_kernel": Entry(lambda model: iter(())),
         "rotate_quantize_kernel": Entry(rotate_cases, in_flight=rotate_in_flight),
         "rotate_blocks_kernel": Entry(blocks_cases, blocks_trips),
+        **KV_ENTRIES,
     }
 )

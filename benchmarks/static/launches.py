@@ -34,6 +34,11 @@ class Launch:
             total *= size
         return total
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors, each read or written once."""
+        return sum(value.nbytes for value in self.arguments.values() if isinstance(value, torch.Tensor))
+
     def source(self) -> ASTSource:
         """As Triton specialises it: addresses and numbers of multiples of 16, ones and None as constants."""
         signature, constants, attributes = {}, {}, {}

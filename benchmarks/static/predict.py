@@ -4,9 +4,8 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-import torch
-
-from benchmarks.static.kernels import ENTRIES, Case
+from benchmarks.static.cases import Case
+from benchmarks.static.kernels import ENTRIES
 from benchmarks.static.launches import Launch
 from benchmarks.static.machines import Machine
 from benchmarks.static.sass import Code
@@ -41,11 +40,6 @@ class Prediction:
         return max(("dram", "issue", "mma"), key=lambda name: getattr(self, name))
 
 
-def bytes_moved(launch: Launch) -> int:
-    """Of its tensors, each read or written once."""
-    return sum(value.nbytes for value in launch.arguments.values() if isinstance(value, torch.Tensor))
-
-
 def predict(launch: Launch, code: Code, machine: Machine) -> Prediction:
     """Programs are dealt out to SMs evenly, the busiest SM decides; all of the code outside the main loop runs once.
 
@@ -53,21 +47,22 @@ def predict(launch: Launch, code: Code, machine: Machine) -> Prediction:
     """
     entry = ENTRIES[launch.kernel.__name__]
     warps = launch.options["num_warps"]
-    per_sm = ceil(launch.programs / machine.sms)
+    busy, moved = entry.busy(launch), entry.moved(launch)
+    per_sm = ceil(busy / machine.sms)
     trips = entry.trips(launch)
     loop, rest = sum(code.loop.values()), sum(code.rest.values())
     issue = per_sm * (trips * loop + rest) * warps / SUB_CORES
-    mma = per_sm * entry.macs(launch) / launch.programs / machine.macs
+    mma = per_sm * entry.macs(launch) / busy / machine.macs
     loop_issue = trips * loop * warps / SUB_CORES
-    loop_mma = entry.macs(launch) / launch.programs / machine.macs
+    loop_mma = entry.macs(launch) / busy / machine.macs
     occupancy = machine.occupancy(warps, code.registers, code.shared)
-    under_way = min(launch.programs, occupancy * machine.sms) * entry.in_flight(launch)
+    under_way = min(busy, occupancy * machine.sms) * entry.in_flight(launch)
     return Prediction(
-        dram=bytes_moved(launch) / min(machine.dram, under_way / LATENCY),
+        dram=moved / min(machine.dram, under_way / LATENCY),
         issue=issue / machine.clock,
         mma=mma / machine.clock,
         issue_per_mma=loop_issue / loop_mma if loop_mma else None,
-        issue_per_dram=loop_issue * launch.programs / machine.sms / machine.clock / bytes_moved(launch) * machine.dram,
+        issue_per_dram=loop_issue * busy / machine.sms / machine.clock / moved * machine.dram,
         occupancy=occupancy,
     )
 
@@ -86,7 +81,8 @@ def row(case: Case, launch: Launch, code: Code, machine: Machine) -> dict[str, A
         "launch": tile(launch),
         "configuration": configuration(launch),
         "programs": launch.programs,
-        "bytes": bytes_moved(launch),
+        "bytes": ENTRIES[launch.kernel.__name__].moved(launch),
+        "must_read": case.reads,
         "macs": int(ENTRIES[launch.kernel.__name__].macs(launch)),
         "useful_macs": case.macs if ENTRIES[launch.kernel.__name__].macs(launch) else 0,
         **asdict(code),
@@ -117,5 +113,6 @@ def configuration(launch: Launch) -> str:
 
 def tile(launch: Launch) -> str:
     """What was chosen for a launch: its sizes, warps and stages."""
-    sizes = {name: value for name, value in launch.arguments.items() if name.startswith(("BLOCK_", "SPLITS", "ROWS"))}
+    chosen = ("BLOCK_", "SPLITS", "ROWS", "CHUNK", "PARTS")
+    sizes = {name: value for name, value in launch.arguments.items() if name.startswith(chosen)}
     return " ".join(f"{name.lower()}={value}" for name, value in {**sizes, **launch.options}.items() if value)

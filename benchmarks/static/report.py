@@ -90,7 +90,7 @@ def roofline(rows: Rows) -> str:
             _panel(axes, [row for row in rows if row["arch"] == arch and row["useful_macs"]], MACHINES[arch])
         for axes in list(panels):
             axes.set_visible(False)
-        figure.suptitle("Predictions: int4_linear of all models; line: data sheet", fontsize=9)
+        figure.suptitle("Predictions: int4_linear and attention of all models; line: data sheet", fontsize=9)
         text = StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()

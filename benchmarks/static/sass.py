@@ -35,6 +35,8 @@ class Code:
     shared: int
     loop: dict[str, int]
     rest: dict[str, int]
+    stack: int = 0
+    """bytes of a thread, which spills take"""
 
 
 def compiled(launch: Launch, arch: int) -> Code:
@@ -74,6 +76,7 @@ def _compiled(_key: str, arch: int, options: tuple[tuple[str, Any], ...], source
         shared=kernel.metadata.shared,
         loop=dict(loop),
         rest=dict(rest),
+        stack=max(map(int, re.findall(r"STACK:(\d+)", usage))),
     )
 
 
