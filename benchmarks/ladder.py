@@ -30,7 +30,7 @@ def main() -> None:
     began = time.monotonic()
     models = [source_model(), quantised("fast", "--preset", "fast")]
     models += [quantised("speed", "--recipe", ROOT / "benchmarks" / "speed.yaml")]
-    others = [_peer(name) for name in peers.FORMATS]
+    others = [_peer(name) for name in peers.ON_CPUS]
     benchmarks: dict[str, list[str | Path]] = {
         "kernels": ["--operations", "int4_linear", "--seconds", "1"],
         "linear": ["--seconds", "0.2"],

@@ -1,8 +1,9 @@
-"""Checkpoints in the other integer formats that vLLM serves on CPUs, rounded to nearest: for speed, not for accuracy.
+"""Checkpoints in the other integer formats that vLLM serves, rounded to nearest: for speed, not for accuracy.
 
-The formats are those of compressed-tensors: W8A8 (`int-quantized`, a scale per row, inputs per token) and
-W4A16 (`pack-quantized`, a scale per 64 weights). vLLM's GPTQ and AWQ layers run the same kernel on CPUs as
-that one; its W4A8 needs AMX.
+The formats are those of compressed-tensors: W8A8 (`int-quantized`, a scale per row, inputs per token),
+W4A16 (`pack-quantized`, a scale per 64 weights) and W4A4 (the same weights, symmetric inputs per token; for
+GPUs, which serve it by Humming). vLLM's GPTQ and AWQ layers run the same kernel on CPUs as W4A16; its W4A8
+needs AMX.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from offline.writer import atomic_folder
 
 GROUP = 64
+ON_CPUS = ("w8a8", "w4a16")
 
 
 def main() -> None:
@@ -106,7 +108,21 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], dict
         _config("int-quantized", {"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "strategy": "token"}),
     ),
     "w4a16": (_int4, _config("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None)),
+    "w4a4": (
+        _int4,
+        _config(
+            "pack-quantized",
+            {"num_bits": 4, "strategy": "group", "group_size": GROUP},
+            {"num_bits": 4, "strategy": "token"},
+        ),
+    ),
 }
+FLOAT8 = _config(
+    "float-quantized",
+    {"num_bits": 8, "type": "float", "strategy": "channel"},
+    {"num_bits": 8, "type": "float", "strategy": "token"},
+)
+"""What vLLM's own FP8 computes: a scale per row, inputs per token."""
 
 if __name__ == "__main__":
     main()

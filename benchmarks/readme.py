@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/speed.md, from the result files: `python -m benchmarks.readme` prints them as Markdown."""
+"""Tables of README.md and docs/speed.md, from the result files: `python -m benchmarks.readme` prints them."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The Triton kernels of the KV cache on this GPU: held against the CPU's reference first, then timed.
+"""The Triton kernels on this GPU: held against the CPU's reference first, then timed.
 
 A row is one kernel in one shape: its error against the reference, microseconds, and the share of the bytes that it has
 to read and write, in GB/s. On a CPU (--device cpu, TRITON_INTERPRET=1) the errors alone.
@@ -16,7 +16,12 @@ from rich.console import Console
 from benchmarks.provenance import provenance, write_rows
 from infoquant_vllm.format import cell_bytes
 from infoquant_vllm.kernels.cpu import kv_cache as expected
+from infoquant_vllm.kernels.reference import linear as expected_linear
 from infoquant_vllm.kernels.triton import kv4_attention, kv4_store
+from infoquant_vllm.kernels.triton import linear as triton_linear
+from infoquant_vllm.kernels.triton.int4_linear import int4_linear
+from infoquant_vllm.kernels.triton.rotate_quantize import rotate_quantize
+from infoquant_vllm.kernels.triton.weights import layout
 
 BITS = (4, 4)
 BLOCK = 16
@@ -43,13 +48,34 @@ CASES = [
 SMALL = [Case(4, 2, 64, 2, 40, 1), Case(4, 2, 64, 2, 40, 7)]
 
 
+@dataclass(frozen=True)
+class Product:
+    """A W4A4 linear whose input is quantised in so many groups, through a Hadamard of `hadamard` or (0) none."""
+
+    tokens: int
+    features: int
+    channels: int
+    groups: int
+    hadamard: int
+
+
+PRODUCTS = [
+    Product(tokens, *sizes)
+    for sizes in ((4096, 6144, 1, 0), (4096, 4096, 32, 0), (4096, 28672, 1, 0), (14336, 4096, 1, 14336))
+    for tokens in (1, 16, 256, 2048)
+]
+SMALL_PRODUCTS = [Product(5, 128, 48, 2, 0), Product(40, 192, 32, 1, 192)]
+
+
 def main() -> None:
     """Check, measure, print rows and write --json; raises SystemExit where a result is wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernels", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
-    rows = [row for case in (SMALL if options.device == "cpu" else CASES) for row in measure(case, options.device)]
+    small = options.device == "cpu"
+    rows = [row for case in (SMALL if small else CASES) for row in measure(case, options.device)]
+    rows += [row for case in (SMALL_PRODUCTS if small else PRODUCTS) for row in measure_product(case, options.device)]
     for row in rows:
         Console().print(row)
     if options.json:
@@ -102,7 +128,40 @@ def measure(case: Case, device: str) -> list[dict[str, Any]]:
     ]
 
 
-def _row(name: str, case: Case, error: float, right: bool, moved: int, call: Callable[[], None]) -> dict[str, Any]:
+def measure_product(case: Product, device: str) -> list[dict[str, Any]]:
+    """Rows of `rotate_quantize` and `int4_linear`, which are right where a layer's output is."""
+    torch.manual_seed(0)
+    x, clip = torch.randn(case.tokens, case.features).bfloat16(), torch.full((case.groups, 2), 0.9)
+    packed = torch.randint(0, 256, (case.channels, case.features // 2), dtype=torch.uint8)
+    scale = torch.rand(case.channels, 1)
+    checked = slice(0, 64)  # of the tokens: the reference takes its time
+    plain: Any = (x[checked], [], case.hadamard, clip, 4, False, packed, scale, None, None)
+    out = expected_linear.linear(*plain).float()
+
+    x, clip = x.to(device), clip.to(device)
+    matrices = [matrix.to(device) for matrix in triton_linear.prepare_matrices([], case.hadamard)]
+    weight = triton_linear.prepare_weight(packed, 4, True, case.groups).to(device)
+    grid = triton_linear.prepare_grid(scale).to(device)
+    found = triton_linear.linear(x, matrices, case.hadamard, clip, 4, False, weight, grid, None, None)
+    error = ((found[checked].cpu().float() - out).abs().max() / out.abs().max()).item()
+
+    padded = layout(case.features, case.groups, 4).padded
+
+    def quantise() -> Any:
+        return rotate_quantize(x, matrices, case.hadamard, clip, 4, False, padded, 0)
+
+    codes = quantise()
+    product = lambda: int4_linear(codes, case.features, weight, grid, None, None, x.dtype)  # noqa: E731
+    right, quantised = error <= TOLERANCE, x.nbytes + codes.values.nbytes
+    return [
+        _row("rotate_quantize", case, error, right, quantised, quantise),
+        _row("int4_linear", case, error, right, weight.nbytes + codes.values.nbytes + found.nbytes, product),
+    ]
+
+
+def _row(
+    name: str, case: Case | Product, error: float, right: bool, moved: int, call: Callable[[], Any]
+) -> dict[str, Any]:
     row = {"kernel": name, **vars(case), "error": error, "right": right, **device_provenance()}
     if not torch.cuda.is_available():
         return row

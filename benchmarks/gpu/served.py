@@ -24,9 +24,10 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of the bf16 model")
     parser.add_argument("checkpoint", type=Path, help="folder of the W4A4KV4 one")
     parser.add_argument("--w4a16", type=Path, help="folder of one that vLLM serves with Marlin")
+    parser.add_argument("--w4a4", type=Path, help="folder of one in vLLM's own W4A4")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
-    served = formats(options.model, options.checkpoint, options.w4a16)
+    served = formats(options.model, options.checkpoint, options.w4a16, options.w4a4)
     rows = [measure(name, arguments, shape) for name, arguments in served.items() for shape in SHAPES]
     for row in rows:
         Console().print(row)
@@ -34,7 +35,7 @@ def main() -> None:
         write_rows(rows, options.json)
 
 
-def formats(model: Path, checkpoint: Path, w4a16: Path | None) -> dict[str, list[str]]:
+def formats(model: Path, checkpoint: Path, w4a16: Path | None, w4a4: Path | None) -> dict[str, list[str]]:
     """Arguments of vLLM by what is served."""
     found = {
         "bf16": [str(model)],
@@ -42,7 +43,8 @@ def formats(model: Path, checkpoint: Path, w4a16: Path | None) -> dict[str, list
         "FP8": [str(model), "--quantization", "fp8"],
         "bf16, vLLM's 4-bit cache": [str(model), "--kv-cache-dtype", "int4_per_token_head"],
     }
-    return found if w4a16 is None else found | {"Marlin W4A16": [str(w4a16)]}
+    others = {"Marlin W4A16": w4a16, "vLLM's W4A4": w4a4}
+    return found | {name: [str(folder)] for name, folder in others.items() if folder is not None}
 
 
 def measure(name: str, arguments: list[str], shape: str) -> dict[str, Any]:

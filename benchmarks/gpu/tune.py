@@ -1,0 +1,146 @@
+"""The fastest tiles of `int4_linear` on this GPU for a checkpoint's linears, as a file for INFOQUANT_TILES.
+
+Every linear as vLLM fuses it, at each of TOKENS; candidates are the table's own tile, FEW and MANY. A tile that gives
+other results than the table's is an error.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from pydantic import TypeAdapter
+from rich.console import Console
+from triton.testing import do_bench
+
+from benchmarks.gpu.kernels import TOLERANCE
+from benchmarks.gpu.linears import SITES, sizes
+from benchmarks.provenance import write_whole
+from infoquant_vllm.format import Checkpoint
+from infoquant_vllm.kernels.triton.codes import Codes
+from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS, Measured, Tile, architecture, linear_tile
+from infoquant_vllm.kernels.triton.int4_linear import int4_linear
+from infoquant_vllm.kernels.triton.weights import Layout, layout, prepare_grid, prepare_weight
+
+TOKENS = (1, 16, FEW_TOKENS, 128, 512, 2048)
+MANY = tuple(
+    Tile(n, m, 128, warps, stages)
+    for n, m, warps in ((128, 64, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8))
+    for stages in (3, 4)
+)
+FEW = tuple(
+    Tile(n, 32, k, 4, stages, splits)
+    for n, k in ((64, 256), (64, 128), (128, 128))
+    for stages in (3, 4)
+    for splits in (1, 2, 4, 8)
+)
+
+
+def main() -> None:
+    """Time all tiles, print the best and write --output."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="folder of a W4A4KV4 checkpoint; only its config is read")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    options = parser.parse_args()
+    found = []
+    for linear in linears(Checkpoint(options.checkpoint)):
+        for tokens in TOKENS:
+            found.append(best(linear, tokens, torch.device("cuda")))
+            Console().print(found[-1])
+    write_whole(TypeAdapter(list[Measured]).dump_json(found, indent=1).decode() + "\n", options.output)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What a product hangs on."""
+
+    features: int
+    channels: int
+    weight_groups: int
+    input_groups: int
+    symmetric: bool
+    num_bits: int
+    """of the inputs"""
+
+    @property
+    def finer(self) -> int:
+        """Groups of the finer grouping."""
+        return max(self.weight_groups, self.input_groups)
+
+    def product(self, tokens: int, device: torch.device) -> Callable[[Tile], torch.Tensor]:
+        """A call of random codes and weights with a tile."""
+        torch.manual_seed(0)
+        packed = torch.randint(0, 256, (self.channels, self.features // 2), dtype=torch.uint8)
+        zeros = torch.randint(0, 16, (self.channels, self.weight_groups), dtype=torch.uint8)
+        weight = prepare_weight(packed, 4, self.symmetric, self.finer).to(device)
+        grid = prepare_grid(torch.rand(self.channels, self.weight_groups)).to(device)
+        zero = None if self.symmetric else prepare_grid(zeros).to(device)
+        sum_groups = 0 if self.symmetric else self.finer
+        padded = layout(self.features, self.finer, 4).padded
+        codes = Codes.empty(tokens, self.input_groups, padded, sum_groups, self.num_bits, False, device)
+        codes.values.random_(-8, 8)
+        codes.scale.uniform_(0.5, 1.5)
+        for part in (codes.rest, codes.sums):
+            if part is not None:
+                part.random_(0, 8)
+        return lambda tile: int4_linear(codes, self.features, weight, grid, zero, None, torch.bfloat16, tile)
+
+
+def linears(checkpoint: Checkpoint) -> list[Linear]:
+    """As vLLM fuses them, each once; those of 8-bit weights or 16-bit inputs keep the table's tiles."""
+    found = []
+    for site, module in SITES.items():
+        scheme = checkpoint.config.scheme(f"model.layers.0.{module}")
+        if scheme is None or scheme.input_activations.num_bits == 16 or scheme.weights.num_bits != 4:
+            continue
+        features, channels = sizes(checkpoint.shape, site)
+        group_sizes = scheme.weights.group_size, scheme.input_activations.group_size
+        weight_groups, input_groups = (1 if size is None else features // size for size in group_sizes)
+        rest = scheme.weights.symmetric, scheme.input_activations.num_bits
+        found.append(Linear(features, channels, weight_groups, input_groups, *rest))
+    return list(dict.fromkeys(found))
+
+
+def best(linear: Linear, tokens: int, device: torch.device) -> Measured:
+    """The fastest tile for up to so many tokens; raises ValueError where a tile gives other results."""
+    shape, arch = layout(linear.features, linear.finer, 4), architecture(device)
+    corrected = linear.num_bits == 8 or not linear.symmetric
+    own, call = linear_tile(arch, tokens, linear.channels, shape, corrected), linear.product(tokens, device)
+    expected, times = call(own).float(), {own: milliseconds(partial(call, own))}
+    for tile in candidates(tokens, shape):
+        try:
+            found = call(tile).float()
+        except (RuntimeError, triton.TritonError):  # it does not compile, or does not fit in shared memory
+            continue
+        if (found - expected).abs().max() > TOLERANCE * expected.abs().max():
+            raise ValueError(f"{linear}, {tokens} tokens: results of {tile} are not those of {own}")
+        times[tile] = milliseconds(partial(call, tile))
+    fastest = min(times, key=lambda tile: times[tile])
+    sizes = {"channels": linear.channels, "features": linear.features, "group_size": shape.group_size}
+    return Measured(arch=arch, tokens=tokens, tile=fastest, **sizes)
+
+
+def candidates(tokens: int, shape: Layout) -> Iterator[Tile]:
+    """That suit the shape, each once."""
+    found = dict.fromkeys(
+        tile._replace(
+            block_m=16 if tokens <= 16 else tile.block_m,
+            block_k=shape.block_k(tile.block_k),
+            splits=min(tile.splits, shape.steps(shape.block_k(tile.block_k))),
+        )
+        for tile in (FEW if tokens <= FEW_TOKENS else MANY)
+    )
+    yield from found
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """The median of many."""
+    return do_bench(call, return_mode="median")
+
+
+if __name__ == "__main__":
+    main()
