@@ -39,6 +39,17 @@ def test_a_family_can_be_forced(monkeypatch: pytest.MonkeyPatch, family: str) ->
     assert f"kernels as {FORCE}={family} has them" in Summary().line()
 
 
+@pytest.mark.parametrize("hadamard", [0, 64, 192])
+def test_the_forced_reference_runs_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch, hadamard: int) -> None:
+    monkeypatch.setenv(FORCE, "reference")
+    with torch.device("meta"):  # in a GPU's place: whatever is made on the CPU would not go with these
+        x, clip, scale = torch.empty(3, 192), torch.empty(1, 2), torch.empty(8, 1)
+        packed = torch.empty(8, 96, dtype=torch.uint8)
+    out = kernel("linear", "meta")(x, [], hadamard, clip, 4, False, packed, scale, None, None)
+    assert out.device.type == "meta"
+    assert kernel("rms_norm", "meta")(x, torch.empty(192, device="meta"), 1e-5).device.type == "meta"
+
+
 def test_forced_triton_is_the_interpreter_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE, "triton")
     with pytest.raises(NotImplementedError, match="set TRITON_INTERPRET=1"):

@@ -34,6 +34,11 @@ def hadamard_dense(size: int) -> torch.Tensor:
 
     Raises FormatError where the odd part is above MAX_DENSE_FACTOR.
     """
+    with torch.device("cpu"):  # whatever device a model is being loaded on: it is kept for all of them
+        return _dense(size)
+
+
+def _dense(size: int) -> torch.Tensor:
     odd = size >> ((size & -size).bit_length() - 1)
     if odd > MAX_DENSE_FACTOR:
         raise FormatError(f"hadamard of {size}: its odd factor {odd} is above {MAX_DENSE_FACTOR}; use smaller blocks")
