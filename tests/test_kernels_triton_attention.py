@@ -113,6 +113,13 @@ def test_the_padding_of_a_captured_batch_is_left_alone(counts: list[int]) -> Non
     assert (out[tokens:] == 7).all()
 
 
+@pytest.mark.parametrize("counts", [[3, 1, 0, 0], [4, 0, 0, 0], [0, 2, 2, 0]])
+def test_a_graph_of_one_query_each_serves_every_other_batch_of_so_many(counts: list[int]) -> None:
+    """Launches hang on shapes, so that a graph captured with four decoding sequences meets prompts too."""
+    batch = Batch(counts, [max(count, 1) * 40 for count in counts], 2, 1, 64, dtype=torch.float32)
+    assert_like_the_reference(batch)
+
+
 def test_a_decoding_row_is_the_same_bits_in_every_batch() -> None:
     batch = Batch([1] * 3, [300, 20, 140], 2, 1, 64, dtype=torch.float32)
     cache = batch.store(cpu)
