@@ -1,16 +1,21 @@
 """`--dry-run` accounts for sizes, memory and time, from headers or from a config.json alone."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from offline import Report, ToolError, quantize
+from offline import PRESETS, Report, ToolError, quantize
 from offline.cli import app
 from offline.plan import Plan
 from offline.progress import silent
+from offline.recipe import CalibrationSize, Psot
 from tests.big import LAYER, LAYER_BYTES, LLAMA_3_8B
+from tests.tiny import write_source
 
 LLAMA_3_70B = LLAMA_3_8B | {
     "hidden_size": 8192,
@@ -97,3 +102,24 @@ def test_tables_name_sites_stages_and_sums(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.stderr
     for wanted in ("each of 2 decoder layers", "28672 x 4096", "in all", "2 shards"):
         assert wanted in shown.stdout
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_the_time_foretold_is_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    """In seconds of this process, of which a busy machine takes none away; shapes of SmolLM2, three layers."""
+    monkeypatch.setattr("offline.rates.time", SimpleNamespace(perf_counter=time.process_time))
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    source = write_source(tmp_path / "source", num_hidden_layers=3, dtype=torch.bfloat16, **sizes)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The number {n} is followed by {n + 1}.\n" for n in range(3000)))
+    recipe = PRESETS[preset]
+    size = {"calibration": CalibrationSize(sequences=12, sequence_length=512), "psot": Psot(steps=60, pool_tokens=4000)}
+    if recipe.distillation is not None:
+        size["distillation"] = recipe.distillation.model_copy(update={"steps": 4})
+    given = {"recipe": recipe.model_copy(update=size), "calibration": str(text), "progress": silent}
+    foretold = planned(quantize(source, tmp_path / "out", dry_run=True, **given)).seconds
+    began = time.process_time()
+    quantize(source, tmp_path / "out", **given)
+    taken = time.process_time() - began
+    print(f"{preset}: {foretold:.1f} seconds foretold, {taken:.1f} taken")
+    assert foretold / 1.5 < taken < 1.5 * foretold
