@@ -12,6 +12,7 @@ import triton.experimental.gluon  # noqa: F401 (or the first launch imports it, 
 from infoquant_vllm.kernels.triton import (
     configurations,
     int4_linear,
+    kv4_attend,
     kv4_attention,
     kv4_store,
     kv4_tiles,
@@ -26,6 +27,7 @@ del os.environ["TRITON_INTERPRET"]
 __all__ = [
     "configurations",
     "int4_linear",
+    "kv4_attend",
     "kv4_attention",
     "kv4_store",
     "kv4_tiles",

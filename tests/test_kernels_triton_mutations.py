@@ -1,0 +1,106 @@
+"""Tests of the Triton kernels would find a mask that is off by one: here masks are, and the comparisons fail."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from infoquant_vllm.kernels.cpu import kv_cache as cpu
+from tests import test_kernels_triton_linear as products
+from tests.interpreted import int4_linear, kv4_attend, kv4_attention, kv4_store, kv4_tiles
+from tests.test_kernels_kv_cache import Batch
+from tests.test_kernels_triton_attention import TOLERANCE
+
+MUTATIONS = [
+    (kv4_attend, "(age >= 0) & (age < WINDOW)", "(age > 0) & (age < WINDOW)"),
+    (kv4_attend, "(age >= 0) & (age < WINDOW)", "(age >= 0) & (age <= WINDOW)"),
+    (kv4_attend, "else age >= 0", "else age >= -1"),
+    (kv4_attend, "else age >= 0", "else age > 0"),
+    (kv4_attend, "tokens < end\n", "tokens < end - 1\n"),
+    (kv4_attention, "* CHUNK, position + 1)", "* CHUNK, position)"),
+    (kv4_attention, "chunks = position // CHUNK + 1 - first", "chunks = position // CHUNK - first"),
+    (kv4_attention, "there = row < GROUP", "there = row < GROUP - 1"),
+    (kv4_attention, "(query < end - start)", "(query < end - start - 1)"),
+    (kv4_store, "written = slots >= 0", "written = slots > 0"),
+    (kv4_store, "mask=rows < num_tokens", "mask=rows < num_tokens - 1"),
+    (kv4_store, "(place < HEAD // 2)", "(place < HEAD // 2 - 1)"),
+    (kv4_store, "(place < STORED)", "(place < STORED - 1)"),
+    (int4_linear, "n_mask, m_mask = n < N, m < M", "n_mask, m_mask = n < N - 1, m < M"),
+    (int4_linear, "n_mask, m_mask = n < N, m < M", "n_mask, m_mask = n <= N, m < M"),
+    (int4_linear, "n_mask, m_mask = n < N, m < M", "n_mask, m_mask = n < N, m < M - 1"),
+    (int4_linear, "n_mask, m_mask = n < N, m < M", "n_mask, m_mask = n < N, m <= M"),
+    (int4_linear, "is_group = group < groups", "is_group = group < groups - 1"),
+]
+
+
+BATCHES: list[tuple[list[int], list[int], int, int | None]] = [
+    ([1], [129], 3, None),
+    ([1, 9], [40, 70], 3, 20),
+    ([9, 1], [70, 128], 3, None),
+    ([1], [1025], 1, None),
+]
+
+
+def copy_of(module: ModuleType, folder: Path, original: str = "", changed: str = "") -> ModuleType:
+    """The module made again from its file with `original` replaced, under the interpreter."""
+    source = Path(str(module.__file__)).read_text()
+    assert source.count(original) >= 1, f"{original!r} is not in {module.__file__}: name what took its place"
+    file = folder / f"{module.__name__.rpartition('.')[2]}.py"
+    file.write_text(source.replace(original, changed) if original else source)
+    spec = importlib.util.spec_from_file_location(f"mutated_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        spec.loader.exec_module(made)
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+    return made
+
+
+def compare(made: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raises AssertionError where a copy of a module computes something else than the reference."""
+    name = made.__name__.removeprefix("mutated_")
+    if name == "int4_linear":
+        monkeypatch.setattr(products, "int4_linear", made)
+        for case in (products.Case(33, 192, channels=48), products.Case(5, 288, (3, 9), signed=False, channels=16)):
+            case.check()
+        return
+    monkeypatch.setattr(kv4_tiles, "PARTS", 8)
+    if name == "kv4_attend":
+        monkeypatch.setattr(kv4_attention, "attend", made.attend)
+    attention = made if name == "kv4_attention" else kv4_attention
+    for counts, lens, heads, window in BATCHES:
+        batch = Batch(counts, lens, heads, 1, 64, dtype=torch.float32)
+        batch.query /= 16  # so that every token counts
+        cache = batch.store(cpu)
+        if name == "kv4_store":
+            assert torch.equal(batch.store(made), cache)
+            continue
+        found, expected = (batch.attend(kernels, cache, window) for kernels in (attention, cpu))
+        assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.fixture(autouse=True)
+def _memory_that_is_not_a_number() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # which fills what is allocated
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("module", [kv4_attend, kv4_attention, kv4_store, int4_linear], ids=lambda m: m.__name__[-13:])
+def test_a_copy_is_the_reference(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(copy_of(module, tmp_path), monkeypatch)
+
+
+@pytest.mark.parametrize(("module", "original", "changed"), MUTATIONS, ids=[changed for _, _, changed in MUTATIONS])
+def test_a_mask_that_is_off_by_one_is_found(
+    module: ModuleType, original: str, changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises((AssertionError, IndexError)):
+        compare(copy_of(module, tmp_path, original, changed), monkeypatch)
