@@ -1,7 +1,10 @@
-"""A short `benchmarks.load`: preempted, abandoned and refused requests beside others, which do not notice."""
+"""A short `benchmarks.load`: preempted, abandoned and refused requests beside others, which do not notice; a kill."""
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
 
 from benchmarks.load import SERVED, SMALL_CACHE, load, make_requests
@@ -25,3 +28,33 @@ def test_a_server_under_load_answers_as_it_does_alone(server: Server) -> None:
     found = load(server, make_requests(300, vocabulary=256, seed=0), concurrent=32)
     print(found)
     assert found.problems == []
+
+
+def test_when_the_engine_is_killed_every_request_ends_and_no_process_stays(server: Server) -> None:
+    """The last test of this server."""
+
+    def ask(number: int) -> int | None:
+        prompt = [3 + number] * 8
+        try:
+            server.client().completions.create(
+                model=str(server.model), prompt=prompt, max_tokens=300, extra_body={"ignore_eos": True}
+            )
+        except openai.APIStatusError as error:
+            return error.status_code
+        except openai.APIConnectionError:
+            return None
+        return 200
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, number) for number in range(8)]
+        deadline = time.monotonic() + 60
+        while not server.metric("vllm:num_requests_running"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (engine,) = [member for member in server.members() if "EngineCore" in " ".join(member.cmdline())]
+        engine.kill()
+        answers = [each.result(timeout=90) for each in asked]
+    print(answers)
+    assert set(answers) <= {200, 500, None}  # None: the connection was closed
+    assert set(answers) != {200}, "all were answered before the kill"
+    assert server.gone_within(60)
