@@ -132,10 +132,10 @@ def test_a_spoilt_file_is_read_or_refused(name: str, sound: Path) -> None:
     @given(STRATEGIES[name](whole))
     def spoil(data: bytes) -> None:
         file.write_bytes(data)
-        started = time.monotonic()
+        started = time.process_time()
         refusal = read(sound)
         assert refusal is None or str(sound) in refusal
-        assert time.monotonic() - started < SLOWEST
+        assert time.process_time() - started < SLOWEST
 
     try:
         spoil()
