@@ -1,4 +1,4 @@
-"""The linears of a decoder layer on this GPU, each as vLLM serves it: bf16, ours, FP8, W4A16 (Marlin) and vLLM's W4A4.
+"""The linears of a decoder layer on this GPU, each as vLLM serves it: bf16, ours, FP8, W4A16 and vLLM's W4A4.
 
 Layers are vLLM's own, of random weights, so that vLLM chooses the kernel; quantising the input is in the time. A row
 is a format and a number of tokens, with microseconds by site; a format that vLLM does not serve here has the reason
@@ -90,7 +90,7 @@ def formats(config: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
         "bf16": None,
         "W4A4 (fast)": fast.model_dump(mode="json"),
         "FP8": FLOAT8,
-        "Marlin W4A16": FORMATS["w4a16"][1],
+        "W4A16": FORMATS["w4a16"][1],
         "vLLM's W4A4": FORMATS["w4a4"][1],
     }
 

@@ -43,8 +43,9 @@ def formats(model: Path, checkpoint: Path, w4a16: Path | None, w4a4: Path | None
         "FP8": [str(model), "--quantization", "fp8"],
         "bf16, vLLM's 4-bit cache": [str(model), "--kv-cache-dtype", "int4_per_token_head"],
     }
-    others = {"Marlin W4A16": w4a16, "vLLM's W4A4": w4a4}
-    return found | {name: [str(folder)] for name, folder in others.items() if folder is not None}
+    if w4a16 is not None:
+        found["Marlin W4A16"] = [str(w4a16), "--linear-backend", "marlin"]  # vLLM may prefer another on new GPUs
+    return found if w4a4 is None else found | {"vLLM's W4A4": [str(w4a4)]}
 
 
 def measure(name: str, arguments: list[str], shape: str) -> dict[str, Any]:
