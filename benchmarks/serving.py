@@ -197,11 +197,12 @@ def bench_offline(command: str, key: str, model: Path, options: argparse.Namespa
     """One figure of one run."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "result.json"
-        arguments = ["--input-len", OFFLINE_INPUT, "--output-len", OFFLINE_OUTPUT, "--seed", options.seed]
-        arguments += ["--max-model-len", 1024, "--output-json", file]
+        arguments = ["--seed", options.seed, "--max-model-len", 1024, "--output-json", file]
         if command == "throughput":
+            arguments += ["--random-input-len", OFFLINE_INPUT, "--random-output-len", OFFLINE_OUTPUT]
             arguments += ["--dataset-name", "random", "--num-prompts", 4 * OFFLINE_BATCH]
         else:
+            arguments += ["--input-len", OFFLINE_INPUT, "--output-len", OFFLINE_OUTPUT]
             arguments += ["--batch-size", OFFLINE_BATCH, "--num-iters-warmup", 1, "--num-iters", 3]
         vllm_bench(command, model, [*arguments, *(["--enforce-eager"] if options.eager else [])], options.kv_gib)
         return float(json.loads(file.read_text())[key])
