@@ -98,9 +98,9 @@ def formats(config: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
 def measure(name: str, config: dict[str, Any], device: str) -> list[dict[str, Any]]:
     """A row for each number of tokens."""
     shape = ModelShape.from_hf(config, "benchmarks.gpu.linears")
-    row = {"format": name, "hidden_size": shape.hidden_size, **device_provenance()}
+    row, settings = {"format": name, "hidden_size": shape.hidden_size, **device_provenance()}, formats(config)[name]
     try:
-        layers = {site: make(site, *sizes(shape, site), formats(config)[name], device) for site in SITES}
+        layers = {site: make(site, *sizes(shape, site), settings, device) for site in SITES}
         row |= {"kernel": _kernel(layers["down"])}
         return [row | {"tokens": tokens, "sites_us": _times(layers, tokens, device)} for tokens in TOKENS]
     except Exception as error:  # whatever vLLM says of a format that this machine does not serve

@@ -43,7 +43,7 @@ FEW = tuple(
 def main() -> None:
     """Time all tiles, print the best and write --output."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder of a W4A4KV4 checkpoint; only its config is read")
+    parser.add_argument("checkpoint", type=Path, help="folder of a W4A4KV4 checkpoint; no weights are read")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     found = []
