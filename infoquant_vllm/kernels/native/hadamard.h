@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <utility>
-#include <vector>
 
+#include "buffer.h"
 #include "floats.h"
 
 namespace infoquant {
@@ -99,39 +99,55 @@ inline void butterflies(float* x, int64_t size, int64_t n, float scale) {
     }
 }
 
-// Rows j .. j + ROWS of the dense factor's product with `column`, LANES columns of x [order, n]; times scale.
-template <int ROWS, bool UNIT>
-inline void dense_rows(Floats* out, const Floats* column, const float* dense, int64_t order, int64_t j, float scale) {
-    Floats sums[ROWS] = {};
+// Rows j .. j + ROWS of the dense factor's product with `columns`, VECTORS of them of x [order, n]; times scale.
+template <int ROWS, int VECTORS, bool UNIT>
+inline void dense_rows(Floats* out, const Floats* columns, const float* dense, int64_t order, int64_t j, float scale) {
+    Floats sums[ROWS][VECTORS] = {};
     for (int64_t i = 0; i < order; ++i) {
-#pragma GCC unroll 16
+#pragma GCC unroll 12
         for (int k = 0; k < ROWS; ++k) {
             const Floats weight = splat(dense[i * order + j + k]);
-            sums[k] = UNIT ? fma(column[i], weight, sums[k]) : sums[k] + column[i] * weight;
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) {
+                const Floats x = columns[i * VECTORS + v];
+                sums[k][v] = UNIT ? fma(x, weight, sums[k][v]) : sums[k][v] + x * weight;
+            }
         }
     }
-#pragma GCC unroll 16
-    for (int k = 0; k < ROWS; ++k) out[j + k] = sums[k] * scale;
+#pragma GCC unroll 12
+    for (int k = 0; k < ROWS; ++k) {
+        for (int v = 0; v < VECTORS; ++v) out[(j + k) * VECTORS + v] = sums[k][v] * scale;
+    }
 }
 
-// y[j] = sum over i of x[i] * dense[i, j] for x [order, n] in place, then times scale. Where the entries
-// are +-1 (UNIT), products are exact and the fused operation rounds as the sum does.
+// y[j] = sum over i of x[i] * dense[i, j] for `width` columns of x [order, n] in place, then times scale.
+template <int VECTORS, bool UNIT>
+inline void dense_columns(float* x, int64_t n, int64_t width, const float* dense, int64_t order, float scale) {
+    static thread_local Buffer<Floats> kept;
+    Floats *const columns = kept.reserve(2 * order * VECTORS), *const out = columns + order * VECTORS;
+    for (int64_t i = 0; i < order; ++i) {
+        for (int v = 0; v < VECTORS; ++v) columns[i * VECTORS + v] = load_some(x + i * n + v * LANES, width - v * LANES);
+    }
+    int64_t j = 0;
+    for (; j + 12 <= order; j += 12) dense_rows<12, VECTORS, UNIT>(out, columns, dense, order, j, scale);
+    for (; j + 4 <= order; j += 4) dense_rows<4, VECTORS, UNIT>(out, columns, dense, order, j, scale);
+    for (; j < order; ++j) dense_rows<1, VECTORS, UNIT>(out, columns, dense, order, j, scale);
+    for (int64_t i = 0; i < order; ++i) {
+        for (int v = 0; v < VECTORS; ++v) store_some(x + i * n + v * LANES, out[i * VECTORS + v], width - v * LANES);
+    }
+}
+
+// The dense factor's product with x [order, n] in place, times scale. Where the entries are +-1 (UNIT), products are
+// exact and the fused operation rounds as the sum does.
 template <bool UNIT>
 inline void apply_dense(float* x, int64_t n, const float* dense, int64_t order, float scale) {
-    std::vector<Floats> column(2 * order);
-    Floats* out = column.data() + order;
-    for (int64_t c = 0; c < n; c += LANES) {
-        const int64_t width = std::min<int64_t>(n - c, LANES);
-        for (int64_t i = 0; i < order; ++i) column[i] = load_some(x + i * n + c, width);
-        int64_t j = 0;
-        if (LANES == 16) {  // the target that has registers for it
-            for (; j + 16 <= order; j += 16) dense_rows<16, UNIT>(out, column.data(), dense, order, j, scale);
-        }
-        for (; j + 12 <= order; j += 12) dense_rows<12, UNIT>(out, column.data(), dense, order, j, scale);
-        for (; j + 8 <= order; j += 8) dense_rows<8, UNIT>(out, column.data(), dense, order, j, scale);
-        for (; j + 4 <= order; j += 4) dense_rows<4, UNIT>(out, column.data(), dense, order, j, scale);
-        for (; j < order; ++j) dense_rows<1, UNIT>(out, column.data(), dense, order, j, scale);
-        for (int64_t i = 0; i < order; ++i) store_some(x + i * n + c, out[i], width);
+    constexpr int VECTORS = LANES == 16 ? 2 : 1;  // with twelve rows, as many sums as registers hold
+    int64_t c = 0;
+    for (; c + VECTORS * LANES <= n; c += VECTORS * LANES) {
+        dense_columns<VECTORS, UNIT>(x + c, n, VECTORS * LANES, dense, order, scale);
+    }
+    for (; c < n; c += LANES) {
+        dense_columns<1, UNIT>(x + c, n, std::min<int64_t>(n - c, LANES), dense, order, scale);
     }
 }
 
