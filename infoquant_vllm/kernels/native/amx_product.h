@@ -10,11 +10,22 @@ namespace product {
 struct MatrixTiles {
     static constexpr int ROWS = 32, WIDTH = 16, UNIT = 16;  // of tokens; words side by side; tokens of a register
     static constexpr int FROM = 13;  // tokens: fewer are one tile of the other way, which reads weights faster
+    static constexpr int BLOCK = 1 << 20;  // words of a row that are written at a time: all
 
     // Weights whose zero points are all alike are multiplied less those.
     template <int BITS>
     static bool needs_sums(const Problem& p) {
         return BITS == 8 || p.weight_zero;
+    }
+
+    static void write_words(const uint8_t* codes, int64_t size, uint8_t taken, int64_t count, int64_t room,
+                            int32_t* to) {
+        const __m512i less = _mm512_set1_epi8(taken);
+        for (int64_t i = 0; i < count; i += WIDTH, codes += 64, size -= 64) {
+            const __mmask64 some = size >= 64 ? ~0ull : (1ull << size) - 1;
+            const __m512i line = _mm512_maskz_loadu_epi8(some, codes);
+            _mm512_storeu_si512(to + i * room, _mm512_maskz_sub_epi8(some, line, less));
+        }
     }
 
     template <int WEIGHT_BITS, int BITS>
@@ -75,12 +86,18 @@ struct Sums {
     Floats out[MatrixTiles::ROWS][2];  // over the groups
 };
 
+// A group of a panel's channels.
+struct Group {
+    Ints zero[2], sums[2];  // zero points; sum w, where inputs have 8 bits
+    Floats scale[2];        // where groups have their own
+};
+
 // Some lines of weights in 8 bits, less than half of the L1 cache.
 struct Lines {
-    static constexpr int64_t MOST = 80;
+    static constexpr int64_t MOST = 144, OF_GROUPS = 80;  // of one group, and of several in a block
     // A group's last register may reach beyond it, times zeros.
     alignas(64) uint8_t bytes[(MOST + MatrixTiles::WIDTH) * 2 * LINE];
-    Ints sums[MOST][2];  // sum w of each group, where inputs have 8 bits
+    Group groups[OF_GROUPS];
 };
 
 // Less `zero` each.
@@ -93,36 +110,43 @@ void read_lines(Lines& lines, const uint8_t* from, int64_t count, uint8_t zero) 
     }
 }
 
-// Adds lines first .. first + count to a group's sum w.
-INLINE void sum_weights(Lines& lines, int64_t group, int64_t first, int64_t count) {
-    Ints sums[2] = {lines.sums[group][0], lines.sums[group][1]};
-    for (int64_t i = 2 * first; i < 2 * (first + count); i++) {
-        sums[i % 2] = dot(sums[i % 2], load<Bytes>(lines.bytes + i * LINE), Ints{} + 0x01010101, false);
+template <bool SIGNED, bool GROUPED>
+INLINE void begin_group(const Problem& p, int64_t index, int64_t channel, Group& group) {
+    for (int64_t h = 0; h < 2; h++) {
+        group.sums[h] = Ints{};
+        if (!SIGNED) group.zero[h] = zero_points(p, index, channel + h * HALF);
+        if (GROUPED) group.scale[h] = weight_scales(p, index, channel + h * HALF);
     }
-    lines.sums[group][0] = sums[0], lines.sums[group][1] = sums[1];
+}
+
+// Adds `count` lines to a group's sum w.
+INLINE void sum_weights(Group& group, const uint8_t* lines, int64_t count) {
+    Ints sums[2] = {group.sums[0], group.sums[1]};
+    for (int64_t i = 0; i < 2 * count; i++) {
+        sums[i % 2] = dot(sums[i % 2], load<Bytes>(lines + i * LINE), Ints{} + 0x01010101, false);
+    }
+    group.sums[0] = sums[0], group.sums[1] = sums[1];
 }
 
 // What is to be done with the sums of a tile and a group of a panel.
 struct Part {
     const Tile* tile;
     int64_t group, channel;
-    const Ints (*dots)[2];    // [ROWS]
-    const Ints* weight_sums;  // [2]
-    Floats (*out)[2];         // [ROWS]: the terms of the groups before it
+    const Ints (*dots)[2];  // [ROWS]
+    const Group* weights;
+    Floats (*out)[2];  // [ROWS]: the terms of the groups before it
 };
 
 // use(row, first half, second half) with what the group adds to the result, for some rows.
 template <int BITS, bool SIGNED, bool GROUPED, typename Use>
-INLINE void terms(const Problem& p, const Part& part, int64_t first, int64_t last, const Use& use) {
-    const int64_t channel = part.channel, rows = part.tile->rows;
-    const Ints zero[2] = {zero_points(p, part.group, channel), zero_points(p, part.group, channel + HALF)};
-    const Floats weight_scale[2] = {weight_scales(p, part.group, channel),
-                                    weight_scales(p, part.group, channel + HALF)};
-    const int64_t cell = part.group * rows;
+INLINE void terms(const Part& part, int64_t first, int64_t last, const Use& use) {
+    const Ints zero[2] = {part.weights->zero[0], part.weights->zero[1]};
+    const Ints weight_sums[2] = {part.weights->sums[0], part.weights->sums[1]};
+    const Floats weight_scale[2] = {part.weights->scale[0], part.weights->scale[1]};
+    const int64_t cell = part.group * part.tile->rows;
     const int32_t *const start = part.tile->start + cell, *const rest = part.tile->rest + cell;
     const float* const scale = part.tile->scale + cell;
     const Ints(*const dots)[2] = part.dots;
-    const Ints weight_sums[2] = {part.weight_sums[0], part.weight_sums[1]};
     for (int64_t r = first; r < last; r++) {
         Floats term[2];
 #pragma GCC unroll 2
@@ -143,13 +167,21 @@ INLINE void write(const Problem& p, const Part& part, int64_t first, int64_t las
     const int64_t channel = part.channel, left = p.channels - channel, to = part.tile->first * p.channels + channel;
     const Floats scale[2] = {channel_scales(p, channel), channel_scales(p, channel + HALF)};
     const Floats bias[2] = {biases(p, channel), biases(p, channel + HALF)};
-    const Floats(*const out)[2] = part.out;
+    const Floats(*const before)[2] = part.out;
     const bool only = part.group == 0;
-    terms<BITS, SIGNED, GROUPED>(p, part, first, last, [&](int64_t r, Floats low, Floats high) {
-        if (!only) low = out[r][0] + low, high = out[r][1] + high;
-        const int64_t row = to + r * p.channels;
-        store_part<TYPE>(p.out, row, left, low * scale[0] + bias[0]);
-        if (left > HALF) store_part<TYPE>(p.out, row + HALF, left - HALF, high * scale[1] + bias[1]);
+    void* const out = p.out;
+    const int64_t channels = p.channels;
+    terms<BITS, SIGNED, GROUPED>(part, first, last, [&](int64_t r, Floats low, Floats high) {
+        if (!only) low = before[r][0] + low, high = before[r][1] + high;
+        low = low * scale[0] + bias[0], high = high * scale[1] + bias[1];
+        const int64_t row = to + r * channels;
+        if (left >= PANEL) {
+            store_part<TYPE>(out, row, LANES, low);
+            store_part<TYPE>(out, row + HALF, LANES, high);
+        } else {
+            store_part<TYPE>(out, row, left, low);
+            if (left > HALF) store_part<TYPE>(out, row + HALF, left - HALF, high);
+        }
     });
 }
 
@@ -163,11 +195,11 @@ INLINE void add_rows(const Problem& p, const Part& part, int64_t first, int64_t 
     }
     Floats(*const out)[2] = part.out;
     if (part.group == 0) {
-        return terms<BITS, SIGNED, GROUPED>(p, part, first, last, [&](int64_t r, Floats low, Floats high) {
+        return terms<BITS, SIGNED, GROUPED>(part, first, last, [&](int64_t r, Floats low, Floats high) {
             out[r][0] = low, out[r][1] = high;
         });
     }
-    terms<BITS, SIGNED, GROUPED>(p, part, first, last, [&](int64_t r, Floats low, Floats high) {
+    terms<BITS, SIGNED, GROUPED>(part, first, last, [&](int64_t r, Floats low, Floats high) {
         out[r][0] += low, out[r][1] += high;
     });
 }
@@ -192,37 +224,41 @@ struct Block {
 template <int BITS, bool SIGNED, bool GROUPED>
 void multiply_block(const Problem& p, const Tile* tiles, int64_t count, const Lines& lines, const Block& block,
                     std::vector<Sums>& kept) {
-    constexpr int64_t DEPTH = MatrixTiles::WIDTH, SOME_ROWS = 8;  // fewer are not worth the start
+    constexpr int64_t DEPTH = MatrixTiles::WIDTH, ROWS = MatrixTiles::ROWS;
+    constexpr int64_t SOME_ROWS = 8;  // fewer are not worth the start
     const int64_t padded = round_up(p.steps, DEPTH), registers = (block.steps + DEPTH - 1) / DEPTH;
-    const int64_t fetched_rows = (MatrixTiles::ROWS + registers - 1) / registers;
+    const int64_t some_rows = std::max((ROWS + registers - 1) / registers, SOME_ROWS);
     const uint8_t* ahead = block.next;
     Part before{};  // is added meanwhile, if there is one
-    for (int64_t unit = 0; unit < count * block.groups; unit++) {
-        const int64_t i = unit / block.groups, g = unit % block.groups, group = block.first + g;
+    for (int64_t i = 0; i < count; i++) {
         const Tile& tile = tiles[i];
         const int64_t room = round_up(tile.rows, MatrixTiles::UNIT);
-        Sums& sums = kept[block.last && block.step == 0 ? 0 : i];  // a tile's own, where a group is met in parts
-        const bool results = block.last && group == p.groups - 1;
-        const int64_t rows = before.tile ? before.tile->rows : 0;
-        const int64_t some_rows = std::max((rows + registers - 1) / registers, SOME_ROWS);
-        const auto meanwhile = [&](int64_t i) {
-            for (int64_t line = 0; line < block.fetched; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-            if (results) fetch_output(p, tile, block.channel, i * fetched_rows, (i + 1) * fetched_rows);
-            const int64_t from = i * some_rows, to = std::min(rows, from + some_rows);
-            if (from < to) add_rows<BITS, SIGNED, GROUPED>(p, before, from, to);
-        };
-        const auto multiply = [&](auto many) {
-            multiply_registers<SIGNED, decltype(many)::value>(
-                reinterpret_cast<const int8_t*>(tile.words + (group * padded + block.step) * room),
-                lines.bytes + g * block.steps * 2 * LINE, registers, block.step == 0,
-                reinterpret_cast<int32_t*>(sums.dots), meanwhile);
-        };
-        if (room > MatrixTiles::UNIT) {
-            multiply(std::true_type{});
-        } else {
-            multiply(std::false_type{});
+        // A tile's own, where it meets a group in parts, or its groups in several blocks.
+        Sums& sums = kept[block.last && block.step == 0 ? 0 : i];
+        Floats(*const out)[2] = kept[block.groups == p.groups ? 0 : i].out;
+        for (int64_t g = 0; g < block.groups; g++) {
+            const int64_t group = block.first + g;
+            const bool results = block.last && group == p.groups - 1;
+            const int64_t rows = before.tile ? before.tile->rows : 0;
+            const auto meanwhile = [&](int64_t i) {
+                for (int64_t line = 0; line < block.fetched; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+                if (results) fetch_output(p, tile, block.channel, i * some_rows, (i + 1) * some_rows);
+                const int64_t from = i * some_rows, to = std::min(rows, from + some_rows);
+                if (from < to) add_rows<BITS, SIGNED, GROUPED>(p, before, from, to);
+            };
+            const auto multiply = [&](auto many) {
+                multiply_registers<SIGNED, decltype(many)::value>(
+                    reinterpret_cast<const int8_t*>(tile.words + (group * padded + block.step) * room),
+                    lines.bytes + g * block.steps * 2 * LINE, registers, block.step == 0,
+                    reinterpret_cast<int32_t*>(sums.dots), meanwhile);
+            };
+            if (room > MatrixTiles::UNIT) {
+                multiply(std::true_type{});
+            } else {
+                multiply(std::false_type{});
+            }
+            if (block.last) before = {&tile, group, block.channel, sums.dots, &lines.groups[g], out};
         }
-        if (block.last) before = {&tile, group, block.channel, sums.dots, lines.sums[g], kept[i].out};
     }
     if (block.last) add_rows<BITS, SIGNED, GROUPED>(p, before, 0, before.tile->rows);
 }
@@ -234,7 +270,7 @@ void multiply_panel(const Problem& problem, const Tile* tiles, int64_t count, co
     constexpr int64_t DEPTH = MatrixTiles::WIDTH, CACHE_LINES = DEPTH * WEIGHT_BITS / 4;  // of a register's weights
     static thread_local Lines lines;
     static thread_local std::vector<Sums> kept;
-    const int64_t some = std::clamp<int64_t>(Lines::MOST / p.steps, 1, p.groups);
+    const int64_t some = std::clamp<int64_t>(Lines::OF_GROUPS / p.steps, 1, p.groups);
     const int64_t pieces = (p.steps + Lines::MOST - 1) / Lines::MOST;  // of a group
     const int64_t most = round_up((p.steps + pieces - 1) / pieces, DEPTH);
     if (static_cast<int64_t>(kept.size()) < count) kept.resize(count);
@@ -244,9 +280,9 @@ void multiply_panel(const Problem& problem, const Tile* tiles, int64_t count, co
             const int64_t steps = std::min(most, p.steps - step);
             read_lines<WEIGHT_BITS>(lines, weights, groups * steps, SIGNED ? p.offset : 0);
             weights += groups * steps * LINE * WEIGHT_BITS / 4;
-            for (int64_t g = 0; BITS == 8 && g < groups; g++) {
-                if (step == 0) lines.sums[g][0] = lines.sums[g][1] = Ints{};
-                sum_weights(lines, g, g * steps, steps);
+            for (int64_t g = 0; g < groups; g++) {
+                if (step == 0) begin_group<SIGNED, GROUPED>(p, first + g, channel, lines.groups[g]);
+                if (BITS == 8) sum_weights(lines.groups[g], lines.bytes + g * steps * 2 * LINE, steps);
             }
             const bool last = step + steps == p.steps;
             const Block block{first, groups, step, steps, channel, last, weights, (CACHE_LINES + count - 1) / count};

@@ -43,30 +43,28 @@ struct Tile {
 // Of 32 bits, that `make_tile` writes for each row.
 inline int64_t row_words(const Problem& p, int64_t width) { return p.groups * (round_up(p.steps, width) + 3); }
 
-// `rows` of them from `first` on; `room` rows of words are kept for them.
-template <int BITS, int WIDTH, bool SUMMED>
+// `rows` of them from `first` on; `room` rows of words are kept for them, which Way::write_words writes.
+template <int BITS, typename Way, bool SUMMED>
 Tile make_tile(const Problem& p, int64_t first, int64_t rows, int64_t room, int32_t* words) {
-    constexpr int64_t BLOCK = 64;  // words of a row at a time, so that what they are strewn over stays in the L1 cache
-    const int64_t steps = round_up(p.steps, WIDTH), cells = p.groups * rows, ratio = p.groups / p.input_groups;
+    const int64_t steps = round_up(p.steps, Way::WIDTH), cells = p.groups * rows, ratio = p.groups / p.input_groups;
     int32_t *const start = words + p.groups * steps * room, *const rest = start + cells;
     float* const scale = reinterpret_cast<float*>(rest + cells);
-    for (int64_t cell = 0; cell < cells; cell++) {
-        const int64_t input = (first + cell % rows) * p.input_groups + cell / rows / ratio;
-        start[cell] = p.zero[input] * static_cast<int32_t>(p.group_size);
-        rest[cell] = p.zero[input] - 128;
-        scale[cell] = p.scale[input];
-    }
     for (int64_t g = 0; g < p.groups; g++) {
-        for (int64_t s = 0; s < steps; s += BLOCK) {
-            const int64_t block = std::min(BLOCK, steps - s), size = std::min(4 * block, p.group_size - 4 * s);
+        const int64_t range = first * p.input_groups + g / ratio, cell = g * rows;
+        for (int64_t r = 0; r < rows; r++) {
+            const int32_t zero = p.zero[range + r * p.input_groups];
+            start[cell + r] = zero * static_cast<int32_t>(p.group_size);
+            rest[cell + r] = zero - 128;
+            scale[cell + r] = p.scale[range + r * p.input_groups];
+        }
+        for (int64_t s = 0; s < steps; s += Way::BLOCK) {
+            const int64_t block = std::min<int64_t>(Way::BLOCK, steps - s);
+            const int64_t size = std::min(4 * block, p.group_size - 4 * s);
             for (int64_t r = 0; r < rows; r++) {
                 const uint8_t* const codes = p.codes + (first + r) * p.features + g * p.group_size + 4 * s;
-                const uint8_t taken = BITS == 8 ? 128 : rest[g * rows + r] + 128;
-                int8_t bytes[4 * BLOCK] = {};
-                for (int64_t k = 0; k < size; k++) bytes[k] = static_cast<int8_t>(codes[k] - taken);
-                if (SUMMED) start[g * rows + r] -= std::accumulate(codes, codes + size, int32_t{0});
-                int32_t* const to = words + (g * steps + s) * room + r * WIDTH;
-                for (int64_t i = 0; i < block; i += WIDTH) memcpy(to + i * room, bytes + 4 * i, 4 * WIDTH);
+                const uint8_t taken = BITS == 8 ? 128 : rest[cell + r] + 128;
+                if (SUMMED) start[cell + r] -= std::accumulate(codes, codes + size, int32_t{0});
+                Way::write_words(codes, size, taken, block, room, words + (g * steps + s) * room + r * Way::WIDTH);
             }
         }
     }

@@ -149,10 +149,18 @@ void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, int64_t 
 // Tiles of a few rows, that are multiplied in registers.
 struct Registers {
     static constexpr int ROWS = MAX_ROWS, WIDTH = 1, UNIT = 1;
+    static constexpr int BLOCK = 64;  // words, for what they are strewn over to stay in the L1 cache
 
     template <int BITS>
     static bool needs_sums(const Problem&) {
         return true;
+    }
+
+    static void write_words(const uint8_t* codes, int64_t size, uint8_t taken, int64_t count, int64_t room,
+                            int32_t* to) {
+        int8_t bytes[4 * BLOCK] = {};
+        for (int64_t i = 0; i < size; i++) bytes[i] = static_cast<int8_t>(codes[i] - taken);
+        for (int64_t i = 0; i < count; i++) memcpy(to + i * room, bytes + 4 * i, 4);
     }
 
     // All tiles in all panels; runs in every thread of a parallel region.
@@ -196,8 +204,7 @@ void run(const Problem& p) {
     const int64_t chunks = (p.tokens + most - 1) / most;
     static thread_local Buffer<int32_t> scratch;
     static thread_local std::vector<Tile> tiles;
-    const auto make = Way::template needs_sums<BITS>(p) ? make_tile<BITS, Way::WIDTH, true>
-                                                        : make_tile<BITS, Way::WIDTH, false>;
+    const auto make = Way::template needs_sums<BITS>(p) ? make_tile<BITS, Way, true> : make_tile<BITS, Way, false>;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t start = part(chunk, chunks, p.tokens, Way::UNIT);
         const int64_t tokens = part(chunk + 1, chunks, p.tokens, Way::UNIT) - start;
