@@ -57,9 +57,13 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The sum of a counter over its labels, from /metrics."""
+        return sum(self.metrics(name))
+
+    def metrics(self, name: str) -> list[float]:
+        """A counter for each set of labels, from /metrics."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
             lines = reply.read().decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
+        return [float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line)]
 
     def is_healthy(self) -> bool:
         """Whether /health answers 200."""
