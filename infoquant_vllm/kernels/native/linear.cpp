@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "rows.h"
 
@@ -10,12 +11,6 @@ namespace infoquant {
 namespace {
 
 constexpr int64_t SCRATCH = 1 << 22;  // codes or products at a time: what is kept between calls stays small
-
-template <typename T>
-T* reserve(std::vector<T>& kept, int64_t size) {
-    if (static_cast<int64_t>(kept.size()) < size) kept.resize(size);
-    return kept.data();
-}
 
 // products [2 * tokens, channels] of high and of low bytes to out [tokens, channels], with the bias.
 void add_bytes(const float* products, int64_t tokens, int64_t channels, const float* bias, void* out, int64_t dtype) {
@@ -31,16 +26,16 @@ void add_bytes(const float* products, int64_t tokens, int64_t channels, const fl
 
 void linear(const Input& input, const float* clip, int64_t groups, int64_t num_bits, bool symmetric,
             const Weight& weight, const float* bias, void* out) {
-    static thread_local std::vector<uint8_t> codes;
-    static thread_local std::vector<float> scale, products;
-    static thread_local std::vector<int32_t> zero;
+    static thread_local Buffer<uint8_t> codes;
+    static thread_local Buffer<float> scale, products;
+    static thread_local Buffer<int32_t> zero;
     const bool wide = clip == nullptr;
     const int64_t features = input.features, channels = weight.channels, bytes = input.dtype == FLOAT32 ? 4 : 2;
     const int64_t widest = wide ? std::max(features, channels) : features;
     const int64_t most = std::clamp<int64_t>(SCRATCH / widest, 1, std::max<int64_t>(input.tokens, 1));
     const int64_t rows = wide ? 2 * most : most, ranges = wide ? rows : rows * groups;
-    const Quantised made{reserve(codes, rows * features), reserve(scale, ranges), reserve(zero, ranges)};
-    float* const halves = wide ? reserve(products, rows * channels) : nullptr;
+    const Quantised made{codes.reserve(rows * features), scale.reserve(ranges), zero.reserve(ranges)};
+    float* const halves = wide ? products.reserve(rows * channels) : nullptr;
     Input part = input;
     for (int64_t first = 0; first < input.tokens; first += most) {
         part.tokens = std::min(most, input.tokens - first);
