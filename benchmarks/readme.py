@@ -42,7 +42,8 @@ def tables(results: Path) -> list[str]:
         linears(read["linear.json"]),
         memory(read["memory.json"]),
         attention(read["attention.json"]),
-        served(with_amx["serving.json"]),
+        *(served(with_amx[name]) for name in (*SERVED, "serving-ladder.json")),
+        offline(with_amx["serving-offline.json"]),
         linears(with_amx["linear.json"]),
         attention(with_amx["attention.json"]),
     ]
@@ -80,6 +81,15 @@ def served(rows: Rows) -> str:
     cases = list(next(iter(cells.values())))
     lines = [[NAMES[model], *(by_case[case] for case in cases)] for model, by_case in cells.items()]
     return _markdown(("served, compiled", *cases), lines)
+
+
+def offline(rows: Rows) -> str:
+    """The same of engines without a server, by vLLM's command."""
+    rows = [row for row in rows if row["command"] != "vllm bench serve"]
+    gains = {(row["model"], row["command"]): f"{row['times_as_fast']:.2f}" for row in rows}
+    models, commands = (list(dict.fromkeys(key[place] for key in gains)) for place in (0, 1))
+    lines = [[NAMES[model], *(gains[model, command] for command in commands)] for model in models]
+    return _markdown(("compiled, no server", *(f"`{command}`" for command in commands)), lines)
 
 
 def growth(rows: Rows) -> str:
