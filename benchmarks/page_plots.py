@@ -158,7 +158,7 @@ def _lines(axes: Axes, rows: Rows, x: str, y: str, by: str = "model") -> None:
     axes.set_xticks(places, [f"{place:,.0f}" for place in places], minor=False)
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))  # below a decade
 
 
 def _slope(axes: Axes) -> None:
