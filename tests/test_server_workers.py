@@ -47,16 +47,17 @@ def served(server: Server) -> torch.Tensor:
     return torch.tensor([choice.logprobs.token_logprobs[1:] for choice in answer.choices])
 
 
-@pytest.mark.parametrize("workers", ["--pipeline-parallel-size", "--data-parallel-size"])
+@pytest.mark.parametrize(("workers", "engines"), [("--pipeline-parallel-size", 1), ("--data-parallel-size", 2)])
 def test_two_workers_say_what_one_says(
-    workers: str, checkpoint: Path, alone: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: str, engines: int, checkpoint: Path, alone: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each worker asks for a NUMA node of its own
     with serve(checkpoint, tmp_path / "server.log", *SERVED, workers, "2") as server:
         difference = (served(server) - alone).abs()
-        engines = server.metrics("vllm:generation_tokens_total")
+        tokens = server.metrics("vllm:generation_tokens_total")
     print(f"|difference of log-probabilities| {difference.mean():.1e} on average, {difference.max():.1e} at most")
-    print(f"tokens by engine: {engines}")
+    print(f"tokens by engine: {tokens}")
     assert alone.std() > 0.5
     assert difference.mean() <= 1e-3
-    assert all(engines)
+    assert len(tokens) == engines
+    assert all(tokens)
