@@ -131,13 +131,13 @@ def _multiply(
     """total + weights @ codes over BLOCK_K features, in chunks whose first half is in the low nibbles."""
     if WEIGHT_BITS == 8:
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        return tl.dot(tl.load(weight_rows + k[None, :]), tl.load(codes_rows + k[:, None]), total)
+        return tl.dot(tl.load(weight_rows + k[None, :]), tl.load(codes_rows + k[:, None]), total, out_dtype=tl.int32)
     HALF: tl.constexpr = CHUNK // 2
     byte = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
     k = byte // HALF * CHUNK + byte % HALF
     low, high = unpack_nibbles(tl.load(weight_rows + byte[None, :]))
-    total = tl.dot(low, tl.load(codes_rows + k[:, None]), total)
-    return tl.dot(high, tl.load(codes_rows + (k + HALF)[:, None]), total)
+    total = tl.dot(low, tl.load(codes_rows + k[:, None]), total, out_dtype=tl.int32)
+    return tl.dot(high, tl.load(codes_rows + (k + HALF)[:, None]), total, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -159,13 +159,13 @@ def _group_products(
         byte = step * GROUP_SIZE + part * BLOCK_K + tl.arange(0, BLOCK_K)
         packed = tl.load(weight_rows + byte[None, :])
         if WEIGHT_BITS == 8:
-            low = tl.dot(packed, tl.load(codes_rows + byte[:, None]), low)
+            low = tl.dot(packed, tl.load(codes_rows + byte[:, None]), low, out_dtype=tl.int32)
             high = low
         else:
             k = byte + step * GROUP_SIZE
             weight_low, weight_high = unpack_nibbles(packed)
-            low = tl.dot(weight_low, tl.load(codes_rows + k[:, None]), low)
-            high = tl.dot(weight_high, tl.load(codes_rows + (k + GROUP_SIZE)[:, None]), high)
+            low = tl.dot(weight_low, tl.load(codes_rows + k[:, None]), low, out_dtype=tl.int32)
+            high = tl.dot(weight_high, tl.load(codes_rows + (k + GROUP_SIZE)[:, None]), high, out_dtype=tl.int32)
     return low, high
 
 
