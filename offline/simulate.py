@@ -29,8 +29,9 @@ def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> C
     """The checkpoint as a model in eval mode whose linears, KV cache and ends follow the format.
 
     Everything between them (RoPE, residual stream, lm_head) runs in `dtype`, as in the server; norms
-    and activations are rounded to it, rotations and quantisers run in float32, attention in the
-    server's own kernels. In float32 the codes are the server's; in bf16 its roundings differ in places.
+    and activations are rounded to it, rotations and quantisers run in float32, attention and the
+    residual rotation in the server's own kernels. In float32 the codes are the server's; in bf16 its
+    roundings differ in places.
 
     Raises ToolError where the checkpoint is not whole or holds values that cannot be right.
     """

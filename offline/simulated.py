@@ -1,4 +1,4 @@
-"""Modules that compute what the server computes from a checkpoint's tensors, in plain torch but for attention."""
+"""Modules that compute what the server computes, in plain torch but for attention and the residual rotation."""
 
 import math
 from typing import Any
@@ -147,7 +147,7 @@ class SimulatedSilu(nn.Module):
 
 
 class RotatedEmbedding(nn.Module):
-    """Rows of a tied embedding brought into the rotated residual basis, in float64 as in the server."""
+    """Rows of a tied embedding brought into the rotated residual basis, by the server's kernel."""
 
     def __init__(self, weight: nn.Parameter, rotation: torch.Tensor):
         super().__init__()
@@ -156,8 +156,7 @@ class RotatedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] to rows [..., hidden] in the model's dtype."""
-        rows = functional.embedding(ids, self.weight).double() @ self.get_buffer("rotation").double()
-        return rows.float().to(self.weight.dtype)
+        return _rotate_rows(functional.embedding(ids, self.weight), self.get_buffer("rotation"), None)
 
 
 class RotatedHead(nn.Module):
@@ -166,13 +165,16 @@ class RotatedHead(nn.Module):
     def __init__(self, product: nn.Module, rotation: torch.Tensor, final_norm: torch.Tensor):
         super().__init__()
         self.product = product
-        self.register_buffer("rotation", rotation)
+        self.register_buffer("back", rotation.T.contiguous())
         self.register_buffer("final_norm", final_norm)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] in the model's dtype to logits [..., vocab] in the same."""
-        restored = (hidden.double() @ self.get_buffer("rotation").double().T).float() * self.get_buffer("final_norm")
-        return self.product(restored.to(hidden.dtype))
+        return self.product(_rotate_rows(hidden, self.get_buffer("back"), self.get_buffer("final_norm")))
+
+
+def _rotate_rows(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+    return kernel("rotate_rows", "cpu")(rows.flatten(0, -2), rotation, gain).view(rows.shape)
 
 
 class SimulatedCache(nn.Module):

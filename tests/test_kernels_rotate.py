@@ -1,16 +1,18 @@
 """The compiled input transform and activation quantiser give the reference's bits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from infoquant_vllm.kernels.cpu.rotate_rows import rotate_rows as torch_rows
 from infoquant_vllm.kernels.native.rotate_quantize import rotate, rotate_quantize, rotate_quantize_wide
 from infoquant_vllm.kernels.native.rotate_rows import rotate_rows
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate as reference_rotate
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference
 from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows as reference_rows
 from infoquant_vllm.kernels.reference.weight_only_linear import wide_codes
+from infoquant_vllm.kernels.triton.rotate_rows import rotate_rows as gpu_rows
 from tests.libraries import RUNNABLE, library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,9 +99,9 @@ def test_extremes_are_the_references(num_bits: int, symmetric: bool, hadamard: i
     _assert_wide_equal(torch.stack(rows), [], hadamard)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 13])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 13])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [35, 576])
+@pytest.mark.parametrize("size", [35, 192, 576])
 def test_rows_in_the_residual_basis_are_the_references(tokens: int, dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(tokens)
     rows, rotation, gain = torch.randn(tokens, size).to(dtype), torch.randn(size, size), torch.randn(size)
@@ -107,6 +109,52 @@ def test_rows_in_the_residual_basis_are_the_references(tokens: int, dtype: torch
         found = rotate_rows(rows, rotation, factors)
         assert found.dtype == dtype
         assert torch.equal(found, reference_rows(rows, rotation, factors))
+
+
+def test_a_row_in_the_residual_basis_is_the_same_bits_in_any_batch_and_by_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    rows, rotation, gain = torch.randn(600, 96), torch.randn(96, 96), torch.randn(96)
+    expected = reference_rows(rows, rotation, gain)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for tokens in (1, 2, 7, 12, 13, 64, 600):
+                assert torch.equal(rotate_rows(rows[:tokens], rotation, gain), expected[:tokens])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kernel", [torch_rows, gpu_rows])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torchs_rows_in_the_residual_basis_differ_from_the_references_by_last_bits(
+    kernel: Callable[..., torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Sums of 576 products in another order differ by some 1e-6, and near a tie by the dtype's last bit."""
+    torch.manual_seed(0)
+    rows, gain = torch.randn(13, 576).to(dtype), 1 + torch.rand(576)
+    rotation = torch.linalg.qr(torch.randn(576, 576))[0]
+    for factors in (None, gain):
+        found, expected = kernel(rows, rotation, factors), reference_rows(rows, rotation, factors)
+        assert found.dtype == dtype
+        bound = 1e-5 + torch.finfo(dtype).eps * expected.float().abs()
+        assert ((found.float() - expected.float()).abs() <= bound).all()
+        if dtype != torch.float32:
+            assert (found == expected).float().mean() >= 0.98
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_shorter_products_that_vllm_allows_leave_the_residual_basis_alone(precision: str) -> None:
+    torch.manual_seed(0)
+    rows, rotation = torch.randn(64, 576), torch.randn(576, 576)
+    expected = gpu_rows(rows, rotation, None)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert torch.equal(gpu_rows(rows, rotation, None), expected)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("name", ["hadamard 12 x 128", "blocks of 288", "kronecker 12 x 128"])

@@ -112,12 +112,12 @@ def test_simulated_ends_equal_the_reference_bit_by_bit(
     packed, scale = (checkpoint.tensor(f"{module}.{name}") for name in ("weight_packed", "weight_scale"))
     ids = torch.tensor([[3, 500, 7]])
     hidden = torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype)
-    rows, restored = (unpack_codes(packed, 8, signed=True) * scale)[ids].to(dtype), hidden
+    rows, restored = (unpack_codes(packed, 8, signed=True) * scale)[ids[0]].to(dtype), hidden[0]
     if rotated:
         rotation = checkpoint.tensor("model.embed_tokens.residual_rotation")
         rows = rotate_rows(rows, rotation, None)
-        restored = rotate_rows(hidden, rotation.T, checkpoint.tensor("model.embed_tokens.final_norm_weight"))
-    expected = weight_only_linear(restored[0], [], 0, packed, scale, None, None)
+        restored = rotate_rows(restored, rotation.T, checkpoint.tensor("model.embed_tokens.final_norm_weight"))
+    expected = weight_only_linear(restored, [], 0, packed, scale, None, None)
     assert torch.equal(model.lm_head(hidden)[0], expected)
     if tied:
-        assert torch.equal(model.model.embed_tokens(ids), rows)
+        assert torch.equal(model.model.embed_tokens(ids)[0], rows)

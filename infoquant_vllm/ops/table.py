@@ -62,8 +62,8 @@ KERNELS = MappingProxyType(
         ("prepare_weight", "triton"): TRITON_LINEAR,
         ("prepare_grid", "triton"): TRITON_LINEAR,
         ("weight_rows", "triton"): TRITON_LINEAR,
-        ("rotate_rows", "triton"): _routes("cpu.rotate_rows"),  # these two are plain torch, which runs anywhere
-        ("dense_linear", "triton"): _routes("cpu.dense_linear"),
+        ("rotate_rows", "triton"): _routes("triton.rotate_rows"),
+        ("dense_linear", "triton"): _routes("cpu.dense_linear"),  # plain torch, which runs anywhere
         ("rms_norm", "triton"): _routes("reference.elementwise"),
         ("add_rms_norm", "triton"): _routes("reference.elementwise"),
         ("silu_and_mul", "triton"): _routes("reference.elementwise"),

@@ -7,7 +7,7 @@
 #endif
 
 // The version of the operations: a library compiled from other sources is refused.
-extern "C" int64_t infoquant_abi_version() { return 10; }
+extern "C" int64_t infoquant_abi_version() { return 11; }
 
 // Why this process cannot run the library's code, null where it can. Linux keeps AMX's registers for processes that
 // have asked it to (Documentation/arch/x86/xstate.rst).

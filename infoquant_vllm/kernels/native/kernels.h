@@ -61,6 +61,10 @@ void dense_linear(const void* x, const uint16_t* weight, int64_t dtype, int64_t 
 void rms_norm(const void* x, const void* residual, const void* weight, int64_t dtype, int64_t tokens, int64_t size,
               double epsilon, void* y, void* total);
 
+// x [tokens, size] @ rotation [size, size], times gain [size] or null, to out [tokens, size] of the dtype of x.
+void rotate_rows(const void* x, int64_t dtype, int64_t tokens, int64_t size, const float* rotation, const float* gain,
+                 void* out);
+
 // x [tokens, 2 * size], gates before what they gate, to out [tokens, size].
 void silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out);
 

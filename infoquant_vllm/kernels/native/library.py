@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 FOLDER = Path(__file__).parent
 AVX512_VNNI = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni")
 TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name

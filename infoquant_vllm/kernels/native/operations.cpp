@@ -127,6 +127,17 @@ void run_rotate(Value* stack, uint64_t, uint64_t) {
     stack[0] = y.release();
 }
 
+void run_rotate_rows(Value* stack, uint64_t, uint64_t) {
+    Arguments in(stack);
+    const Tensor x = in.tensor().contiguous(), rotation = in.tensor().contiguous(), gain = in.optional_tensor();
+    const int64_t tokens = x.sizes()[0], size = x.sizes()[1];
+    require(rotation.sizes()[0] == size && rotation.sizes()[1] == size, "the rotation must be as wide as the rows");
+    require(rotation.dtype() == FLOAT32 && (!gain || gain.dtype() == FLOAT32), "rotation and gain must be float32");
+    Tensor out = empty({tokens, size}, x.dtype());
+    rotate_rows(x.data(), x.dtype(), tokens, size, rotation.data<float>(), gain.data<float>(), out.data());
+    stack[0] = out.release();
+}
+
 void run_dense_linear(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
     const Tensor x = in.tensor().contiguous(), weight = in.tensor().contiguous();
@@ -271,6 +282,7 @@ constexpr Entry OPERATIONS[] = {
      "rotate_quantize_wide(Tensor x, Tensor[] matrices, int hadamard) -> (Tensor, Tensor, Tensor)",
      run_rotate_quantize_wide},
     {"rotate", "rotate(Tensor x, Tensor[] matrices, int hadamard) -> Tensor", run_rotate},
+    {"rotate_rows", "rotate_rows(Tensor rows, Tensor rotation, Tensor? gain) -> Tensor", run_rotate_rows},
     {"few_rows_linear", "few_rows_linear(Tensor x, Tensor weight) -> Tensor", run_dense_linear},
     {"read", "read(Tensor data) -> Tensor", run_read},
     {"rms_norm", "rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor", run_rms_norm},

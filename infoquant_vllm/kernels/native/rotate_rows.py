@@ -2,10 +2,9 @@
 
 import torch
 
-from infoquant_vllm.kernels.native.rotate_quantize import rotate
+from infoquant_vllm.kernels.native.library import operations
 
 
 def rotate_rows(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
-    """As the reference, bit by bit; the rotation is one block of all features, float32 and contiguous."""
-    out = rotate(rows, [rotation[None]], 0)
-    return (out if gain is None else out.mul_(gain)).to(rows.dtype)
+    """As the reference, bit by bit; rotation and gain float32."""
+    return operations().rotate_rows(rows, rotation, gain)

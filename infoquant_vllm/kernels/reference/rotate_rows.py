@@ -6,7 +6,9 @@ import torch
 def rotate_rows(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
     """rows [tokens, H] @ rotation [H, H], times gain [H] where given, in the dtype of rows.
 
-    Sums are in float64 and rounded to float32, as those of `rotate`; the gain comes after that.
+    In float32: the products are summed in the order of the features, each product and each sum rounded.
     """
-    out = (rows.double() @ rotation.double()).float()
-    return (out if gain is None else out * gain).to(rows.dtype)
+    sums = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+    for column, row in zip(rows.float().T, rotation, strict=True):
+        sums += column[:, None] * row
+    return (sums if gain is None else sums * gain).to(rows.dtype)
