@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PACKAGES := .venv/packages-installed
 STAMP := .venv/installed
+VLLM_SOURCES_FOLDER := .venv/vllm-sources
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 NATIVE := $(wildcard infoquant_vllm/kernels/native/*.cpp infoquant_vllm/kernels/native/*.h)
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
@@ -25,7 +26,7 @@ serve: $(STAMP)  ## the same, and the server stays up
 bench: $(STAMP)  ## speed, memory and time of everything, in short; writes benchmarks/results
 	$(BIN)/python -m benchmarks.ladder
 
-test: lint  ## everything that is checked, a file of tests at a time on each of two cores
+test: lint $(VLLM_SOURCES_FOLDER)  ## everything that is checked, a file of tests at a time on each of two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(STAMP)  ## ten minutes of spoilt checkpoints, at random; `make test` has a few seconds of the same ones
@@ -44,6 +45,11 @@ clean:
 
 $(STAMP): $(PACKAGES) pyproject.toml hatch_build.py $(NATIVE)
 	$(INSTALL) --no-build-isolation --editable .
+	touch $@
+
+$(VLLM_SOURCES_FOLDER): $(PACKAGES) requirements/vllm-sources.txt requirements/vllm_sources.py
+	rm -rf $@
+	$(BIN)/python requirements/vllm_sources.py $@
 	touch $@
 
 $(PACKAGES): requirements/cpu.lock packaging/vllm-cpu/pyproject.toml

@@ -1,22 +1,33 @@
 """Every vLLM name, signature and base class that the plugin uses, against vLLM's Python sources, none imported.
 
-Against the installed vLLM, or a wheel or folder of another release:
+Against the installed vLLM and the releases of requirements/vllm-sources.txt, whose sources `make` unpacks; or only
+against a wheel or folder of another release:
 
-    VLLM_SOURCES=vllm-0.33.0-cp38-abi3-manylinux_2_31_x86_64.whl python -m pytest tests/test_plugin_vllm.py
+    VLLM_SOURCES=vllm-0.34.0-cp38-abi3-manylinux_2_28_x86_64.whl python -m pytest tests/test_plugin_vllm.py
 """
 
 import ast
 import importlib.util
 import os
+import sys
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-PLUGIN = Path(__file__).parent.parent / "infoquant_vllm"
+ROOT = Path(__file__).parent.parent
+PLUGIN = ROOT / "infoquant_vllm"
+UNPACKED = Path(sys.prefix) / "vllm-sources"
+PINS = [line for line in (ROOT / "requirements" / "vllm-sources.txt").read_text().splitlines() if line[:1] != "#"]
+PINNED = [pin.removeprefix("vllm==") for pin in PINS]
+INSTALLED = metadata.version("vllm").partition("+")[0]
+RELEASES = [os.environ["VLLM_SOURCES"]] if "VLLM_SOURCES" in os.environ else [INSTALLED, *PINNED]
 FIELDS = {
     ("vllm.v1.attention.backend", "CommonAttentionMetadata"): (
         *("query_start_loc", "seq_lens", "block_table_tensor", "num_actual_tokens", "causal"),
@@ -24,6 +35,14 @@ FIELDS = {
     ("vllm.v1.kv_cache_interface", "AttentionSpec"): ("head_size", "dtype", "state_content_bytes", "kv_quant_mode"),
     ("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig"): ("packed_modules_mapping",),
     ("vllm.platforms.interface", "Platform"): ("device_type", "is_cpu"),
+    ("vllm.ir.op", "IrOp"): ("register_impl", "get_priority", "set_default"),
+    ("vllm.model_executor.custom_op", "CustomOp"): ("register_oot", "forward_cpu"),
+    ("vllm.model_executor.layers.rotary_embedding", "RotaryEmbedding"): (
+        *("is_neox_style", "head_size", "_match_cos_sin_cache_dtype"),
+    ),
+    ("vllm.config", "CompilationConfig"): ("custom_ops",),
+    ("vllm.config", "ModelConfig"): ("hf_text_config", "head_dtype"),
+    ("vllm.config", "VllmConfig"): ("model_config", "lora_config", "compilation_config"),
 }
 """What the plugin reads of objects that it is handed, which the imports do not tell."""
 SET_IN_INIT = ("num_heads", "num_kv_heads", "head_size", "layer_name", "kv_cache_dtype", "attn_type", "sliding_window")
@@ -31,26 +50,41 @@ REPLACED = ("attn_backend", "backend", "impl", "head_size_v", "has_sink", "use_m
 """Attributes of vLLM's Attention that `InfoQuantKVCacheMethod` reads, or sets in the layer's place."""
 
 
-@cache
-def reader() -> Callable[[str], str | None]:
-    """Text of a file by its path below the folder of vLLM's sources, or None."""
-    sources = os.environ.get("VLLM_SOURCES")
-    if sources is not None and sources.endswith(".whl"):
-        wheel = zipfile.ZipFile(sources)
+class Sources:
+    """The release that the tests read now: text of a file by its path, and parsed modules by their names."""
+
+    read: Callable[[str], str | None]
+    trees: dict[str, ast.Module | None]
+
+
+@pytest.fixture(scope="module", autouse=True, params=RELEASES)
+def release(request: pytest.FixtureRequest) -> str:
+    Sources.read, Sources.trees = staticmethod(reader(request.param)), {}
+    return str(request.param)
+
+
+def reader(release: str) -> Callable[[str], str | None]:
+    """Text of a file by its path below the folder of a release's sources, or None."""
+    if release.endswith(".whl"):
+        wheel = zipfile.ZipFile(release)
         names = set(wheel.namelist())
         return lambda path: wheel.read(path).decode() if path in names else None
-    spec = importlib.util.find_spec("vllm")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(sources) if sources is not None else Path(spec.origin).parent.parent
+    folder = UNPACKED / release if release in PINNED else Path(release)
+    if release == INSTALLED:
+        spec = importlib.util.find_spec("vllm")
+        assert spec is not None
+        assert spec.origin is not None
+        folder = Path(spec.origin).parent.parent
+    assert (folder / "vllm").is_dir(), f"{folder}: no sources of vLLM {release}; run `make .venv/{UNPACKED.name}`"
     return lambda path: (folder / path).read_text() if (folder / path).exists() else None
 
 
-@cache
 def tree(module: str) -> ast.Module | None:
-    path = module.replace(".", "/")
-    text = reader()(f"{path}.py") or reader()(f"{path}/__init__.py")
-    return None if text is None else ast.parse(text)
+    if module not in Sources.trees:
+        path = module.replace(".", "/")
+        text = Sources.read(f"{path}.py") or Sources.read(f"{path}/__init__.py")
+        Sources.trees[module] = None if text is None else ast.parse(text)
+    return Sources.trees[module]
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -79,7 +113,7 @@ def imported_from(module: str, node: ast.stmt) -> str | None:
         return None
     if not node.level:
         return node.module if node.module.startswith("vllm") else None
-    is_package = reader()(f"{module.replace('.', '/')}.py") is None
+    is_package = Sources.read(f"{module.replace('.', '/')}.py") is None
     above = module.split(".")[: None if is_package else -1]
     return ".".join([*above[: len(above) - node.level + 1], node.module])
 
@@ -138,6 +172,7 @@ class Use:
     local: str
 
 
+@cache
 def uses() -> list[Use]:
     found = []
     for file in sorted(PLUGIN.rglob("*.py")):
@@ -171,6 +206,18 @@ def problems_of_override(ours: ast.FunctionDef, theirs: ast.FunctionDef) -> str:
     extra = mine[len(base) :] if ours.args.kwarg is None and theirs.args.vararg is None else []
     without = len(ours.args.args) - len(ours.args.defaults)
     return f"vLLM does not pass {extra}" if extra and mine.index(extra[0]) < without else ""
+
+
+@pytest.mark.skipif("VLLM_SOURCES" in os.environ, reason="another release than those of the range")
+def test_every_release_of_the_range_is_read(release: str) -> None:
+    """The range ends below the minor release that follows the last one read."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    allowed = next(r for r in map(Requirement, declared) if r.name == "vllm").specifier
+    major, minor, *_ = max(tuple(map(int, each.split("."))) for each in RELEASES)
+    assert release in allowed
+    assert f"{major}.{minor + 1}" not in allowed
+    minors = {tuple(map(int, each.split(".")[:2])) for each in RELEASES}
+    assert all((f"{major}.{each}.0" in allowed) == ((major, each) in minors) for each in range(minor + 2))
 
 
 def test_every_name_is_there() -> None:
