@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from benchmarks.accuracy_figures import task_figures, text_figures
 from benchmarks.accuracy_plot import draw
@@ -29,7 +28,7 @@ from benchmarks.server import serve, stop_on_sigterm
 from benchmarks.simulation import WholeVocabulary
 from benchmarks.tasks import Answer, Task, answer, read_task
 from offline.report import Stopwatch
-from offline.source import read_tokenizer
+from offline.source import Source
 from offline.text import text_windows
 
 CONCURRENT = 8
@@ -62,7 +61,7 @@ def main() -> None:
     """Measure, print tables, write --output. Exits with 1 where a checkpoint failed; the others are measured."""
     options = _options()
     stop_on_sigterm()
-    inputs = read_inputs(options, read_tokenizer(options.reference))
+    inputs = read_inputs(options, Source.open(options.reference))
     common = {
         "text": Path(options.text).name,
         "tokens": inputs.windows.numel(),
@@ -87,10 +86,10 @@ def main() -> None:
     sys.exit(1 if any("failed" in one for one in rows) else 0)
 
 
-def read_inputs(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+def read_inputs(options: argparse.Namespace, reference: Source) -> Inputs:
     """Windows and items, drawn by --seed; raises ToolError where files are wrong or too short."""
-    count = options.tokens // options.window
-    windows = text_windows(options.text, tokenizer, count, options.window, options.seed)
+    count, tokenizer = options.tokens // options.window, reference.tokenizer()
+    windows = text_windows(options.text, tokenizer, reference.shape.vocab_size, count, options.window, options.seed)
     return Inputs(
         windows, [read_task(file, tokenizer, options.items, options.seed) for file in options.tasks], options.top
     )

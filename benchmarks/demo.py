@@ -56,7 +56,8 @@ def run(stay: bool) -> None:
     checkpoint = quantised("fast", "--preset", "fast")
     step("Verify the checkpoint")
     infoquant("verify", checkpoint)
-    windows = text_windows(str(language_reference()), AutoTokenizer.from_pretrained(source), WINDOWS, WINDOW, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = text_windows(str(language_reference()), tokenizer, len(tokenizer), WINDOWS, WINDOW, seed=0)
     step("Serve the bf16 model, to compare with")
     with serve(source, DEMO / "bf16.log", *SERVER_ARGUMENTS) as server:
         reference = measure(server, windows)

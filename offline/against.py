@@ -10,10 +10,10 @@ from infoquant_vllm.format import Checkpoint
 from offline.architectures import CausalLM
 from offline.errors import CheckError
 from offline.evaluate import compare, stored_dtype
-from offline.prompts import PASSAGES
+from offline.prompts import OWN_TEXT, PASSAGES
 from offline.simulate import load_simulated
 from offline.source import Source, read_tokenizer
-from offline.text import leading_tokens
+from offline.text import encode_texts
 from offline.vocabulary import vocabulary_rows
 
 PROMPT_WORDS = 12
@@ -29,11 +29,11 @@ def continuation(folder: str | Path, tokens: int = 24) -> tuple[str, str]:
     """The beginning of a passage, and how the checkpoint goes on from there when it takes the likeliest token."""
     tokenizer, model = read_tokenizer(Path(folder)), load_simulated(folder, stored_dtype(Path(folder)))
     prompt = " ".join(PASSAGES[0].split()[:PROMPT_WORDS])
-    ids = leading_tokens(tokenizer) + tokenizer(prompt, add_special_tokens=False).input_ids
+    (ids,) = encode_texts([prompt], tokenizer, model.config.vocab_size, OWN_TEXT)
     written: list[int] = []
     for _ in range(tokens):
         with torch.no_grad():
-            token = int(model(torch.tensor([ids + written])).logits[0, -1].argmax())
+            token = int(model(torch.tensor([[*ids.tolist(), *written]])).logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             break
         written.append(token)
@@ -83,9 +83,7 @@ class Comparison:
 
     def behaviour(self, layer_errors: dict[str, float]) -> str:
         """Compare predictions on the project's own passages; fills `layer_errors`, mean over tokens."""
-        tokenizer = self._source.tokenizer()
-        encoded = tokenizer(list(PASSAGES), add_special_tokens=False).input_ids
-        windows = [torch.tensor(leading_tokens(tokenizer) + ids) for ids in encoded]
+        windows = encode_texts(PASSAGES, self._source.tokenizer(), self._source.shape.vocab_size, OWN_TEXT)
         dtype = stored_dtype(self._source.folder)
         model, reference = load_simulated(self._checkpoint.folder, dtype), self._source.model(dtype)
         ours, theirs = _record_layers(model), _record_layers(reference)

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from offline.architectures import CausalLM
 from offline.errors import ToolError
 from offline.source import Source
-from offline.text import text_windows
+from offline.text import check_tokens, text_windows
 from offline.whole_model import SELF_BATCH
 from offline.writer import atomic_file
 
@@ -48,7 +48,7 @@ def calibration_tokens(
     if spec.endswith(TOKENS_SUFFIX):
         return read_tokens(Path(spec), num_sequences, sequence_length, source.shape.vocab_size)
     if spec != "self":
-        return text_windows(spec, source.tokenizer(), num_sequences, sequence_length, seed)
+        return text_windows(spec, source.tokenizer(), source.shape.vocab_size, num_sequences, sequence_length, seed)
     generator = torch.Generator().manual_seed(seed)
     model, tokenizer = source.model(torch.float32), source.tokenizer()  # faster than bf16 on CPUs without AMX
     total, batches = num_sequences * sequence_length, []
@@ -116,6 +116,7 @@ def _sample(
     small model does not recover from: KL on two texts fell by 9% and 7%.
     """
     begin = _document_start(tokenizer)
+    check_tokens([begin], tokenizer, model.config.vocab_size, "the start of a text sampled from the model")
     AttentionInterface.register(ATTENTION, _attend_with_one_token)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.set_attn_implementation(ATTENTION)

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.nn import functional
 
-from infoquant_vllm.format import QUANT_METHOD, FormatError, read_json
+from infoquant_vllm.format import QUANT_METHOD, Checkpoint, FormatError, read_json
 from offline.architectures import CausalLM
 from offline.calibration import calibration_tokens
 from offline.errors import ToolError
@@ -155,7 +155,8 @@ def _text(
     """The windows, and where they come from in words."""
     if corpus is not None:
         tokenizer = read_tokenizer(Path(model)) if source is None else source.tokenizer()
-        return text_windows(corpus, tokenizer, count, window, seed), corpus
+        shape = Checkpoint(model).shape if source is None else source.shape
+        return text_windows(corpus, tokenizer, shape.vocab_size, count, window, seed), corpus
     assert source is not None  # checked by `evaluate`
     windows = calibration_tokens(
         "self", source, count, window, seed, lambda done, total: progress("sampling", done, total)

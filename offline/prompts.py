@@ -1,5 +1,6 @@
 """A short text of the project's own, to compare a checkpoint with its source without any other data."""
 
+OWN_TEXT = "the project's own passages"
 PASSAGES = (
     "The tide had gone out further than anyone in the village could remember. Where boats had floated the evening "
     "before, there was now a plain of grey mud, ribbed like a washboard, and beyond it a line of white water. "

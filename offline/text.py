@@ -3,7 +3,7 @@
 import importlib.util
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ TEXT_FIELD = "text"
 
 
 def text_windows(
-    spec: str, tokenizer: PreTrainedTokenizerBase, num_windows: int, window: int, seed: int
+    spec: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, num_windows: int, window: int, seed: int
 ) -> torch.Tensor:
     """Windows of consecutive tokens, drawn without replacement across the whole text, in its order.
 
     Args:
         spec: a text file; a JSONL file with the field "text"; else a data set name, NAME or NAME:CONFIG.
         tokenizer: where it starts every text with a BOS token, so does every window.
+        vocab_size: tokens that the model has; see `check_tokens`.
         num_windows: how many windows to draw.
         window: tokens per window, BOS included.
         seed: of the draw.
@@ -39,6 +40,7 @@ def text_windows(
     else:
         texts = _dataset(spec, seed)
         tokens = _tokens(texts, tokenizer, enough=4 * num_windows * stride)
+    check_tokens([*prefix, *tokens], tokenizer, vocab_size, spec)
     available = len(tokens) // stride
     if available < num_windows:
         raise ToolError(
@@ -49,6 +51,32 @@ def text_windows(
     chosen = torch.randperm(available, generator=generator)[:num_windows].sort().values
     cut = torch.tensor(tokens[: available * stride]).view(available, stride)[chosen]
     return torch.cat((torch.tensor(prefix, dtype=torch.int64).expand(num_windows, -1), cut), dim=1)
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int, place: str
+) -> list[torch.Tensor]:
+    """Tokenize texts, int64 [tokens] each, begun as the tokenizer begins texts; see `check_tokens`."""
+    prefix = leading_tokens(tokenizer)
+    encoded = [prefix + ids for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
+    for ids in encoded:
+        check_tokens(ids, tokenizer, vocab_size, place)
+    return [torch.tensor(ids) for ids in encoded]
+
+
+def check_tokens(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocab_size: int, place: str) -> None:
+    """Refuse tokens that the model has no embedding for; `place` names the text."""
+    largest = max(tokens, default=0)
+    if largest < vocab_size:
+        return
+    special = {tokenizer.bos_token_id: "BOS", tokenizer.eos_token_id: "EOS"}
+    role = f", its {special[largest]} token," if largest in special else ""
+    raise ToolError(
+        f"{place}: the tokenizer {tokenizer.name_or_path} makes token {largest} "
+        f"({tokenizer.convert_ids_to_tokens(largest)!r}){role} of it, and vocab_size in config.json is {vocab_size}: "
+        "the model has no embedding for that token; take the tokenizer that the model was trained with, "
+        "or leave the token out of the text"
+    )
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -51,7 +51,8 @@ def eight_bits(smollm2: Path) -> Path:
 @pytest.fixture(scope="session")
 def windows(smollm2: Path) -> torch.Tensor:
     """English prose no model here was calibrated on: int64 [4 windows, 512 tokens]."""
-    return text_windows(str(language_reference()), AutoTokenizer.from_pretrained(smollm2), 4, 512, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return text_windows(str(language_reference()), tokenizer, len(tokenizer), 4, 512, seed=0)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def made(folder: Path, name: str, chosen: Recipe) -> Path:
 def divergence(folder: Path, checkpoint: Path) -> float:
     """KL of a checkpoint to the tiny model on windows of the text."""
     source = Source.open(folder / "source")
-    windows = text_windows(str(text(folder)), source.tokenizer(), 4, 64, seed=3)
+    windows = text_windows(str(text(folder)), source.tokenizer(), source.shape.vocab_size, 4, 64, seed=3)
     figures = compare(list(windows), load_simulated(checkpoint, torch.float32), source.model(torch.float32))
     return figures["kl"].mean
 

@@ -15,10 +15,10 @@ from offline.inspect import Inspection, inspect_checkpoint
 from offline.page.measure import Measurement, clips, measure
 from offline.page.summary import LABELS, Summary, mean, run_records, site_bits, site_words, summarize
 from offline.progress import ProgressReport, silent
-from offline.prompts import PASSAGES
+from offline.prompts import OWN_TEXT, PASSAGES
 from offline.report import Report
 from offline.source import Source, read_tokenizer
-from offline.text import leading_tokens, text_windows
+from offline.text import encode_texts, text_windows
 from offline.writer import atomic_file
 
 WINDOWS, WINDOW = 4, 512
@@ -57,7 +57,7 @@ def make_page(
     inspection = inspect_checkpoint(folder)
     records, checkpoint = run_records(inspection), Checkpoint(folder)
     opened = None if source is None else Source.open(source)
-    windows = _windows(corpus, read_tokenizer(checkpoint.folder))
+    windows = _windows(corpus, read_tokenizer(checkpoint.folder), checkpoint.shape.vocab_size)
     found = measure(checkpoint, opened, windows, progress)
     summary = summarize(
         found,
@@ -65,7 +65,7 @@ def make_page(
         checkpoint.shape.num_hidden_layers,
         page=str(file),
         source=None if source is None else str(source),
-        text=corpus or "the project's own passages",
+        text=corpus or OWN_TEXT,
     )
     name = checkpoint_folder.name
     factors = clips(checkpoint)
@@ -76,11 +76,10 @@ def make_page(
     return summary
 
 
-def _windows(corpus: str | None, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
+def _windows(corpus: str | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[torch.Tensor]:
     if corpus is not None:
-        return list(text_windows(corpus, tokenizer, WINDOWS, WINDOW, seed=0))
-    encoded = tokenizer(list(PASSAGES), add_special_tokens=False).input_ids
-    return [torch.tensor(leading_tokens(tokenizer) + ids) for ids in encoded]
+        return list(text_windows(corpus, tokenizer, vocab_size, WINDOWS, WINDOW, seed=0))
+    return encode_texts(PASSAGES, tokenizer, vocab_size, OWN_TEXT)
 
 
 def _words(
