@@ -144,7 +144,7 @@ def _answer(prompts: list[Prompt], replies: list[list[dict[int, tuple[float, int
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").split("\n")  # strings may hold what splitlines cuts at
     except (OSError, UnicodeDecodeError) as error:
         raise ToolError(f"{file}: not readable as JSONL ({error})") from None
 

@@ -60,8 +60,9 @@ def quantize(
     calibration: Annotated[
         str,
         typer.Option(
-            help="self: text sampled from the model; else a text file, a JSONL file with the field 'text', "
-            "a .safetensors file of `infoquant sample`, or a data set NAME or NAME:CONFIG for the package datasets."
+            help="self: text sampled from the model; else a text file, JSON Lines or a JSON list with the field "
+            "'text', a .safetensors file of `infoquant sample`, or a data set NAME or NAME:CONFIG for the package "
+            "datasets."
         ),
     ] = "self",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same checkpoint.")] = 0,

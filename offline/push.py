@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from pydantic import BaseModel, ConfigDict
 
-from offline.errors import ToolError
+from offline.errors import ToolError, first_line
 from offline.progress import ProgressReport, silent
 from offline.source import HUB_ID
 from offline.verify import verify
@@ -61,7 +61,7 @@ def push(
             commit_message=MESSAGE,
         )
     except Exception as error:  # network, authorisation and quotas, each with a class of its own
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ToolError(f"{repository}: the hub did not take {folder} ({reason}); see `hf auth login`") from None
     return Pushed(
         repository=repository,

@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from infoquant_vllm.format import INDEX_FILE, FormatError, ModelShape, check_values, read_json
 from offline.architectures import CausalLM, read_config, rules_for
-from offline.errors import ToolError
+from offline.errors import ToolError, first_line
 
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -113,7 +113,7 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=HUB_FILES, ignore_patterns=[SECOND_COPY]))
     except Exception as error:  # network, authorisation and missing repositories, each with a class of its own
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ToolError(f"{path_or_hub_id}: no such folder, and the hub did not give it ({reason})") from None
 
 

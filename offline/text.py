@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from offline.errors import ToolError
+from offline.errors import ToolError, first_line
 
 MAX_TEXT_BYTES = 2**28
 SHUFFLE_BUFFER = 1000
 TEXT_FIELD = "text"
+RECORDS = (".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow")
+"""Files of records that would be no text of a kind that a model has read."""
 
 
 def text_windows(
@@ -23,7 +26,8 @@ def text_windows(
     """Windows of consecutive tokens, drawn without replacement across the whole text, in its order.
 
     Args:
-        spec: a text file; a JSONL file with the field "text"; else a data set name, NAME or NAME:CONFIG.
+        spec: a text file; a JSONL or JSON file of objects with the field "text", known by its suffix; else a data
+            set name, NAME or NAME:CONFIG.
         tokenizer: where it starts every text with a BOS token, so does every window.
         vocab_size: tokens that the model has; see `check_tokens`.
         num_windows: how many windows to draw.
@@ -35,6 +39,8 @@ def text_windows(
     """
     prefix = leading_tokens(tokenizer)
     stride = window - len(prefix)
+    if Path(spec).is_dir():
+        raise ToolError(f"{spec}: a text file was expected, this is a folder")
     if Path(spec).is_file():
         tokens = _tokens(_documents(Path(spec)), tokenizer)
     else:
@@ -98,32 +104,59 @@ def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, enough: in
 
 
 def _documents(file: Path) -> Iterator[str]:
-    if file.stat().st_size > MAX_TEXT_BYTES:
-        raise ToolError(f"{file}: {file.stat().st_size} bytes, at most {MAX_TEXT_BYTES} are read; give a part of it")
+    suffix = file.suffix.lower()
+    if suffix in TABLES:
+        raise ToolError(f"{file}: {suffix} files are not read; convert it to JSON Lines with the field {TEXT_FIELD!r}")
+    text = _decoded(file)
+    if suffix in RECORDS:
+        yield from _records(text, file)
+    else:
+        yield text
+
+
+def _decoded(file: Path) -> str:
+    """A file's text without its byte order mark, every line end as a newline."""
     try:
-        text = file.read_text(encoding="utf-8")
+        if file.stat().st_size > MAX_TEXT_BYTES:
+            raise ToolError(
+                f"{file}: {file.stat().st_size} bytes, at most {MAX_TEXT_BYTES} are read; give a part of it"
+            )
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ToolError(f"{file}: not UTF-8 text (byte {error.start}); convert it first") from None
-    if file.suffix != ".jsonl":
-        yield text
+    except OSError as error:
+        raise ToolError(f"{file}: cannot be read ({error})") from None
+
+
+def _records(text: str, file: Path) -> Iterator[str]:
+    """The documents of a JSON list, or of an object on each line.
+
+    Lines end at newlines alone: JSON strings may hold U+2028, U+0085 and others that `splitlines` cuts at.
+    """
+    if text.lstrip().startswith("["):
+        for number, record in enumerate(_parsed(text, str(file)), start=1):
+            yield _text_of(record, f"{file}: record {number}")
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _json_text(line, f"{file}:{number}")
+            yield _text_of(_parsed(line, f"{file}:{number}"), f"{file}:{number}")
 
 
-def _json_text(line: str, place: str) -> str:
+def _parsed(text: str, place: str) -> Any:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ToolError(f"{place}: not JSON ({error})") from None
-    return _text_of(record, place)
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ToolError(f"{place}: not JSON ({error}); a list of objects, or an object a line, was expected") from None
 
 
 def _text_of(record: Any, place: str) -> str:
     text = record.get(TEXT_FIELD) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ToolError(f'{place}: an object with a string "{TEXT_FIELD}" was expected, found {record!r:.80}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+        raise ToolError(f"{place}: character {error.start} is {text[error.start]!r}, which is no text") from None
     return text
 
 
@@ -141,6 +174,6 @@ def _dataset(spec: str, seed: int) -> Iterator[str]:
         rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         first = next(iter(rows))
     except Exception as error:  # network, names and configs: a class of its own each
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ToolError(f"{spec}: no such file, and not readable as a data set ({reason})") from None
     return (_text_of(row, spec) for row in itertools.chain([first], itertools.islice(rows, 1, None)))

@@ -115,6 +115,56 @@ def test_jsonl_is_read_document_by_document(source: Source, tmp_path: Path) -> N
     assert (tokens[:, :-1] > END).all()
 
 
+@pytest.mark.parametrize("name", ["words.jsonl", "words.JSONL", "words.ndjson", "words.json", "WORDS.JSON"])
+def test_records_are_known_by_their_suffix_in_any_case(source: Source, tmp_path: Path, name: str) -> None:
+    tokens = calibration_tokens(write(tmp_path / name, '{"text": "ab"}\n' * 30), source, 10, 3, 0)
+    assert source.tokenizer().decode(tokens[0]) == "ab</s>"
+
+
+def test_list_of_records_in_one_json_value_is_read(source: Source, tmp_path: Path) -> None:
+    listed = json.dumps([{"text": "ab"}] * 30, indent=2)
+    tokens = calibration_tokens(write(tmp_path / "words.json", listed), source, 10, 3, 0)
+    assert source.tokenizer().decode(tokens[0]) == "ab</s>"
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\u000b", "\u001c"])
+def test_characters_that_python_takes_for_line_ends_stay_inside_a_record(
+    source: Source, tmp_path: Path, character: str
+) -> None:
+    line = json.dumps({"text": f"a{character}b"}, ensure_ascii=False)
+    text = calibration_tokens(write(tmp_path / "words.jsonl", f"{line}\r\n{line}\n"), source, 1, 8, 0)
+    assert source.tokenizer().decode(text[0]).startswith(f"a{character}b</s>")
+
+
+@pytest.mark.parametrize("name", ["words.jsonl", "words.txt"])
+def test_byte_order_mark_is_no_text(source: Source, tmp_path: Path, name: str) -> None:
+    text = '{"text": "ab"}\n' if name == "words.jsonl" else "ab"
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    tokens = calibration_tokens(str(tmp_path / name), source, 1, 3, 0)
+    assert source.tokenizer().decode(tokens[0]) == "ab</s>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("words.csv", "text\na", r"words\.csv: \.csv files are not read; convert it to JSON Lines"),
+        ("words.json", '[{"text": "a"}, 3]', r"words\.json: record 2: an object"),
+        ("words.json", "[" * 100_000, r"words\.json: not JSON"),
+        ("words.jsonl", '{"text": "a\\ud800"}', r"words\.jsonl:1: character 1 is '.ud800', which is no text"),
+    ],
+)
+def test_files_of_something_else_are_refused(
+    source: Source, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    with pytest.raises(ToolError, match=message):
+        calibration_tokens(write(tmp_path / name, content), source, 1, 8, 0)
+
+
+def test_folder_in_place_of_a_text_is_refused(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="a text file was expected, this is a folder"):
+        calibration_tokens(str(tmp_path), source, 1, 8, 0)
+
+
 def test_too_short_text_is_refused_with_found_and_needed(source: Source, tmp_path: Path) -> None:
     with pytest.raises(ToolError, match=r"short\.txt: 12 tokens found, 640 needed \(10 windows of 64\)"):
         calibration_tokens(write(tmp_path / "short.txt", "eleven char"), source, 10, 64, 0)

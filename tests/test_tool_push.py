@@ -61,3 +61,5 @@ def test_wrong_name_and_a_hub_that_refuses_are_told(checkpoint: Path) -> None:
         push(checkpoint, "model", api=Hub())  # type: ignore[arg-type]
     with pytest.raises(ToolError, match=r"the hub did not take .* \(401 Unauthorized\)"):
         push(checkpoint, "organisation/model", api=Hub(OSError("401 Unauthorized\nmore")))  # type: ignore[arg-type]
+    with pytest.raises(ToolError, match=r"the hub did not take .* \(TimeoutError\)"):
+        push(checkpoint, "organisation/model", api=Hub(TimeoutError()))  # type: ignore[arg-type]
