@@ -14,6 +14,7 @@ import offline
 from infoquant_vllm.format import Checkpoint
 from offline.against import Comparison
 from offline.inspect import inspect_checkpoint
+from offline.recipe import CalibrationSize
 from offline.verify import Verification, verify
 from tests.tiny import write_source
 
@@ -87,18 +88,67 @@ def test_missing_shard_fails(folder: Path) -> None:
     assert SHARD in detail
 
 
-def test_empty_rows_fail_with_the_linear(folder: Path) -> None:
-    spoil(folder, f"{LAYER}.self_attn.q_proj.weight_packed", lambda t: t.index_fill(0, torch.arange(64), 0))
-    check, detail = failure(verify(folder))
-    assert check == "codes"
-    assert f"{LAYER}.self_attn.q_proj: 25.0% of its rows are all zero" in detail
+LOST: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "rows of zeros": (lambda t: t.index_fill(0, torch.arange(64), 0), "25.0%"),
+    "low bits alone": (lambda t: t & 0x11, "100.0%"),
+}
 
 
-def test_unused_levels_fail_with_the_linear(folder: Path) -> None:
-    spoil(folder, f"{LAYER}.mlp.up_proj.weight_packed", lambda t: t & 0x11)
+@pytest.mark.parametrize("lost", LOST)
+def test_codes_that_stay_small_beside_their_scales_fail_with_the_linear(folder: Path, lost: str) -> None:
+    change, share = LOST[lost]
+    spoil(folder, f"{LAYER}.self_attn.q_proj.weight_packed", change)
     check, detail = failure(verify(folder))
     assert check == "codes"
-    assert f"{LAYER}.mlp.up_proj: uses 12% of its levels" in detail
+    assert f"{LAYER}.self_attn.q_proj: the codes of {share} of its rows" in detail
+
+
+def zero_padded(name: str, weight: torch.Tensor) -> None:
+    if "gate_proj" in name or "up_proj" in name:
+        weight[256:] = 0
+    if "down_proj" in name:
+        weight[:, 256:] = 0
+
+
+def pruned(name: str, weight: torch.Tensor) -> None:
+    if "layers.1" in name and ("o_proj" in name or "down_proj" in name):
+        weight.zero_()
+
+
+def identity(name: str, weight: torch.Tensor) -> None:
+    if "layers.1.self_attn.o_proj" in name:
+        weight.copy_(torch.eye(256))
+
+
+def massive(name: str, weight: torch.Tensor) -> None:
+    """A neuron that writes almost all that its layer writes, into one channel."""
+    if "layers.0.mlp.down_proj" in name:
+        weight *= 0.01
+        weight[5, 7] = 300.0
+
+
+def headless(name: str, weight: torch.Tensor) -> None:
+    if "k_proj" in name or "v_proj" in name:
+        weight[:64] = 0
+
+
+@pytest.mark.parametrize("preset", ["rtn", "quarot", "best"])
+@pytest.mark.parametrize("change", [zero_padded, pruned, identity, massive, headless])
+def test_what_the_source_had_is_no_fault(
+    preset: str, change: Callable[[str, torch.Tensor], None], tmp_path: Path
+) -> None:
+    source = write_source(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        change(name, tensor)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = offline.PRESETS[preset].model_copy(
+        update={"calibration": CalibrationSize(sequences=4, sequence_length=64), "psot": None, "distillation": None}
+    )
+    if recipe.transform == "psot-shared":
+        recipe = recipe.model_copy(update={"transform": "hadamard"})
+    offline.quantize(source, tmp_path / "out", recipe=recipe, progress=lambda *_: None)
+    assert [check.detail for check in verify(tmp_path / "out").checks if not check.passed] == []
 
 
 def test_rotation_that_is_none_fails_with_its_error(folder: Path) -> None:
