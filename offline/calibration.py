@@ -18,7 +18,7 @@ from offline.errors import ToolError
 from offline.source import Source
 from offline.text import check_tokens, text_windows
 from offline.whole_model import SELF_BATCH
-from offline.writer import atomic_file
+from offline.writer import atomic_file, check_writable
 
 SEPARATOR = "<|endoftext|>"
 """What closes a document in the pre-training text of models whose BOS is a chat token, or that have none."""
@@ -64,11 +64,12 @@ def calibration_tokens(
 
 
 def check_tokens_file(file: Path) -> None:
-    """Refuse a name that `save_tokens` would not write to, before minutes go into tokens for it."""
+    """Refuse what `save_tokens` could not write to, before minutes go into tokens for it; make its folder."""
     if file.suffix != TOKENS_SUFFIX:
         raise ToolError(f"{file}: a name that ends in {TOKENS_SUFFIX} was expected")
     if file.exists():
         raise ToolError(f"{file}: exists already; choose another name")
+    check_writable(file)
 
 
 def save_tokens(file: Path, tokens: torch.Tensor) -> None:

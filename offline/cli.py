@@ -242,10 +242,11 @@ def sample(
         from offline.progress import console_progress
         from offline.source import Source
 
+        model = Source.open(source)
         check_tokens_file(file)
         with console_progress() as progress:
             tokens = calibration_tokens(
-                "self", Source.open(source), sequences, length, seed, lambda done, of: progress("sampling", done, of)
+                "self", model, sequences, length, seed, lambda done, of: progress("sampling", done, of)
             )
         save_tokens(file, tokens)
         print(f"{file}: {sequences} sequences of {length} tokens")

@@ -31,7 +31,7 @@ from offline.transforms import Transforms, orthogonality_error
 from offline.vocabulary import quantize_end
 from offline.whole_model import check_memory
 from offline.work import Work
-from offline.writer import Writer, atomic_folder, check_output, check_space
+from offline.writer import Writer, atomic_folder, check_output, check_space, check_writable
 
 SHARD_BYTES = 5 * 10**9
 TOKENS, ROTATION = "tokens", "rotation"
@@ -104,6 +104,7 @@ def quantize(
     if dry_run:
         return figures.model_copy(update={"plan": make_plan(model, chosen, specs, calibration, shard_bytes)})
     check_memory(model, chosen, calibration)
+    check_writable(Path(output))
     check_space(Path(output), figures.total_bytes * (2 if resume else 1))
     events = None if log is None else JsonLog(Path(log))
     with console_progress() if progress is None else nullcontext(progress) as shown:

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,16 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise ToolError(f"{output}: holds something else than a checkpoint of this tool, which is not overwritten")
 
 
+def check_writable(output: Path) -> None:
+    """Make the folder that `output` is to lie in; refuse one that takes no files, before time goes into them."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".{output.name}.partial-", dir=output.parent):
+            pass
+    except OSError as error:
+        raise ToolError(f"{output}: cannot be written ({error.strerror or error}); choose another place") from None
+
+
 def check_space(output: Path, needed: int) -> None:
     """Refuse a disk that has fewer than `needed` bytes free, before an hour is spent on what it cannot take."""
     parent = next(folder for folder in output.absolute().parents if folder.exists())
@@ -115,7 +125,8 @@ def atomic_file(output: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise ToolError(f"{output}: cannot be written ({error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be made there is nothing to remove
+            partial.unlink(missing_ok=True)
 
 
 def move_into_place(partial: Path, output: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_vocabulary_that_uses_few_levels_fails_verification(tmp_path: Path) ->
     save_file(tensors, tmp_path / "out" / SHARD)
     failed = [check for check in verify(tmp_path / "out").checks if not check.passed]
     assert [check.name for check in failed] == ["codes"]
-    assert "model.embed_tokens: uses 2% of its levels" in failed[0].detail
+    assert "model.embed_tokens: the codes of 100.0% of its rows" in failed[0].detail
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

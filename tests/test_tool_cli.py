@@ -197,3 +197,31 @@ def test_demo_model_leaves_an_existing_folder_alone(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"error: {tmp_path}: exists already" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("target", ["{file}/out", "/proc/out", "{folder}/" + 240 * "a"])
+@pytest.mark.parametrize("command", ["quantize", "quantize --resume", "sample", "report", "demo-model"])
+def test_target_that_cannot_be_written_is_refused_before_any_work(
+    command: str, target: str, source: Path, recipe: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    out = Path(target.format(file=tmp_path / "file", folder=tmp_path))
+    arguments: dict[str, tuple[object, ...]] = {
+        "quantize": ("quantize", source, out, "--recipe", recipe),
+        "quantize --resume": ("quantize", source, out, "--recipe", recipe, "--resume"),
+        "sample": ("sample", source, out.with_suffix(".safetensors")),
+        "report": ("report", checkpoint, "--output", out.with_suffix(".html")),
+        "demo-model": ("demo-model", out),
+    }
+    done = infoquant(*arguments[command])
+    assert done.exit_code == 1
+    assert f"error: {out}" in done.stderr
+    assert "cannot be written" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_sample_makes_the_folder_of_its_file(source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "tokens.safetensors"
+    assert infoquant("sample", source, file, "--sequences", 1, "--length", 8).exit_code == 0
+    assert file.is_file()

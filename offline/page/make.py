@@ -19,7 +19,7 @@ from offline.prompts import OWN_TEXT, PASSAGES
 from offline.report import Report
 from offline.source import Source, read_tokenizer
 from offline.text import encode_texts, text_windows
-from offline.writer import atomic_file
+from offline.writer import atomic_file, check_writable
 
 WINDOWS, WINDOW = 4, 512
 """Windows read of a text that the user gives, and tokens of each."""
@@ -152,16 +152,12 @@ def _check_matplotlib() -> None:
 
 def _check_output(file: Path, overwrite: bool) -> None:
     """Make its folder; refuse a file that exists, and with `overwrite` whatever this tool has not written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        ours = file.is_file() and not file.is_symlink() and GENERATOR.encode() in _head(file)
-    except OSError as error:
-        raise ToolError(f"{file}: cannot be written ({error})") from None
+    check_writable(file)
     if not file.exists() and not file.is_symlink():
         return
     if not overwrite:
         raise ToolError(f"{file}: exists already; give another --output, or pass --overwrite to replace it")
-    if not ours:
+    if not file.is_file() or file.is_symlink() or GENERATOR.encode() not in _head(file):
         raise ToolError(f"{file}: something else than a page of this tool, which is not overwritten")
 
 
