@@ -1,6 +1,7 @@
 """A checkpoint beside the model it was made from: the same model, and behaving like it."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from offline.architectures import CausalLM
 from offline.errors import CheckError
 from offline.evaluate import compare, stored_dtype
 from offline.prompts import OWN_TEXT, PASSAGES
+from offline.reference import load_reference
 from offline.simulate import load_simulated
 from offline.source import Source, read_tokenizer
 from offline.text import encode_texts
@@ -22,7 +24,7 @@ LARGEST_KL = 2.0
 LARGEST_BASIS_ERROR = 0.02
 """Relative; bfloat16 embeddings rounded once more give 0.003."""
 LARGEST_ROUNDING_ERROR = 0.05
-"""Relative, of embeddings in 8 bits; those of SmolLM2 have 0.012."""
+"""Relative, of embeddings or lm_head in 8 bits; those of SmolLM2 have 0.012."""
 
 
 def continuation(folder: str | Path, tokens: int = 24) -> tuple[str, str]:
@@ -41,17 +43,25 @@ def continuation(folder: str | Path, tokens: int = 24) -> tuple[str, str]:
 
 
 class Comparison:
-    """A checkpoint and its source, with the residual basis that leads from one to the other."""
+    """A checkpoint and its source as transformers loads it, with the residual basis from one to the other."""
 
     def __init__(self, checkpoint: Checkpoint, source: str | Path):
         self._checkpoint = checkpoint
         self._source = Source.open(source)
         self._basis: torch.Tensor
+        self._moments: list[torch.Tensor] = []
+
+    @cached_property
+    def _reference(self) -> CausalLM:
+        return load_reference(self._source.folder, stored_dtype(self._source.folder))
 
     def same_ends(self) -> str:
-        """Sizes agree, and the embeddings are the source's, as they are or in a rotated basis."""
+        """Sizes agree, and embeddings and lm_head are the source's, as they are or in a rotated basis."""
         if self._checkpoint.shape != self._source.shape:
             raise CheckError(f"sizes differ: {self._checkpoint.shape} against {self._source.shape}")
+        return f"{self._same_embeddings()}; {self._same_head()}"
+
+    def _same_embeddings(self) -> str:
         theirs = self._source.tensor("model.embed_tokens.weight").double()
         if "model.embed_tokens.weight_packed" in self._checkpoint.weight_map:
             ours = vocabulary_rows(self._checkpoint).double()
@@ -67,7 +77,7 @@ class Comparison:
         if torch.equal(ours, theirs):
             self._basis = self._stored_basis()
             return "embeddings equal"
-        self._basis = torch.linalg.lstsq(theirs.T @ theirs, theirs.T @ ours).solution
+        self._basis = self._fit(theirs, ours)
         error = ((theirs @ self._basis - ours).norm() / ours.norm()).item()
         if not error <= LARGEST_BASIS_ERROR:
             raise CheckError(
@@ -75,6 +85,32 @@ class Comparison:
                 f"at most {LARGEST_BASIS_ERROR:g}"
             )
         return f"embeddings are the source's in another basis, relative error {error:.1e}"
+
+    def _same_head(self) -> str:
+        """Compare lm_head times the gain of the final norm, which makes the logits of normalized hidden states."""
+        module, norm = self._reference.lm_head.weight, self._reference.model.norm.weight.double()
+        if self._checkpoint.shape.tie_word_embeddings:
+            if not torch.equal(module, self._reference.model.embed_tokens.weight):
+                raise CheckError("lm_head is the embedding, in the source as transformers loads it a matrix of its own")
+            return "lm_head tied in both"
+        theirs, limit = module.double() * norm, LARGEST_BASIS_ERROR
+        if "lm_head.weight_packed" in self._checkpoint.weight_map:
+            ours, limit = vocabulary_rows(self._checkpoint).double(), LARGEST_ROUNDING_ERROR
+        else:
+            ours = self._checkpoint.tensor("lm_head.weight").double()
+        ours *= self._checkpoint.tensor("model.norm.weight").double()
+        if self._moments:  # of embeddings that may not span the whole hidden size
+            self._basis = self._fit(theirs, ours)
+        error = ((theirs @ self._basis - ours).norm() / ours.norm()).item()
+        if not error <= limit:
+            raise CheckError(f"lm_head is not the source's: relative error {error:.2g}, at most {limit:g}")
+        return f"lm_head is the source's, relative error {error:.1e}"
+
+    def _fit(self, theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+        """Return the basis [hidden, hidden] that leads from all rows seen so far to ours, by least squares."""
+        moments = [theirs.T @ x / theirs.square().sum() for x in (theirs, ours)]
+        self._moments = [x + y for x, y in zip(self._moments, moments, strict=True)] if self._moments else moments
+        return torch.linalg.lstsq(*self._moments).solution
 
     def _stored_basis(self) -> torch.Tensor:
         if self._checkpoint.config.tied_residual_rotation:
@@ -84,8 +120,8 @@ class Comparison:
     def behaviour(self, layer_errors: dict[str, float]) -> str:
         """Compare predictions on the project's own passages; fills `layer_errors`, mean over tokens."""
         windows = encode_texts(PASSAGES, self._source.tokenizer(), self._source.shape.vocab_size, OWN_TEXT)
-        dtype = stored_dtype(self._source.folder)
-        model, reference = load_simulated(self._checkpoint.folder, dtype), self._source.model(dtype)
+        reference = self._reference
+        model = load_simulated(self._checkpoint.folder, stored_dtype(self._source.folder))
         ours, theirs = _record_layers(model), _record_layers(reference)
         figures = compare(windows, model, reference)
         for layer, (a, b) in enumerate(zip(ours, theirs, strict=True)):

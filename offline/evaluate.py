@@ -13,6 +13,7 @@ from offline.architectures import CausalLM
 from offline.calibration import calibration_tokens
 from offline.errors import ToolError
 from offline.progress import ProgressReport, silent
+from offline.reference import load_reference
 from offline.simulate import load_simulated
 from offline.source import Source, read_tokenizer
 from offline.text import text_windows
@@ -165,7 +166,7 @@ def _text(
 
 
 def _plain(source: Source) -> CausalLM:
-    return source.model(stored_dtype(source.folder))
+    return load_reference(source.folder, stored_dtype(source.folder))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

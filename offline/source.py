@@ -17,17 +17,27 @@ from offline.errors import ToolError, first_line
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS_AT_A_TIME = 8192
+"""Of embedding and head as they are compared, which bounds memory."""
+UNUSED = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+"""RoPE tables in old checkpoints, which transformers and vLLM compute themselves; every other tensor is used."""
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 SECOND_COPY = "consolidated*.safetensors"
 """The same weights under their authors' own names, which Mistral's folders hold beside the shards."""
+
+Headers = dict[str, tuple[Path, tuple[int, ...], str]]
+"""Of tensors, by their names: file, shape and dtype."""
 
 
 @dataclass(frozen=True)
 class Source:
     """An unquantised model of a known class whose headers agree with its config.
 
-    `weight_map` places every tensor the architecture needs, and no others, in its shard.
+    `weight_map` places every tensor the architecture needs, and no others, in its shard. Where config.json
+    says that embedding and head are tied but the files hold a head of other values, `hf_config` and `shape`
+    say untied: transformers and vLLM use the head of the files, and so does this tool.
     """
 
     folder: Path
@@ -53,7 +63,11 @@ class Source:
             return cls(folder, hf_config, shape, {})
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise ToolError(f"{folder}: no tokenizer ({' or '.join(TOKENIZER_FILES)} was expected)")
-        return cls(folder, hf_config, shape, _weight_map(folder, shape))
+        headers = _headers(folder)
+        if shape.tie_word_embeddings and not _is_tied(headers):
+            hf_config = hf_config | {"tie_word_embeddings": False}
+            shape = shape.model_copy(update={"tie_word_embeddings": False})
+        return cls(folder, hf_config, shape, _weight_map(folder, headers, shape))
 
     @property
     def names(self) -> list[str]:
@@ -130,9 +144,9 @@ def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantised model of that shape."""
     hidden = shape.hidden_size
     tensors: dict[str, tuple[int, ...]] = {f"{norm}.weight": (size,) for norm, size in shape.norms().items()}
-    tensors["model.embed_tokens.weight"] = (shape.vocab_size, hidden)
+    tensors[EMBEDDING] = (shape.vocab_size, hidden)
     if not shape.tie_word_embeddings:
-        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
+        tensors[HEAD] = (shape.vocab_size, hidden)
     for module, size in shape.linears().items():
         tensors[f"{module}.weight"] = size
         if shape.has_bias(module):
@@ -140,13 +154,24 @@ def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def _is_redundant(name: str, shape: ModelShape) -> bool:
-    """Tensors that some folders hold and the architecture does not need: old RoPE tables, a tied head's copy."""
-    return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and shape.tie_word_embeddings)
+def _is_tied(headers: Headers) -> bool:
+    """Whether the files agree that embedding and head are one matrix: they hold no head, or one of equal values.
+
+    Compared exactly: where a cast to the model's dtype makes them equal, an untied model is the same function.
+    """
+    if HEAD not in headers or EMBEDDING not in headers:
+        return True
+    (file, size, dtype), (head_file, head_size, head_dtype) = headers[EMBEDDING], headers[HEAD]
+    if size != head_size or not {dtype, head_dtype} <= set(DTYPES):
+        return False
+    with safe_open(file, framework="pt") as first, safe_open(head_file, framework="pt") as second:
+        embedding, head = first.get_slice(EMBEDDING), second.get_slice(HEAD)
+        starts = range(0, size[0], ROWS_AT_A_TIME)
+        parts = (slice(start, start + ROWS_AT_A_TIME) for start in starts)
+        return all(torch.equal(embedding[part].float(), head[part].float()) for part in parts)
 
 
-def _weight_map(folder: Path, shape: ModelShape) -> dict[str, str]:
-    headers = _headers(folder)
+def _weight_map(folder: Path, headers: Headers, shape: ModelShape) -> dict[str, str]:
     expected = _expected(shape)
     for name, size in expected.items():
         if name not in headers:
@@ -156,16 +181,17 @@ def _weight_map(folder: Path, shape: ModelShape) -> dict[str, str]:
             raise ToolError(f"{file}: {name} has shape {list(found)}, config.json asks for {list(size)}")
         if dtype not in DTYPES:
             raise ToolError(f"{file}: {name} is {dtype}, expected {', '.join(DTYPES)}")
-    extra = sorted(name for name in headers if name not in expected and not _is_redundant(name, shape))
+    unused = {HEAD} if shape.tie_word_embeddings else set()
+    extra = sorted(name for name in headers if name not in expected.keys() | unused and not UNUSED.match(name))
     if extra:
         raise ToolError(f"{headers[extra[0]][0]}: unexpected tensor {extra[0]} ({len(extra)} such tensors)")
     return {name: headers[name][0].name for name in expected}
 
 
-def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+def _headers(folder: Path) -> Headers:
     """Of every tensor: its file, shape and dtype; the index, where there is one, must say the same."""
     shards, indexed = _shards(folder)
-    headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    headers: Headers = {}
     for shard in shards:
         for name, size, dtype in _read_header(shard):
             if name in headers:

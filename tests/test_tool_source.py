@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from infoquant_vllm.format import INDEX_FILE
 from offline.errors import ToolError
+from offline.reference import load_reference
 from offline.source import Source
 from tests.tiny import SIZES, write_source
 
@@ -167,3 +168,50 @@ def test_sliding_window_is_refused_with_file_and_numbers(tmp_path: Path) -> None
 def test_rope_tables_of_old_checkpoints_are_no_tensors_of_the_model(folder: Path) -> None:
     edit_tensors(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)})
     assert not any("inv_freq" in name for name in Source.open(folder).names)
+
+
+def trained_head(folder: Path) -> torch.Tensor:
+    """Give a tied model a head of its own, as fine-tuning leaves it, and return that."""
+    head = load_file(folder / FILE)["model.embed_tokens.weight"].flip(0).contiguous()
+    edit_tensors(folder, {"lm_head.weight": head})
+    return head
+
+
+def test_head_of_a_model_that_config_calls_tied_is_used_where_it_differs(folder: Path) -> None:
+    head = trained_head(folder)
+    source = Source.open(folder)
+    assert not source.shape.tie_word_embeddings
+    assert source.hf_config["tie_word_embeddings"] is False
+    assert torch.equal(source.tensor("lm_head.weight"), head)
+
+
+def test_last_row_of_a_head_decides_whether_it_is_tied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offline.source.ROWS_AT_A_TIME", 100)
+    head = load_file(folder / FILE)["model.embed_tokens.weight"].clone()
+    edit_tensors(folder, {"lm_head.weight": head})
+    assert "lm_head.weight" not in Source.open(folder).names
+    head[-1, -1] += 1
+    edit_tensors(folder, {"lm_head.weight": head})
+    assert "lm_head.weight" in Source.open(folder).names
+
+
+@pytest.mark.parametrize("size", ["tied", "untied", "qwen2", "trained-head"])
+def test_source_is_read_as_transformers_reads_it(tmp_path: Path, size: str) -> None:
+    folder = write_source(tmp_path / "source", **SIZES.get(size, {}))
+    if size == "trained-head":
+        trained_head(folder)
+    ours, theirs = Source.open(folder).model(torch.float32), load_reference(folder, torch.float32)
+    assert type(ours) is type(theirs)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+def test_head_of_another_shape_is_refused(folder: Path) -> None:
+    edit_tensors(folder, {"lm_head.weight": torch.zeros(8, 256)})
+    refused(folder, rf"{FILE}: lm_head\.weight has shape \[8, 256\], config\.json asks for \[272, 256\]")
+
+
+@pytest.mark.parametrize("name", ["lm_head.bias", "score.weight", "vision.rotary_emb.inv_freq", UP[:-6] + "lora_A"])
+def test_tensor_that_nothing_uses_is_refused(folder: Path, name: str) -> None:
+    edit_tensors(folder, {name: torch.ones(32)})
+    refused(folder, rf"{FILE}: unexpected tensor {name}")

@@ -73,6 +73,53 @@ def test_untied_model_is_recognised_in_its_rotated_basis(tmp_path: Path) -> None
     assert "in another basis" in found.checks[5].detail
 
 
+@pytest.fixture(scope="module")
+def trained_head(source: Path) -> Path:
+    """A model that its config calls tied, with a head of its own, as fine-tuning leaves it."""
+    folder = Path(shutil.copytree(source, source.with_name("trained-head")))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
+def test_trained_head_of_a_tied_config_is_quantized_as_the_source_serves_it(
+    trained_head: Path, tmp_path: Path, transform: str
+) -> None:
+    recipe = offline.Recipe(name="rtn", transform=transform, rounding="rtn")
+    offline.quantize(trained_head, tmp_path / "out", recipe=recipe, progress=lambda *_: None)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    found = verify(tmp_path / "out", against=trained_head)
+    assert found.passed, found
+    assert "lm_head is the source's" in found.checks[5].detail
+
+
+def test_dropped_head_fails_whatever_rule_the_tool_reads_by(
+    trained_head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offline.source._is_tied", lambda _: True)
+    recipe = offline.Recipe(name="rtn", transform="none", rounding="rtn")
+    offline.quantize(trained_head, tmp_path / "out", recipe=recipe, progress=lambda *_: None)
+    check, detail = failure(verify(tmp_path / "out", against=trained_head))
+    assert check == "same model"
+    assert "lm_head is the embedding" in detail
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_head_of_another_model_fails(tmp_path: Path, bits: int | None) -> None:
+    sources = [write_source(tmp_path / f"{seed}", seed=seed, tie_word_embeddings=False) for seed in (0, 1)]
+    tensors, other = (load_file(source / "model.safetensors") for source in sources)
+    recipe = offline.Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn", vocabulary_bits=bits)
+    offline.quantize(sources[0], tmp_path / "out", recipe=recipe, progress=lambda *_: None)
+    assert verify(tmp_path / "out", against=sources[0]).passed
+    tensors["lm_head.weight"] = other["lm_head.weight"]
+    save_file(tensors, sources[0] / "model.safetensors", metadata={"format": "pt"})
+    check, detail = failure(verify(tmp_path / "out", against=sources[0]))
+    assert check == "same model"
+    assert "lm_head is not the source's" in detail
+
+
 def test_scale_that_is_no_number_fails_with_its_place(folder: Path) -> None:
     name = f"{LAYER}.mlp.down_proj.weight_scale"
     spoil(folder, name, lambda t: t.index_fill(0, torch.tensor([3]), float("nan")))
