@@ -5,6 +5,7 @@ PACKAGES := .venv/packages-installed
 STAMP := .venv/installed
 VLLM_SOURCES_FOLDER := .venv/vllm-sources
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+BUILD := $(BIN)/python -m build --quiet --no-isolation
 NATIVE := $(wildcard infoquant_vllm/kernels/native/*.cpp infoquant_vllm/kernels/native/*.h)
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 
@@ -15,7 +16,7 @@ installation page of PyTorch names, and run make again.
 endef
 export NO_TORCH
 
-.PHONY: demo serve bench test fuzz lint lock clean
+.PHONY: demo serve bench test fuzz lint dist lock clean
 
 demo: $(STAMP)  ## quantise a real model, serve it, ask it something, print what it costs and gains
 	$(BIN)/python -m benchmarks.demo
@@ -26,7 +27,7 @@ serve: $(STAMP)  ## the same, and the server stays up
 bench: $(STAMP)  ## speed, memory and time of everything, in short; writes benchmarks/results
 	$(BIN)/python -m benchmarks.ladder
 
-test: lint $(VLLM_SOURCES_FOLDER)  ## everything that is checked, a file of tests at a time on each of two cores
+test: lint dist $(VLLM_SOURCES_FOLDER)  ## everything that is checked, a file of tests at a time on each of two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(STAMP)  ## ten minutes of spoilt checkpoints, at random; `make test` has a few seconds of the same ones
@@ -37,11 +38,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+dist: $(STAMP)  ## sdist and wheels, checked: what docs/release.md uploads
+	rm -rf dist build
+	$(BUILD) --sdist --outdir dist .
+	$(BUILD) --wheel --outdir build dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/*.whl
+	INFOQUANT_PURE_WHEEL=1 $(BUILD) --wheel --outdir dist dist/*.tar.gz
+	$(BIN)/twine check --strict dist/*
+
 lock:  ## choose new versions: resolve requirements/cpu.in into requirements/cpu.lock
 	$(PYTHON) requirements/lock.py
 
 clean:
-	rm -rf .venv .demo .mypy_cache .ruff_cache .hypothesis infoquant_vllm/kernels/native/*.so
+	rm -rf .venv .demo dist build .mypy_cache .ruff_cache .hypothesis infoquant_vllm/kernels/native/*.so
 
 $(STAMP): $(PACKAGES) pyproject.toml hatch_build.py $(NATIVE)
 	$(INSTALL) --no-build-isolation --editable .

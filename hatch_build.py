@@ -17,6 +17,8 @@ TARGETS = {
     "avx2": ["-march=x86-64-v3"],
 }
 # No -ffast-math and no contraction to fused multiply-adds: the order of roundings is part of what a kernel computes.
+PURE = "INFOQUANT_PURE_WHEEL"
+"""Environment variable: 1 leaves the native kernels out on purpose, for the wheel of all other platforms."""
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared"]
 
 
@@ -24,7 +26,11 @@ class NativeKernels(BuildHookInterface):
     """Runs for wheels, editable ones too. Without its libraries the package works, on torch's kernels."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and tag the wheel for this platform; whatever fails becomes a warning."""
+        """Compile and tag the wheel for this platform; turn what fails into a warning."""
+        if os.environ.get(PURE) == "1":
+            for target in TARGETS:
+                (FOLDER / f"_native_{target}.so").unlink(missing_ok=True)
+            return
         problems = compile_native(FOLDER, os.environ.get("CXX", "g++"))
         for problem in problems:
             self.app.display_warning(f"native CPU kernels are left out, torch's will serve: {problem}")

@@ -120,7 +120,7 @@ def serve(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Iterator[
 
 def start(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Server:
     """Start a server and do not wait; the caller stops it."""
-    port = _free_port()
+    port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -156,7 +156,8 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
