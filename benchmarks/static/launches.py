@@ -40,14 +40,18 @@ class Launch:
         return sum(value.nbytes for value in self.arguments.values() if isinstance(value, torch.Tensor))
 
     def source(self) -> ASTSource:
-        """As Triton specialises it: addresses and numbers of multiples of 16, ones and None as constants."""
+        """As Triton specialises it: addresses and numbers of multiples of 16, ones and None as constants.
+
+        Addresses are taken for multiples, as torch's are; of what is not to be specialised nothing is known.
+        """
         signature, constants, attributes = {}, {}, {}
         for index, param in enumerate(self.kernel.params):
             value = self.arguments[param.name]
             kind = "constexpr" if param.is_constexpr or value is None else _type(value)
-            if kind == "constexpr" or (kind == "i32" and value == 1):
+            specialized = not param.do_not_specialize
+            if kind == "constexpr" or (specialized and kind == "i32" and value == 1):
                 kind, constants[param.name] = "constexpr", value
-            elif kind.startswith("*") or (kind == "i32" and value % ALIGNED == 0):
+            elif specialized and (kind.startswith("*") or (kind == "i32" and value % ALIGNED == 0)):
                 attributes[(index,)] = [["tt.divisibility", ALIGNED]]
             signature[param.name] = kind
         return ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)

@@ -103,7 +103,8 @@ def configuration(launch: Launch) -> str:
     constants = {launch.kernel.arg_names[index[0]]: value for index, value in source.constants.items()}
     words = [f"{name.lower()}={value}" for name, value in constants.items() if name.isupper() and value]
     absent = [name.removesuffix("_ptr") for name, value in constants.items() if value is None]
-    numbers = [name for name, kind in source.signature.items() if kind == "i32"]
+    specialized = {param.name for param in launch.kernel.params if not param.do_not_specialize}
+    numbers = [name for name, kind in source.signature.items() if kind == "i32" and name in specialized]
     aligned = [name for name in numbers if (launch.kernel.arg_names.index(name),) in source.attrs]
     pointers = sorted({kind for kind in source.signature.values() if kind in ("*bf16", "*fp16")})
     parts = [*words, *(f"{name}={value}" for name, value in launch.options.items() if value)]

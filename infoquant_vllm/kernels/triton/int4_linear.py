@@ -24,7 +24,7 @@ _BIAS = tl.constexpr(0x4B400000)
 _BIAS_VALUE = tl.constexpr(12582912.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "groups", "steps"])
 def int4_linear_kernel(
     codes_ptr,
     scale_ptr,

@@ -30,7 +30,7 @@ def store_halves(
         tl.store(out_ptr + STORED, upper.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "starts_ptr", "lens_ptr"])
 def kv4_attention_kernel(
     query_ptr,
     cache_ptr,
@@ -130,7 +130,7 @@ def part_of(position, part, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl
     return (first + part * share) * CHUNK, tl.minimum((first + (part + 1) * share) * CHUNK, position + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts_ptr", "lens_ptr"])
 def kv4_decode_kernel(
     query_ptr,
     cache_ptr,
@@ -209,7 +209,7 @@ def kv4_decode_kernel(
             store_halves(partial_ptr + at * HEAD, there, result, upper, ROWS, HEAD, result.shape[1], VALUE_BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts_ptr", "lens_ptr"])
 def kv4_reduce_kernel(
     partial_ptr,
     largest_ptr,

@@ -29,7 +29,7 @@ def to_codes(x, scale, zero, LARGEST: tl.constexpr):
     return tl.minimum(tl.maximum((steps + MAGIC) - MAGIC, 0.0), 1.0 * LARGEST).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def kv4_store_kernel(
     key_ptr,
     value_ptr,

@@ -11,7 +11,7 @@ from infoquant_vllm.kernels.triton.rounding import narrow
 BLOCK_M, BLOCK_N = 4, 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def reduce_splits_kernel(
     partial_ptr,
     scale_ptr,

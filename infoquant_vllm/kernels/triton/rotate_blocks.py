@@ -15,7 +15,7 @@ from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS
 from infoquant_vllm.kernels.triton.quantize import grid, store_rows, stored_codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rotate_blocks_kernel(
     x_ptr,
     blocks_ptr,

@@ -23,7 +23,7 @@ WIDTH = 4096  # features, those of all its tokens, that a program holds if it ca
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rotate_quantize_kernel(
     x_ptr,
     left_ptr,
