@@ -17,9 +17,11 @@ from infoquant_vllm.kernels.triton.rotate_blocks import rotate_blocks
 
 PER_WARP, PER_WARP_OF_PAIRS = 2048, 1024  # features that a warp holds, and where they meet a right matrix
 MAX_FEATURES = 16384  # of a row that a program transforms; pairs of matrices for wider rows are torch's work
-MAX_ORDER = 128  # of a dense factor that a program multiplies with
+MAX_ORDER = 128  # of a matrix that a program multiplies with
+DEPTH = 16  # features that a product on tensor cores sums at the least
 WIDTH = 4096  # features, those of all its tokens, that a program holds if it can choose
 
+_DEPTH = tl.constexpr(DEPTH)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -77,7 +79,8 @@ def rotate_quantize_kernel(
     if HADAMARD:
         y = butterflies(y, LINES, INNER_PADDED)
     if right_ptr is not None:
-        y = tl.dot(y, _matrix(right_ptr, INNER, INNER_PADDED), input_precision="tf32x3")
+        right = _deepened(_matrix(right_ptr, INNER, INNER_PADDED))
+        y = tl.dot(tl.trans(_deepened(tl.trans(y))), right, input_precision="tf32x3")
 
     COUNT: tl.constexpr = LINES * INNER_PADDED // ROWS // GROUP_PADDED
     y = tl.reshape(y, (ROWS, COUNT, GROUP_PADDED))
@@ -146,13 +149,14 @@ def _from_left(
 
     SIGNS: left's entries are +-1, so that x can stay in its 16 bits (not under the interpreter, whose dot cannot).
     """
-    left = tl.trans(_matrix(left_ptr, OUTER, OUTER_PADDED))
+    left = tl.trans(_deepened(_matrix(left_ptr, OUTER, OUTER_PADDED)))
     if SIGNS and not _INTERPRETED:
         left = left.to(x.dtype)
     else:
         x = x.to(tl.float32)
     blocks = tl.permute(tl.reshape(x, (BLOCKS, OUTER_PADDED, INNER_PADDED)), (1, 0, 2))
-    product = tl.dot(left, tl.reshape(blocks, (OUTER_PADDED, BLOCKS * INNER_PADDED)), input_precision="tf32x3")
+    blocks = _deepened(tl.reshape(blocks, (OUTER_PADDED, BLOCKS * INNER_PADDED)))
+    product = tl.dot(left, blocks, input_precision="tf32x3")
     blocks = tl.permute(tl.reshape(product, (OUTER_PADDED, BLOCKS, INNER_PADDED)), (1, 0, 2))
     return tl.reshape(blocks, (BLOCKS * OUTER_PADDED, INNER_PADDED))
 
@@ -163,6 +167,15 @@ def _matrix(ptr, SIZE: tl.constexpr, PADDED: tl.constexpr):
     index = tl.arange(0, PADDED)
     known = index < SIZE
     return tl.load(ptr + index[:, None] * SIZE + index[None, :], known[:, None] & known[None, :], other=0)
+
+
+@triton.jit
+def _deepened(x):
+    """x [k, n] with rows of zeros behind it, for a product that sums over enough of them."""
+    for _ in tl.static_range(4):
+        if x.shape[0] < _DEPTH:
+            x = tl.reshape(tl.permute(tl.join(x, tl.zeros_like(x)), (2, 0, 1)), (2 * x.shape[0], x.shape[1]))
+    return x
 
 
 def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
@@ -270,7 +283,7 @@ def _rotate_rows(
 ) -> None:
     tokens, features = x.shape
     left, right = (*matrices, None, None)[:2]
-    if left is not None and right is not None and (features > MAX_FEATURES or len(left) > MAX_ORDER):
+    if left is not None and right is not None and (features > MAX_FEATURES or max(map(len, matrices)) > MAX_ORDER):
         pairs = x.float().reshape(tokens, -1, len(left), len(right))
         x = torch.matmul(torch.matmul(left.t(), pairs), right).view(tokens, features)
         left, right, hadamard = None, None, 0
@@ -279,8 +292,10 @@ def _rotate_rows(
     factor = 1 / sqrt(hadamard) if hadamard else 1.0
     part = segment(features, (outer, inner), common["GROUP_SIZE"])
     blocks, outer_padded, inner_padded = part.padded
-    width = blocks * outer_padded * inner_padded
+    width = blocks * max(outer_padded, DEPTH if left is not None else 1)
+    width *= max(inner_padded, DEPTH if right is not None else 1)
     rows = max(1, WIDTH // width) if tokens > FEW_TOKENS else 1
+    held = rows * width if right is None else max(rows * width, outer_padded**2, inner_padded**2)
     rotate_quantize_kernel[triton.cdiv(tokens, rows), features // part.features](
         x,
         left,
@@ -305,6 +320,6 @@ def _rotate_rows(
         SUM_PADDED=part.padded_group(common["SUM_SIZE"]),
         ROWS=rows,
         **common,
-        num_warps=max(1, min(16, rows * width // (PER_WARP if right is None else PER_WARP_OF_PAIRS))),
+        num_warps=max(1, min(16, held // (PER_WARP if right is None else PER_WARP_OF_PAIRS))),
         enable_fp_fusion=False,
     )
