@@ -20,6 +20,7 @@ import math
 import triton
 import triton.language as tl
 
+from infoquant_vllm.kernels.triton.extremes import amax, maximum
 from infoquant_vllm.kernels.triton.hadamard import once
 from infoquant_vllm.kernels.triton.head_hadamard import hadamard_rows
 
@@ -109,7 +110,7 @@ def read_query(
     q = tl.load(query_ptr[:, None] + features[None, :], mask=mask, other=0.0).to(tl.float32)
     if HADAMARD:
         q = hadamard_rows(q, factor_ptr, norm, ROWS, SIZE, ORDER, LOG_N)
-    largest = tl.maximum(tl.max(tl.abs(q), 1), TINY)
+    largest = maximum(amax(tl.abs(q), 1), TINY)
     whole = (q * tl.div_rn(tl.full(largest.shape, LEVELS, tl.float32), largest)[:, None] + MAGIC) - MAGIC
     return whole.to(tl.int32), largest / LEVELS
 

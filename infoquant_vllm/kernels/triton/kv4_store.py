@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from infoquant_vllm.kernels.triton.extremes import amax, amin, maximum, minimum
 from infoquant_vllm.kernels.triton.head_hadamard import dense_factor, hadamard_rows, hadamard_sizes
 
 TOKENS = 8  # of a program, all of one kv-head
@@ -14,11 +15,11 @@ MAGIC = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds to whole nu
 
 @triton.jit
 def quantise(low, high, clip_ptr, LARGEST: tl.constexpr):
-    """Scale and zero, float16 [rows], of rows whose features lie between low <= 0 and high >= 0."""
+    """Scale and zero, float16 [rows], of rows whose features lie between low <= 0 and high >= 0; NaN of such rows."""
     low, high = low * tl.load(clip_ptr), high * tl.load(clip_ptr + 1)
     scale = tl.div_rn(high - low, tl.full(low.shape, LARGEST, tl.float32))
-    scale = tl.minimum(tl.maximum(scale, 2.0**-20), 65504.0).to(tl.float16)
-    return scale, tl.minimum(tl.maximum(low, -65504.0), 65504.0).to(tl.float16)
+    scale = minimum(maximum(scale, 2.0**-20), 65504.0).to(tl.float16)
+    return scale, minimum(maximum(low, -65504.0), 65504.0).to(tl.float16)
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def kv4_store_kernel(
         key -= tl.load(key_offset_ptr + head * HEAD + features, mask=features < HEAD, other=0.0)[None, :]
     if HADAMARD:
         key = hadamard_rows(key, factor_ptr, norm, TOKENS, SIZE, ORDER, LOG_N)
-    low, high = tl.minimum(tl.min(key, 1), 0.0), tl.maximum(tl.max(key, 1), 0.0)
+    low, high = minimum(amin(key, 1), 0.0), maximum(amax(key, 1), 0.0)
     key_scale, key_zero = quantise(low, high, key_clip_ptr + 2 * head, 2**KEY_BITS - 1)
     codes = to_codes(key, key_scale, key_zero, 2**KEY_BITS - 1)
     if KEY_BITS == 4:
@@ -105,10 +106,10 @@ def kv4_store_kernel(
     there = written[:, None] & (place < STORED)[None, :]
     at = rows[:, None] * value_token_stride + head * value_head_stride + place[None, :]
     value = tl.load(value_ptr + at, mask=there, other=0.0).to(tl.float32)
-    low, high = tl.minimum(tl.min(value, 1), 0.0), tl.maximum(tl.max(value, 1), 0.0)
+    low, high = minimum(amin(value, 1), 0.0), maximum(amax(value, 1), 0.0)
     if VALUE_BITS == 4:
         upper = tl.load(value_ptr + at + STORED, mask=there, other=0.0).to(tl.float32)
-        low, high = tl.minimum(low, tl.min(upper, 1)), tl.maximum(high, tl.max(upper, 1))
+        low, high = minimum(low, amin(upper, 1)), maximum(high, amax(upper, 1))
     value_scale, value_zero = quantise(low, high, value_clip_ptr + 2 * head, 2**VALUE_BITS - 1)
     codes = to_codes(value, value_scale, value_zero, 2**VALUE_BITS - 1)
     if VALUE_BITS == 4:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from infoquant_vllm.kernels.triton.extremes import maximum, minimum
+
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it is rounded to a whole number, ties to even
 
 
@@ -16,20 +18,21 @@ def round_whole(value):
 def grid(low, high, clip_ptr, group, mask, NUM_BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     """(scale, 1 / scale, zero) float32 of ranges low..high; clip_ptr [groups, 2] factors on both ends.
 
-    16 bits are symmetric, unclipped and have 32767 steps to the largest magnitude.
+    16 bits are symmetric, unclipped and have 32767 steps to the largest magnitude. Of a range that is NaN the scale is
+    too, so that whatever is multiplied with it becomes NaN, as the reference has it.
     """
-    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+    low, high = minimum(low, 0.0), maximum(high, 0.0)
     if NUM_BITS != 16:
         low *= tl.load(clip_ptr + 2 * group, mask, other=0)
         high *= tl.load(clip_ptr + 2 * group + 1, mask, other=0)
     if SYMMETRIC:
         largest: tl.constexpr = 2.0 ** (NUM_BITS - 1) - 1
-        scale = tl.maximum(tl.div_rn(tl.maximum(-low, high), largest), 1e-12)
+        scale = maximum(tl.div_rn(maximum(-low, high), largest), 1e-12)
         inverse = tl.div_rn(1.0, scale)
         zero = tl.zeros_like(scale) + 2.0 ** (NUM_BITS - 1)
     else:
         steps: tl.constexpr = 2.0**NUM_BITS - 1
-        scale = tl.maximum(tl.div_rn(high - low, steps), 1e-12)
+        scale = maximum(tl.div_rn(high - low, steps), 1e-12)
         inverse = tl.div_rn(1.0, scale)
         zero = round_whole(-low * inverse) - _ROUND
     return scale, inverse, zero

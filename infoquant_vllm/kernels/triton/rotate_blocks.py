@@ -12,6 +12,7 @@ import triton.language as tl
 
 from infoquant_vllm.kernels.triton.codes import Codes
 from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS
+from infoquant_vllm.kernels.triton.extremes import amax, amin, maximum, minimum
 from infoquant_vllm.kernels.triton.quantize import grid, store_rows, stored_codes
 
 
@@ -47,10 +48,10 @@ def rotate_blocks_kernel(
     rows = x_ptr + (m % M).to(tl.int64)[:, None] * x_stride
     first = group * GROUP_SIZE
     y = _columns(rows, blocks_ptr, first, BLOCK_SIZE, ROWS, COLUMNS, DEPTH)
-    low, high = tl.min(y, 1), tl.max(y, 1)
+    low, high = amin(y, 1), amax(y, 1)
     for column in tl.range(first + COLUMNS, first + GROUP_SIZE, COLUMNS):
         y = _columns(rows, blocks_ptr, column, BLOCK_SIZE, ROWS, COLUMNS, DEPTH)
-        low, high = tl.minimum(low, tl.min(y, 1)), tl.maximum(high, tl.max(y, 1))
+        low, high = minimum(low, amin(y, 1)), maximum(high, amax(y, 1))
     scale, inverse, zero = grid(low, high, clip_ptr, group + tl.zeros_like(m), m_mask, NUM_BITS, SYMMETRIC)
     store_rows(scale_ptr, rest_ptr, scale, zero, group, m, m_mask, M, NUM_BITS)
     for part in tl.range(GROUP_SIZE // SUM_SIZE):

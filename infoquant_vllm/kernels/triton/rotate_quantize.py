@@ -11,6 +11,7 @@ from infoquant_vllm.format import hadamard as hadamard_matrix
 from infoquant_vllm.format import hadamard_dense
 from infoquant_vllm.kernels.triton.codes import Codes
 from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS, current_device
+from infoquant_vllm.kernels.triton.extremes import amax, amin
 from infoquant_vllm.kernels.triton.hadamard import butterflies
 from infoquant_vllm.kernels.triton.quantize import grid, store_rows, stored_codes
 from infoquant_vllm.kernels.triton.rotate_blocks import rotate_blocks
@@ -84,7 +85,7 @@ def rotate_quantize_kernel(
 
     COUNT: tl.constexpr = LINES * INNER_PADDED // ROWS // GROUP_PADDED
     y = tl.reshape(y, (ROWS, COUNT, GROUP_PADDED))
-    low, high = tl.min(y, 2) * FACTOR, tl.max(y, 2) * FACTOR  # as if y had been multiplied: that keeps the order
+    low, high = amin(y, 2) * FACTOR, amax(y, 2) * FACTOR  # as if y had been multiplied: that keeps the order
     m, group, known = _groups(M, ROWS, COUNT, SEGMENT // GROUP_SIZE)
     scale, inverse, zero = grid(low, high, clip_ptr, group, known, NUM_BITS, SYMMETRIC)
     if EXACT_FACTOR:
