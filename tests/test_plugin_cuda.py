@@ -15,11 +15,13 @@ from infoquant_vllm.attention import KV4Backend
 from infoquant_vllm.format import FormatError
 from infoquant_vllm.kernels.cpu import kv_cache as cpu
 from infoquant_vllm.ops import table
-from tests.interpreted import kv4_attention, kv4_tiles
+from tests.interpreted import interpreter_only, kv4_attention, kv4_tiles
 from tests.test_kernels_kv_cache import Batch
 from tests.test_plugin_layers import Model, _rank, model_config
 
 __all__ = ["model_config"]
+
+pytestmark = interpreter_only
 
 
 @pytest.fixture(autouse=True)
