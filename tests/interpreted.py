@@ -23,6 +23,7 @@ from infoquant_vllm.kernels.triton import (
     rotate_quantize,
     weights,
 )
+from tests import chained
 from tests.moved import moved
 
 del os.environ["TRITON_INTERPRET"]
@@ -30,6 +31,7 @@ del os.environ["TRITON_INTERPRET"]
 DEVICE = os.environ.get("INFOQUANT_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
     for module, name in (
+        (chained, "chained"),
         (int4_linear, "int4_linear"),
         (kv4_attention, "kv_attention"),
         (kv4_store, "kv_store"),
@@ -41,6 +43,7 @@ if DEVICE != "cpu":
 interpreter_only = pytest.mark.skipif(DEVICE != "cpu", reason="tests something of the interpreter's, or on a CPU")
 
 __all__ = [
+    "chained",
     "configurations",
     "int4_linear",
     "interpreter_only",
