@@ -7,6 +7,7 @@ VLLM_SOURCES_FOLDER := .venv/vllm-sources
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 BUILD := $(BIN)/python -m build --quiet --no-isolation
 NATIVE := $(wildcard infoquant_vllm/kernels/native/*.cpp infoquant_vllm/kernels/native/*.h)
+TRITONS := $(patsubst triton==%,.venv/triton-%,$(shell grep -o '^triton==[0-9.]*' requirements/tritons.txt))
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 
 define NO_TORCH
@@ -27,7 +28,7 @@ serve: $(STAMP)  ## the same, and the server stays up
 bench: $(STAMP)  ## speed, memory and time of everything, in short; writes benchmarks/results
 	$(BIN)/python -m benchmarks.ladder
 
-test: lint dist $(VLLM_SOURCES_FOLDER)  ## everything that is checked, a file of tests at a time on each of two cores
+test: lint dist $(VLLM_SOURCES_FOLDER) $(TRITONS)  ## all that is checked, a file of tests at a time on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(STAMP)  ## ten minutes of spoilt checkpoints, at random; `make test` has a few seconds of the same ones
@@ -59,6 +60,10 @@ $(STAMP): $(PACKAGES) pyproject.toml hatch_build.py $(NATIVE)
 $(VLLM_SOURCES_FOLDER): $(PACKAGES) requirements/vllm-sources.txt requirements/vllm_sources.py
 	rm -rf $@
 	$(BIN)/python requirements/vllm_sources.py $@
+	touch $@
+
+$(TRITONS): .venv/triton-%: requirements/tritons.txt $(PACKAGES)
+	$(INSTALL) --upgrade --target $@ triton==$*
 	touch $@
 
 $(PACKAGES): requirements/cpu.lock packaging/vllm-cpu/pyproject.toml

@@ -31,6 +31,10 @@ class Cache:
     window: int | None = None
     soft_cap: float | None = None
     block: int = 16
+    hadamard: bool = True
+    offset: bool = True
+    """whether keys are stored less one"""
+    dtype: torch.dtype = torch.bfloat16
 
     def cells(self, tokens: int) -> torch.Tensor:
         """Of so many tokens, [blocks, kv_heads, block, bytes]."""
@@ -66,11 +70,11 @@ def store_cases(model: Model) -> Iterator[Case]:
 def store_call(cache: Cache, tokens: int) -> Callable[[], Any]:
     """Keys and values of `tokens` into pages of their own."""
     with torch.device("meta"):
-        key, value = torch.empty(2, tokens, cache.kv_heads, cache.size, dtype=torch.bfloat16)
+        key, value = torch.empty(2, tokens, cache.kv_heads, cache.size, dtype=cache.dtype)
         slots, clip = torch.empty(tokens, dtype=torch.int64), torch.empty(cache.kv_heads, 2)
-        offset = torch.empty(cache.kv_heads, cache.size)
+        offset = torch.empty(cache.kv_heads, cache.size) if cache.offset else None
     cells = cache.cells(tokens)
-    return lambda: kv_store(key, value, cells, slots, clip, clip, offset, True, cache.num_bits)
+    return lambda: kv_store(key, value, cells, slots, clip, clip, offset, cache.hadamard, cache.num_bits)
 
 
 def prompt_cases(model: Model) -> Iterator[Case]:
@@ -100,11 +104,11 @@ def _seen(cache: Cache, tokens: int) -> int:
 def attention_call(cache: Cache, sequences: int, queries: int, context: int) -> Callable[[], Any]:
     """The last `queries` of each sequence over `context` tokens."""
     with torch.device("meta"):
-        query = torch.empty(sequences * queries, cache.heads, cache.size, dtype=torch.bfloat16)
+        query = torch.empty(sequences * queries, cache.heads, cache.size, dtype=cache.dtype)
         starts, lens = torch.empty(sequences + 1, dtype=torch.int32), torch.empty(sequences, dtype=torch.int32)
         table = torch.empty(sequences, context // cache.block, dtype=torch.int32)
     cells, scale = cache.cells(sequences * context), cache.size**-0.5
-    given = (cells, starts, lens, table, True, scale, cache.window, cache.num_bits, torch.empty_like(query))
+    given = (cells, starts, lens, table, cache.hadamard, scale, cache.window, cache.num_bits, torch.empty_like(query))
     return lambda: kv_attention(query, *given, cache.soft_cap)
 
 

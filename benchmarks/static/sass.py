@@ -61,13 +61,9 @@ class _Source:
 
 @cache
 def _compiled(_key: str, arch: int, options: tuple[tuple[str, Any], ...], source: _Source) -> Code:
-    kernel = triton.compile(source.source, target=GPUTarget("cuda", arch, 32), options=dict(options))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        sass = _run("nvdisasm", "-c", file.name)
-    loop, rest = main_loop(sass)
+    kernel = _compile(source.source, arch, dict(options))
+    usage = _read(kernel, "cuobjdump", "-res-usage")
+    loop, rest = main_loop(_read(kernel, "nvdisasm", "-c"))
     instructions = MMA_PTX.findall(kernel.asm["ptx"])
     return Code(
         mma=max(instructions, key=instructions.count, default=""),
@@ -80,8 +76,23 @@ def _compiled(_key: str, arch: int, options: tuple[tuple[str, Any], ...], source
     )
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / tool), *arguments], check=True, capture_output=True, text=True).stdout
+def stack_and_shared(launch: Launch, arch: int) -> tuple[int, int]:
+    """Bytes of a thread's stack and of a program's shared memory; of `compiled` what takes no reading of its code."""
+    kernel = _compile(launch.source(), arch, launch.options)
+    return max(map(int, re.findall(r"STACK:(\d+)", _read(kernel, "cuobjdump", "-res-usage")))), kernel.metadata.shared
+
+
+def _compile(source: Any, arch: int, options: dict[str, Any]) -> Any:
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _read(kernel: Any, tool: str, *arguments: str) -> str:
+    """What a tool of NVIDIA's says of a kernel's machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / tool), *arguments, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main_loop(sass: str) -> tuple[Counter[str], Counter[str]]:

@@ -1,0 +1,173 @@
+"""Calls that reach every variant of the kernels that serving and the kernels' tests launch, on the meta device."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import chain, cycle, islice, product
+from typing import Any
+
+import torch
+
+from benchmarks.static.cases import MODELS
+from benchmarks.static.kv_kernels import Cache, attention_call, store_call
+from infoquant_vllm.format import InputTransform, LinearScheme, ModelShape, linear_tensors
+from infoquant_vllm.kernels.triton.linear import linear, prepare_grid, prepare_matrices, prepare_weight
+from offline.presets import PRESETS
+
+Calls = Iterator[Callable[[], Any]]
+
+TOKENS = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513, 1024, 2048, 4096, 8192)
+FEW, MANY = 7, 40  # on both sides of the number of tokens whose features are split
+CONTEXT = 8192
+CHANNELS = 48
+GROUPINGS = (
+    *((0, 0, 384), (64, 0, 384), (0, 64, 384), (64, 64, 384), (32, 64, 384), (64, 32, 384)),
+    *((128, 0, 384), (256, 256, 512), (96, 32, 288)),
+)
+"""Of inputs and of weights (0: one group), and features."""
+QUANTIZERS = ((4, FEW), (8, MANY), (16, FEW), (4, MANY), (8, FEW), (16, MANY))
+"""Bits of the input, and tokens."""
+DTYPES = {"U8": torch.uint8, "F32": torch.float32}
+LLAMA = ModelShape(
+    architecture="LlamaForCausalLM",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=1,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+)
+TRANSFORMS = (
+    *((InputTransform(type="hadamard", block_size=size), 16 * size) for size in (6, 10, 14)),
+    *((InputTransform(type="hadamard", block_size=size), 384) for size in (24, 32, 64, 96, 128, 384)),
+    (InputTransform(type="hadamard", block_size=1920), 1920),
+    *((InputTransform(type="kronecker", factors=(size, 384 // size)), 384) for size in (2, 6, 12, 96, 192)),
+    *((InputTransform(type="kronecker", factors=(size, 4096 // size)), 4096) for size in (8, 64, 512)),
+    *((InputTransform(type="blocks", block_size=size), 1920) for size in (16, 32, 64, 192, 960)),
+)
+"""With the features of a row; factors that are smaller than a tensor core's product are among them."""
+
+
+def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
+    """A LLaMA-3-8B of some presets with up to 8192 tokens: its linears, an lm_head of 8 bits, and its cache."""
+    model = MODELS[0]
+    for name in presets:
+        config = PRESETS[name].model_copy(update={"vocabulary_bits": 8}).quantization_config(LLAMA)
+        assert config.vocabulary_scheme is not None
+        assert config.kv_cache is not None
+        linears = [(config.config_groups[site], *sizes) for site, sizes in model.linears.items()]
+        for tokens, (scheme, *sizes) in product(TOKENS, linears):
+            yield linear_call(scheme, tokens, *sizes)
+        rotated = config.kv_cache.key_transform == "hadamard"
+        layer = Cache(model.heads, model.kv_heads, hadamard=rotated, offset=config.kv_cache.key_offset)
+        for tokens in TOKENS:
+            yield linear_call(config.vocabulary_scheme, tokens, LLAMA.hidden_size, LLAMA.vocab_size)
+            yield from cache_calls(layer, tokens)
+
+
+def other_calls() -> Calls:
+    """What other checkpoints and models may ask for: each choice with some of the others."""
+    yield from product_calls()
+    yield from transform_calls()
+    for layer in cache_layers():
+        yield from cache_calls(layer, FEW)
+
+
+def product_calls() -> Calls:
+    """Weights and inputs of all bits in all groupings, symmetric or not, of few and of many tokens."""
+    given = product(GROUPINGS, (True, False), (FEW, MANY), (4, 8, 16), (4, 8))
+    for (input_group, weight_group, features), symmetric, tokens, input_bits, weight_bits in islice(given, 0, None, 5):
+        group = input_group if input_bits != 16 else 0
+        yield linear_call(
+            linear_scheme(weight_bits, input_bits, group, weight_group, symmetric), tokens, features, CHANNELS
+        )
+    for dtype, tokens in product((torch.float16, torch.float32), (FEW, MANY)):
+        yield linear_call(linear_scheme(4, 4), tokens, 512, CHANNELS, dtype, bias=True)
+
+
+def transform_calls() -> Calls:
+    """Input transforms of all kinds and sizes."""
+    for (transform, features), (bits, tokens) in zip(chain(TRANSFORMS, TRANSFORMS), cycle(QUANTIZERS), strict=False):
+        yield linear_call(linear_scheme(4, bits, transform=transform), tokens, features, CHANNELS)
+    for (transform, features), dtype in zip(TRANSFORMS[::2], cycle((torch.float16, torch.float32)), strict=False):
+        yield linear_call(linear_scheme(4, 4, transform=transform), FEW, features, CHANNELS, dtype)
+
+
+def cache_layers() -> Iterator[Cache]:
+    """Heads of all sizes and groups, codes of all bits, windows and bounds on scores."""
+    for size, bits in zip((32, 64, 80, 96, 128, 192, 256), cycle(product((4, 8), (4, 8))), strict=False):
+        yield Cache(4, 2, size, bits)
+    yield from (Cache(4, 2, 128, bits) for bits in ((4, 8), (8, 4), (8, 8)))
+    yield from (Cache(heads, 2, 64) for heads in (2, 14, 24, 80))
+    yield Cache(4, 2, 64, (8, 4), hadamard=False, window=512, block=48)
+    yield Cache(4, 2, 128, offset=False, soft_cap=50.0)
+    yield Cache(4, 2, 256, window=4096, soft_cap=50.0, dtype=torch.float16)
+    yield Cache(4, 2, 64, hadamard=False, offset=False, dtype=torch.float32)
+
+
+def cache_calls(layer: Cache, tokens: int) -> Calls:
+    """A store of so many tokens, and attention of so many sequences and of a prompt."""
+    yield store_call(layer, tokens)
+    yield attention_call(layer, tokens, 1, CONTEXT)
+    yield attention_call(layer, 1, tokens, CONTEXT)
+
+
+def linear_scheme(
+    weight_bits: int,
+    input_bits: int,
+    input_group: int = 0,
+    weight_group: int = 0,
+    symmetric: bool = True,
+    transform: InputTransform | None = None,
+) -> LinearScheme:
+    """The scheme of a linear; a group of 0 features is all of them."""
+    return LinearScheme.model_validate(
+        {
+            "weights": _grouped("channel", weight_group) | {"num_bits": weight_bits, "symmetric": symmetric},
+            "input_activations": _grouped("token", input_group) | {"num_bits": input_bits, "symmetric": symmetric},
+            "input_transform": transform or InputTransform(),
+        }
+    )
+
+
+def _grouped(whole: str, size: int) -> dict[str, Any]:
+    return {"strategy": "group", "group_size": size} if size else {"strategy": whole}
+
+
+def linear_call(
+    scheme: LinearScheme,
+    tokens: int,
+    features: int,
+    channels: int,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = False,
+) -> Callable[[], Any]:
+    """A linear as a layer of vLLM calls it."""
+    inputs, transform = scheme.input_activations, scheme.input_transform
+    hadamard = (transform.block_size or 0) if transform.type == "hadamard" else 0
+    tensors = _tensors(scheme, channels, features)
+    own = [tensors[name] for name in ("input_blocks", "input_left", "input_right") if name in tensors]
+    x = torch.empty(tokens, features, dtype=dtype, device="meta")
+    given = torch.empty(channels, dtype=dtype, device="meta") if bias else None
+    quantizer = own or _matrices(hadamard), hadamard, tensors.get("input_clip"), inputs.num_bits, inputs.symmetric
+    grids = tensors["weight_scale"], tensors.get("weight_zero_point")
+    return lambda: linear(x, *quantizer, tensors["weight_packed"], *grids, given)
+
+
+@cache
+def _matrices(hadamard: int) -> list[torch.Tensor]:
+    return [matrix.to("meta") for matrix in prepare_matrices([], hadamard)]
+
+
+def _tensors(scheme: LinearScheme, channels: int, features: int) -> dict[str, Any]:
+    """What a layer holds of a linear after loading."""
+    given = {
+        name: torch.empty(spec.shape, dtype=DTYPES[str(spec.dtype)], device="meta")
+        for name, spec in linear_tensors(scheme, channels, features).items()
+    }
+    groups = max(1 if "input_clip" not in given else len(given["input_clip"]), given["weight_scale"].shape[1])
+    packed = given["weight_packed"]
+    given["weight_packed"] = prepare_weight(packed, scheme.weights.num_bits, scheme.weights.symmetric, groups)
+    for name in given.keys() & {"weight_scale", "weight_zero_point"}:
+        given[name] = prepare_grid(given[name])
+    return given
