@@ -1,10 +1,13 @@
-"""Models with the shapes of real ones and random weights, as Hugging Face folders: for speed, not for accuracy.
+"""Models with the shapes of real ones, as Hugging Face folders: for speed, not for accuracy.
 
-Their tokeniser has a word per token, so that random prompts of any length can be written down. All are of the class
-Llama (Qwen2's shapes without its biases): transformers gives a Qwen2 model Qwen2's tokeniser whatever its folder holds.
+A folder holds a config.json and a tokenizer, for `vllm serve FOLDER --load-format dummy`; with --weights also random
+bf16 weights, for `infoquant quantize`, or for `vllm serve` as they are. The tokenizer has a word per token, so that
+random prompts of any length can be written down. All are of the class Llama (Qwen2's shapes without its biases):
+transformers gives a Qwen2 model Qwen2's tokenizer whatever its folder holds.
 """
 
 import argparse
+import json
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,11 +17,25 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from infoquant_vllm.format import ModelShape
+from offline.presets import PRESETS
+from offline.recipe import Recipe
 from offline.writer import atomic_folder
 
 
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> LlamaConfig:
+def _llama(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    rope_theta: float,
+    tied: bool = False,
+) -> LlamaConfig:
     return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        dtype=torch.bfloat16,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -26,16 +43,20 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
         max_position_embeddings=32_768,
-        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        tie_word_embeddings=tied,
     )
 
 
 SHAPES = MappingProxyType(
     {
-        "qwen2-1.5b": _llama(1536, 8960, 28, 12, 2, 151_936),
-        "qwen2-0.5b": _llama(896, 4864, 24, 14, 2, 151_936),
-        "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49_152),
-        "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49_152),
+        "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128_256, 500_000.0),
+        "llama-3-70b": _llama(8192, 28672, 80, 64, 8, 128_256, 500_000.0),
+        "qwen2.5-7b": _llama(3584, 18944, 28, 28, 4, 152_064, 1_000_000.0),
+        "qwen2-1.5b": _llama(1536, 8960, 28, 12, 2, 151_936, 1_000_000.0, tied=True),
+        "qwen2-0.5b": _llama(896, 4864, 24, 14, 2, 151_936, 1_000_000.0, tied=True),
+        "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49_152, 100_000.0, tied=True),
+        "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49_152, 100_000.0, tied=True),
     }
 )
 STD = 0.02
@@ -48,8 +69,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shapes", description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("output", type=Path, help="folder to make")
+    content = parser.add_mutually_exclusive_group()
+    content.add_argument(
+        "--preset", choices=["none", *PRESETS], default="fast", help="quantization_config; none: bf16 (default: fast)"
+    )
+    content.add_argument("--weights", action="store_true", help="random bf16 weights, and no quantization_config")
     options = parser.parse_args()
-    write(SHAPES[options.shape], options.output)
+    if options.weights:
+        write(SHAPES[options.shape], options.output)
+    else:
+        write_config(SHAPES[options.shape], options.output, PRESETS.get(options.preset))
+
+
+def write_config(config: LlamaConfig, output: Path, recipe: Recipe | None) -> None:
+    """Write config.json, of that recipe's checkpoint or of a bf16 model, and a tokenizer to the new folder `output`."""
+    data = config.to_diff_dict()
+    if recipe is not None:
+        quantization = recipe.quantization_config(ModelShape.from_hf(config.to_dict()))
+        data["quantization_config"] = quantization.model_dump(mode="json", exclude_none=True)
+    with atomic_folder(output) as folder:
+        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        _tokenizer(config.vocab_size).save_pretrained(folder)
 
 
 def write(config: LlamaConfig, output: Path) -> None:

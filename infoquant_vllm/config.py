@@ -10,12 +10,14 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from infoquant_vllm.format import (
+    INDEX_FILE,
     QUANT_METHOD,
     Checkpoint,
     FormatError,
     QuantizationConfigData,
     parse_config,
 )
+from infoquant_vllm.loading import loads_dummy_weights
 from infoquant_vllm.ops.table import forced_family
 from infoquant_vllm.summary import Summary
 
@@ -36,6 +38,7 @@ class InfoQuantConfig(QuantizationConfig):
             )
         self.data = data
         self.summary = Summary()
+        self.folder_without_weights: Path | None = None
         self.rotation_back: torch.Tensor | None = None  # kept by lm_head until the embedding's comes anew
 
     def get_name(self) -> str:  # type: ignore[override]
@@ -64,9 +67,17 @@ class InfoQuantConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
     ) -> None:
-        """Compare a local folder's files with its config before anything is loaded."""
-        if Path(model_name).is_dir():
-            Checkpoint(model_name).check_norms()
+        """Compare a local folder's files with its config before anything is loaded.
+
+        Here vLLM does not tell the load format, so that a folder without weights is refused with its first layer.
+        """
+        folder = Path(model_name)
+        if not folder.is_dir():
+            return
+        if (folder / INDEX_FILE).exists() or any(folder.glob("*.safetensors")):
+            Checkpoint(folder).check_norms()
+        else:
+            self.folder_without_weights = folder
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename targets as the model renames its modules (stacked names are found by their parts)."""
@@ -93,6 +104,11 @@ class InfoQuantConfig(QuantizationConfig):
         from infoquant_vllm.kv_cache import InfoQuantKVCacheMethod
 
         _refuse_adapters(prefix)
+        if self.folder_without_weights is not None and not loads_dummy_weights():
+            raise FormatError(
+                f"{self.folder_without_weights}: holds no weights ({INDEX_FILE} is missing); copy the checkpoint "
+                "again, or pass --load-format dummy to time its shape with made-up ones"
+            )
         use_own_arithmetic()  # the embedding comes here before the layers choose their operations
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)

@@ -94,7 +94,7 @@ class VocabularyMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse missing tensors and a rotation that is none; a tied lm_head shares what the embedding converts."""
-        layer.infoquant_tracker.require_all()
+        layer.infoquant_tracker.finish(layer, self.config.data.vocabulary_bits)
         self.config.rotation_back = None
         if self.rotated:
             self._check_rotation(layer.residual_rotation.double())

@@ -76,7 +76,7 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse missing tensors."""
         super().process_weights_after_loading(layer)
-        layer.infoquant_tracker.require_all()
+        layer.infoquant_tracker.finish(layer)
         keys, values = self.args.num_bits
         codes = f"KV{keys}" if keys == values else f"K{keys}V{values}"
         kernels = served_by("kv_store", "kv_attention", device=layer.key_clip.device.type)

@@ -135,8 +135,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse missing tensors, then bring the weights into the kernel's layout."""
-        layer.infoquant_tracker.require_all()
         weights = self.scheme.weights
+        layer.infoquant_tracker.finish(layer, weights.num_bits)
         packed = layer.weight_packed.data
         matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
         layer.infoquant_matrices = prepare_matrices(matrices, self._hadamard(), packed.device.type)

@@ -4,10 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 
+from infoquant_vllm.dummy_weights import fill_dummy_weights
 from infoquant_vllm.format import FormatError, check_values
 
+logger = init_logger("vllm.infoquant")
+
 Shard = str | int | None
+
+
+def loads_dummy_weights() -> bool:
+    """Whether the model that is being built is served without weights (`--load-format dummy`)."""
+    return get_current_vllm_config().load_config.load_format == "dummy"
 
 
 class LoadTracker:
@@ -20,6 +30,7 @@ class LoadTracker:
         self.sources = sources
         self.expected: list[tuple[str, Shard]] = []
         self.arrived: set[tuple[str, Shard]] = set()
+        self.is_dummy = loads_dummy_weights()
 
     def track(
         self, name: str, loader: Callable[..., None], shared: bool = False, largest_code: int | None = None
@@ -54,8 +65,23 @@ class LoadTracker:
         if len(self.arrived) == len(self.expected):
             self.arrived.clear()
 
-    def require_all(self) -> None:
-        """Raise FormatError naming the first tensor that never came."""
+    def finish(self, layer: torch.nn.Module, num_bits: int | None = None) -> None:
+        """Raise FormatError naming the first tensor that never came; under `--load-format dummy` make them up, once.
+
+        num_bits: of the layer's weight codes
+        """
+        if self.is_dummy and not self.arrived:
+            logger.warning_once(
+                "infoquant: --load-format dummy: weights, scales and rotations are made up; "
+                "speed and memory are those of a real checkpoint, the answers mean nothing"
+            )
+            tensors = {name: getattr(layer, name).data for name, _ in self.expected}
+            fill_dummy_weights(tensors, next(iter(self.sources.values())), num_bits)
+            self.arrived.update(self.expected)
+        self.is_dummy = False  # what a reload does not bring is missing
+        self._require_all()
+
+    def _require_all(self) -> None:
         missing = [key for key in self.expected if key not in self.arrived]
         if missing:
             name, shard = missing[0]

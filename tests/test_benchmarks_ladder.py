@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from benchmarks import linear, page, peers
+from benchmarks import linear, page, peers, shapes
 from benchmarks.memory import compare
 from benchmarks.memory_worker import held_bytes
 from benchmarks.serving import Case, case, spread, turn_order
 from benchmarks.shapes import write
+from infoquant_vllm.format import ModelShape, expected_tensors, parse_config
 
 
 def test_a_case_says_what_counts_and_gains_are_never_below_zero() -> None:
@@ -61,6 +62,31 @@ def test_a_random_models_tokeniser_writes_any_token_down(tiny_source: Path) -> N
     ids = [3, 63, 17, 2]
     assert tokenizer(tokenizer.decode(ids), add_special_tokens=False).input_ids == ids
     assert json.loads((tiny_source / "config.json").read_text())["vocab_size"] == 64
+
+
+@pytest.mark.parametrize("preset", ["none", "fast"])
+@pytest.mark.parametrize("name", ["llama-3-70b", "qwen2-1.5b"])
+def test_a_shape_is_a_config_and_a_tokeniser_without_weights(
+    name: str, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["shapes", name, str(tmp_path / "shape"), "--preset", preset])
+    shapes.main()
+    assert {file.name for file in (tmp_path / "shape").iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config, wanted = json.loads((tmp_path / "shape" / "config.json").read_text()), shapes.SHAPES[name]
+    shape = ModelShape.from_hf(config)
+    assert (shape.hidden_size, shape.vocab_size) == (wanted.hidden_size, wanted.vocab_size)
+    assert shape.tie_word_embeddings == wanted.tie_word_embeddings
+    assert config["rope_parameters"]["rope_theta"] == wanted.rope_parameters["rope_theta"]
+    if preset == "none":
+        assert "quantization_config" not in config
+    else:
+        tensors = expected_tensors(parse_config(config["quantization_config"]), shape)
+        rotated = "model.embed_tokens.residual_rotation" in tensors
+        assert rotated == shape.tie_word_embeddings
 
 
 @pytest.mark.parametrize("name", peers.FORMATS)

@@ -1,0 +1,41 @@
+"""Valid made-up tensors for `--load-format dummy`, which serves a config.json alone: to time a shape, not to read."""
+
+import zlib
+
+import torch
+
+ONES = ("input_clip", "key_clip", "value_clip", "final_norm_weight")
+ZEROS = ("key_offset",)
+IDENTITIES = ("input_blocks", "input_left", "input_right", "residual_rotation")
+
+
+@torch.no_grad()
+def fill_dummy_weights(tensors: dict[str, torch.Tensor], module: str, num_bits: int | None) -> None:
+    """Fill the tensors of one layer in place, without temporaries of their size; `module` is the seed.
+
+    Scales are such that outputs are about as large as inputs, however many layers follow. What is in none of the
+    format's own dtypes, an unquantised matrix, keeps the values that vLLM gave it.
+    """
+    for name, data in tensors.items():
+        if name == "weight_packed":
+            _fill_with_random_bytes(data, zlib.crc32(module.encode()))
+        elif name == "weight_scale" and num_bits is not None:
+            features = tensors["weight_packed"].shape[1] * 8 // num_bits
+            data.fill_(3**0.5 / (2 ** (num_bits - 1) * features**0.5))  # codes are as good as uniform
+        elif name == "weight_zero_point" and num_bits is not None:
+            data.fill_(2 ** (num_bits - 1))
+        elif name in ONES:
+            data.fill_(1)
+        elif name in ZEROS:
+            data.zero_()
+        elif name in IDENTITIES:
+            data.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
+
+
+def _fill_with_random_bytes(data: torch.Tensor, seed: int) -> None:
+    """Draw eight bytes at a time: generators draw one number after the other, whatever its size."""
+    generator = torch.Generator(device=data.device).manual_seed(seed)
+    flat = data.view(-1)
+    whole = len(flat) // 8 * 8
+    flat[:whole].view(torch.int64).random_(-(2**63), None, generator=generator)
+    flat[whole:].random_(0, 256, generator=generator)
