@@ -13,8 +13,8 @@ IDENTITIES = ("input_blocks", "input_left", "input_right", "residual_rotation")
 def fill_dummy_weights(tensors: dict[str, torch.Tensor], module: str, num_bits: int | None) -> None:
     """Fill the tensors of one layer in place, without temporaries of their size; `module` is the seed.
 
-    Scales are such that outputs are about as large as inputs, however many layers follow. What is in none of the
-    format's own dtypes, an unquantised matrix, keeps the values that vLLM gave it.
+    Scales are such that a linear's outputs are about as large as its inputs, so that activations stay finite through
+    any number of layers. An unquantized matrix keeps the values that vLLM gave it.
     """
     for name, data in tensors.items():
         if name == "weight_packed":
