@@ -11,6 +11,7 @@ import torch
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline.calibration import calibration_tokens
 from offline.card import model_card
+from offline.copied import copied_files
 from offline.distill import distill
 from offline.errors import ToolError
 from offline.fingerprint import fingerprint
@@ -88,6 +89,7 @@ def quantize(
     if resume and finished_before(Path(output), marks):
         return Report.model_validate_json((Path(output) / REPORT_FILE).read_text(encoding="utf-8"))
     check_output(Path(output), model.folder, overwrite)
+    copied_files(model.folder)  # or refused, before any work
     try:
         config = chosen.quantization_config(model.shape)
         specs = checkpoint_specs(model, config)

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from infoquant_vllm.format import INDEX_FILE, FormatError, ModelShape, check_values, read_json
 from offline.architectures import CausalLM, read_config, rules_for
+from offline.copied import HUB_FILES
 from offline.errors import ToolError, first_line
 
 SINGLE_FILE = "model.safetensors"
@@ -23,7 +24,6 @@ ROWS_AT_A_TIME = 8192
 UNUSED = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """RoPE tables in old checkpoints, which transformers and vLLM compute themselves; every other tensor is used."""
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 SECOND_COPY = "consolidated*.safetensors"
 """The same weights under their authors' own names, which Mistral's folders hold beside the shards."""
 
@@ -125,7 +125,11 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=HUB_FILES, ignore_patterns=[SECOND_COPY]))
+        return Path(
+            snapshot_download(
+                path_or_hub_id, allow_patterns=["*.safetensors", *HUB_FILES], ignore_patterns=[SECOND_COPY]
+            )
+        )
     except Exception as error:  # network, authorisation and missing repositories, each with a class of its own
         reason = first_line(error)
         raise ToolError(f"{path_or_hub_id}: no such folder, and the hub did not give it ({reason})") from None

@@ -13,12 +13,10 @@ import torch
 from safetensors import SafetensorError
 
 from infoquant_vllm.format import QUANT_METHOD, FormatError, TensorSpec, read_json
+from offline.copied import copy_files
 from offline.errors import ToolError
 from offline.shards import ShardWriter
 from offline.work import fsync
-
-COPIED_PATTERNS = ("tokenizer*", "*.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "chat_template.json")  # fmt: skip
 
 
 class Writer:
@@ -35,11 +33,8 @@ class Writer:
             self._shards.write(name, tensor)
 
     def copy_from(self, source: Path) -> None:
-        """Copy tokenizer files and generation config."""
-        for pattern in COPIED_PATTERNS:
-            for file in source.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, self.folder / file.name)
+        """Copy what the checkpoint keeps of the source's files; see `copied_files`."""
+        copy_files(source, self.folder)
 
     def write_text(self, name: str, text: str) -> None:
         """Write one text file."""
@@ -48,7 +43,7 @@ class Writer:
     def finish(self, config: dict[str, Any]) -> None:
         """Write the index, force all to disk, config.json after all else: without it nothing loads the folder."""
         self._shards.finish()
-        for file in self.folder.iterdir():
+        for file in self.folder.rglob("*"):
             fsync(file)
         self.write_text("config.json", json.dumps(config, indent=2) + "\n")
         fsync(self.folder / "config.json")

@@ -1,0 +1,74 @@
+"""The files of a source folder that a checkpoint keeps as they are: tokenizer, templates, licence and the like.
+
+A folder from elsewhere is hostile input: names decide what is kept, never contents, and nothing that runs or unpickles.
+"""
+
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+from offline.errors import ToolError
+
+FOLDERS = (".", "additional_chat_templates")
+"""All others hold copies of the model in other formats, or what training left."""
+SUFFIXES = ("", ".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".pdf")
+TOKENIZER = ("tokenizer*", "tekken.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TEXTS = ("*.jinja", "chat_template.json", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+CODE_AND_WEIGHTS = ("*.py", "*.so", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.safetensors", "*.gguf", "*.npz")
+"""Which no other pattern lets through."""
+WRITTEN = ("config.json", "README.md", "infoquant_*", "*.index.json")
+"""By this tool, about the checkpoint."""
+OTHER_LOADERS = ("params.json", "*quant*config*.json", "adapter_*")
+"""Files that tell loaders of other formats what they would find."""
+LARGEST_TOTAL = 2**30
+HUB_FILES = ("*.json", "*.model", "*.tiktoken", *TOKENIZER, *TEXTS)
+"""What the hub is asked for beside weights."""
+
+
+def copied_files(source: Path) -> list[Path]:
+    """The files to copy, relative to `source`, sorted; raises ToolError for links that lead elsewhere and for too many.
+
+    A link may stay inside the folder or the hub's cache. One to elsewhere is followed where a well-known file has its
+    own name there, so that a folder of links to a model is a source too.
+    """
+    found = [file for folder in FOLDERS for file in (source / folder).glob("*") if _is_kept(file)]
+    for file in found:
+        _check_link(file, source)
+    total = sum(file.stat().st_size for file in found)
+    if total > LARGEST_TOTAL:
+        largest = max(found, key=lambda file: file.stat().st_size)
+        raise ToolError(
+            f"{source}: {total} bytes in files beside the weights, {largest.name} the largest, at most {LARGEST_TOTAL} "
+            "are copied into a checkpoint; move away what does not belong to the model"
+        )
+    return sorted(file.relative_to(source) for file in found)
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy the contents of `copied_files` into a checkpoint's folder."""
+    for name in copied_files(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
+def _is_kept(file: Path) -> bool:
+    name = file.name
+    if not file.is_file() or name.startswith(".") or _matches(name, CODE_AND_WEIGHTS + WRITTEN + OTHER_LOADERS):
+        return False
+    return file.suffix.lower() in SUFFIXES or _matches(name, TOKENIZER + TEXTS)
+
+
+def _check_link(file: Path, source: Path) -> None:
+    target, root = file.resolve(), source.resolve()
+    inside = target.is_relative_to(root)
+    cached = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    known = target.name == file.name and _matches(file.name, TOKENIZER + TEXTS)
+    if not (inside or cached or known):
+        raise ToolError(
+            f"{file}: a link to {target}, outside the folder; files like it are copied into the checkpoint: "
+            "put the file itself there, or remove the link"
+        )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name.lower(), pattern.lower()) for pattern in patterns)
