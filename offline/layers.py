@@ -31,7 +31,7 @@ def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transfor
         assert tokens is not None  # such recipes need calibration
         stream = Stream(run.source, tokens, transforms, run.devices, run.work.scratch)
         if done:
-            stream.hidden.copy_(run.work.tensors(NEXT)[HIDDEN])
+            stream.restore(run.work.tensors(NEXT)[HIDDEN], done)
     for layer in range(done):
         _note(run, layer, run.work.facts(_name(layer))["errors"], transforms)
         yield run.work.tensors(_name(layer))

@@ -19,6 +19,8 @@ from offline.transforms import Transforms, random_hadamard, random_head_rotation
 from offline.work import Work
 
 TOKENS_SEEN_PER_TOKEN_POOLED = 4
+SMALLEST_ENERGY = torch.finfo(torch.float32).tiny
+"""Mean square of an input; embeddings of padding tokens are all zero, and stay so when they are normalized."""
 STEPS_KEPT = 25
 LEARNING, ADAM_STATE = "learning-rotation", ("step", "exp_avg", "exp_avg_sq")
 
@@ -68,7 +70,8 @@ def collect_inputs(
     def observe(_: str, x: torch.Tensor) -> None:
         nonlocal taken
         chosen = x[::stride]
-        pool[taken : taken + len(chosen)] = chosen * torch.rsqrt(chosen.square().mean(1, keepdim=True))
+        energy = chosen.square().mean(1, keepdim=True).clamp(min=SMALLEST_ENERGY)
+        pool[taken : taken + len(chosen)] = chosen * torch.rsqrt(energy)
         taken += len(chosen)
 
     for layer in range(layers):

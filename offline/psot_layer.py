@@ -47,7 +47,7 @@ def learn_layer_rotations(
     stream, done, device = Stream(source, tokens, None, devices, work.scratch), 0, devices[0]
     if work.holds(NEXT):
         kept, done = work.tensors(NEXT), work.facts(NEXT)["layer"]
-        stream.hidden.copy_(kept["hidden"])
+        stream.restore(kept["hidden"], done)
         heads.copy_(kept["heads"])
         generator.set_state(kept["generator"])
     for layer in range(done, shape.num_hidden_layers):
@@ -159,7 +159,7 @@ def head_loss(
             )
             for x, weights in (outputs, values)
         )
-        return first + second * (first / second).detach()
+        return first + second * torch.where(second > 0, first / second, 1.0).detach()
 
     return loss
 
@@ -192,7 +192,10 @@ def _learn(
     generator: torch.Generator,
     device: torch.device,
 ) -> tuple[torch.Tensor, float]:
-    """Rotations [matrices, size, size] float64, learnt from `start`; and the share of the loss that is left."""
+    """Rotations [matrices, size, size] float64, learnt from `start`; and the share of the loss that is left.
+
+    Inputs that are all zero have no peaks: their loss is 0, and the rotations stay as they are.
+    """
     rotations = start.to(device, torch.float32)
     batches = [slice(first, first + args.batch_sequences) for first in range(0, sequences, args.batch_sequences)]
     losses = []
@@ -205,4 +208,4 @@ def _learn(
             rotations = cayley_step(rotations.detach(), gradient, rate, generator)
             total += value.item()
         losses.append(total)
-    return retract(rotations.double()).cpu(), losses[-1] / losses[0]
+    return retract(rotations.double()).cpu(), losses[-1] / losses[0] if losses[0] > 0 else 1.0

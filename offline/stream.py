@@ -9,6 +9,7 @@ from torch import nn
 
 from offline.architectures import empty_model, read_config
 from offline.attention import register_windowed_attention
+from offline.errors import ToolError
 from offline.scratch import IN_MEMORY, Scratch
 from offline.source import Source
 from offline.transforms import Transforms
@@ -16,6 +17,7 @@ from offline.transforms import Transforms
 TOKENS_PER_BATCH = 4096
 ROWS_AT_A_TIME = 1024
 """Of a Hessian as it is completed."""
+LARGEST_INPUT = 1e15  # sums of squares over millions of tokens stay below float32's 3e38
 TOKENS_PER_SAMPLE = 16
 """Of the inputs that pass by, one in so many is kept."""
 
@@ -49,6 +51,7 @@ class Stream:
         for ids, batch in zip(tokens.split(self._batch), self.hidden.split(self._batch), strict=True):
             embedded = nn.functional.embedding(ids, embeddings).float()
             batch.copy_(embedded if rotation is None else embedded @ rotation)
+        self._folder, self._next = source.folder, 0
         self._devices, first = devices, devices[0]
         positions = torch.arange(tokens.shape[1], device=first)[None]
         self._rotary_embedding = model.rotary_emb.to(first)
@@ -62,6 +65,7 @@ class Stream:
         Shows what enters each of `modules` and, under its name too, what leaves each of `outputs`, batch
         after batch in the text's order whatever the number of devices: sums come out the same.
         """
+        observe = self._bounded(observe)
         batches, several = self.hidden.split(self._batch), len(self._devices) > 1
         seen: list[list[tuple[str, torch.Tensor]]] = [[] for _ in self._devices]
         keepers = [lambda *one, own=own: own.append(one) for own in seen] if several else [observe]
@@ -76,6 +80,28 @@ class Stream:
                     for name, x in own:
                         observe(name, x.to(self._devices[0]))
                     own.clear()
+        self._next += 1
+
+    def restore(self, hidden: torch.Tensor, layer: int) -> None:
+        """Go on with the hidden states that enter `layer`, as an earlier run kept them."""
+        self.hidden.copy_(hidden)
+        self._next = layer
+
+    def _bounded(self, observe: Observer) -> Observer:
+        """Return `observe` behind a check that its inputs are numbers whose squares can be summed."""
+        place = f"{self._folder}: model.layers.{self._next}"
+
+        def checked(module: str, x: torch.Tensor) -> None:
+            least, greatest = torch.aminmax(x)
+            largest = max(-least.item(), greatest.item())
+            if not largest <= LARGEST_INPUT:
+                raise ToolError(
+                    f"{place}: values at {module} reach {largest:g} on the calibration text, at most "
+                    f"{LARGEST_INPUT:g} can be quantized; check the source with `infoquant eval`"
+                )
+            observe(module, x)
+
+        return checked
 
     def turn_mean(self, keys: torch.Tensor, positions: int) -> torch.Tensor:
         """Mean over the first `positions` of keys [kv_heads, head_dim], the same everywhere, behind RoPE."""

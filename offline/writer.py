@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from infoquant_vllm.format import QUANT_METHOD, FormatError, TensorSpec, read_json
+from infoquant_vllm.format import QUANT_METHOD, FormatError, TensorSpec, check_values, read_json
 from offline.copied import copy_files
 from offline.errors import ToolError
 from offline.shards import ShardWriter
@@ -28,8 +28,12 @@ class Writer:
         self._shards = ShardWriter(folder, specs, shard_bytes)
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write tensors by their full names."""
+        """Write tensors by their full names; raises ToolError for values that nothing could serve."""
         for name, tensor in tensors.items():
+            try:
+                check_values(tensor, name, "not written")
+            except FormatError as error:
+                raise ToolError(f"{error}; check the source with `infoquant eval`, or take another recipe") from None
             self._shards.write(name, tensor)
 
     def copy_from(self, source: Path) -> None:
