@@ -59,6 +59,7 @@ class Source:
             shape = ModelShape.from_hf(hf_config, str(folder / "config.json"))
         except FormatError as error:
             raise ToolError(str(error)) from None
+        read_config(shape, hf_config, folder / "config.json")
         if headers_only and not any(folder.glob("*.safetensors")) and not (folder / INDEX_FILE).is_file():
             return cls(folder, hf_config, shape, {})
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):

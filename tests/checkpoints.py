@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from infoquant_vllm.format import INDEX_FILE, ModelShape, TensorSpec, expected_tensors, parse_config
+from infoquant_vllm.format import ARCHITECTURES, INDEX_FILE, ModelShape, TensorSpec, expected_tensors, parse_config
 
 DTYPES = {"U8": torch.uint8, "F32": torch.float32, None: torch.bfloat16}
 
@@ -32,6 +32,9 @@ def hf_config(**changes: Any) -> dict[str, Any]:
         "eos_token_id": 2,
         "torch_dtype": "bfloat16",
     }
+    named = changes.get("architectures", config["architectures"])
+    types = [known.model_type for name, known in ARCHITECTURES.items() if named == [name]]
+    config["model_type"] = types[0] if types else "unknown"
     return config | changes
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from infoquant_vllm.format import FormatError, ModelShape, expected_tensors, parse_config
+from infoquant_vllm.format import ARCHITECTURES, FormatError, ModelShape, expected_tensors, parse_config
 from tests.checkpoints import hf_config, quantization_config
 
 
@@ -118,7 +118,7 @@ MISTRAL, QWEN2, QWEN3 = "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausa
         (QWEN2, {"use_sliding_window": True}, "use_sliding_window is true.* with Qwen2ForCausalLM"),
         (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention"),
         (QWEN2, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic', not default, linear"),
-        (QWEN3, {"rope_parameters": ["yarn"]}, r"rope_type is \['yarn'\]"),
+        (QWEN3, {"rope_parameters": ["yarn"]}, r"rope_parameters is \['yarn'\], not an object"),
         (QWEN2, {"head_dim": 32}, "head_dim 32 is not hidden_size / num_attention_heads"),
         (QWEN2, {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
         (QWEN3, {"attention_bias": True}, "attention_bias is True.* with Qwen3ForCausalLM"),
@@ -156,7 +156,8 @@ def test_sizes_that_a_config_leaves_out_are_those_of_its_class() -> None:
     del silent["num_key_value_heads"]
     found = {}
     for name in ("LlamaForCausalLM", MISTRAL, QWEN2, QWEN3):
-        shape = ModelShape.from_hf(silent | {"architectures": [name]})
+        known = {"architectures": [name], "model_type": ARCHITECTURES[name].model_type}
+        shape = ModelShape.from_hf(silent | known)
         found[name] = shape.num_key_value_heads, shape.head_dim
     assert found == {"LlamaForCausalLM": (64, 4), MISTRAL: (8, 4), QWEN2: (32, 4), QWEN3: (32, 128)}
 

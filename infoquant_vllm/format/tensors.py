@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from infoquant_vllm.format.architectures import ARCHITECTURES, architecture_name
+from infoquant_vllm.format.architectures import ARCHITECTURES
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import hadamard_dense
+from infoquant_vllm.format.model_config import architecture_name
 from infoquant_vllm.format.schema import ActivationArgs, KVCacheArgs, LinearScheme, QuantizationConfigData, Size
 from infoquant_vllm.format.sharding import check_share
 

@@ -1,0 +1,273 @@
+"""What transformers and vLLM make of each field of a model's config.json: alike, or the model is refused by name."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from infoquant_vllm.format.architectures import ARCHITECTURES, Architecture
+from infoquant_vllm.format.errors import FormatError
+
+Settings = Mapping[str, Any]
+"""config.json, with the class's defaults where it names none."""
+Check = Callable[[str, Settings, Architecture], str | None]
+"""Of a field, the settings and the class: the words for what is not computed alike, None where it is."""
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those that transformers and vLLM compute alike; they do not agree on dynamic."""
+ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+"""What a type must name, by type; `original_max_position_embeddings` has a default."""
+ROPE_OPTIONS = ("rope_theta", "original_max_position_embeddings", "beta_fast", "beta_slow")
+"""Numbers that may be left out, but not be null: vLLM takes null for a number."""
+ROPE_OF_VLLM = ("rope_dim", "mrope_section", "xdrope_section", "use_fope")
+"""Which vLLM alone reads."""
+DTYPES = ("bfloat16", "float16", "float32")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Fields of mixtures of experts, none of which is known."""
+
+REQUIRED = ("model_type",)
+"""Fields that have no default."""
+
+
+def architecture_name(config: dict[str, Any], source: str) -> str:
+    """The class that config.json names; raises FormatError for one that is not known, or a use of it that is not."""
+    found = config.get("architectures")
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in tuple(ARCHITECTURES):
+        experts = next((f", a mixture of {config[key]!r:.20} experts" for key in EXPERTS if config.get(key)), "")
+        raise FormatError(
+            f"{source}: architectures is {found!r:.200}{experts}; this release knows {', '.join(ARCHITECTURES)}"
+        )
+    name: str = found[0]
+    problem = _not_alike(config, ARCHITECTURES[name])
+    if problem is not None:
+        raise FormatError(f"{source}: {problem}; this release does not serve that with {name}")
+    return name
+
+
+def _not_alike(config: dict[str, Any], architecture: Architecture) -> str | None:
+    settings = dict(architecture.defaults) | config
+    named = (name for name in FIELDS if name in settings or name in REQUIRED)
+    problems = (FIELDS[name](name, settings, architecture) for name in named)
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _unread(name: str, settings: Settings, architecture: Architecture) -> None:
+    """Accept a field that changes nothing of what either computes."""
+
+
+def _size(name: str, settings: Settings, architecture: Architecture) -> None:
+    """Accept a field that `ModelShape` checks, and that both read as it does."""
+
+
+def _only(*values: Any) -> Check:
+    """Accept no other values than these; where it is left out, that is one of them."""
+
+    def check(name: str, settings: Settings, architecture: Architecture) -> str | None:
+        found = settings[name]
+        alike = any(found is value or (type(found) is type(value) and found == value) for value in values)
+        return None if alike else f"{name} is {found!r:.80}, not {' or '.join(map(_json, values))}"
+
+    return check
+
+
+def _json(value: Any) -> str:
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+
+
+def _model_type(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Both take the config's class, and so the defaults, from `model_type`."""
+    found = settings.get(name)
+    return None if found == architecture.model_type else f"{name} is {found!r:.80}, not '{architecture.model_type}'"
+
+
+def _bias(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    if settings[name] and name not in architecture.bias_fields:
+        return f"{name} is {settings[name]!r:.80}"
+    return None
+
+
+def _qkv_bias(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """vLLM takes it in place of attention_bias, where the class has no rule of its own for these biases."""
+    if architecture.qkv_bias or architecture.qk_norm or bool(settings[name]) == bool(settings.get("attention_bias")):
+        return None
+    return f"{name} is {settings[name]!r:.80}, attention_bias {settings.get('attention_bias')!r:.80}"
+
+
+def _head_dim(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    hidden, heads, head_dim = (settings.get(key) for key in ("hidden_size", "num_attention_heads", name))
+    if head_dim is None or architecture.free_head_dim:
+        return None
+    share = isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and head_dim == hidden // heads
+    return None if share else f"{name} {head_dim!r:.80} is not hidden_size / num_attention_heads"
+
+
+def _kv_heads(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """vLLM sizes the cache by other classes' names for num_key_value_heads where it finds them."""
+    found, used = settings[name], settings.get("num_key_value_heads") or settings.get("num_attention_heads")
+    return None if found in (None, used) else f"{name} is {found!r:.80}, num_key_value_heads {used!r:.80}"
+
+
+def _positive(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    return None if _is_positive(settings[name]) else f"{name} is {settings[name]!r:.80}, not a number above 0"
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _positions(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    found = settings[name]
+    return None if type(found) is int and found > 0 else f"{name} is {found!r:.80}, not a number of tokens"
+
+
+def _padding(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """transformers makes no embedding whose padding row is not among its rows."""
+    found, rows = settings[name], settings.get("vocab_size")
+    if found is None or not isinstance(rows, int) or (type(found) is int and -rows <= found < rows):
+        return None
+    return f"{name} is {found!r:.80}, not among {rows} tokens (null names none)"
+
+
+def _dtype(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    found = settings[name]
+    return None if found is None or found in DTYPES else f"{name} is {found!r:.80}, not {', '.join(DTYPES)}"
+
+
+def _rope(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    rope = settings[name]
+    if rope is None or rope == {}:
+        return None
+    if not isinstance(rope, dict):
+        return f"{name} is {rope!r:.80}, not an object"
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        return f"{name}: rope_type is {kind!r:.80}, not {', '.join(ROPE_TYPES)}"
+    nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        return f"{name} has its own {nested!r:.80}, RoPE of some layers"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"{name}: partial_rotary_factor is {rope['partial_rotary_factor']!r:.80}, not 1.0"
+    other = next((key for key in ROPE_OF_VLLM if rope.get(key)), None)
+    if other is not None:
+        return f"{name}: {other} is {rope[other]!r:.80}, which vLLM alone reads"
+    return _rope_numbers(name, rope, str(kind))
+
+
+def _rope_numbers(name: str, rope: Settings, kind: str) -> str | None:
+    for key in (*ROPE_NUMBERS[kind], *(key for key in ROPE_OPTIONS if key in rope)):
+        if not _is_positive(rope.get(key)):
+            return f"{name}: {key} of {kind} is {rope.get(key)!r:.80}, not a number above 0"
+    if kind == "linear" and type(rope["factor"]) is int:
+        return f"{name}: factor is {rope['factor']}, which vLLM takes as {rope['factor']}.0 alone"
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        return f"{name}: low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor"
+    return None
+
+
+def _window(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Both apply a window to every layer of Mistral, and vLLM alone to Llama's."""
+    window, longest = settings[name], settings.get("max_position_embeddings")
+    if "use_sliding_window" in architecture.defaults or window is None:
+        return None
+    if type(window) is not int or window < 1:
+        return f"{name} is {window!r:.80}, expected a number of tokens (null switches it off)"
+    if isinstance(longest, int) and window >= longest:
+        return None
+    if architecture.windows and settings.get("layer_types") is None:
+        return None
+    return f"{name} {window} is below max_position_embeddings {longest!r:.80} (null switches it off)"
+
+
+def _layer_types(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    kinds, layers = settings[name], settings.get("num_hidden_layers")
+    if kinds is None:
+        return None
+    if not (isinstance(kinds, list) and set(map(str, kinds)) <= {"full_attention"}):
+        return f"{name} is {kinds!r:.80}, not full_attention throughout"
+    return None if len(kinds) == layers else f"{name} names {len(kinds)} layers, num_hidden_layers is {layers!r:.80}"
+
+
+def _uses_window(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    ignored = "use_sliding_window" not in architecture.defaults
+    return None if ignored or not settings[name] else f"{name} is true"
+
+
+FIELDS: dict[str, Check] = {
+    "architectures": _unread,  # `architecture_name` has read it
+    "model_type": _model_type,
+    # weights and their shapes
+    "vocab_size": _size,
+    "hidden_size": _size,
+    "intermediate_size": _size,
+    "num_hidden_layers": _size,
+    "num_attention_heads": _size,
+    "num_key_value_heads": _size,
+    "tie_word_embeddings": _size,
+    "head_dim": _head_dim,
+    "hidden_size_per_head": _only(None),
+    "num_kv_heads": _kv_heads,
+    "n_head_kv": _kv_heads,
+    "attention_bias": _bias,
+    "mlp_bias": _bias,
+    "qkv_bias": _qkv_bias,
+    "bias": _only(False, None),
+    "qk_norm": _only(False, None),
+    "dtype": _dtype,
+    "torch_dtype": _dtype,
+    "compression_config": _only(None),
+    "per_layer_config": _only(None),
+    "block_configs": _only(None),
+    # the function
+    "hidden_act": _only("silu"),
+    "rms_norm_eps": _positive,
+    "logit_scale": _only(1.0, 1),
+    "head_dtype": _only(None),
+    "ada_rms_norm_t_cond": _only(False, None),
+    "is_encoder_decoder": _only(False, None),
+    "pad_token_id": _padding,
+    # positions and attention
+    "max_position_embeddings": _positions,
+    "original_max_position_embeddings": _positions,
+    "rope_theta": _positive,
+    "rope_scaling": _rope,
+    "rope_parameters": _rope,
+    "rotary_emb_base": _only(None),
+    "partial_rotary_factor": _only(1.0, 1, None),
+    "rotary_pct": _only(1.0, 1, None),
+    "rotary_emb_fraction": _only(1.0, 1, None),
+    "is_causal": _only(True),
+    "layer_types": _layer_types,
+    "target_layer_count": _only(None),
+    "use_sliding_window": _uses_window,
+    "sliding_window": _window,
+    "max_window_layers": _unread,  # without use_sliding_window
+    "dual_chunk_attention_config": _only(None),
+    "llama_4_scaling": _only(None),
+    "attn_implementation": _only("eager", "sdpa", None),
+    # what makes vLLM take the model for one of another kind
+    "text_config": _only(None),
+    "text_encoder": _only(None),
+    "decoder": _only(None),
+    "generator": _only(None),
+    "canvas_length": _only(None),
+    **dict.fromkeys(EXPERTS, _only(0, None)),
+    # training, generation and records
+    "attention_dropout": _unread,
+    "initializer_range": _unread,
+    "pretraining_tp": _unread,
+    "use_cache": _unread,
+    "chunk_size_feed_forward": _unread,
+    "output_hidden_states": _unread,
+    "return_dict": _unread,
+    "bos_token_id": _unread,
+    "eos_token_id": _unread,
+    "id2label": _unread,
+    "label2id": _unread,
+    "problem_type": _unread,
+    "transformers_version": _unread,
+}
+"""Every field that transformers' config classes or vLLM's model classes read; neither reads any other."""
