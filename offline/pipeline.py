@@ -25,6 +25,7 @@ from offline.recipe import Distillation, Recipe, load_recipe
 from offline.report import REPORT_FILE, Report, checkpoint_sizes, peak_memory_bytes
 from offline.resume import finished_before, resumable_folder, work_folder
 from offline.run import Run
+from offline.sentence_modules import source_modules, write_modules
 from offline.source import Source
 from offline.specs import checkpoint_specs
 from offline.student import Layer, Student
@@ -90,6 +91,7 @@ def quantize(
         return Report.model_validate_json((Path(output) / REPORT_FILE).read_text(encoding="utf-8"))
     check_output(Path(output), model.folder, overwrite)
     copied_files(model.folder)  # or refused, before any work
+    source_modules(model.folder)
     try:
         config = chosen.quantization_config(model.shape)
         specs = checkpoint_specs(model, config)
@@ -104,7 +106,8 @@ def quantize(
         **checkpoint_sizes(model, config, specs),
     )
     if dry_run:
-        return figures.model_copy(update={"plan": make_plan(model, chosen, specs, calibration, shard_bytes)})
+        plan = make_plan(model, chosen, specs, calibration, shard_bytes, figures.total_bytes)
+        return figures.model_copy(update={"plan": plan})
     check_memory(model, chosen, calibration)
     check_writable(Path(output))
     check_space(Path(output), figures.total_bytes * (2 if resume else 1))
@@ -144,6 +147,7 @@ def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: st
         }
     )
     writer.copy_from(run.source.folder)
+    write_modules(writer.folder, run.source, None if transforms is None else transforms.residual)
     writer.write_text("README.md", model_card(name, run.recipe, figures))
     writer.write_text("infoquant_recipe.yaml", run.recipe.dump())
     writer.write_text(REPORT_FILE, figures.model_dump_json(indent=2, exclude={"plan"}) + "\n")

@@ -76,12 +76,16 @@ class Plan(BaseModel):
 
 
 def make_plan(
-    source: Source, recipe: Recipe, specs: Mapping[str, TensorSpec], calibration: str, shard_bytes: int
+    source: Source,
+    recipe: Recipe,
+    specs: Mapping[str, TensorSpec],
+    calibration: str,
+    shard_bytes: int,
+    disk_bytes: int,
 ) -> Plan:
-    """The plan of a run; measures this machine, which takes some seconds."""
+    """The plan of a run that writes `disk_bytes`; measures this machine, which takes some seconds."""
     account = _Account(source, recipe, specs, measure(source.shape.intermediate_size))
     stages = account.stages(calibration)
-    total = sum(map(spec_bytes, specs.values()))
     return Plan(
         layers=account.layers,
         layer_float32_bytes=4 * account.weights,
@@ -91,7 +95,7 @@ def make_plan(
         sites=account.sites,
         stages=stages,
         shards=len(plan_shards(specs, shard_bytes)),
-        disk_bytes=total,
+        disk_bytes=disk_bytes,
         seconds=sum(stage.seconds for stage in stages),
         memory_bytes=max(stage.memory_bytes for stage in stages),
         memory_bound_bytes=int(BOUND_FACTOR * (4 * account.weights + account.batch)) + BOUND_REST,

@@ -49,9 +49,8 @@ def push(
     failed = next((check for check in found.checks if not check.passed), None)
     if failed is not None:
         raise ToolError(f"{folder}: not sent, its check '{failed.name}' failed: {failed.detail}")
-    files = [file for file in Path(folder).rglob("*") if file.is_file()]
-    names = {file: str(file.relative_to(folder)) for file in files}
-    names = {file: name for file, name in names.items() if not any(part[0] == "." for part in Path(name).parts)}
+    files = {file.relative_to(folder).as_posix(): file for file in Path(folder).rglob("*") if file.is_file()}
+    files = {name: file for name, file in files.items() if not any(part.startswith(".") for part in Path(name).parts)}
     hub = HfApi() if api is None else api
     try:
         hub.create_repo(repository, repo_type="model", private=private, exist_ok=True)
@@ -59,7 +58,7 @@ def push(
             repo_id=repository,
             repo_type="model",
             folder_path=folder,
-            allow_patterns=sorted(names.values()),
+            allow_patterns=sorted(files),
             commit_message=MESSAGE,
         )
     except Exception as error:  # network, authorisation and quotas, each with a class of its own
@@ -68,6 +67,6 @@ def push(
     return Pushed(
         repository=repository,
         url=str(sent.commit_url),
-        files=len(names),
-        bytes=sum(file.stat().st_size for file in names),
+        files=len(files),
+        bytes=sum(file.stat().st_size for file in files.values()),
     )

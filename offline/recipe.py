@@ -233,7 +233,7 @@ class Recipe(_Strict):
 
         Raises FormatError where the sizes of blocks or groups do not suit the model, or `max_tp` workers.
         """
-        rotated = self.transform != "none"
+        rotated, rotated_stream = self.transform != "none", self.transform in ("hadamard", "psot-shared")
         groups = {
             name: ConfigGroup(
                 targets=list(linears),
@@ -259,7 +259,8 @@ class Recipe(_Strict):
             config_groups=groups,
             ignore=["lm_head"] if self.vocabulary_bits is None else [],
             kv_cache=kv_cache,
-            tied_residual_rotation=self.transform in ("hadamard", "psot-shared") and shape.tie_word_embeddings,
+            rotated_hidden_states=rotated_stream,
+            tied_residual_rotation=rotated_stream and shape.tie_word_embeddings,
             vocabulary_bits=self.vocabulary_bits,
         )
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from infoquant_vllm.format import QuantizationConfigData, TensorSpec, cell_bytes
 from offline.fold import stored_dtype
 from offline.plan import Plan
+from offline.sentence_modules import projection_bytes
 from offline.shards import spec_bytes
 from offline.source import Source
 
@@ -94,7 +95,7 @@ def checkpoint_sizes(source: Source, config: QuantizationConfigData, specs: dict
         "source_linear_bytes": (weights + biases) * width,
         "linear_bytes": linear_bytes,
         "source_bytes": (weights + biases + ends + norms) * width,
-        "total_bytes": sum(tensors.values()),
+        "total_bytes": sum(tensors.values()) + projection_bytes(source, config),
         "bits_per_weight": 8 * linear_bytes / weights,
         "source_kv_bytes_per_token": cached * width,
         "kv_bytes_per_token": quantized,

@@ -11,7 +11,9 @@ from offline.against import Comparison
 from offline.errors import CheckError
 from offline.progress import ProgressReport, silent
 from offline.report import REPORT_FILE, Report
+from offline.sentence_modules import check_projection
 from offline.simulated import integer_weights
+from offline.source import Source
 from offline.transforms import orthogonality_error
 
 LARGEST_ORTHOGONALITY_ERROR = 1e-4
@@ -80,7 +82,7 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
 
     Raises ToolError only for what is not the checkpoint's fault, such as a missing source.
     """
-    checks = _Checks(5 if against is None else 7, progress)
+    checks = _Checks(6 if against is None else 8, progress)
     layer_errors: dict[str, float] = {}
     opened: list[Checkpoint] = []
 
@@ -92,9 +94,12 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
         checks.run("codes", lambda: check_codes(opened[0]))
         checks.run("rotations", lambda: check_rotations(opened[0]))
         checks.run("shared inputs", lambda: check_shared_inputs(opened[0]))
-        if against is not None and checks.passed:
-            comparison = Comparison(opened[0], against)
+        if against is None or not checks.passed:
+            checks.run("hidden states", lambda: check_projection(opened[0], None))
+        else:
+            comparison, source = Comparison(opened[0], against), Source.open(against)
             if checks.run("same model", comparison.same_ends):
+                checks.run("hidden states", lambda: check_projection(opened[0], source))
                 checks.run("behaviour", lambda: comparison.behaviour(layer_errors))
     report = _report(Path(folder))
     return Verification(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from infoquant_vllm.format import Checkpoint, WeightArgs, unpack_codes
+from infoquant_vllm.format import Checkpoint, WeightArgs, files_of, read_projection, unpack_codes
 from offline import PRESETS, Recipe, ToolError, load_recipe, quantize
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, LearnedClips, Psot, PsotLayer, Site, SiteActivations, Sites
@@ -40,8 +40,8 @@ def text(tmp_path: Path) -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file but the report, which holds timings."""
-    files = [file for file in folder.iterdir() if file.name != "infoquant_report.json"]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "infoquant_report.json"]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 EVEN = [size for size in SIZES if size != "odd"]
@@ -58,7 +58,9 @@ def test_every_preset_writes_a_whole_checkpoint(tmp_path: Path, text: str, prese
     checkpoint = Checkpoint(tmp_path / "out")
     for name in checkpoint.weight_map:
         checkpoint.tensor(name)  # raises for NaN, and for scales and clips that are not positive
-    assert report.total_bytes == sum(checkpoint.tensor(name).nbytes for name in checkpoint.weight_map)
+    projection = read_projection(files_of(tmp_path / "out"), checkpoint.shape.hidden_size, "out")
+    beside = 0 if projection is None else projection.nbytes
+    assert report.total_bytes == beside + sum(checkpoint.tensor(name).nbytes for name in checkpoint.weight_map)
     assert report.source_bytes == sum(file.stat().st_size for file in source.glob("*.safetensors")) - header(source)
 
 

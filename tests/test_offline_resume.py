@@ -78,7 +78,8 @@ def source(tmp_path: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, Any]:
     """Every file, the report without what it measured of this run."""
-    found: dict[str, Any] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    found: dict[str, Any] = {str(file.relative_to(folder)): file.read_bytes() for file in files}
     report = json.loads(found["infoquant_report.json"])
     return found | {"infoquant_report.json": {name: report[name] for name in report if name not in MEASURED}}
 

@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import offline
-from infoquant_vllm.format import INDEX_FILE, Checkpoint, read_json, unpack_codes
+from infoquant_vllm.format import (
+    INDEX_FILE,
+    PROJECTION_TENSOR,
+    PROJECTION_WEIGHTS,
+    Checkpoint,
+    read_json,
+    unpack_codes,
+)
 from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
 from offline.inspect import inspect_checkpoint
@@ -79,7 +86,8 @@ def test_the_report_counts_the_bytes_that_are_written(tmp_path: Path) -> None:
     dry = quantize(source, tmp_path / "out", "hadamard", 8, dry_run=True)
     real = quantize(source, tmp_path / "out", "hadamard", 8)
     stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / SHARD).values())
-    assert dry.total_bytes == real.total_bytes == stored
+    projection = load_file(tmp_path / "out" / PROJECTION_WEIGHTS)[PROJECTION_TENSOR].nbytes
+    assert dry.total_bytes == real.total_bytes == stored + projection
     assert read_json(tmp_path / "out" / INDEX_FILE)["metadata"]["total_size"] == stored
 
 

@@ -36,8 +36,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_every_file_but_hidden_ones_goes_to_a_repository_that_need_not_exist(checkpoint: Path) -> None:
-    (checkpoint / "additional_chat_templates").mkdir()
-    (checkpoint / "additional_chat_templates" / "tools.jinja").write_text("{}")
+    for name in ("additional_chat_templates/tools.jinja", "1_Pooling/config.json"):
+        (checkpoint / name).parent.mkdir()
+        (checkpoint / name).write_text("{}")
     visible = {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file()}
     (checkpoint / ".notes").write_text("mine")
     hub = Hub()

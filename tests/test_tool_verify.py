@@ -58,7 +58,7 @@ def test_whole_checkpoint_passes_every_check(whole: Path, source: Path) -> None:
     found = verify(whole, against=source)
     assert found.passed
     assert [check.name for check in found.checks] == [
-        "headers", "values", "codes", "rotations", "shared inputs", "same model", "behaviour",
+        "headers", "values", "codes", "rotations", "shared inputs", "same model", "hidden states", "behaviour",
     ]  # fmt: skip
     assert list(found.layer_errors) == ["model.layers.0", "model.layers.1"]
     assert all(0 < error < 0.5 for error in found.layer_errors.values())

@@ -11,6 +11,16 @@ from infoquant_vllm.format.checkpoint import INDEX_FILE, Checkpoint, check_value
 from infoquant_vllm.format.codes import pack_codes, unpack_codes
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import apply_hadamard, hadamard, hadamard_dense
+from infoquant_vllm.format.projection import (
+    MODULES_FILE,
+    PROJECTION_CONFIG,
+    PROJECTION_FOLDER,
+    PROJECTION_TENSOR,
+    PROJECTION_WEIGHTS,
+    files_of,
+    projection_config,
+    read_projection,
+)
 from infoquant_vllm.format.schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -38,6 +48,11 @@ __all__ = [
     "ARCHITECTURES",
     "FORMAT_VERSION",
     "INDEX_FILE",
+    "MODULES_FILE",
+    "PROJECTION_CONFIG",
+    "PROJECTION_FOLDER",
+    "PROJECTION_TENSOR",
+    "PROJECTION_WEIGHTS",
     "QUANT_METHOD",
     "ActivationArgs",
     "Checkpoint",
@@ -57,11 +72,14 @@ __all__ = [
     "check_share",
     "check_values",
     "expected_tensors",
+    "files_of",
     "hadamard",
     "hadamard_dense",
     "linear_tensors",
     "pack_codes",
     "parse_config",
+    "projection_config",
     "read_json",
+    "read_projection",
     "unpack_codes",
 ]

@@ -110,7 +110,9 @@ class QuantizationConfigData(_Strict):
     """`quantization_config` of config.json.
 
     `vocabulary_bits` is for the matrix that makes the logits, which in a tied model is the
-    embedding too: `vocabulary_scheme` says how it is stored.
+    embedding too: `vocabulary_scheme` says how it is stored. `rotated_hidden_states`: the residual stream is in
+    another basis than the source's and the final norm's gain is not in it, which `projection.py` undoes; assumed
+    where a checkpoint does not say.
     """
 
     quant_method: Literal["infoquant"]
@@ -118,6 +120,7 @@ class QuantizationConfigData(_Strict):
     config_groups: Annotated[dict[Name, ConfigGroup], Field(max_length=100_000)]
     ignore: Annotated[list[Name], Field(max_length=100_000)] = []
     kv_cache: KVCacheArgs | None = None
+    rotated_hidden_states: bool = True
     tied_residual_rotation: bool = False
     vocabulary_bits: Literal[8] | None = None
 
@@ -129,6 +132,12 @@ class QuantizationConfigData(_Strict):
             raise ValueError(f"{twice[0]} is named by more than one group, or by a group and ignore")
         if self.vocabulary_bits is not None and "lm_head" in names:
             raise ValueError(f"vocabulary_bits {self.vocabulary_bits} quantises lm_head, which ignore or a group names")
+        return self
+
+    @model_validator(mode="after")
+    def _a_rotated_embedding_rotates_the_stream(self) -> "QuantizationConfigData":
+        if self.tied_residual_rotation and not self.rotated_hidden_states:
+            raise ValueError("tied_residual_rotation is true but rotated_hidden_states is false")
         return self
 
     @property

@@ -1,0 +1,105 @@
+"""The matrix that maps a checkpoint's final hidden states to the source's, for servers of embeddings.
+
+With the rotation Q of the residual stream and the final norm's gain g it is W = diag(g) Q, [hidden, hidden], and
+h @ W.T = (h @ Q.T) * g is what the source's final norm puts out. It is stored as a Dense module of Sentence
+Transformers, which vLLM applies to what it pools: `modules.json` lists the module before all other Dense modules, and
+the folder `hidden_states` holds its config.json and its model.safetensors.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from infoquant_vllm.format.errors import FormatError
+
+MODULES_FILE = "modules.json"
+PROJECTION_FOLDER = "hidden_states"
+PROJECTION_CONFIG, PROJECTION_WEIGHTS = f"{PROJECTION_FOLDER}/config.json", f"{PROJECTION_FOLDER}/model.safetensors"
+PROJECTION_TENSOR = "linear.weight"
+MAX_HEADER_BYTES = 2**16
+MAX_ERROR = 0.05
+"""Relative, of vectors that are rotated there and back; a projection in bfloat16 has 0.005."""
+PROBES = 8
+
+ReadFile = Callable[[str], bytes | None]
+"""The content of a checkpoint's file by its name; None where there is no such file."""
+
+
+def projection_config(hidden_size: int) -> dict[str, Any]:
+    """Return config.json of the Dense module."""
+    identity = "torch.nn.modules.linear.Identity"
+    return {"in_features": hidden_size, "out_features": hidden_size, "bias": False, "activation_function": identity}
+
+
+def files_of(folder: Path) -> ReadFile:
+    """Return a reader of a local folder's files."""
+    return lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None
+
+
+def read_projection(read: ReadFile, hidden_size: int, source: str) -> torch.Tensor | None:
+    """Return W [hidden_size, hidden_size] as it is stored, None where `modules.json` lists no such module.
+
+    Raises FormatError, naming the file of `source`, for whatever is not a rotation with a gain per row.
+    """
+    modules = _read_json(read, MODULES_FILE, source)
+    if modules is None:
+        return None
+    entries = [entry for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
+    dense = [entry.get("path") for entry in entries if str(entry.get("type")).endswith(".Dense")]
+    if PROJECTION_FOLDER not in dense:
+        return None
+    if dense[0] != PROJECTION_FOLDER:
+        raise FormatError(f"{source}/{MODULES_FILE}: the first Dense module is {dense[0]!r}, not {PROJECTION_FOLDER!r}")
+    config, expected = _read_json(read, PROJECTION_CONFIG, source), projection_config(hidden_size)
+    if config != expected:
+        raise FormatError(f"{source}/{PROJECTION_CONFIG}: found {config}, expected {expected}")
+    weight = _read_tensor(read, hidden_size, f"{source}/{PROJECTION_WEIGHTS}")
+    _check_rotation(weight, f"{source}/{PROJECTION_WEIGHTS}: {PROJECTION_TENSOR}")
+    return weight
+
+
+def _read_json(read: ReadFile, name: str, source: str) -> Any:
+    content = read(name)
+    if content is None:
+        return None
+    if len(content) > MAX_HEADER_BYTES:
+        raise FormatError(f"{source}/{name}: {len(content)} bytes, expected at most {MAX_HEADER_BYTES}")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{source}/{name}: not readable as JSON ({error})") from None
+
+
+def _read_tensor(read: ReadFile, hidden_size: int, file: str) -> torch.Tensor:
+    content = read(PROJECTION_WEIGHTS)
+    if content is None:
+        raise FormatError(f"{file}: no such file, but {MODULES_FILE} names it; quantize or copy the model again")
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError) as error:
+        raise FormatError(f"{file}: not a whole safetensors file ({error}); quantize or copy the model again") from None
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    expected = {PROJECTION_TENSOR: [hidden_size, hidden_size]}
+    if shapes != expected:
+        raise FormatError(f"{file}: holds {shapes}, expected {expected}")
+    return tensors[PROJECTION_TENSOR]
+
+
+def _check_rotation(weight: torch.Tensor, name: str) -> None:
+    if not weight.is_floating_point() or not torch.isfinite(weight).all() or not weight.any():
+        raise FormatError(f"{name} holds something else than finite numbers other than 0")
+    gains = weight.float().norm(dim=1, keepdim=True)
+    rotation = weight.float() / gains.clamp(min=torch.finfo(torch.float32).tiny)
+    probes = torch.empty(len(weight), PROBES, dtype=torch.float32, device="cpu")  # inside vLLM's other defaults
+    probes.normal_(generator=torch.Generator("cpu").manual_seed(0)).mul_(gains > 0)
+    error = ((rotation @ (rotation.T @ probes) - probes).norm() / probes.norm()).item()
+    if not error <= MAX_ERROR:
+        raise FormatError(
+            f"{name} is no rotation with a gain per row: there and back vectors are off by {error:.3g}, "
+            f"expected at most {MAX_ERROR:g}; quantize the model again"
+        )
