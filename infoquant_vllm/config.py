@@ -39,6 +39,7 @@ class InfoQuantConfig(QuantizationConfig):
         self.data = data
         self.summary = Summary()
         self.folder_without_weights: Path | None = None
+        self.doors_checked = False
         self.rotation_back: torch.Tensor | None = None  # kept by lm_head until the embedding's comes anew
 
     def get_name(self) -> str:  # type: ignore[override]
@@ -109,6 +110,7 @@ class InfoQuantConfig(QuantizationConfig):
                 f"{self.folder_without_weights}: holds no weights ({INDEX_FILE} is missing); copy the checkpoint "
                 "again, or pass --load-format dummy to time its shape with made-up ones"
             )
+        self._check_doors()
         use_own_arithmetic()  # the embedding comes here before the layers choose their operations
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
@@ -120,6 +122,13 @@ class InfoQuantConfig(QuantizationConfig):
         if isinstance(layer, MLAAttention | RoutedExperts):
             raise FormatError(f"{prefix}: {type(layer).__name__} is not served by this release")
         return None
+
+    def _check_doors(self) -> None:
+        from infoquant_vllm.doors import check_doors
+
+        if not self.doors_checked:
+            check_doors(self.data, get_current_vllm_config())
+            self.doors_checked = True
 
     def sources(self, prefix: str) -> list[str]:
         """The checkpoint's linears behind a vLLM linear: its shards where vLLM fuses them."""

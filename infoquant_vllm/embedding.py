@@ -33,7 +33,8 @@ class VocabularyMethod(QuantizeMethodBase):
     model's dtype; the logits are a product with an input of 16 bits.
 
     Logits of a dtype of their own (head_dtype) are refused: vLLM goes past `apply` for them. For the
-    same reason this is no subclass of vLLM's unquantised method.
+    same reason this is no subclass of vLLM's unquantised method. Pooling models have no logits: vLLM
+    drops their lm_head, whose tensors are on device meta then.
     """
 
     def __init__(self, config: "InfoQuantConfig", prefix: str, rotated: bool, quantized: bool):
@@ -54,7 +55,7 @@ class VocabularyMethod(QuantizeMethodBase):
     ) -> None:
         """Register E, sharded over the vocabulary, and the rotation and gain, whole on every rank."""
         model = get_current_vllm_config().model_config
-        if model is not None and model.head_dtype != params_dtype:
+        if model is not None and model.runner_type != "pooling" and model.head_dtype != params_dtype:
             raise FormatError(
                 f"{self.prefix}: head_dtype {model.head_dtype} is not served with a rotated tied embedding "
                 f"or an 8-bit vocabulary, leave it at the model's {params_dtype}"
@@ -94,6 +95,10 @@ class VocabularyMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse missing tensors and a rotation that is none; a tied lm_head shares what the embedding converts."""
+        if (layer.weight_packed if self.quantized else layer.weight).is_meta:
+            if self.quantized:
+                self.config.summary.dropped()
+            return
         layer.infoquant_tracker.finish(layer, self.config.data.vocabulary_bits)
         self.config.rotation_back = None
         if self.rotated:

@@ -33,6 +33,10 @@ class Summary:
         """One more layer will report."""
         self.pending += 1
 
+    def dropped(self) -> None:
+        """A layer that vLLM has dropped will not report."""
+        self._finish()
+
     def linear(self, kind: str, held: int, bf16: int) -> None:
         """A finished linear: its kind ("W4A4 (oneDNN int8)"), bytes held and bytes in bf16."""
         self.linears[kind] += 1

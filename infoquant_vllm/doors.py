@@ -1,0 +1,77 @@
+"""Refuse by name what would read or write hidden states in the wrong basis, before any layer is built.
+
+Where `rotated_hidden_states`, the residual stream is in a basis of the checkpoint's own. Tokens and log-probabilities
+do not depend on it; embeddings and hidden states do. docs/hidden-states.md lists every way in and out.
+"""
+
+from typing import TYPE_CHECKING
+
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes
+
+from infoquant_vllm.format import FormatError, QuantizationConfigData, read_projection
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+TOKEN_DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
+"""Methods of speculative decoding whose drafts read tokens alone."""
+INSTEAD = "serve the unquantized model for that"
+
+
+def check_doors(data: QuantizationConfigData, config: "VllmConfig") -> None:
+    """Raise FormatError for an option of vLLM that the checkpoint cannot serve, naming it and what to do."""
+    model = config.model_config
+    if model is None:
+        return
+    if model.runner_type == "pooling":
+        _check_pooling(data, model)
+    if not data.rotated_hidden_states:
+        return
+    if model.enable_prompt_embeds:
+        raise FormatError(
+            f"{model.model}: --enable-prompt-embeds is not served, the checkpoint's residual stream is in a rotated "
+            f"basis and embeddings in the prompt are not; send tokens, or {INSTEAD}"
+        )
+    speculation = config.speculative_config
+    if speculation is not None and speculation.method not in TOKEN_DRAFTS:
+        raise FormatError(
+            f"{model.model}: --speculative-config with method {speculation.method!r} is not served, it reads hidden "
+            f"states, which are in a rotated basis; use a draft that reads tokens (draft_model, ngram, suffix), "
+            f"or {INSTEAD}"
+        )
+
+
+def _check_pooling(data: QuantizationConfigData, model: "ModelConfig") -> None:
+    asked = f"{model.model}: --runner pooling --convert {model.convert_type}"
+    if model.convert_type == "embed":
+        if data.rotated_hidden_states and not _has_projection(model):
+            raise FormatError(
+                f"{asked} is not served, the checkpoint's hidden states are in a rotated basis and modules.json lists "
+                f"no module hidden_states that leads out of it; quantize the model again, or {INSTEAD}"
+            )
+        return
+    if not (model.convert_type == "classify" and _scores_tokens(model)):
+        raise FormatError(
+            f"{asked} ({', '.join(model.architectures)}) is not served, the checkpoint holds no head for it "
+            f"and hidden states may be in a rotated basis; {INSTEAD}"
+        )
+    if data.tied_residual_rotation or data.vocabulary_bits is not None:
+        kind = "rotated and tied to lm_head" if data.tied_residual_rotation else "of 8 bits"
+        raise FormatError(
+            f"{asked} with classifier_from_token is not served, vLLM takes rows out of a vocabulary matrix that is "
+            f"{kind}; score by the tokens' log-probabilities (logprobs of max_tokens 1), or {INSTEAD}"
+        )
+
+
+def _has_projection(model: "ModelConfig") -> bool:
+    def read(name: str) -> bytes | None:
+        return get_hf_file_bytes(name, model.model, model.revision)
+
+    return read_projection(read, model.get_hidden_size(), model.model) is not None
+
+
+def _scores_tokens(model: "ModelConfig") -> bool:
+    """Whether vLLM makes the classifier out of rows of lm_head, as for rerankers that are language models."""
+    return any(
+        getattr(config, "classifier_from_token", None) is not None for config in (model.hf_config, model.hf_text_config)
+    )
