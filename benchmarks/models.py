@@ -4,11 +4,12 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from pydoc_data import topics
 
 from filelock import FileLock
+
+from benchmarks.programs import INFOQUANT
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / ".demo"
@@ -43,7 +44,7 @@ def language_reference() -> Path:
 def infoquant(*arguments: str | Path) -> None:
     """Run the `infoquant` command on this terminal, paths shown from here; raises CalledProcessError."""
     print("$ infoquant", *(os.path.relpath(a) if isinstance(a, Path) else a for a in arguments), flush=True)
-    subprocess.run([Path(sys.executable).with_name("infoquant"), *arguments], check=True)
+    subprocess.run([*INFOQUANT, *arguments], check=True)
 
 
 def _make(folder: Path, read: list[Path], *arguments: str | Path) -> None:

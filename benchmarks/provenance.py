@@ -4,11 +4,12 @@ import json
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from benchmarks.models import ROOT
 from infoquant_vllm.kernels.native.library import runnable
@@ -16,18 +17,34 @@ from offline.writer import atomic_file
 
 CHANGES = ("status", "--porcelain", "--", ":!benchmarks/results")
 """What a result may hang on: not on results written before it."""
+PACKED_COMMIT = ROOT / ".gpu" / "commit"
+"""Written by `make gpu-pack`, for machines without git."""
+PACKAGES = ("infoquant-vllm", "vllm", "torch", "transformers")
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Commit, versions, machine, the best instructions that there are kernels for, time and seed."""
+    """Return commit, versions, machine, the best instructions that there are kernels for, time and seed.
+
+    A fact that this machine cannot tell is None; `commit` is "unknown".
+    """
     return {
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git(*CHANGES) else ""),
-        "versions": {name: version(name) for name in ("infoquant-vllm", "vllm", "torch", "transformers")},
+        "commit": _commit(),
+        "versions": {name: _version(name) for name in PACKAGES},
         "device": f"{_processor()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "instructions": next(iter(runnable()), ""),
+        "instructions": next(iter(runnable()), None),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
     }
+
+
+def gpu_provenance(seed: int) -> dict[str, Any]:
+    """Return the same with Triton's and CUDA's versions, and the GPU (where there is one) and its driver."""
+    found = provenance(seed)
+    found["versions"] |= {"triton": _version("triton"), "cuda": torch.version.cuda}
+    found["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    return found
 
 
 def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
@@ -42,15 +59,35 @@ def write_whole(text: str, file: Path) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _git(*arguments: str) -> str:
-    """What git says, without a line end; nothing outside a repository."""
-    return subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], check=False, capture_output=True, text=True
-    ).stdout.strip()
+def _commit() -> str:
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit:
+        return commit + ("+changes" if _git(*CHANGES) else "")
+    return PACKED_COMMIT.read_text(encoding="utf-8").strip() if PACKED_COMMIT.is_file() else "unknown"
+
+
+def _git(*arguments: str) -> str | None:
+    return _said("git", "-C", str(ROOT), *arguments)
+
+
+def _said(*command: str) -> str | None:
+    """Return what a program prints, without a line end; None where there is no such program or it fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

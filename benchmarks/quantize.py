@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
+from benchmarks.programs import INFOQUANT
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.shapes import write
 
@@ -57,7 +58,7 @@ def measure(size: int, presets: list[str]) -> list[dict[str, Any]]:
 
 def _row(source: Path, text: Path, preset: str, size: int) -> dict[str, Any]:
     output = source.with_name(preset)
-    command = [str(Path(sys.executable).with_name("infoquant")), "quantize", str(source), str(output)]
+    command = [*INFOQUANT, "quantize", str(source), str(output)]
     done = subprocess.run(
         [*command, "--preset", preset, "--calibration", str(text)], check=False, capture_output=True, text=True
     )

@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 from openai import OpenAI
 
+from benchmarks.programs import VLLM
+
 START_SECONDS = 600
 GRACE_SECONDS = 45  # a server that is compiling honours SIGTERM late
 LOG_TAIL = 4000
@@ -121,7 +123,7 @@ def serve(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Iterator[
 def start(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Server:
     """Start a server and do not wait; the caller stops it."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1"]
+    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1"]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), *arguments],

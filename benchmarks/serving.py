@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.programs import VLLM
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.server import Server, serve, stop_on_sigterm, vllm_environment
 
@@ -210,8 +211,7 @@ def bench_offline(command: str, key: str, model: Path, options: argparse.Namespa
 
 def vllm_bench(command: str, model: Path, arguments: list[Any], kv_gib: int = 1) -> None:
     """Run `vllm bench COMMAND`; where it fails, exit with the end of what it said."""
-    vllm = str(Path(sys.executable).with_name("vllm"))
-    full = [vllm, "bench", command, "--model", str(model), *map(str, arguments)]
+    full = [*VLLM, "bench", command, "--model", str(model), *map(str, arguments)]
     done = subprocess.run(full, check=False, capture_output=True, text=True, env=vllm_environment(kv_gib))
     if done.returncode:
         sys.exit(f"vllm bench {command} of {model} exited with code {done.returncode}:\n{done.stderr[-4000:]}")

@@ -3,17 +3,16 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from benchmarks.programs import INFOQUANT
 from offline.cli import app
 from tests.tiny import write_source
 
-INFOQUANT = Path(sys.executable).with_name("infoquant")
 RECIPE = """\
 name: small
 transform: hadamard
@@ -28,8 +27,8 @@ def infoquant(*arguments: object) -> Result:
 
 
 def executable(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command as users start it."""
-    return subprocess.run([INFOQUANT, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+    """The command in a process of its own."""
+    return subprocess.run([*INFOQUANT, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")

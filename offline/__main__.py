@@ -1,0 +1,5 @@
+"""`python -m offline` is the `infoquant` command."""
+
+from offline.cli import main
+
+main()

@@ -1,0 +1,47 @@
+"""Every row says where it is from, also on a machine that lacks what would tell."""
+
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from benchmarks import provenance
+
+
+@pytest.fixture
+def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without git, nvidia-smi and packages, whose torch does not know a CPU's instructions."""
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(provenance, "version", missing)
+    monkeypatch.delattr("torch.cpu.get_capabilities")
+
+
+def test_a_checkout_tells_its_commit_and_versions() -> None:
+    found = provenance.gpu_provenance(seed=3)
+    assert found["seed"] == 3
+    assert found["device"]
+    assert {"torch", "triton", "vllm", "cuda", "infoquant-vllm"} <= set(found["versions"])
+    assert found["versions"]["torch"]
+
+
+@pytest.mark.usefixtures("_bare")
+def test_what_a_machine_cannot_tell_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(provenance, "PACKED_COMMIT", tmp_path / "commit")
+    found = provenance.gpu_provenance(seed=0)
+    assert found["commit"] == "unknown"
+    assert found["driver"] is None
+    assert found["instructions"] is None
+    assert found["device"]
+    assert {found["versions"][name] for name in (*provenance.PACKAGES, "triton")} == {None}
+
+
+@pytest.mark.usefixtures("_bare")
+def test_without_git_the_commit_is_the_packed_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    packed = tmp_path / "commit"
+    packed.write_text("0123abc\n")
+    monkeypatch.setattr(provenance, "PACKED_COMMIT", packed)
+    assert provenance.provenance(seed=0)["commit"] == "0123abc"
