@@ -17,7 +17,7 @@ installation page of PyTorch names, and run make again.
 endef
 export NO_TORCH
 
-.PHONY: demo serve bench test fuzz lint dist lock clean
+.PHONY: demo serve bench test fuzz lint dist lock gpu-pack gpu-pack-model clean
 
 demo: $(STAMP)  ## quantise a real model, serve it, ask it something, print what it costs and gains
 	$(BIN)/python -m benchmarks.demo
@@ -50,8 +50,23 @@ dist: $(STAMP)  ## sdist and wheels, checked: what docs/release.md uploads
 lock:  ## choose new versions: resolve requirements/cpu.in into requirements/cpu.lock
 	$(PYTHON) requirements/lock.py
 
+GPU_PACK_MB ?= 60
+gpu-pack: .gpu/packed  ## what a bare machine with a GPU lacks to run benchmarks/gpu/run.sh, as archives in .gpu
+	git rev-parse --short HEAD > .gpu/commit
+	git diff --quiet HEAD || echo "$$(cat .gpu/commit)+changes" > .gpu/commit
+	ls -l .gpu
+
+gpu-pack-model: $(STAMP)  ## the demo's model at W4A4KV4 for such a machine, in parts, in .gpu-model
+	PYTHONPATH=. $(BIN)/python packaging/gpu/pack_model.py .gpu-model
+
+.gpu/packed: requirements/gpu.lock $(wildcard packaging/gpu/*) pyproject.toml
+	rm -rf .gpu
+	$(PYTHON) packaging/gpu/pack.py .gpu --limit-mb $(GPU_PACK_MB)
+	touch $@
+
 clean:
-	rm -rf .venv .demo dist build .mypy_cache .ruff_cache .hypothesis infoquant_vllm/kernels/native/*.so
+	rm -rf .venv .demo .gpu .gpu-model dist build .mypy_cache .ruff_cache .hypothesis
+	rm -f infoquant_vllm/kernels/native/*.so
 
 $(STAMP): $(PACKAGES) pyproject.toml hatch_build.py $(NATIVE)
 	$(INSTALL) --no-build-isolation --editable .

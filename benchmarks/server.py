@@ -9,10 +9,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 from openai import OpenAI
@@ -101,26 +102,37 @@ class Server:
 
 
 @contextmanager
-def serve(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Iterator[Server]:
+def serve(
+    model: Path,
+    log: Path,
+    *arguments: str,
+    kv_gib: int = 1,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    seconds: float = START_SECONDS,
+) -> Iterator[Server]:
     """A running server for `model`, ready to answer; stopped when the block is left.
 
     Args:
         model: checkpoint folder.
         log: file for the server's output.
         arguments: further arguments of `vllm serve`.
-        kv_gib: memory for the KV cache, GiB.
+        kv_gib: memory for the KV cache of a CPU, GiB.
+        environment: further variables.
+        seconds: how long the start may take.
 
-    Raises ServerError where the server exits or does not answer within START_SECONDS.
+    Raises ServerError where the server exits or does not answer within `seconds`.
     """
-    server = start(model, log, *arguments, kv_gib=kv_gib)
+    server = start(model, log, *arguments, kv_gib=kv_gib, environment=environment)
     try:
-        wait_until_healthy(server)
+        wait_until_healthy(server, seconds)
         yield server
     finally:
         server.stop()
 
 
-def start(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Server:
+def start(
+    model: Path, log: Path, *arguments: str, kv_gib: int = 1, environment: Mapping[str, str] = MappingProxyType({})
+) -> Server:
     """Start a server and do not wait; the caller stops it."""
     port = free_port()
     command = [*VLLM, "serve", str(model), "--host", "127.0.0.1"]
@@ -129,7 +141,7 @@ def start(model: Path, log: Path, *arguments: str, kv_gib: int = 1) -> Server:
             [*command, "--port", str(port), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=vllm_environment(kv_gib),
+            env={**vllm_environment(kv_gib), **environment},
             start_new_session=True,
         )
     return Server(model, port, log, process)
@@ -141,13 +153,13 @@ def vllm_environment(kv_gib: int = 1) -> dict[str, str]:
     return os.environ | settings
 
 
-def wait_until_healthy(server: Server) -> None:
+def wait_until_healthy(server: Server, seconds: float = START_SECONDS) -> None:
     """Poll /health; raises ServerError with the end of the log where the server exits or hangs."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     while not server.is_healthy():
         exited = server.process.poll()
         if exited is not None or time.monotonic() > deadline:
-            what = f"exited with code {exited}" if exited is not None else f"did not answer in {START_SECONDS} s"
+            what = f"exited with code {exited}" if exited is not None else f"did not answer in {seconds:.0f} s"
             tail = server.log.read_text(errors="replace")[-LOG_TAIL:]
             raise ServerError(f"vllm serve {server.model} {what}; the end of {server.log}:\n{tail}")
         time.sleep(0.5)

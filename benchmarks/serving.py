@@ -144,19 +144,7 @@ def bench_serve(server: Server, chosen: Case, requests: int, seed: int) -> dict[
     """The figures of one run of `vllm bench serve`."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "result.json"
-        arguments: list[Any] = [
-            "--base-url",
-            server.url,
-            "--dataset-name",
-            "random",
-            "--ignore-eos",
-            "--temperature",
-            "0",
-        ]
-        arguments += ["--random-input-len", chosen.input_tokens, "--random-output-len", chosen.output_tokens]
-        arguments += ["--num-prompts", requests, "--max-concurrency", chosen.concurrent]
-        arguments += ["--num-warmups", chosen.concurrent, "--seed", seed, "--disable-tqdm"]
-        arguments += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99"]
+        arguments = client_arguments(server.url, chosen, requests, chosen.concurrent, seed)
         arguments += ["--save-result", "--save-detailed", "--result-dir", scratch, "--result-filename", file.name]
         vllm_bench("serve", server.model, arguments)
         result = json.loads(file.read_text())
@@ -164,6 +152,15 @@ def bench_serve(server: Server, chosen: Case, requests: int, seed: int) -> dict[
         reason = next(filter(None, result["errors"]), "no reason given")
         sys.exit(f"{result['failed']} of {requests} requests to {server.model} failed: {reason}")
     return {ours: float(result[theirs]) for theirs, ours in FIGURES.items()}
+
+
+def client_arguments(url: str, chosen: Case, requests: int, warmups: int, seed: int) -> list[Any]:
+    """Return arguments of `vllm bench serve` for a case, without the model's and the result file's."""
+    arguments: list[Any] = ["--base-url", url, "--dataset-name", "random", "--ignore-eos", "--temperature", 0]
+    arguments += ["--random-input-len", chosen.input_tokens, "--random-output-len", chosen.output_tokens]
+    arguments += ["--num-prompts", requests, "--max-concurrency", chosen.concurrent]
+    arguments += ["--num-warmups", warmups, "--seed", seed, "--disable-tqdm"]
+    return [*arguments, "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "99"]
 
 
 def offline_rows(models: list[Path], options: argparse.Namespace) -> list[dict[str, Any]]:

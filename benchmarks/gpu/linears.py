@@ -1,165 +1,95 @@
-"""The linears of a decoder layer on this GPU, each as vLLM serves it: bf16, ours, FP8, W4A16 and vLLM's W4A4.
+"""The linears of a LLaMA-3-8B layer on this GPU: W4A4 beside cuBLAS bf16, FP8, INT8 and a W4A16 kernel of PyTorch.
 
-Layers are vLLM's own, of random weights, so that vLLM chooses the kernel; quantising the input is in the time. A row
-is a format and a number of tokens, with microseconds by site; a format that vLLM does not serve here has the reason
-instead. On a CPU (--device cpu) layers run once and nothing is timed.
+A row is a site, a number of tokens and a kernel, with the microseconds of a call in a CUDA graph. FP8 and INT8 are
+products alone, of inputs quantised already, so that they bound what such formats can reach.
 """
 
-import argparse
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.model_executor.layers.quantization import get_quantization_config
 
-from benchmarks.gpu.kernels import device_provenance
-from benchmarks.peers import FLOAT8, FORMATS
-from benchmarks.provenance import write_rows
-from infoquant_vllm import register
-from infoquant_vllm.format import ModelShape
-from offline import PRESETS
+from benchmarks.gpu.bench import Bench, parser
+from benchmarks.gpu.sites import QuantizedLinear, Site, sites
+from benchmarks.gpu.timing import copies, microseconds
 
-SITES = MappingProxyType(
-    {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_proj", "down": "mlp.down_proj"}
-)
-"""A linear of each site's scheme, under whose name all of the site is made."""
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128_256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-SMALL = LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-SMALL |= {"head_dim": 64}
-TOKENS = (1, 16, 256, 2048)
+TOKENS = (1, 16, 32, 33, 48, 64, 128, 256, 512, 2048, 8192)
+SMALL_TOKENS = (2,)
+W4A16_GROUP, W4A16_TOKENS = 128, 64
+INT8_TOKENS = 17
+"""The fewest that `torch._int_mm` takes."""
+Calls = list[Callable[[], Any]]
 
 
 def main() -> None:
-    """Measure, print rows and write --json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.linears", description=__doc__)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
-    options = parser.parse_args()
-    with one_worker(options.device):
-        config = SMALL if options.device == "cpu" else LLAMA
-        rows = [row for name in formats(config) for row in measure(name, config, options.device)]
-    for row in rows:
-        Console().print(row)
-    if options.json:
-        write_rows(rows, options.json)
+    """Time each site at each number of tokens."""
+    bench = Bench.of("linears", parser("linears", __doc__).parse_args())
+    for name, site in sites(bench.dry_run).items():
+        measure(bench, name, site)
 
 
-@contextmanager
-def one_worker(device: str) -> Iterator[None]:
-    """What vLLM's layers and parameters ask about their surroundings: a single worker."""
-    register()
-    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
-        backend = "gloo" if device == "cpu" else "nccl"
-        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, backend)
-        initialize_model_parallel(1)
-        try:
-            yield
-        finally:
-            cleanup_dist_env_and_memory()
-
-
-def formats(config: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
-    """A `quantization_config` by name; ours is that of the preset `fast`."""
-    fast = PRESETS["fast"].quantization_config(ModelShape.from_hf(config, "benchmarks.gpu.linears"))
-    return {
-        "bf16": None,
-        "W4A4 (fast)": fast.model_dump(mode="json"),
-        "FP8": FLOAT8,
-        "W4A16": FORMATS["w4a16"][1],
-        "vLLM's W4A4": FORMATS["w4a4"][1],
-    }
-
-
-def measure(name: str, config: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    """A row for each number of tokens."""
-    shape = ModelShape.from_hf(config, "benchmarks.gpu.linears")
-    row, settings = {"format": name, "hidden_size": shape.hidden_size, **device_provenance()}, formats(config)[name]
-    try:
-        layers = {site: make(site, *sizes(shape, site), settings, device) for site in SITES}
-        row |= {"kernel": _kernel(layers["down"])}
-        return [row | {"tokens": tokens, "sites_us": _times(layers, tokens, device)} for tokens in TOKENS]
-    except Exception as error:  # whatever vLLM says of a format that this machine does not serve
-        return [row | {"problem": f"{type(error).__name__}: {error}"}]
-
-
-def sizes(shape: ModelShape, site: str) -> tuple[int, int]:
-    """(features, channels) of all that a site's linears make together."""
-    linears = shape.linears()
-    parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(site, (site,))
-    found = [size for name, size in linears.items() if name.startswith("model.layers.0.")
-             and name.split(".")[-1].removesuffix("_proj") in parts]  # fmt: skip
-    return found[0][1], sum(channels for channels, _ in found)
-
-
-def make(site: str, features: int, channels: int, settings: dict[str, Any] | None, device: str) -> ReplicatedLinear:
-    """A layer of random weights, ready to serve; raises what vLLM raises where it does not serve it."""
+def measure(bench: Bench, name: str, site: Site) -> None:
+    """Write the rows of one site; its weights are freed behind it."""
     torch.manual_seed(0)
-    config = None
-    if settings is not None:
-        config = get_quantization_config(settings["quant_method"]).from_config(settings)
-    prefix = f"model.layers.0.{SITES[site]}"
-    with torch.device(device):
-        layer = ReplicatedLinear(
-            features, channels, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=prefix
-        )
-        for name, param in layer.named_parameters():
-            loaded = torch.tensor([channels, features]) if name == "weight_shape" else _random(param)
-            load: Any = getattr(param, "weight_loader")  # noqa: B009 (which torch's parameters do not know of)
-            load(param, loaded)
-        layer.quant_method.process_weights_after_loading(layer)
-    return layer
+    ours = QuantizedLinear(site, bench.device)
+    number = copies(2 * site.features * site.channels, bench.device)
+    dense = torch.randn(number, site.channels, site.features, device=bench.device, dtype=torch.bfloat16)
+    for tokens in SMALL_TOKENS if bench.dry_run else TOKENS:
+        x = torch.randn(tokens, site.features, device=bench.device, dtype=torch.bfloat16)
+        for kernel, make in kernels(ours, dense, x):
+            facts = {"site": name, "tokens": tokens, "kernel": kernel}
+            bench.attempt(partial(timed, make, bench.device), **facts)
 
 
-def _kernel(layer: ReplicatedLinear) -> str:
-    """What vLLM chose, as far as its layer tells."""
-    scheme = getattr(layer, "scheme", None)
-    found = getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None) or scheme or layer.quant_method
-    return type(found).__name__
+def timed(make: Callable[[], Calls], device: str) -> dict[str, float | None]:
+    """Return the time of calls that are yet to make."""
+    return {"us": microseconds(make(), device)}
 
 
-def _random(param: torch.Tensor) -> torch.Tensor:
-    """Codes are any, scales and clips small and positive."""
-    if not param.is_floating_point():
-        limits = torch.iinfo(param.dtype)
-        return torch.randint(limits.min, limits.max, param.shape, dtype=param.dtype)
-    return (torch.rand(param.shape) / 100 + 0.01).to(param.dtype)
+def kernels(ours: QuantizedLinear, dense: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Callable[[], Calls]]]:
+    """Yield each kernel's name and what makes its calls on x [tokens, features], dense [copies, channels, features]."""
+    tokens = len(x)
+    yield "W4A4", partial(ours.calls, x)
+    yield "W4A4, quantiser alone", lambda: [partial(ours.quantize, x)]
+    yield "W4A4, product alone", lambda: ours.products(ours.quantize(x))
+    yield "bf16", lambda: [partial(torch.nn.functional.linear, x, weight) for weight in dense]
+    if x.device.type == "cpu":
+        return
+    yield "FP8, product alone", partial(fp8_calls, dense, x)
+    if tokens >= INT8_TOKENS:
+        yield "INT8, product alone", partial(int8_calls, dense, x)
+    if tokens <= W4A16_TOKENS:
+        yield "W4A16 of PyTorch", partial(w4a16_calls, dense, x)
 
 
-def _times(layers: dict[str, ReplicatedLinear], tokens: int, device: str) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    for site, layer in layers.items():
-        x = torch.randn(tokens, layer.input_size, device=device, dtype=torch.bfloat16)
-        layer(x)
-        if device != "cpu":
-            from triton.testing import do_bench
+def fp8_calls(dense: torch.Tensor, x: torch.Tensor) -> Calls:
+    """Return products with a scale per token and per channel."""
+    weights, codes = dense.to(torch.float8_e4m3fn), x.to(torch.float8_e4m3fn)
+    product = partial(
+        torch._scaled_mm,
+        scale_a=torch.ones(len(x), 1, device=x.device),
+        scale_b=torch.ones(1, dense.shape[1], device=x.device),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return [partial(product, codes, weight.t()) for weight in weights]
 
-            found[site] = 1e3 * do_bench(lambda layer=layer, x=x: layer(x), return_mode="median")
-    return found
+
+def int8_calls(dense: torch.Tensor, x: torch.Tensor) -> Calls:
+    """Return products into int32."""
+    weights, codes = dense.to(torch.int8), x.to(torch.int8)
+    return [partial(torch._int_mm, codes, weight.t()) for weight in weights]
+
+
+def w4a16_calls(dense: torch.Tensor, x: torch.Tensor) -> Calls:
+    """Return PyTorch's own weight-only products, weights in groups."""
+    _, channels, features = dense.shape
+    packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8, device=x.device)
+    number = copies(packed.nbytes, x.device.type)
+    weights = [torch._convert_weight_to_int4pack(packed, 8) for _ in range(number)]
+    grid = torch.randn(features // W4A16_GROUP, channels, 2, device=x.device, dtype=torch.bfloat16)
+    return [partial(torch._weight_int4pack_mm, x, weight, W4A16_GROUP, grid) for weight in weights]
 
 
 if __name__ == "__main__":

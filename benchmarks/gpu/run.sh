@@ -1,16 +1,9 @@
 #!/usr/bin/env bash
-# Correctness, then timings, on a machine with one NVIDIA GPU of compute capability 8.0 or more, beside vLLM for CUDA:
-#   benchmarks/gpu/run.sh BF16_MODEL W4A4KV4_CHECKPOINT OUTPUT_FOLDER
-# Linears and served models are compared with bf16, FP8, Marlin W4A16, vLLM's own W4A4 (these two rounded to nearest, for
-# speed alone), served ones also with its 4-bit cache.
-set -eu
-cd "$(dirname "$0")/../.."
-model=$1 checkpoint=$2 output=$3
-mkdir -p "$output"
-python -m benchmarks.gpu.kernels --json "$output/kernels.json"
-python -m benchmarks.gpu.linears --json "$output/linears.json"
-for format in w4a16 w4a4; do
-    [ -d "$output/$format" ] || python -m benchmarks.peers "$format" "$model" "$output/$format"
-done
-python -m benchmarks.gpu.served "$model" "$checkpoint" --w4a16 "$output/w4a16" --w4a4 "$output/w4a4" \
-    --json "$output/served.json"
+# Correctness, then timings, on a machine with one NVIDIA GPU of compute capability 8.0 or more:
+#   benchmarks/gpu/run.sh OUTPUT [--stage smoke,tests] [--budget SECONDS] [--checkpoint FOLDER] [--dry-run]
+# Paths are relative to the repository. Where vLLM is not installed, what `make gpu-pack` packed is unpacked first.
+cd "$(dirname "$0")/../.." || exit
+python=${PYTHON:-python3}
+has_vllm='import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'
+[ ! -e .gpu/unpack.sh ] || "$python" -c "$has_vllm" || . .gpu/unpack.sh
+exec "$python" -m benchmarks.gpu.run "$@"

@@ -1,67 +1,136 @@
-"""Served models on this GPU, by `vllm bench throughput`, each format in a process of its own, one after the other."""
+"""A LLaMA-3-8B shape served by vLLM on this GPU with made-up weights: W4A4KV4 beside bf16, FP8 and W4A16.
+
+One server for each format, each with the best cache that its users have, measured by `vllm bench serve`. A row is a
+format and a case; the row of a server holds the tokens of its cache.
+"""
 
 import argparse
+import contextlib
+import io
 import json
+import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from benchmarks.gpu.bench import Bench, parser
+from benchmarks.gpu.engines import Engines
+from benchmarks.models import ROOT
+from benchmarks.peers import FORMATS
+from benchmarks.server import Server
+from benchmarks.serving import FIGURES, Case, client_arguments
 
-from benchmarks.gpu.kernels import device_provenance
-from benchmarks.provenance import write_rows
-from benchmarks.server import vllm_environment
-
-SHAPES = {"decode": (128, 512, 64), "prompts": (2048, 16, 32), "long": (16000, 128, 4)}
-"""Tokens in, tokens out, requests."""
+SHAPE = "llama-3-8b"
+CASES = (
+    *(Case(1024, 128, concurrent) for concurrent in (1, 64)),
+    Case(2048, 1, 1),
+    Case(8192, 1, 1),
+    Case(8192, 128, 64),
+    *(Case(1024, 128, concurrent) for concurrent in (16, 256)),
+)
+"""The most telling first: the time may end before the last."""
+PROMPTS = 3
+"""Of cases of one request, of which the median counts."""
+LONGEST = max(case.input_tokens + case.output_tokens for case in CASES) + 64
+MOST = max(case.concurrent for case in CASES)
+CAPTURED = (1, 2, 4, 8, 16, 32, 64, 128, MOST)
+SERVER = (
+    *("--load-format", "dummy", "--max-model-len", str(LONGEST), "--max-num-seqs", str(MOST)),
+    *("--max-num-batched-tokens", "8192", "--no-enable-prefix-caching"),
+    *("--compilation-config", json.dumps({"cudagraph_capture_sizes": CAPTURED})),
+)
+FP8_CACHE = ("--kv-cache-dtype", "fp8")
+SERVED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "W4A4KV4": ("fast", ()),
+    "bf16": ("none", ()),
+    "FP8": ("none", ("--quantization", "fp8", *FP8_CACHE)),
+    "W4A16": ("w4a16", ("--linear-backend", "marlin", *FP8_CACHE)),
+}
+"""Folder (a preset of `benchmarks.shapes`, or w4a16) and arguments by format, the most important first."""
 
 
 def main() -> None:
-    """Measure, print rows and write --json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.served", description=__doc__)
-    parser.add_argument("model", type=Path, help="folder of the bf16 model")
-    parser.add_argument("checkpoint", type=Path, help="folder of the W4A4KV4 one")
-    parser.add_argument("--w4a16", type=Path, help="folder of one that vLLM serves with Marlin")
-    parser.add_argument("--w4a4", type=Path, help="folder of one in vLLM's own W4A4")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
-    options = parser.parse_args()
-    served = formats(options.model, options.checkpoint, options.w4a16, options.w4a4)
-    rows = [measure(name, arguments, shape) for name, arguments in served.items() for shape in SHAPES]
-    for row in rows:
-        Console().print(row)
-    if options.json:
-        write_rows(rows, options.json)
+    """Serve and measure each format."""
+    arguments = parser("served", __doc__)
+    arguments.add_argument("--models", type=Path, required=True, help="folder for the models, which have no weights")
+    arguments.add_argument("--formats", nargs="+", choices=SERVED, default=list(SERVED))
+    options = arguments.parse_args()
+    bench = Bench.of("served", options)
+    if bench.dry_run:
+        check_arguments(bench, options.models)
+        return
+    engines = Engines(bench, options.rows.parent / "logs")
+    for name in options.formats:
+        bench.attempt(partial(serve_format, bench, engines, name, options.models), format=name)
 
 
-def formats(model: Path, checkpoint: Path, w4a16: Path | None, w4a4: Path | None) -> dict[str, list[str]]:
-    """Arguments of vLLM by what is served."""
-    found = {
-        "bf16": [str(model)],
-        "W4A4KV4": [str(checkpoint)],
-        "FP8": [str(model), "--quantization", "fp8"],
-        "bf16, vLLM's 4-bit cache": [str(model), "--kv-cache-dtype", "int4_per_token_head"],
-    }
-    if w4a16 is not None:
-        found["Marlin W4A16"] = [str(w4a16), "--linear-backend", "marlin"]  # vLLM may prefer another on new GPUs
-    return found if w4a4 is None else found | {"vLLM's W4A4": [str(w4a4)]}
+def serve_format(bench: Bench, engines: Engines, name: str, models: Path) -> dict[str, Any]:
+    """Serve one format and write a row for each case; return how many there were."""
+    preset, arguments = SERVED[name]
+    with engines.served(name, model(models, preset), *SERVER, *arguments) as server:
+        for case in CASES:
+            bench.attempt(partial(figures, server, case), format=name, **vars(case))
+    return {"cases": len(CASES)}
 
 
-def measure(name: str, arguments: list[str], shape: str) -> dict[str, Any]:
-    """One row; one that vLLM does not serve holds the end of its log instead of figures."""
-    tokens_in, tokens_out, requests = SHAPES[shape]
-    row = {"served": name, "shape": shape, "in": tokens_in, "out": tokens_out, "requests": requests}
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [str(Path(sys.executable).with_name("vllm")), "bench", "throughput", "--model", *arguments]
-        command += ["--input-len", str(tokens_in), "--output-len", str(tokens_out), "--num-prompts", str(requests)]
-        command += ["--max-model-len", str(tokens_in + tokens_out + 64), "--output-json", str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=vllm_environment())
-        if done.returncode:
-            return row | device_provenance() | {"problem": (done.stdout + done.stderr)[-2000:]}
-        figures = json.loads(result.read_text())
-    return row | device_provenance() | {name: figures[name] for name in ("requests_per_second", "tokens_per_second")}
+def model(models: Path, preset: str) -> Path:
+    """Return the folder of a model without weights; made at the first call."""
+    folder = models / f"{SHAPE}-{preset}"
+    if folder.exists():
+        return folder
+    if preset in FORMATS:
+        shutil.copytree(model(models, "none"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": FORMATS[preset][1]}))
+        return folder
+    command = [sys.executable, "-m", "benchmarks.shapes", SHAPE, str(folder), "--preset", preset]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return folder
+
+
+def figures(server: Server, case: Case) -> dict[str, float]:
+    """Return what `vllm bench serve` finds; run in this process, which has imported vLLM once for all cases."""
+    from vllm.benchmarks.serve import main as bench_serve
+
+    requests = case.concurrent if case.concurrent > 1 else PROMPTS
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = bench_serve(client_options(server.url, server.model, case, requests))
+    if found["failed"]:
+        raise RuntimeError(f"{found['failed']} of {requests} requests failed: {found['errors']}"[:1000])
+    return {"requests": requests, **{ours: float(found[theirs]) for theirs, ours in FIGURES.items()}}
+
+
+def client_options(url: str, served: Path, case: Case, requests: int) -> argparse.Namespace:
+    """Return parsed arguments of `vllm bench serve`."""
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    made = FlexibleArgumentParser()
+    add_cli_args(made)
+    arguments = ["--model", served, *client_arguments(url, case, requests, warmups=1, seed=0)]
+    return made.parse_args([str(argument) for argument in arguments])
+
+
+def check_arguments(bench: Bench, models: Path) -> None:
+    """Write a row for each command line that vLLM's own parsers take; nothing is served."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    served = make_arg_parser(FlexibleArgumentParser())
+    for name, (preset, more) in SERVED.items():
+        folder = models / f"{SHAPE}-{preset}"
+        line = ["--model", str(folder), *SERVER, *more]
+        bench.attempt(partial(_parsed, served.parse_args, line), format=name)
+    for case in CASES:
+        bench.attempt(partial(_parsed, client_options, "http://127.0.0.1", models, case, 1), **vars(case))
+
+
+def _parsed(parse: Callable[..., argparse.Namespace], *arguments: Any) -> dict[str, Any]:
+    parse(*arguments)
+    return {"accepted": [str(argument) for argument in arguments]}
 
 
 if __name__ == "__main__":

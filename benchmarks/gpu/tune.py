@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 from pydantic import TypeAdapter
 from rich.console import Console
-from triton.testing import do_bench
 
-from benchmarks.gpu.kernels import TOLERANCE
-from benchmarks.gpu.linears import SITES, sizes
+from benchmarks.gpu.sites import MODULES, sizes
+from benchmarks.gpu.smoke import TOLERANCE
+from benchmarks.gpu.timing import copies, microseconds
 from benchmarks.provenance import write_whole
 from infoquant_vllm.format import Checkpoint
 from infoquant_vllm.kernels.triton.codes import Codes
@@ -71,12 +70,13 @@ class Linear:
         """Groups of the finer grouping."""
         return max(self.weight_groups, self.input_groups)
 
-    def product(self, tokens: int, device: torch.device) -> Callable[[Tile], torch.Tensor]:
-        """A call of random codes and weights with a tile."""
+    def products(self, tokens: int, device: torch.device) -> list[Callable[[Tile], torch.Tensor]]:
+        """Return calls of random codes and weights with a tile, which differ in where the weights are."""
         torch.manual_seed(0)
         packed = torch.randint(0, 256, (self.channels, self.features // 2), dtype=torch.uint8)
         zeros = torch.randint(0, 16, (self.channels, self.weight_groups), dtype=torch.uint8)
         weight = prepare_weight(packed, 4, self.symmetric, self.finer).to(device)
+        weights = [weight, *(weight.clone() for _ in range(copies(weight.nbytes, device.type) - 1))]
         grid = prepare_grid(torch.rand(self.channels, self.weight_groups)).to(device)
         zero = None if self.symmetric else prepare_grid(zeros).to(device)
         sum_groups = 0 if self.symmetric else self.finer
@@ -87,13 +87,13 @@ class Linear:
         for part in (codes.rest, codes.sums):
             if part is not None:
                 part.random_(0, 8)
-        return lambda tile: int4_linear(codes, self.features, weight, grid, zero, None, torch.bfloat16, tile)
+        return [partial(int4_linear, codes, self.features, each, grid, zero, None, torch.bfloat16) for each in weights]
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:
     """As vLLM fuses them, each once; those of 8-bit weights or 16-bit inputs keep the table's tiles."""
     found = []
-    for site, module in SITES.items():
+    for site, module in MODULES.items():
         scheme = checkpoint.config.scheme(f"model.layers.0.{module}")
         if scheme is None or scheme.input_activations.num_bits == 16 or scheme.weights.num_bits != 4:
             continue
@@ -109,16 +109,16 @@ def best(linear: Linear, tokens: int, device: torch.device) -> Measured:
     """The fastest tile for up to so many tokens; raises ValueError where a tile gives other results."""
     shape, arch = layout(linear.features, linear.finer, 4), architecture(device)
     corrected = linear.num_bits == 8 or not linear.symmetric
-    own, call = linear_tile(arch, tokens, linear.channels, shape, corrected), linear.product(tokens, device)
-    expected, times = call(own).float(), {own: milliseconds(partial(call, own))}
+    own, calls = linear_tile(arch, tokens, linear.channels, shape, corrected), linear.products(tokens, device)
+    expected, times = calls[0](own).float(), {own: time_of(calls, own, device)}
     for tile in candidates(tokens, shape):
         try:
-            found = call(tile).float()
+            found = calls[0](tile).float()
         except (RuntimeError, triton.TritonError):  # it does not compile, or does not fit in shared memory
             continue
         if (found - expected).abs().max() > TOLERANCE * expected.abs().max():
             raise ValueError(f"{linear}, {tokens} tokens: results of {tile} are not those of {own}")
-        times[tile] = milliseconds(partial(call, tile))
+        times[tile] = time_of(calls, tile, device)
     fastest = min(times, key=lambda tile: times[tile])
     sizes = {"channels": linear.channels, "features": linear.features, "group_size": shape.group_size}
     return Measured(arch=arch, tokens=tokens, tile=fastest, **sizes)
@@ -137,9 +137,10 @@ def candidates(tokens: int, shape: Layout) -> Iterator[Tile]:
     yield from found
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """The median of many."""
-    return do_bench(call, return_mode="median")
+def time_of(calls: list[Callable[[Tile], torch.Tensor]], tile: Tile, device: torch.device) -> float:
+    """Return microseconds of a call in a CUDA graph."""
+    found = microseconds([partial(call, tile) for call in calls], device.type)
+    return 0.0 if found is None else found
 
 
 if __name__ == "__main__":

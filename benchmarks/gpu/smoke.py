@@ -1,0 +1,155 @@
+"""A launch of each Triton kernel on this GPU in a small shape, held against the CPU's reference.
+
+A row is a kernel in a shape with its error, and whether it is within what the kernel promises. The first row is the
+device. Exits with 1 where a kernel is wrong or did not run.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.bench import Bench, parser
+from infoquant_vllm.format import cell_bytes
+from infoquant_vllm.kernels.cpu import kv_cache as expected
+from infoquant_vllm.kernels.reference import linear as expected_linear
+from infoquant_vllm.kernels.triton import kv4_attention, kv4_store
+from infoquant_vllm.kernels.triton import linear as triton_linear
+
+BITS = (4, 4)
+BLOCK = 16
+TOLERANCE = 0.01  # of the greatest output: outputs are bf16
+
+
+@dataclass(frozen=True)
+class Case:
+    """`sequences` of `context` tokens, of which the last `queries` ask."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    sequences: int
+    context: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """A W4A4 linear whose input is quantised in so many groups, through a Hadamard of `hadamard` or (0) none."""
+
+    tokens: int
+    features: int
+    channels: int
+    groups: int
+    hadamard: int
+
+
+CASES = (Case(4, 2, 64, 2, 40, 1), Case(4, 2, 64, 2, 40, 7))
+PRODUCTS = (Product(5, 128, 48, 2, 0), Product(40, 192, 32, 1, 192))
+GPU_CASES = (Case(32, 8, 128, 2, 300, 1), Case(32, 8, 128, 2, 300, 70))
+GPU_PRODUCTS = (Product(5, 4096, 512, 32, 0), Product(80, 2048, 256, 1, 2048))
+
+
+def main() -> None:
+    """Check every kernel."""
+    bench = Bench.of("smoke", parser("smoke", __doc__).parse_args())
+    right: list[bool] = []
+
+    def checked(check: Callable[[Any, str], dict[str, Any]], case: Any) -> dict[str, Any]:
+        found = check(case, bench.device)
+        right.append(found["right"])
+        return found
+
+    bench.attempt(lambda: device_facts(bench.device), what="device")
+    cases, products = (CASES, PRODUCTS) if bench.dry_run else (GPU_CASES, GPU_PRODUCTS)
+    checks: list[tuple[str, Any, Any]] = [
+        ("kv4_store", check_store, cases[0]),
+        *(("kv4_attention", check_attention, case) for case in cases),
+        *(("linear", check_linear, case) for case in products),
+    ]
+    for kernel, check, case in checks:
+        bench.attempt(partial(checked, check, case), kernel=kernel, **asdict(case))
+    sys.exit(0 if len(right) == len(checks) and all(right) else 1)
+
+
+def device_facts(device: str) -> dict[str, Any]:
+    """Return what the GPU says of itself."""
+    if device == "cpu":
+        return {}
+    found = torch.cuda.get_device_properties(0)
+    names = ("name", "multi_processor_count", "total_memory", "L2_cache_size", "shared_memory_per_block_optin")
+    return {"capability": f"{found.major}.{found.minor}"} | {name: getattr(found, name, None) for name in names}
+
+
+class Cache:
+    """Random keys and values of a case, and an empty cache with a block table that scatters its pages."""
+
+    def __init__(self, case: Case):
+        torch.manual_seed(0)
+        self.key, self.value = torch.randn(2, case.sequences * case.context, case.kv_heads, case.size).bfloat16()
+        used = -(-case.context // BLOCK)
+        self.table = torch.randperm(case.sequences * used).int().view(case.sequences, used)
+        places = torch.arange(case.context)
+        self.slots = (self.table[:, places // BLOCK].long() * BLOCK + places % BLOCK).flatten()
+        pages = self.table.numel(), case.kv_heads, BLOCK
+        self.cells = torch.zeros(*pages, cell_bytes(case.size, BITS), dtype=torch.uint8)
+        self.clip = torch.ones(case.kv_heads, 2)
+
+    def store_arguments(self) -> list[Any]:
+        """Return arguments of `kv_store`."""
+        return [self.key, self.value, self.cells, self.slots, self.clip, self.clip, None, True, BITS]
+
+
+def check_store(case: Case, device: str) -> dict[str, Any]:
+    """Hold the bytes that `kv_store` writes against the reference's."""
+    store = Cache(case).store_arguments()
+    there = _on(device, store)
+    expected.kv_store(*store)
+    kv4_store.kv_store(*there)
+    wrong = (there[2].cpu() != store[2]).float().mean().item()
+    return {"error": wrong, "right": wrong == 0}
+
+
+def check_attention(case: Case, device: str) -> dict[str, Any]:
+    """Hold `kv_attention` against the reference, over a cache that the reference stored."""
+    cache = Cache(case)
+    expected.kv_store(*cache.store_arguments())
+    query = torch.randn(case.sequences * case.queries, case.heads, case.size).bfloat16()
+    starts = torch.arange(case.sequences + 1, dtype=torch.int32) * case.queries
+    lens = torch.full((case.sequences,), case.context, dtype=torch.int32)
+    out = torch.empty_like(query)
+    batch = [query, cache.cells, starts, lens, cache.table, True, case.size**-0.5, None, BITS, out]
+    there = _on(device, batch)
+    expected.kv_attention(*batch)
+    kv4_attention.kv_attention(*there)
+    return _compared(there[-1].cpu(), out)
+
+
+def check_linear(case: Product, device: str) -> dict[str, Any]:
+    """Hold a linear, its quantiser and its product, against the reference."""
+    torch.manual_seed(0)
+    x, clip = torch.randn(case.tokens, case.features).bfloat16(), torch.full((case.groups, 2), 0.9)
+    packed = torch.randint(0, 256, (case.channels, case.features // 2), dtype=torch.uint8)
+    scale = torch.rand(case.channels, 1)
+    plain: list[Any] = [x, [], case.hadamard, clip, 4, False, packed, scale, None, None]
+    there = _on(device, plain)
+    there[1] = [matrix.to(device) for matrix in triton_linear.prepare_matrices([], case.hadamard)]
+    there[6] = triton_linear.prepare_weight(packed, 4, True, case.groups).to(device)
+    there[7] = triton_linear.prepare_grid(scale).to(device)
+    return _compared(triton_linear.linear(*there).cpu(), expected_linear.linear(*plain))
+
+
+def _on(device: str, arguments: list[Any]) -> list[Any]:
+    return [each.to(device, copy=True) if isinstance(each, torch.Tensor) else each for each in arguments]
+
+
+def _compared(found: torch.Tensor, right: torch.Tensor) -> dict[str, Any]:
+    error = ((found.float() - right.float()).abs().max() / right.float().abs().max()).item()
+    return {"error": error, "right": error <= TOLERANCE}
+
+
+if __name__ == "__main__":
+    main()
