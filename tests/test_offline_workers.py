@@ -18,7 +18,8 @@ from tests.tiny import VOCAB_SIZE, write_source
 
 def shape(heads: int, kv_heads: int, intermediate: int, head_dim: int = 64) -> ModelShape:
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": intermediate}
-    fixed: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "vocab_size": 512}
+    named = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    fixed: dict[str, Any] = named | {"num_hidden_layers": 1, "vocab_size": 512}
     return ModelShape.from_hf(fixed | sizes | {"hidden_size": heads * head_dim, "head_dim": head_dim})
 
 
