@@ -8,32 +8,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infoquant_vllm.format import Checkpoint, WeightArgs
+from infoquant_vllm.format import Checkpoint
 from offline import PRESETS, Recipe, Report, ToolError, quantize
 from offline.calibration import save_tokens
-from offline.evaluate import compare
 from offline.progress import silent
 from offline.psot_layer import head_loss, input_loss
 from offline.recipe import (
     CalibrationSize,
     Distillation,
-    KVCache,
     LearnedClips,
     Psot,
     PsotLayer,
-    Site,
-    SiteActivations,
-    Sites,
 )
-from offline.reference import load_reference
-from offline.simulate import load_simulated
 from offline.verify import check_all_values
+from tests.eight_bits import EIGHT_BITS, LARGEST_KL, PADDING, divergence
 from tests.tiny import VOCAB_SIZE, write_source
 
 Tensors = dict[str, torch.Tensor]
 FILE = "model.safetensors"
-PADDING, HIDDEN, HEAD_DIM, INNER = 5, 64, 32, 128
-"""A token whose embedding is degenerate, and sizes."""
+HIDDEN, HEAD_DIM, INNER = 64, 32, 128
 FIRST = "model.layers.0."
 SIZES = {
     "hidden_size": HIDDEN,
@@ -50,19 +43,9 @@ SMALL = {
     "psot": Psot(steps=3, batch_tokens=64, pool_tokens=256),
     "psot_layer": PsotLayer(epochs=2),
 }
-EIGHT = Site(weights=WeightArgs(num_bits=8), input_activations=SiteActivations(num_bits=16), clip=1.0)
-EIGHT_BITS = PRESETS["fast"].model_copy(
-    update={
-        "name": "eight-bits",
-        "sites": Sites(qkv=EIGHT, o=EIGHT, gate_up=EIGHT, down=EIGHT),
-        "kv_cache": KVCache(key_bits=8, value_bits=8, key_clip=1.0, value_clip=1.0, key_offset_positions=2048),
-    }
-)
-"""Hardly rounds, so that any difference from the source is a fault."""
 RECIPES = PRESETS | {"eight-bits": EIGHT_BITS}
 STAGES = ("rtn", "quarot", "paper", "best", "eight-bits")
 """Recipes that go through every stage; the others differ from them in bits."""
-LARGEST_KL_OF_EIGHT_BITS = 0.01
 
 
 def fill(name: str, part: object, value: float) -> Callable[[Tensors], None]:
@@ -169,14 +152,6 @@ def quantized(source: Path, output: Path, tokens: Path, recipe: Recipe) -> Repor
     )
 
 
-def divergence(source: Path, output: Path) -> float:
-    windows = torch.randint(6, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(4))
-    windows[:, 5] = PADDING
-    return compare(list(windows), load_simulated(output, torch.float32), load_reference(source, torch.float32))[
-        "kl"
-    ].mean
-
-
 @pytest.fixture(scope="module")
 def ordinary_kl(ordinary: Path, tokens: Path) -> Callable[[str], float]:
     """What a preset loses of the model that has nothing degenerate."""
@@ -203,7 +178,7 @@ def test_harmless_pattern_is_quantized_like_any_other_model(
     assert all(0 <= error < 1.01 for error in report.errors.values())
     check_all_values(Checkpoint(tmp_path / "out"))
     found = divergence(source, tmp_path / "out")
-    assert found < (LARGEST_KL_OF_EIGHT_BITS if preset == "eight-bits" else 2 * ordinary_kl(preset) + 0.1)
+    assert found < (LARGEST_KL if preset == "eight-bits" else 2 * ordinary_kl(preset) + 0.1)
 
 
 @pytest.mark.parametrize("preset", STAGES)
@@ -231,7 +206,7 @@ def test_biases_of_qwen2_may_be_zero_or_hundreds(tmp_path: Path, tokens: Path, b
     quantized(source, tmp_path / "out", tokens, RECIPES[preset])
     check_all_values(Checkpoint(tmp_path / "out"))
     if preset == "eight-bits":  # 8-bit steps of keys that large are coarse
-        assert divergence(source, tmp_path / "out") < 10 * LARGEST_KL_OF_EIGHT_BITS
+        assert divergence(source, tmp_path / "out") < 10 * LARGEST_KL
 
 
 @pytest.mark.parametrize("preset", STAGES[1:])
