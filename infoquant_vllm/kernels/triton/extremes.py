@@ -21,18 +21,14 @@ def maximum(a, b):
 @triton.jit
 def amin(x, AXIS: tl.constexpr):
     """The smallest of x along an axis, NaN where one is: an instruction for each, as of the minimum that drops it."""
-    if _INTERPRETED:  # where a reduction of our own takes seconds, and one with indices keeps NaN
-        found, _ = tl.min(x, AXIS, return_indices=True)
-    else:
-        found = tl.reduce(x, AXIS, minimum)
-    return found
+    if _INTERPRETED:  # where a reduction of our own takes seconds
+        return tl.min(x, AXIS) + tl.sum(tl.where(x == x, 0.0, x), AXIS)
+    return tl.reduce(x, AXIS, minimum)
 
 
 @triton.jit
 def amax(x, AXIS: tl.constexpr):
     """The largest of x along an axis, NaN where one is; see `amin`."""
     if _INTERPRETED:
-        found, _ = tl.max(x, AXIS, return_indices=True)
-    else:
-        found = tl.reduce(x, AXIS, maximum)
-    return found
+        return tl.max(x, AXIS) + tl.sum(tl.where(x == x, 0.0, x), AXIS)
+    return tl.reduce(x, AXIS, maximum)
