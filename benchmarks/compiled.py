@@ -24,7 +24,11 @@ from offline.presets import PRESETS
 
 OTHERS_ARCHS = (80, 90)
 """For these all is compiled, for other architectures what serves LLaMA-3-8B."""
-KNOWN_SPILLS = re.compile(r"rotate_quantize_kernel sm_(80|86|89) .*outer=64 inner=64 ")
+KNOWN_SPILLS = re.compile(
+    r"rotate_quantize_kernel sm_(80|86|89) .*outer=64 inner=64 "
+    r"|int4_linear_kernel sm_(80|86|89) weight_bits=8 .*block_n=128 block_m=128 "
+    r"|int4_linear_kernel sm_100 (.*block_n=128 block_m=128 |group_size=128 .*block_n=64 block_m=16 )"
+)
 """See docs/gpu-kernels.md."""
 
 
