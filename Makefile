@@ -52,6 +52,7 @@ lock:  ## choose new versions: resolve requirements/cpu.in into requirements/cpu
 
 GPU_PACK_MB ?= 60
 gpu-pack: .gpu/packed  ## what a bare machine with a GPU lacks to run benchmarks/gpu/run.sh, as archives in .gpu
+	cp packaging/gpu/unpack.sh .gpu
 	git rev-parse --short HEAD > .gpu/commit
 	git diff --quiet HEAD || echo "$$(cat .gpu/commit)+changes" > .gpu/commit
 	ls -l .gpu
@@ -59,7 +60,7 @@ gpu-pack: .gpu/packed  ## what a bare machine with a GPU lacks to run benchmarks
 gpu-pack-model: $(STAMP)  ## the demo's model at W4A4KV4 for such a machine, in parts, in .gpu-model
 	PYTHONPATH=. $(BIN)/python packaging/gpu/pack_model.py .gpu-model
 
-.gpu/packed: requirements/gpu.lock $(wildcard packaging/gpu/*) pyproject.toml
+.gpu/packed: requirements/gpu.lock packaging/gpu/pack.py packaging/gpu/prune_fatbin.py pyproject.toml
 	rm -rf .gpu
 	$(PYTHON) packaging/gpu/pack.py .gpu --limit-mb $(GPU_PACK_MB)
 	touch $@

@@ -41,10 +41,8 @@ def gpu_provenance(seed: int) -> dict[str, Any]:
     """Return the same with Triton's and CUDA's versions, and the GPU (where there is one) and its driver."""
     found = provenance(seed)
     found["versions"] |= {"triton": _version("triton"), "cuda": torch.version.cuda}
-    found["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    return found
+    name, driver = _gpu()
+    return found | {"device": name or found["device"], "driver": driver}
 
 
 def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
@@ -76,6 +74,15 @@ def _said(*command: str) -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _gpu() -> tuple[str | None, str | None]:
+    """Return name and driver of the first GPU, without a CUDA context, which would take memory from a server."""
+    said = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    if said:
+        name, _, driver = said.splitlines()[0].rpartition(", ")
+        return name, driver
+    return (torch.cuda.get_device_name() if torch.cuda.is_available() else None), None
 
 
 def _version(package: str) -> str | None:

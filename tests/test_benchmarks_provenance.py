@@ -45,3 +45,10 @@ def test_without_git_the_commit_is_the_packed_one(monkeypatch: pytest.MonkeyPatc
     packed.write_text("0123abc\n")
     monkeypatch.setattr(provenance, "PACKED_COMMIT", packed)
     assert provenance.provenance(seed=0)["commit"] == "0123abc"
+
+
+def test_a_gpu_is_named_with_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "NVIDIA H100 80GB HBM3, 580.159.04\nNVIDIA H100 80GB HBM3, 580.159.04"
+    monkeypatch.setattr(provenance, "_said", lambda *command: said if command[0] == "nvidia-smi" else None)
+    found = provenance.gpu_provenance(seed=0)
+    assert (found["device"], found["driver"]) == ("NVIDIA H100 80GB HBM3", "580.159.04")

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ class Plan:
         yield Step("answer", "answer", command, 180, missing=missing)
 
     def _served(self) -> Iterator[Step]:
-        models = self.output / "models"
+        models = Path(tempfile.gettempdir()) / "infoquant-models"
         environment = {"CUDA_VISIBLE_DEVICES": ""} if self.dry_run else {}
         yield Step("served", "served", self._module("served", "--models", str(models)), 570, environment)
 

@@ -52,7 +52,6 @@ def main() -> None:
         trim(site)
         describe(site)
         archive(site, options.output)
-    shutil.copy(Path(__file__).with_name("unpack.sh"), options.output)
     check_sizes(options.output, options.limit_mb)
 
 
