@@ -36,7 +36,7 @@ class Library:
 
 
 def runnable() -> list[str]:
-    """The targets whose code this CPU can run, best first; none where torch (before 2.12) cannot tell."""
+    """The targets whose code this CPU can run, best first; none where an older torch cannot tell."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return [target for target, features in TARGETS.items() if all(capabilities.get(each) for each in features)]
 
