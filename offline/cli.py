@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -329,7 +330,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = examine()
     if as_json:
-        print(json.dumps([finding.model_dump() for finding in found], indent=2))
+        print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
         print_findings(found)
     if not all(finding.in_order for finding in found):

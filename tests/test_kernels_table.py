@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from infoquant_vllm import doctor
+from infoquant_vllm import doctor_kernels
 from infoquant_vllm.config import InfoQuantConfig
 from infoquant_vllm.ops.table import FAMILIES, FORCE, KERNELS, forced_family, kernel, require, served_by
 from infoquant_vllm.summary import Summary
@@ -64,7 +64,7 @@ def test_a_word_that_is_no_family_is_refused_before_anything_is_built(monkeypatc
     monkeypatch.setenv(FORCE, "cutlass")
     with pytest.raises(ValueError, match="cutlass: expected one of reference, cpu, triton"):
         InfoQuantConfig()
-    finding = next(doctor.choice())
+    finding = next(doctor_kernels.choice())
     assert not finding.in_order
     assert finding.advice == f"unset {FORCE}"
 

@@ -2,14 +2,15 @@
 
 import json
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from infoquant_vllm import doctor
-from infoquant_vllm.doctor import Finding
+from infoquant_vllm import doctor, doctor_kernels
+from infoquant_vllm.finding import Finding
 from infoquant_vllm.kernels.native.library import Library
 from tests.test_tool_cli import INFOQUANT
 
@@ -32,6 +33,31 @@ def test_what_is_not_in_order_has_exit_code_1_and_advice(monkeypatch: pytest.Mon
     assert "unset VLLM_PLUGINS, or add infoquant" in done.stdout
     assert "no-such-compiler: not there" in done.stdout
     assert "--enforce-eager" in done.stdout
+
+
+WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None  # which makes its import fail
+sys.argv = ["infoquant", "doctor", "--json"]
+from offline.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("package", ["torch", "vllm.platforms"])
+def test_missing_package_is_a_finding_and_no_traceback(package: str) -> None:
+    command = [sys.executable, "-c", WITHOUT, package]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
+    (finding,) = (each for each in json.loads(done.stdout) if each["subject"] == "kernels")
+    assert package in finding["found"]
+    assert not finding["in_order"]
+
+
+def test_distribution_that_is_not_installed_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "no-such-package")
+    assert [each.found for each in doctor.packages()][1:] == ["not installed"]
 
 
 @pytest.mark.parametrize(
@@ -65,9 +91,9 @@ def test_a_package_that_is_not_a_plugin_of_this_vllm_is_told(monkeypatch: pytest
 def test_kernels_are_in_order_where_the_best_serve(
     monkeypatch: pytest.MonkeyPatch, runnable: list[str], loaded: Library, found: str, advice: str
 ) -> None:
-    monkeypatch.setattr(doctor, "runnable", lambda: runnable)
-    monkeypatch.setattr(doctor, "library", lambda: loaded)
-    finding = doctor.cpu_kernels()
+    monkeypatch.setattr(doctor_kernels, "runnable", lambda: runnable)
+    monkeypatch.setattr(doctor_kernels, "library", lambda: loaded)
+    finding = doctor_kernels.cpu_kernels()
     assert finding.in_order == (not advice)
     assert found in finding.found
     assert advice in finding.advice
