@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from offline.errors import ToolError
+from offline.signals import end_in_order, ending
 
 app = typer.Typer(
     name="infoquant",
@@ -42,6 +43,28 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        for name in ("infoquant-vllm", "vllm"):
+            found = [each.version for each in metadata.distributions(name=name)]
+            print(name, found[0] if found else "not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Print the versions of this tool and of vLLM."
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself; its help is the app's."""
 
 
 @app.command()
@@ -137,7 +160,11 @@ def quantize(
 
             print_report(report, output)
         if check and not dry_run:
-            _check(output, source, as_json)
+            try:
+                _check(output, source, as_json)
+            except KeyboardInterrupt as error:
+                error.add_note(f"{output} is written, its check was not finished")
+                raise
 
 
 @app.command()
@@ -199,7 +226,9 @@ def evaluate_command(
         typer.Option(help="Text, JSONL or data set; else text is sampled from the reference, or from the model."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to read, in whole windows.")] = 8192,
-    window: Annotated[int, typer.Option(min=2, help="Tokens predicted together.")] = 512,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens predicted together.  [default: 512, or --tokens where fewer]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model; with a reference also KL(reference || model) and how often both agree.
@@ -379,11 +408,13 @@ def _refusals() -> Iterator[None]:
     except (ToolError, FormatError) as error:
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; no output was written", style="bold red")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        message, code = ending(error)
+        Console(stderr=True).print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(code) from None
 
 
 def main() -> None:
     """Entry point of the console script."""
+    end_in_order()
     app()

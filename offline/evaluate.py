@@ -18,6 +18,8 @@ from offline.simulate import load_simulated
 from offline.source import Source, read_tokenizer
 from offline.text import text_windows
 
+WINDOW = 512
+
 
 class Figure(BaseModel):
     """A mean over positions; its standard error is over windows, since positions of one are correlated."""
@@ -52,7 +54,7 @@ def evaluate(
     reference: str | None = None,
     corpus: str | None = None,
     tokens: int = 8192,
-    window: int = 512,
+    window: int | None = None,
     seed: int = 0,
     progress: ProgressReport = silent,
 ) -> Evaluation:
@@ -63,12 +65,17 @@ def evaluate(
         reference: folder or hub id of an unquantised model with the same tokenizer.
         corpus: see `text_windows`; None samples the text from the reference, else from the model.
         tokens: how many tokens to read; cut down to whole windows.
-        window: tokens that are predicted together, each from those before it in the window.
+        window: tokens that are predicted together, each from those before it in the window; None: 512, or all
+            tokens where they are fewer.
         seed: of the windows drawn, or of the text sampled.
         progress: called after every window.
     """
+    window = min(WINDOW, tokens) if window is None else window
     if window < 2 or tokens < window:
-        raise ToolError(f"{tokens} tokens in windows of {window}: at least one window of two tokens is needed")
+        raise ToolError(
+            f"{tokens} tokens make no window of {window}: ask for at least {max(window, 2)} tokens, "
+            "or for a smaller window of at least 2"
+        )
     simulated = is_checkpoint(Path(model))
     teacher = None if reference is None else Source.open(reference)
     own = None if simulated else Source.open(model)

@@ -57,6 +57,9 @@ def resumable_folder(output: Path, fingerprint: dict[str, Any]) -> Iterator[Path
             fsync(folder)
             move_into_place(partial, output)
             shutil.rmtree(folder)
+    except KeyboardInterrupt as error:
+        error.add_note(f"{folder} keeps what is done; the same command with --resume goes on from there")
+        raise
     except (OSError, SafetensorError) as error:
         raise not_written(output, error, f"; go on with --resume once mended, {folder} keeps what is done") from error
 

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -218,6 +220,47 @@ def test_target_that_cannot_be_written_is_refused_before_any_work(
     assert "cannot be written" in done.stderr
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def ended_by(number: int, *arguments: object) -> tuple[int, str]:
+    """Exit code and last line of a run that got a signal as it began to sample its calibration text."""
+    command = [*INFOQUANT, *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("calibration")
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    return process.returncode, said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signal_leaves_nothing_behind(number: int, source: Path, tmp_path: Path) -> None:
+    code, said = ended_by(number, "quantize", source, tmp_path / "out")
+    assert (code, said) == (128 + number, "stopped; no output was written")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_resumable_run_that_is_stopped_says_what_it_keeps(number: int, source: Path, tmp_path: Path) -> None:
+    code, said = ended_by(number, "quantize", source, tmp_path / "out", "--resume")
+    assert code == 128 + number
+    assert said.startswith(f"stopped; {tmp_path / 'out.resume'} keeps what is done")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.resume"]
+
+
+def test_version_names_tool_and_vllm() -> None:
+    done = executable("--version")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["infoquant-vllm", "vllm"]
+    assert metadata.version("vllm") in done.stdout
+
+
+def test_evaluation_of_few_tokens_is_one_window_of_them(source: Path) -> None:
+    done = infoquant("eval", source, "--tokens", 100, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert (json.loads(done.stdout)["windows"], json.loads(done.stdout)["window"]) == (1, 100)
+    refused("100 tokens make no window of 200: ask for at least 200 tokens",
+            "eval", source, "--tokens", 100, "--window", 200)  # fmt: skip
 
 
 def test_sample_makes_the_folder_of_its_file(source: Path, tmp_path: Path) -> None:

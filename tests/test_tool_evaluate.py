@@ -89,5 +89,5 @@ def test_reference_with_another_vocabulary_is_refused(corpus: str, checkpoint: s
 
 
 def test_fewer_tokens_than_a_window_are_refused(source: Path, corpus: str) -> None:
-    with pytest.raises(ToolError, match="100 tokens in windows of 512"):
-        evaluate(str(source), corpus=corpus, tokens=100)
+    with pytest.raises(ToolError, match="100 tokens make no window of 512"):
+        evaluate(str(source), corpus=corpus, tokens=100, window=512)
