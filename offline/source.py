@@ -14,6 +14,7 @@ from infoquant_vllm.format import INDEX_FILE, FormatError, ModelShape, check_val
 from offline.architectures import CausalLM, read_config, rules_for
 from offline.copied import HUB_FILES
 from offline.errors import ToolError, first_line
+from offline.folders import missing_index, missing_prefix, other_kind
 
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -53,6 +54,9 @@ class Source:
         `weight_map` is empty then and no tensor can be read.
         """
         folder = _local_folder(path_or_hub_id)
+        another = other_kind(folder)
+        if another is not None:
+            raise ToolError(f"{folder}: {another}")
         try:
             hf_config = read_json(folder / "config.json")
             _refuse_quantized(hf_config, folder / "config.json")
@@ -137,8 +141,8 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
 
 
 def _refuse_quantized(hf_config: dict[str, Any], file: Path) -> None:
-    if "quantization_config" in hf_config:
-        found = hf_config["quantization_config"]
+    found = hf_config.get("quantization_config")
+    if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise ToolError(
             f"{file}: the model is already quantised (quant_method {method!r}); give the unquantised original"
@@ -180,7 +184,10 @@ def _weight_map(folder: Path, headers: Headers, shape: ModelShape) -> dict[str, 
     expected = _expected(shape)
     for name, size in expected.items():
         if name not in headers:
-            raise ToolError(f"{folder}: tensor {name} {list(size)} is missing from its safetensors files")
+            missing = (
+                missing_prefix(name, headers) or f"tensor {name} {list(size)} is missing from its safetensors files"
+            )
+            raise ToolError(f"{folder}: {missing}")
         file, found, dtype = headers[name]
         if found != size:
             raise ToolError(f"{file}: {name} has shape {list(found)}, config.json asks for {list(size)}")
@@ -219,7 +226,9 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         indexed = _index(folder)
         listed = set(indexed.values())
     elif found:
-        listed = {SINGLE_FILE}
+        listed, missing = {SINGLE_FILE}, missing_index(found, INDEX_FILE)
+        if missing is not None and SINGLE_FILE not in found:
+            raise ToolError(f"{folder}: {missing}")
     else:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         held = f"it holds {pickles[0]}, and pickles are not read; convert the model" if pickles else "convert the model"

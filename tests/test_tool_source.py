@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infoquant_vllm.format import INDEX_FILE
+from infoquant_vllm.format import INDEX_FILE, Checkpoint, FormatError
 from offline.errors import ToolError
 from offline.reference import load_reference
 from offline.source import Source
@@ -215,3 +215,32 @@ def test_head_of_another_shape_is_refused(folder: Path) -> None:
 def test_tensor_that_nothing_uses_is_refused(folder: Path, name: str) -> None:
     edit_tensors(folder, {name: torch.ones(32)})
     refused(folder, rf"{FILE}: unexpected tensor {name}")
+
+
+def test_adapters_and_gguf_files_are_named_for_what_they_are(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.Q4_0.gguf").touch()
+    refused(tmp_path / "gguf", r"holds the GGUF file model\.Q4_0\.gguf; give the folder of safetensors files")
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "holds a PEFT adapter; merge it into its base model")
+
+
+@pytest.mark.parametrize("names", [["model-00001-of-00001"], ["model-00001-of-00002", "model-00002-of-00002"]])
+def test_shards_without_their_index_are_refused_with_its_name(folder: Path, names: list[str]) -> None:
+    (folder / FILE).rename(folder / f"{names[0]}.safetensors")
+    for name in names[1:]:
+        save_file({"model.norm.weight": torch.ones(256)}, folder / f"{name}.safetensors")
+    refused(folder, rf"{INDEX_FILE} is missing, which lists {names[0]}\.safetensors \({len(names)} such shards\)")
+
+
+def test_tensors_without_the_models_prefix_are_named(folder: Path) -> None:
+    tensors = load_file(folder / FILE)
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / FILE)
+    refused(folder, r"lack the prefix 'model\.' .*AutoModelForCausalLM")
+
+
+def test_quantization_config_of_null_is_none(folder: Path) -> None:
+    edit_config(folder, quantization_config=None)
+    assert Source.open(folder).names
+    with pytest.raises(FormatError, match="no quantization_config; run `infoquant quantize`"):
+        Checkpoint(folder)

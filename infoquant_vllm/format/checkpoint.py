@@ -30,7 +30,7 @@ class Checkpoint:
         self.folder = Path(folder)
         config_file = self.folder / "config.json"
         self.hf_config = read_json(config_file)
-        if "quantization_config" not in self.hf_config:
+        if self.hf_config.get("quantization_config") is None:
             raise FormatError(f"{config_file}: no quantization_config; run `infoquant quantize` on the model first")
         self.config = parse_config(self.hf_config["quantization_config"], f"{config_file}: quantization_config")
         self.shape = ModelShape.from_hf(self.hf_config, str(config_file))
