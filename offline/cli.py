@@ -401,17 +401,21 @@ def _check(checkpoint: Path, source: str, as_json: bool) -> None:
 @contextmanager
 def _refusals() -> Iterator[None]:
     """Turn refused input into one message on standard error and exit code 1."""
-    from infoquant_vllm.format import FormatError
-
     try:
+        from infoquant_vllm.format import FormatError
+
         yield
+    except ModuleNotFoundError as error:
+        raise _exit(f"error: {error}; `infoquant doctor` says what is missing", 1) from None
     except (ToolError, FormatError) as error:
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise _exit(f"error: {error}", 1) from None
     except KeyboardInterrupt as error:
-        message, code = ending(error)
-        Console(stderr=True).print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(code) from None
+        raise _exit(*ending(error)) from None
+
+
+def _exit(message: str, code: int) -> typer.Exit:
+    Console(stderr=True).print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(code)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def test_what_is_not_in_order_has_exit_code_1_and_advice(monkeypatch: pytest.Mon
 WITHOUT = """
 import sys
 sys.modules[sys.argv[1]] = None  # which makes its import fail
-sys.argv = ["infoquant", "doctor", "--json"]
+sys.argv = ["infoquant", *sys.argv[2:]]
 from offline.cli import main
 main()
 """
@@ -46,13 +46,20 @@ main()
 
 @pytest.mark.parametrize("package", ["torch", "vllm.platforms"])
 def test_missing_package_is_a_finding_and_no_traceback(package: str) -> None:
-    command = [sys.executable, "-c", WITHOUT, package]
+    command = [sys.executable, "-c", WITHOUT, package, "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in done.stderr
     assert done.returncode == 1
     (finding,) = (each for each in json.loads(done.stdout) if each["subject"] == "kernels")
     assert package in finding["found"]
     assert not finding["in_order"]
+
+
+def test_other_commands_without_torch_point_to_the_doctor(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT, "torch", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.endswith("torch halted; None in sys.modules; `infoquant doctor` says what is missing\n")
 
 
 def test_distribution_that_is_not_installed_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
