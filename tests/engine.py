@@ -89,6 +89,11 @@ class Engine:
         options = DEFAULTS | {"max_logprobs": top} | options
         return self._pool.submit(_run, str(model), batches, max_tokens, top, of_prompts, calls, options).result()
 
+    def pool(self, model: Path, prompts: list[Tokens], task: str, **options: Any) -> list[list[Any]]:
+        """Return what a pooling model makes of each prompt for one of vLLM's tasks; raises EngineError as `run`."""
+        options = DEFAULTS | {"skip_tokenizer_init": False, "runner": "pooling"} | options
+        return self._pool.submit(_pool, str(model), prompts, task, options).result()
+
 
 @contextmanager
 def running_engine() -> Iterator[Engine]:
@@ -110,14 +115,9 @@ def _run(
     calls: Sequence[tuple[str, dict[str, Any]]],
     options: dict[str, Any],
 ) -> Run:
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm import SamplingParams
 
-    try:
-        llm = LLM(model, **options)
-    except Exception as error:
-        raise EngineError(f"{type(error).__name__}: {error}") from None
-    try:
+    with _serving(model, options) as llm:
         answers = []
         for number, batch in enumerate(batches):
             params = SamplingParams(
@@ -134,6 +134,25 @@ def _run(
                 llm.collective_rpc(call[0], kwargs=call[1])
         counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
         return Run(answers, counters)
+
+
+def _pool(model: str, prompts: list[Tokens], task: str, options: dict[str, Any]) -> list[list[Any]]:
+    with _serving(model, options) as llm:
+        outputs = llm.encode([{"prompt_token_ids": prompt} for prompt in prompts], pooling_task=task, use_tqdm=False)
+        return [output.outputs.data.tolist() for output in outputs]
+
+
+@contextmanager
+def _serving(model: str, options: dict[str, Any]) -> Iterator[Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        llm = LLM(model, **options)
+    except Exception as error:
+        raise EngineError(f"{type(error).__name__}: {error}") from None
+    try:
+        yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
