@@ -1,10 +1,11 @@
 """The attention backend over the quantised KV cache: spec, metadata and implementation."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -14,11 +15,14 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
+    max_decode_query_len,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec, KVQuantMode
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from infoquant_vllm.format import cell_bytes
-from infoquant_vllm.ops.table import kernel
+from infoquant_vllm.ops.table import has_kernel, kernel
 
 
 class KV4Backend(AttentionBackend):
@@ -95,24 +99,37 @@ BACKENDS: dict[tuple[int, int], type[KV4Backend]] = {
 
 @dataclass
 class KVMetadata(AttentionMetadata):
-    """A batch: sequence i has queries query_starts[i] .. query_starts[i + 1], its last tokens."""
+    """A batch: sequence i has queries query_starts[i] .. query_starts[i + 1], its last tokens.
+
+    The first num_decodes sequences, of num_decode_tokens queries, are for the kernel that serves a few queries each.
+    """
 
     query_starts: torch.Tensor  # [sequences + 1] int32
     seq_lens: torch.Tensor  # [sequences] int32
     block_table: torch.Tensor  # [sequences, blocks] int32
     num_actual_tokens: int
+    num_decodes: int = 0
+    num_decode_tokens: int = 0
 
 
 class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
     """Makes a batch's metadata, once for all layers."""
 
-    # The metadata are vLLM's own persistent tensors, and launches hang on shapes alone: any batch can be captured.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    # A captured graph has no prompts: those need other launches. The metadata are vLLM's own persistent tensors and
+    # launches depend on shapes alone, so a graph of decoding sequences serves every batch of them.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if has_kernel("kv_decode", device.type):  # else batches stay in their order and one kernel serves them whole
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> int:
+        """As many queries as vLLM verifies: a captured graph takes lengths from the device."""
+        return max_decode_query_len(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -120,12 +137,25 @@ class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
         """Metadata of a batch; raises NotImplementedError for one that is not causal."""
         if common_attn_metadata.causal is not True:
             raise NotImplementedError("infoquant: attention that is not causal is not served")
+        decodes = tokens = 0
+        if self.reorder_batch_threshold is not None:
+            decodes, _, tokens, _ = split_decodes_and_prefills(common_attn_metadata, self.reorder_batch_threshold)
         return KVMetadata(
             query_starts=common_attn_metadata.query_start_loc,
             seq_lens=common_attn_metadata.seq_lens,
             block_table=common_attn_metadata.block_table_tensor,
             num_actual_tokens=common_attn_metadata.num_actual_tokens,
+            num_decodes=decodes,
+            num_decode_tokens=tokens,
         )
+
+
+class Decoding(NamedTuple):
+    """What an engine's decoding batches are bounded by: sequences, queries of each, tokens of each."""
+
+    sequences: int
+    queries: int
+    context: int
 
 
 class KVImpl(AttentionImpl[KVMetadata]):
@@ -160,6 +190,8 @@ class KVImpl(AttentionImpl[KVMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.num_bits, self.hadamard = num_bits, key_transform == "hadamard"
         self.cell_bytes = cell_bytes(head_size, num_bits)
+        self.decoding = _decoding() if has_kernel("kv_decode", current_platform.device_type) else None
+        self.scratch_shapes: tuple[tuple[int, ...], ...] | None = None
 
     def do_kv_cache_update(
         self,
@@ -192,19 +224,56 @@ class KVImpl(AttentionImpl[KVMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("infoquant: a quantised attention output is not served")
         if attn_metadata is None:  # the run that measures memory
+            if self.decoding is not None:
+                self._scratch(query.device)
             return output.zero_()
-        tokens = attn_metadata.num_actual_tokens
-        kernel("kv_attention", query.device.type)(
-            query[:tokens],
-            kv_cache,
-            attn_metadata.query_starts,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            self.hadamard,
-            self.scale,
-            self.sliding_window,
-            self.num_bits,
-            output[:tokens],
-            **self.capped,
-        )
+        self._attend(query, kv_cache, attn_metadata, output)
         return output
+
+    def _attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: KVMetadata, output: torch.Tensor) -> None:
+        device, tokens, sequences = query.device, batch.num_actual_tokens, batch.num_decodes
+        of_layer = self.hadamard, self.scale, self.sliding_window, self.num_bits
+        if sequences > 0:
+            assert self.decoding is not None
+            rows = slice(0, batch.num_decode_tokens)
+            kernel("kv_decode", device.type)(
+                query[rows],
+                kv_cache,
+                batch.query_starts[: sequences + 1],
+                batch.seq_lens[:sequences],
+                batch.block_table[:sequences],
+                *of_layer,
+                output[rows],
+                self.decoding.queries,
+                self._scratch(device),
+                **self.capped,
+            )
+        if batch.num_decode_tokens < tokens:
+            rows = slice(batch.num_decode_tokens, tokens)
+            kernel("kv_attention", device.type)(
+                query[rows],
+                kv_cache,
+                batch.query_starts[sequences:],
+                batch.seq_lens[sequences:],
+                batch.block_table[sequences:],
+                *of_layer,
+                output[rows],
+                **self.capped,
+            )
+
+    def _scratch(self, device: torch.device) -> list[torch.Tensor]:
+        """What decoding writes and reads again, shared by all layers and claimed before vLLM sizes the cache."""
+        if self.scratch_shapes is None:
+            heads = self.num_heads, self.num_kv_heads, self.head_size, self.sliding_window
+            assert self.decoding is not None
+            self.scratch_shapes = kernel("decode_scratch", device.type)(*heads, *self.decoding, device)
+        if is_workspace_manager_initialized():
+            shapes = [(shape, torch.float32) for shape in self.scratch_shapes]
+            return current_workspace_manager().get_simultaneous(*shapes)
+        return [torch.empty(shape, device=device) for shape in self.scratch_shapes]
+
+
+def _decoding() -> Decoding:
+    config = get_current_vllm_config()
+    sequences, context = config.scheduler_config.max_num_seqs, config.model_config.max_model_len
+    return Decoding(sequences, max_decode_query_len(config), context)

@@ -11,9 +11,17 @@ import torch
 
 from infoquant_vllm.kernels.cpu import kv_cache as cpu
 from tests import test_kernels_triton_linear as products
-from tests.interpreted import int4_linear, interpreter_only, kv4_attend, kv4_attention, kv4_store, kv4_tiles
+from tests.interpreted import (
+    int4_linear,
+    interpreter_only,
+    kv4_attend,
+    kv4_attention,
+    kv4_decode,
+    kv4_store,
+    kv4_tiles,
+)
 from tests.test_kernels_kv_cache import Batch
-from tests.test_kernels_triton_attention import TOLERANCE
+from tests.test_kernels_triton_attention import TOLERANCE, Decoding
 
 pytestmark = interpreter_only  # on a GPU a mask that is off by one writes to what is not the test's
 MUTATIONS = [
@@ -22,9 +30,12 @@ MUTATIONS = [
     (kv4_attend, "else age >= 0", "else age >= -1"),
     (kv4_attend, "else age >= 0", "else age > 0"),
     (kv4_attend, "tokens < end\n", "tokens < end - 1\n"),
-    (kv4_attention, "* CHUNK, position + 1)", "* CHUNK, position)"),
-    (kv4_attention, "chunks = position // CHUNK + 1 - first", "chunks = position // CHUNK - first"),
-    (kv4_attention, "there = row < GROUP", "there = row < GROUP - 1"),
+    (kv4_decode, "+ done + taken)", "+ done + taken - 1)"),
+    (kv4_decode, "chunks = position // CHUNK + 1 - first", "chunks = position // CHUNK - first"),
+    (kv4_decode, "there = row < QUERIES * GROUP", "there = row < QUERIES * GROUP - 1"),
+    (kv4_decode, "& (own_share == share)", ""),
+    (kv4_decode, "parts = tl.max(tl.where(there, own_parts, 0), 0)", "parts = parts"),
+    (kv4_decode, "there = part < parts", "there = part <= parts"),
     (kv4_attention, "(query < end - start)", "(query < end - start - 1)"),
     (kv4_store, "written = slots >= 0", "written = slots > 0"),
     (kv4_store, "mask=rows < num_tokens", "mask=rows < num_tokens - 1"),
@@ -43,6 +54,8 @@ BATCHES: list[tuple[list[int], list[int], int, int | None]] = [
     ([1, 9], [40, 70], 3, 20),
     ([9, 1], [70, 128], 3, None),
     ([1], [1025], 1, None),
+    ([4], [1026], 1, None),
+    ([3], [130], 1, None),
 ]
 
 
@@ -75,6 +88,10 @@ def compare(made: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv4_tiles, "PARTS", 8)
     if name == "kv4_attend":
         monkeypatch.setattr(kv4_attention, "attend", made.attend)
+        monkeypatch.setattr(kv4_decode, "attend", made.attend)
+    if name == "kv4_decode":
+        for changed in ("decode_scratch", "kv_decode"):
+            monkeypatch.setattr(kv4_decode, changed, getattr(made, changed))
     attention = made if name == "kv4_attention" else kv4_attention
     for counts, lens, heads, window in BATCHES:
         batch = Batch(counts, lens, heads, 1, 64, dtype=torch.float32)
@@ -83,7 +100,8 @@ def compare(made: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         if name == "kv4_store":
             assert torch.equal(batch.store(made), cache)
             continue
-        found, expected = (batch.attend(kernels, cache, window) for kernels in (attention, cpu))
+        kernels = Decoding(max(counts)) if max(counts) < 9 else attention
+        found, expected = (batch.attend(each, cache, window) for each in (kernels, cpu))
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
@@ -94,7 +112,9 @@ def _memory_that_is_not_a_number() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("module", [kv4_attend, kv4_attention, kv4_store, int4_linear], ids=lambda m: m.__name__[-13:])
+@pytest.mark.parametrize(
+    "module", [kv4_attend, kv4_attention, kv4_decode, kv4_store, int4_linear], ids=lambda m: m.__name__[-13:]
+)
 def test_a_copy_is_the_reference(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(copy_of(module, tmp_path), monkeypatch)
 

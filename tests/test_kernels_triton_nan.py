@@ -1,5 +1,7 @@
 """NaN and infinities in activations: they show in their own token as the reference has it, and in no other."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from infoquant_vllm.kernels.reference import kv_cache as reference_cache
 from infoquant_vllm.kernels.reference.linear import linear as reference_linear
 from tests.interpreted import kv4_attention, kv4_store, linear
 from tests.test_kernels_kv_cache import Batch
+from tests.test_kernels_triton_attention import Decoding
 from tests.test_kernels_triton_rotate import transform
 
 
@@ -55,19 +58,19 @@ def test_keys_and_values_that_are_no_numbers_are_stored_as_the_reference_stores_
         assert same.all()
 
 
-@pytest.mark.parametrize("counts", [[1, 1], [9, 4]])
-def test_attention_of_queries_and_to_keys_that_are_no_numbers_is_nan(counts: list[int]) -> None:
+@pytest.mark.parametrize(("counts", "ours"), [([1, 1], Decoding()), ([4, 3], Decoding(4)), ([9, 4], kv4_attention)])
+def test_attention_of_queries_and_to_keys_that_are_no_numbers_is_nan(counts: list[int], ours: Any) -> None:
     batch = Batch(counts, [70, 40], 4, 2, 64, dtype=torch.float32)
     cache = batch.store(reference_cache)
-    clean = batch.attend(kv4_attention, cache)
+    clean = batch.attend(ours, cache)
     batch.query[-1, 2, 9] = torch.nan
-    found, expected = (batch.attend(kernels, cache) for kernels in (kv4_attention, reference_cache))
+    found, expected = (batch.attend(kernels, cache) for kernels in (ours, reference_cache))
     assert torch.equal(found.isnan(), expected.isnan())
     assert found[-1, 2].isnan().all()
     assert torch.equal(found[~found.isnan()], clean[~found.isnan()])
     batch.key[0, 1, 3] = torch.nan  # a token that every query of the first sequence sees
     cache = batch.store(reference_cache)
-    found, expected = (batch.attend(kernels, cache) for kernels in (kv4_attention, reference_cache))
+    found, expected = (batch.attend(kernels, cache) for kernels in (ours, reference_cache))
     assert torch.equal(found.isnan(), expected.isnan())
     assert found[: counts[0], 2:].isnan().all()
     assert not found[: counts[0], :2].isnan().any()

@@ -32,6 +32,12 @@ FIELDS = {
     ("vllm.v1.attention.backend", "CommonAttentionMetadata"): (
         *("query_start_loc", "seq_lens", "block_table_tensor", "num_actual_tokens", "causal"),
     ),
+    ("vllm.config", "SchedulerConfig"): ("max_num_seqs",),
+    ("vllm.config", "ModelConfig"): ("max_model_len",),
+    ("vllm.v1.attention.backend", "AttentionMetadataBuilder"): (
+        *("reorder_batch_threshold", "_init_reorder_batch_threshold"),
+    ),
+    ("vllm.v1.worker.workspace", "WorkspaceManager"): ("get_simultaneous",),
     ("vllm.v1.kv_cache_interface", "AttentionSpec"): ("head_size", "dtype", "state_content_bytes", "kv_quant_mode"),
     ("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig"): ("packed_modules_mapping",),
     ("vllm.platforms.interface", "Platform"): ("device_type", "is_cpu"),

@@ -12,11 +12,15 @@ from benchmarks.static.cases import MODELS, Case, Entry, Model
 from benchmarks.static.launches import Launch
 from infoquant_vllm.format import cell_bytes
 from infoquant_vllm.kernels.triton.kv4_attention import kv_attention
+from infoquant_vllm.kernels.triton.kv4_decode import decode_scratch, kv_decode
 from infoquant_vllm.kernels.triton.kv4_store import kv_store
 
 CONTEXT, PROMPT = 16384, 2048
 STORED = (16, 2048)  # tokens
 DECODING = (1, 16)  # sequences
+FULL = 256  # sequences, with which no context is cut
+VERIFIED = 4  # queries of a sequence whose drafts are verified
+FEW_QUERIES = 8
 PARTIAL = 4 * 2  # bytes of a part's power and total
 
 
@@ -89,12 +93,18 @@ def prompt_cases(model: Model) -> Iterator[Case]:
 def decode_cases(model: Model) -> Iterator[Case]:
     """Sequences of CONTEXT tokens."""
     for name, cache in _caches(model):
-        for sequences in DECODING:
+        own = name == "4 bits"
+        for sequences in (*DECODING, FULL) if own else DECODING:
             seen = sequences * _seen(cache, CONTEXT)
             macs, reads = 2 * cache.heads * cache.size * seen, cache.cells(seen).nbytes
             said = f"{name}, context of {CONTEXT}"
             call = attention_call(cache, sequences, 1, CONTEXT)
             yield Case(model.name, "attention", said, sequences, call, macs, reads)
+        if own:
+            said, tokens = f"{VERIFIED} queries, {name}, context of {CONTEXT}", DECODING[-1] * VERIFIED
+            macs = 2 * cache.heads * cache.size * tokens * _seen(cache, CONTEXT)
+            call = attention_call(cache, DECODING[-1], VERIFIED, CONTEXT)
+            yield Case(model.name, "attention", said, tokens, call, macs)
 
 
 def _seen(cache: Cache, tokens: int) -> int:
@@ -109,7 +119,15 @@ def attention_call(cache: Cache, sequences: int, queries: int, context: int) -> 
         table = torch.empty(sequences, context // cache.block, dtype=torch.int32)
     cells, scale = cache.cells(sequences * context), cache.size**-0.5
     given = (cells, starts, lens, table, cache.hadamard, scale, cache.window, cache.num_bits, torch.empty_like(query))
-    return lambda: kv_attention(query, *given, cache.soft_cap)
+    if queries > FEW_QUERIES:
+        return lambda: kv_attention(query, *given, cache.soft_cap)
+    bounds = (cache.heads, cache.kv_heads, cache.size, cache.window, sequences, queries, context, query.device)
+
+    def decode() -> None:
+        scratch = [torch.empty(shape, device="meta") for shape in decode_scratch(*bounds)]
+        kv_decode(query, *given, queries, scratch, cache.soft_cap)
+
+    return decode
 
 
 def _context(launch: Launch) -> int:
@@ -156,39 +174,42 @@ def prompt_busy(launch: Launch) -> int:
     return len(prompt_steps(launch)) * int(launch.grid[1])
 
 
-def decode_steps(launch: Launch) -> tuple[int, int]:
-    """Chunks of the context, and parts with some."""
+def decode_steps(launch: Launch) -> tuple[int, int, int]:
+    """Chunks of the context, parts with some, and programs to a sequence and kv-head that have some."""
     given, context = launch.arguments, _context(launch)
     first = max(context - given["WINDOW"], 0) // given["CHUNK"] if given["WINDOW"] else 0
     chunks = triton.cdiv(context, given["CHUNK"]) - first
-    return chunks, triton.cdiv(chunks, max(triton.cdiv(chunks, given["PARTS"]), given["GROUP"]))
+    parts = triton.cdiv(chunks, max(triton.cdiv(chunks, given["PARTS"]), given["GROUP"]))
+    return chunks, parts, min(parts, int(launch.grid[2]))
 
 
 def decode_trips(launch: Launch) -> float:
-    """On average, of the parts with some."""
-    chunks, parts = decode_steps(launch)
-    return chunks / parts
+    """On average, of the programs with some."""
+    chunks, _, programs = decode_steps(launch)
+    return chunks / programs
 
 
 def decode_busy(launch: Launch) -> int:
     """Those with a part of the context."""
-    return int(launch.grid[0] * launch.grid[1]) * decode_steps(launch)[1]
+    return int(launch.grid[0] * launch.grid[1]) * decode_steps(launch)[2]
 
 
 def decode_bytes(launch: Launch) -> int:
-    """Pages of what is seen, block tables for every kv-head, queries for every part, and what parts leave."""
+    """Pages of what is seen, block tables for every kv-head, queries for every program, and what is written."""
     given = launch.arguments
-    chunks, parts = decode_steps(launch)
+    chunks, parts, programs = decode_steps(launch)
     share = chunks * given["CHUNK"] / _context(launch)
     heads = given["query_ptr"].shape[0] * given["num_heads"]
-    kept = parts * heads * (given["HEAD"] * 4 + PARTIAL)
+    kept = parts * heads * (given["HEAD"] * 4 + PARTIAL) if given["SPLIT"] else _bytes(launch, "out")
     tables = int(launch.grid[1] * share * _bytes(launch, "table"))
-    return int(share * _bytes(launch, "cache")) + tables + parts * _bytes(launch, "query") + kept
+    return int(share * _bytes(launch, "cache")) + tables + programs * _bytes(launch, "query") + kept
 
 
 def reduce_bytes(launch: Launch) -> int:
-    """What there may be of parts, and the output."""
-    return _bytes(launch, "partial", "largest", "total", "out")
+    """What there may be of parts of these tokens, and the output."""
+    given = launch.arguments
+    rows = given["out_ptr"].shape[0] * given["num_heads"] * given["MOST_PARTS"]
+    return rows * (given["HEAD"] * 4 + PARTIAL) + _bytes(launch, "out")
 
 
 KV_ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(

@@ -70,6 +70,8 @@ KERNELS = MappingProxyType(
         ("rotary_embedding", "triton"): _routes("reference.elementwise"),
         ("kv_store", "triton"): (Route("triton.kv4_store", CACHE_LIMITS),),
         ("kv_attention", "triton"): (Route("triton.kv4_attention", CACHE_LIMITS),),
+        ("kv_decode", "triton"): (Route("triton.kv4_decode", CACHE_LIMITS),),
+        ("decode_scratch", "triton"): (Route("triton.kv4_decode", CACHE_LIMITS),),
         ("linear", "reference"): _routes("reference.linear"),
         ("prepare_matrices", "reference"): _routes("reference.linear"),
         ("prepare_weight", "reference"): _routes("reference.linear"),
@@ -109,6 +111,11 @@ def kernel(operation: str, device: str) -> Callable[..., Any]:
             return run(*arguments)
 
     return there
+
+
+def has_kernel(operation: str, device: str) -> bool:
+    """Whether `operation` has a kernel of its own on a device type."""
+    return (operation, forced_family() or OF_DEVICE.get(device, "")) in KERNELS
 
 
 def require(operation: str, device: str, **facts: float) -> None:

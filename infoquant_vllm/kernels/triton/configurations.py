@@ -165,3 +165,13 @@ def architecture(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; under the interpreter what the table says of its architecture."""
+    return _multiprocessors(device) if device.type == "cuda" else CHOICES[architecture(device)].sms
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

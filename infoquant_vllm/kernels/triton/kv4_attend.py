@@ -290,3 +290,17 @@ def attend(
         result = result * old[:, None] + lower_product * new[:, None]
         upper = upper * old[:, None] + upper_product * new[:, None]
     return result + zero[:, None], upper + zero[:, None], largest, total
+
+
+@triton.jit
+def store_halves(
+    ptr, there, result, upper, ROWS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, VALUE_BITS: tl.constexpr
+):
+    """Write rows of results to ptr [ROWS], in the dtype that it points to."""
+    STORED: tl.constexpr = HEAD * VALUE_BITS // 8
+    features = tl.arange(0, HALF)
+    mask = there[:, None] & (features < STORED)[None, :]
+    out_ptr = ptr[:, None] + features[None, :]
+    tl.store(out_ptr, result.to(ptr.dtype.element_ty), mask=mask)
+    if VALUE_BITS == 4:
+        tl.store(out_ptr + STORED, upper.to(ptr.dtype.element_ty), mask=mask)

@@ -1,9 +1,11 @@
 """What attention over the quantised cache is compiled for: tiles by architecture and head size, parts of contexts."""
 
+import math
 import os
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+import torch
 import triton
 
 from infoquant_vllm.kernels.triton.configurations import TILES, AttentionTile, measured_attention
@@ -11,6 +13,8 @@ from infoquant_vllm.kernels.triton.head_hadamard import hadamard_sizes
 
 PARTS = 256  # programs that a decoding sequence is cut into, over all kv-heads
 MAX_PARTS, MIN_PARTS = 64, 8  # of one kv-head
+PROGRAMS = 8  # to a multiprocessor, beyond which decoding takes no more
+MAX_ROWS = 16  # of queries and heads that decoding multiplies at once: more take registers that are not there
 WIDE = 128  # the largest head size that is not
 
 
@@ -27,37 +31,77 @@ class Layer(NamedTuple):
     soft_cap: float
     """of scores in powers of two"""
 
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        out: torch.Tensor,
+        hadamard: bool,
+        window: int | None,
+        num_bits: tuple[int, int],
+        soft_cap: float | None,
+    ) -> Self:
+        """The layer whose query and output [tokens, heads, head_size] and cache these are."""
+        assert query.stride(2) == out.stride(2) == 1, "features of a head must be side by side"
+        assert cache.stride()[2:] == (cache.shape[3], 1), "cells of a page must be side by side"
+        (_, heads, size), (_, kv_heads, block, _) = query.shape, cache.shape
+        cap = (soft_cap or 0.0) * math.log2(math.e)
+        return cls(block, size, heads // kv_heads, num_bits, hadamard, window or 0, cap)
+
 
 class AttentionChoice(NamedTuple):
-    """Tiles of an architecture: prompts and mixed batches with heads up to WIDE, with wider ones, and decoding."""
+    """Tiles of an architecture: prompts with heads up to WIDE and with wider ones, and decoding with either."""
 
-    mixed: AttentionTile
-    wide: AttentionTile
+    prompt: AttentionTile
+    wide_prompt: AttentionTile
     decode: AttentionTile
+    wide_decode: AttentionTile
 
 
-_CHOICE = AttentionChoice(AttentionTile(32, 64, 4, 2), AttentionTile(32, 64, 8, 2), AttentionTile(8, 128, 4, 3))
+_CHOICE = AttentionChoice(
+    AttentionTile(32, 64, 4, 2),
+    AttentionTile(32, 64, 8, 2),
+    AttentionTile(8, 128, 4, 3),
+    AttentionTile(8, 128, 4, 2),  # a third stage takes registers that are not there
+)
 CHOICES = MappingProxyType({80: _CHOICE, 86: _CHOICE, 89: _CHOICE, 90: _CHOICE, 100: _CHOICE, 120: _CHOICE})
 
 
 def attention_tile(arch: int, kernel: str, size: int, group: int) -> AttentionTile:
     """The tile of `kernel` on a GPU of compute capability `arch`, 90 for 9.0, for heads of `size`.
 
-    group: heads per kv-head, for which a tile always has rows. Batches and lengths do not change it, so that a row
-    is the same bits in all of them.
+    group: heads per kv-head, times the queries that share a tile; a tile always has rows for them. Batches and lengths
+    do not change it, so that a row is the same bits in all of them.
     """
     choice = CHOICES[max(known for known in CHOICES if known <= arch)]
-    tile = choice.decode if kernel == "kv4_decode" else choice.mixed if size <= WIDE else choice.wide
+    narrow, wide = choice[2:] if kernel == "kv4_decode" else choice[:2]
+    tile = narrow if size <= WIDE else wide
     for entry in measured_attention(os.environ.get(TILES)):
         if (arch, kernel, size, group) == (entry.arch, entry.kernel, entry.head_size, entry.group):
             tile = entry.tile
     return tile._replace(rows=max(tile.rows, triton.next_power_of_2(group)))
 
 
-def mixed_constants(arch: int, layer: Layer, kernel: str = "kv4_attention") -> dict[str, Any]:
+def prompt_constants(arch: int, layer: Layer) -> dict[str, Any]:
     """What `kv4_attention_kernel` is compiled for, its launch options included."""
+    return _constants(layer, attention_tile(arch, "kv4_attention", layer.head_size, layer.group))
+
+
+def decode_constants(arch: int, layer: Layer, kv_heads: int, queries: int) -> dict[str, Any]:
+    """The same for `kv4_decode_kernel`, but for what depends on its scratch."""
+    together = _together(layer.group, queries)
+    tile = attention_tile(arch, "kv4_decode", layer.head_size, layer.group * together)
+    return _constants(layer, tile) | {"QUERIES": together, "PARTS": parts_of(kv_heads)}
+
+
+def _together(group: int, queries: int) -> int:
+    """How many queries of a sequence share a tile."""
+    return max(1, min(triton.next_power_of_2(queries), MAX_ROWS // group))
+
+
+def _constants(layer: Layer, tile: AttentionTile) -> dict[str, Any]:
     order, log_n = hadamard_sizes(layer.head_size, layer.hadamard)
-    tile = attention_tile(arch, kernel, layer.head_size, layer.group)
     return {
         "WINDOW": layer.window,
         "SOFT_CAP": layer.soft_cap,
@@ -79,17 +123,37 @@ def mixed_constants(arch: int, layer: Layer, kernel: str = "kv4_attention") -> d
     }
 
 
-def decode_constants(arch: int, layer: Layer, kv_heads: int) -> dict[str, Any]:
-    """The same for `kv4_decode_kernel`."""
-    return mixed_constants(arch, layer, "kv4_decode") | {"PARTS": parts_of(kv_heads)}
-
-
 def parts_of(kv_heads: int) -> int:
-    """How many parts a context is cut into at most: it hangs on the layer, never on the batch."""
+    """How many parts a context is cut into at most: it depends on the layer, never on the batch."""
     return min(max(triton.next_power_of_2(PARTS // kv_heads), MIN_PARTS), MAX_PARTS)
 
 
+def most_parts(arch: int, heads: int, kv_heads: int, size: int, window: int | None, queries: int, context: int) -> int:
+    """The most parts that a context of up to `context` tokens has."""
+    group = heads // kv_heads
+    chunk = attention_tile(arch, "kv4_decode", size, group * _together(group, queries)).chunk
+    chunks = triton.cdiv(context, chunk)
+    if window:
+        chunks = min(chunks, triton.cdiv(window, chunk) + 1)
+    return min(parts_of(kv_heads), triton.cdiv(chunks, group))
+
+
+def sequences_in_parts(kv_heads: int, processors: int) -> int:
+    """How many sequences leave a GPU of so many multiprocessors idle without being cut."""
+    return (PROGRAMS * processors - 1) // kv_heads
+
+
+def decode_slots(kv_heads: int, sequences: int, parts: int, processors: int) -> int:
+    """Programs to a sequence and kv-head, which its parts are dealt out to."""
+    return max(1, min(parts, triton.cdiv(PROGRAMS * processors, sequences * kv_heads)))
+
+
+def query_scales(size: int, scale: float) -> tuple[float, float]:
+    """What a Hadamard of queries is divided by, and the scale of scores in powers of two."""
+    return 1 / math.sqrt(size), scale * math.log2(math.e)
+
+
 def reduce_constants(constants: dict[str, Any]) -> dict[str, Any]:
-    """The same for `kv4_reduce_kernel`, from those of `decode_constants`."""
-    names = ("WINDOW", "HEAD", "GROUP", "SIZE", "CHUNK", "PARTS", "enable_fp_fusion")
-    return {name: constants[name] for name in names} | {"num_warps": 8 if constants["SIZE"] > WIDE else 4}
+    """What `kv4_reduce_kernel` is compiled for, from what `kv4_decode_kernel` is."""
+    names = ("WINDOW", "HEAD", "GROUP", "SIZE", "CHUNK", "PARTS", "MOST_PARTS", "enable_fp_fusion")
+    return {name: constants[name] for name in names} | {"num_warps": 4}
