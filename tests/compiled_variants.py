@@ -33,15 +33,16 @@ def bound(launch: Launch) -> list[Any]:
     "call",
     [
         lambda tokens: attention_call(CACHE, tokens, 1, 1024),
-        lambda tokens: attention_call(CACHE, tokens, 2, 1024),
-        lambda tokens: attention_call(CACHE, 1, 1 + tokens, 1024),
+        lambda tokens: attention_call(CACHE, tokens, 4, 1024),
+        lambda tokens: attention_call(CACHE, tokens, 9, 1024),
+        lambda tokens: attention_call(CACHE, 1, 8 + tokens, 1024),
         lambda tokens: store_call(CACHE, tokens),
         lambda tokens: whole_linear_call(linear_scheme(4, 4), 32 + tokens, 512, 64),
         lambda tokens: whole_linear_call(
             linear_scheme(8, 8, 32, 64, False, InputTransform(type="blocks", block_size=64)), 32 + tokens, 512, 64
         ),
     ],
-    ids=["decode", "prompts", "prompt", "store", "linear", "groups behind blocks"],
+    ids=["decode", "drafts", "prompts", "prompt", "store", "linear", "groups behind blocks"],
 )
 def test_a_variant_serves_any_number_of_tokens(call: Callable[[int], Callable[[], Any]]) -> None:
     found = [[bound(launch) for launch in launches(call(tokens), 90)] for tokens in TOKENS]

@@ -18,7 +18,7 @@ from infoquant_vllm.kernels.triton.kv4_store import kv_store
 CONTEXT, PROMPT = 16384, 2048
 STORED = (16, 2048)  # tokens
 DECODING = (1, 16)  # sequences
-FULL = 256  # sequences, with which no context is cut
+FULL = 1024  # sequences, with which no context is cut
 VERIFIED = 4  # queries of a sequence whose drafts are verified
 FEW_QUERIES = 8
 PARTIAL = 4 * 2  # bytes of a part's power and total

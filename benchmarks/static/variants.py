@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.static.cases import MODELS
-from benchmarks.static.kv_kernels import Cache, attention_call, store_call
+from benchmarks.static.kv_kernels import FULL, Cache, attention_call, store_call
 from infoquant_vllm.format import InputTransform, LinearScheme, ModelShape, linear_tensors
 from infoquant_vllm.kernels.triton.linear import linear, prepare_grid, prepare_matrices, prepare_weight
 from offline.presets import PRESETS
@@ -106,9 +106,10 @@ def cache_layers() -> Iterator[Cache]:
 
 
 def cache_calls(layer: Cache, tokens: int) -> Calls:
-    """A store of so many tokens, and attention of so many sequences and of a prompt."""
+    """A store of so many tokens, and attention of so many sequences, of as many as fill a GPU, and of a prompt."""
     yield store_call(layer, tokens)
     yield attention_call(layer, tokens, 1, CONTEXT)
+    yield attention_call(layer, FULL, 1, CONTEXT)
     yield attention_call(layer, 1, tokens, CONTEXT)
 
 
