@@ -13,6 +13,7 @@ import triton.experimental.gluon  # noqa: F401 (or the first launch imports it, 
 
 from infoquant_vllm.kernels.triton import (
     configurations,
+    epilogue,
     int4_linear,
     kv4_attend,
     kv4_attention,
@@ -47,6 +48,7 @@ interpreter_only = pytest.mark.skipif(DEVICE != "cpu", reason="tests something o
 __all__ = [
     "chained",
     "configurations",
+    "epilogue",
     "int4_linear",
     "interpreter_only",
     "kv4_attend",

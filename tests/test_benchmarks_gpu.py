@@ -238,7 +238,7 @@ def test_the_fastest_right_tile_is_what_the_table_reads_back(tmp_path: Path, mon
     (entry, *_) = configurations.measured(str(file))
     monkeypatch.setenv(configurations.TILES, str(file))
     shape = weights.layout(entry.features, entry.features // (entry.group_size or entry.features), 4)
-    assert configurations.linear_tile(entry.arch, 1, entry.channels, shape, False) == entry.tile
+    assert configurations.linear_tile(entry.arch, 1, entry.channels, shape) == entry.tile
     assert entry.tile == list(tune.candidates(2, shape))[-1]  # the fastest, as it was the last
 
 

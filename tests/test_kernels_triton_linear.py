@@ -8,6 +8,7 @@ import torch
 
 from infoquant_vllm.format import pack_codes, unpack_codes
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference
+from infoquant_vllm.kernels.reference.weight_only_linear import add_bytes
 from tests.guards import guarded
 from tests.interpreted import configurations, int4_linear, nibbles, weights
 
@@ -42,7 +43,7 @@ class Case:
         weight = self.packed, self.weight_scale, self.weight_zero, self.bias
         return reference(self.codes, self.scale, self.zero, *weight, dtype)
 
-    def found(self, tile: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def found(self, tile: Any, dtype: torch.dtype = torch.float32, pairs: bool = False) -> torch.Tensor:
         features, groups = self.codes.shape[1], max(self.groups)
         weight = weights.prepare_weight(self.packed, self.bits[1], self.signed, groups)
         grids = [None if grid is None else weights.prepare_grid(grid) for grid in (self.weight_scale, self.weight_zero)]
@@ -50,7 +51,7 @@ class Case:
         tile = tile._replace(block_k=block_k)
         codes = self.stored()
         with guarded():
-            return int4_linear.int4_linear(codes, features, weight, *grids, self.bias, dtype, tile)
+            return int4_linear.int4_linear(codes, features, weight, *grids, self.bias, dtype, tile, pairs)
 
     def stored(self) -> Any:
         """The codes as the quantiser leaves them; whatever was there is behind them."""
@@ -104,6 +105,28 @@ def test_outputs_of_16_bits_are_rounded_as_torch_rounds(dtype: torch.dtype, tile
     assert torch.equal(case.found(tile, dtype), case.expected(dtype))
 
 
+@pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    ("tokens", "groups", "bits"), [(1, (1, 1), (8, 8)), (19, (1, 1), (8, 4)), (5, (1, 3), (8, 4)), (17, (1, 3), (8, 8))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_high_and_low_bytes_of_a_token_are_added_as_the_reference_adds(
+    tile: Any, tokens: int, groups: tuple[int, int], bits: tuple[int, int], dtype: torch.dtype
+) -> None:
+    case = Case(2 * tokens, 384, groups, bits, signed=groups == (1, 1))
+    case.scale[::2] *= 256
+    bias, case.bias = case.bias, None
+    expected = add_bytes(case.expected(), bias, dtype)
+    case.bias = bias
+    found = case.found(tile, dtype, pairs=True)
+    assert found.dtype == dtype
+    if groups == (1, 1) or tile == WHOLE:
+        assert torch.equal(found, expected)
+    else:
+        error = 1e-5 if dtype == torch.float32 else 1e-2
+        assert (found.float() - expected.float()).abs().max() <= error * expected.float().abs().max()
+
+
 def test_many_tiles_of_tokens_are_each_done_once() -> None:
     case = Case(150, 128, channels=32)
     assert torch.equal(case.found(WHOLE._replace(block_n=16, block_m=16)), case.expected())
@@ -130,7 +153,7 @@ def test_no_tokens_and_no_bias() -> None:
 def test_the_tables_tile_serves(tokens: int) -> None:
     for case in (Case(tokens, 512), Case(tokens, 512, (4, 8), signed=False)):
         layout = weights.layout(512, max(case.groups), 4)
-        tile = configurations.linear_tile(80, tokens, 48, layout, not case.signed)
+        tile = configurations.linear_tile(80, tokens, 48, layout)
         assert (case.found(tile) - case.expected()).abs().max() <= 1e-5 * case.expected().abs().max()
 
 

@@ -12,6 +12,7 @@ import torch
 from infoquant_vllm.kernels.cpu import kv_cache as cpu
 from tests import test_kernels_triton_linear as products
 from tests.interpreted import (
+    epilogue,
     int4_linear,
     interpreter_only,
     kv4_attend,
@@ -46,6 +47,8 @@ MUTATIONS = [
     (int4_linear, "n_mask, m_mask = n < N, m < M", "n_mask, m_mask = n < N, m < M - 1"),
     (int4_linear, "n_mask, m_mask = n < N, m < M", "n_mask, m_mask = n < N, m <= M"),
     (int4_linear, "is_group = group < groups", "is_group = group < groups - 1"),
+    (epilogue, "(token < M // ROWS)", "(token < M // ROWS - 1)"),
+    (epilogue, "(token < M // ROWS)", "(token <= M // ROWS)"),
 ]
 
 
@@ -80,8 +83,11 @@ def copy_of(module: ModuleType, folder: Path, original: str = "", changed: str =
 def compare(made: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises AssertionError where a copy of a module computes something else than the reference."""
     name = made.__name__.removeprefix("mutated_")
-    if name == "int4_linear":
-        monkeypatch.setattr(products, "int4_linear", made)
+    if name in ("int4_linear", "epilogue"):
+        if name == "epilogue":
+            monkeypatch.setattr(int4_linear, "finish", made.finish)
+        else:
+            monkeypatch.setattr(products, "int4_linear", made)
         for case in (products.Case(33, 192, channels=48), products.Case(5, 288, (3, 9), signed=False, channels=16)):
             case.check()
         return

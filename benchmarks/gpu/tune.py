@@ -108,8 +108,7 @@ def linears(checkpoint: Checkpoint) -> list[Linear]:
 def best(linear: Linear, tokens: int, device: torch.device) -> Measured:
     """The fastest tile for up to so many tokens; raises ValueError where a tile gives other results."""
     shape, arch = layout(linear.features, linear.finer, 4), architecture(device)
-    corrected = linear.num_bits == 8 or not linear.symmetric
-    own, calls = linear_tile(arch, tokens, linear.channels, shape, corrected), linear.products(tokens, device)
+    own, calls = linear_tile(arch, tokens, linear.channels, shape), linear.products(tokens, device)
     expected, times = calls[0](own).float(), {own: time_of(calls, own, device)}
     for tile in candidates(tokens, shape):
         try:

@@ -32,6 +32,8 @@ class Model:
         }
 
 
+LAYER_TOKENS = (1, 16, 32, 33, 64, 128, 256, 512, 2048, 8192)
+"""For which a layer's linears are predicted: no step between two may be larger than the growth of the tokens."""
 MODELS = (
     Model("LLaMA-3-8B", 4096, 14336, 32, 8),
     Model("LLaMA-2-13B", 5120, 13824, 40, 40),
@@ -71,3 +73,5 @@ class Entry:
     """programs that have something to do"""
     moved: Callable[[Launch], int] = lambda launch: launch.nbytes
     """bytes read and written"""
+    loaded: Callable[[Launch], float] = lambda launch: 0.0
+    """bytes that a program loads in a turn of the main loop, most of them from the L2 cache"""

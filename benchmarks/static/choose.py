@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from math import inf
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.static.cases import MODELS
@@ -10,38 +11,49 @@ from benchmarks.static.launches import launches
 from benchmarks.static.machines import MACHINES
 from benchmarks.static.predict import predict
 from benchmarks.static.sass import compiled
-from infoquant_vllm.kernels.triton import configurations
-from infoquant_vllm.kernels.triton.configurations import Choice, Tile
+from infoquant_vllm.kernels.triton.configurations import CHOICES, Choice, Tile, splits
+from infoquant_vllm.kernels.triton.weights import layout
 
 PROMPT = 2048
 NEAR = 1.05
-MANY = tuple(Tile(n, m, 128, warps, 3) for n, m, warps in ((128, 64, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8)))
-FEW = tuple(Tile(n, 16, k, 4, 4) for n, k in ((64, 256), (64, 128), (128, 128)))
-FIELDS = {"row": (PROMPT, MANY), "groups": (PROMPT, MANY), "few": (1, FEW), "few_groups": (1, FEW)}
+_WIDTHS = {16: (64, 128), 32: (64, 128, 256), 64: (64, 128, 256), 128: (128, 256)}
+CANDIDATES = MappingProxyType(
+    {
+        kind: tuple(
+            tuple(Tile(n, m, k, warps, 4 if m <= 64 else 3) for n in widths for k in depths for warps in (4, 8))
+            for m, widths in _WIDTHS.items()
+            if kind == "row" or m <= 64
+        )
+        for kind, depths in (("row", (128, 256)), ("groups", (128,)))
+    }
+)
+"""By kind, for up to block_m tokens each, the last for prompts."""
 
 
 def choose(arch: int) -> Choice:
     """The best tile of each kind: of those within NEAR of the fastest the one that issues least beside its products."""
-    chosen = configurations.CHOICES[arch]
-    for field, (tokens, candidates) in FIELDS.items():
-        scored = {tile: _seconds(arch, field, tokens, _with(chosen, field, tile)) for tile in candidates}
-        best = min(seconds for seconds, _ in scored.values())
-        near = {tile: issue for tile, (seconds, issue) in scored.items() if seconds <= NEAR * best}
-        chosen = _with(chosen, field, min(near, key=lambda tile: near[tile]))
-    return chosen
+    row, groups = (tuple(_best(arch, kind, tiles) for tiles in CANDIDATES[kind]) for kind in ("row", "groups"))
+    return Choice(row, groups, _sms(arch))
 
 
-def _with(choice: Choice, field: str, tile: Tile) -> Choice:
-    fields: dict[str, Any] = choice._asdict() | {field: tile}
-    return Choice(**fields)
+def _sms(arch: int) -> int:
+    return CHOICES[arch].sms
 
 
-def _seconds(arch: int, field: str, tokens: int, choice: Choice) -> tuple[float, float]:
+def _best(arch: int, kind: str, tiles: tuple[Tile, ...]) -> Tile:
+    tokens = PROMPT if tiles == CANDIDATES[kind][-1] else tiles[0].block_m
+    scored = {tile: _seconds(arch, kind, tokens, tile) for tile in tiles}
+    fastest = min(seconds for seconds, _ in scored.values())
+    near = {tile: issue for tile, (seconds, issue) in scored.items() if seconds <= NEAR * fastest}
+    return min(near, key=lambda tile: near[tile])
+
+
+def _seconds(arch: int, kind: str, tokens: int, tile: Tile) -> tuple[float, float]:
     """Predicted for all shapes, in all and of issue; infinite where a tile spills, does not fit or does not compile."""
     total = issue = 0.0
-    for call in _calls(field, tokens):
+    for call in _calls(arch, kind, tokens, tile):
         try:
-            for launch in launches(call, arch, choice):
+            for launch in launches(call, arch):
                 code = compiled(launch, arch)
                 if code.spills or code.shared > MACHINES[arch].shared_limit:
                     return inf, inf
@@ -52,9 +64,12 @@ def _seconds(arch: int, field: str, tokens: int, choice: Choice) -> tuple[float,
     return total, issue
 
 
-def _calls(field: str, tokens: int) -> Iterator[Callable[[], Any]]:
+def _calls(arch: int, kind: str, tokens: int, tile: Tile) -> Iterator[Callable[[], Any]]:
     """Products of every linear, with groups of 128 and, where spills are likelier, of 64."""
     for model in MODELS:
         for features, channels in model.linears.values():
-            for size in (128, 64) if "groups" in field else (features,):
-                yield linear_call(tokens, features, channels, features // size)
+            for size in (128, 64) if kind == "groups" else (features,):
+                shape = layout(features, features // size, 4)
+                own = tile._replace(block_k=shape.block_k(tile.block_k))
+                own = own._replace(splits=splits(own, tokens, channels, shape, _sms(arch)))
+                yield linear_call(tokens, features, channels, features // size, tile=own)

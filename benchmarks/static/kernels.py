@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.static.cases import MODELS, Case, Entry, Model
+from benchmarks.static.cases import LAYER_TOKENS, MODELS, Case, Entry, Model
 from benchmarks.static.kv_kernels import KV_ENTRIES
 from benchmarks.static.launches import Launch
 from infoquant_vllm.kernels.triton.codes import Codes
+from infoquant_vllm.kernels.triton.configurations import Tile
 from infoquant_vllm.kernels.triton.int4_linear import int4_linear
 from infoquant_vllm.kernels.triton.rotate_quantize import prepare_matrices, rotate_quantize
 from infoquant_vllm.kernels.triton.weights import layout, prepare_weight
@@ -24,7 +25,7 @@ def linear_cases(model: Model) -> Iterator[Case]:
     """Products of W4A4: input of o_proj per head, else per token; of the first model other schemes too."""
     for layer, (features, channels) in model.linears.items():
         groups = features // model.head_size if layer == "o" else 1
-        for tokens in TOKENS:
+        for tokens in LAYER_TOKENS:
             scheme = "A4 per head" if layer == "o" else "A4 per token"
             yield Case(
                 model.name,
@@ -72,8 +73,9 @@ def linear_call(
     weight_groups: int = 1,
     signed: bool = True,
     num_bits: int = 4,
+    tile: Tile | None = None,
 ) -> Callable[[], Any]:
-    """A product as `linear` makes it."""
+    """A product as `linear` makes it; tile: another than the table's."""
     finer = max(groups, weight_groups)
     with torch.device("meta"):
         weight = prepare_weight(torch.empty(channels, features // 2, dtype=torch.uint8), 4, signed, finer)
@@ -82,28 +84,35 @@ def linear_call(
         shape = layout(features, finer, 4)
         sum_groups = 0 if signed else finer
         codes = Codes.empty(tokens, groups, shape.padded, sum_groups, num_bits, False, torch.device("meta"))
-        dtype = torch.float32 if num_bits == 16 else torch.bfloat16
-    return lambda: int4_linear(codes, features, weight, grid, zero, None, dtype)
+    return lambda: int4_linear(codes, features, weight, grid, zero, None, torch.bfloat16, tile, num_bits == 16)
 
 
 def linear_trips(launch: Launch) -> float:
     """Steps of a program, on average."""
-    return launch.arguments["steps"] / launch.arguments["SPLITS"]
+    return launch.arguments["steps"] / launch.grid[1]
 
 
 def linear_macs(launch: Launch) -> float:
     """Of all programs: whole tiles, whatever of them is needed."""
     given = launch.arguments
-    tiles = launch.programs / given["SPLITS"]
-    return tiles * given["BLOCK_N"] * given["BLOCK_M"] * given["codes_stride"]
+    return launch.grid[0] * given["BLOCK_N"] * given["BLOCK_M"] * given["codes_stride"]
+
+
+def linear_loaded(launch: Launch) -> float:
+    """Weights and codes of a step."""
+    given = launch.arguments
+    step = given["codes_stride"] // given["steps"]
+    return given["BLOCK_N"] * step * given["WEIGHT_BITS"] // 8 + given["BLOCK_M"] * step
 
 
 def linear_in_flight(launch: Launch) -> float:
-    """Weights and codes of the stages that are under way."""
-    given = launch.arguments
-    step = given["codes_stride"] // given["steps"]
-    of_weights = given["BLOCK_N"] * step * given["WEIGHT_BITS"] // 8
-    return (launch.options["num_stages"] - 1) * (of_weights + given["BLOCK_M"] * step)
+    """Of the stages that are under way."""
+    return (launch.options["num_stages"] - 1) * linear_loaded(launch)
+
+
+def reduce_moved(launch: Launch) -> int:
+    """All but the weight, of which it reads no more than the sums behind the rows."""
+    return launch.nbytes - int(launch.arguments["weight_ptr"].nbytes)
 
 
 def rotate_cases(model: Model) -> Iterator[Case]:
@@ -171,8 +180,8 @@ def rotate_in_flight(launch: Launch) -> float:
 
 ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(
     {
-        "int4_linear_kernel": Entry(linear_cases, linear_trips, linear_macs, linear_in_flight),
-        "reduce_splits_kernel": Entry(lambda model: iter(())),
+        "int4_linear_kernel": Entry(linear_cases, linear_trips, linear_macs, linear_in_flight, loaded=linear_loaded),
+        "reduce_splits_kernel": Entry(lambda model: iter(()), moved=reduce_moved),
         "rotate_quantize_kernel": Entry(rotate_cases, in_flight=rotate_in_flight),
         "rotate_blocks_kernel": Entry(blocks_cases, blocks_trips),
         **KV_ENTRIES,

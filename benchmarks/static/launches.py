@@ -10,7 +10,6 @@ from triton import JITFunction
 from triton.compiler import ASTSource
 
 from infoquant_vllm.kernels.triton import configurations
-from infoquant_vllm.kernels.triton.configurations import Choice
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8"}
 TYPES |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
@@ -63,11 +62,8 @@ def _type(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launches(call: Callable[[], Any], arch: int, choice: Choice | None = None) -> list[Launch]:
-    """What `call` launches on a GPU of compute capability `arch`, 90 for 9.0; its tensors are on the meta device.
-
-    choice: another than the table's.
-    """
+def launches(call: Callable[[], Any], arch: int) -> list[Launch]:
+    """What `call` launches on a GPU of compute capability `arch`, 90 for 9.0; its tensors are on the meta device."""
     recorded: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -75,11 +71,6 @@ def launches(call: Callable[[], Any], arch: int, choice: Choice | None = None) -
         arguments = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names if name in kwargs}
         recorded.append(Launch(kernel, tuple(grid), arguments, kwargs))
 
-    choices = configurations.CHOICES if choice is None else {arch: choice}
-    with (
-        patch.object(JITFunction, "run", record),
-        patch.object(configurations, "architecture", lambda device: arch),
-        patch.object(configurations, "CHOICES", choices),
-    ):
+    with patch.object(JITFunction, "run", record), patch.object(configurations, "architecture", lambda device: arch):
         call()
     return recorded

@@ -22,6 +22,8 @@ class Machine:
     warps_per_sm: int
     instructions: str
     """How Triton reaches the INT8 tensor cores: part of the PTX."""
+    l2: int = 32
+    """bytes per cycle and SM from the L2 cache: assumed, half of what an SM can take; no data sheet has it"""
 
     @property
     def shared_limit(self) -> int:
@@ -44,7 +46,7 @@ MACHINES = MappingProxyType(
             Machine("A40", 86, 84, 1.74e9, 0.696e12, 1024, 100 * 1024, 48, MMA),
             Machine("L40S", 89, 142, 2.52e9, 0.864e12, 1024, 100 * 1024, 48, MMA),
             Machine("H100 SXM", 90, 132, 1.83e9, 3.352e12, 4096, 228 * 1024, 64, WGMMA),
-            Machine("B200", 100, 148, 1.85e9, 8.0e12, 8192, 228 * 1024, 64, TCGEN05),
+            Machine("B200", 100, 148, 1.85e9, 8.0e12, 8192, 228 * 1024, 64, TCGEN05, l2=64),
             Machine("RTX 5090", 120, 170, 2.407e9, 1.792e12, 1024, 100 * 1024, 48, MMA),
         )
     }

@@ -23,6 +23,7 @@ class Prediction:
     """
 
     dram: float
+    l2: float
     issue: float
     mma: float
     issue_per_mma: float | None
@@ -32,12 +33,12 @@ class Prediction:
     @property
     def seconds(self) -> float:
         """Of the resource that takes longest, as if all others hid behind it."""
-        return max(self.dram, self.issue, self.mma)
+        return max(self.dram, self.l2, self.issue, self.mma)
 
     @property
     def bound(self) -> str:
         """Its name."""
-        return max(("dram", "issue", "mma"), key=lambda name: getattr(self, name))
+        return max(("dram", "l2", "issue", "mma"), key=lambda name: getattr(self, name))
 
 
 def predict(launch: Launch, code: Code, machine: Machine) -> Prediction:
@@ -53,12 +54,14 @@ def predict(launch: Launch, code: Code, machine: Machine) -> Prediction:
     loop, rest = sum(code.loop.values()), sum(code.rest.values())
     issue = per_sm * (trips * loop + rest) * warps / SUB_CORES
     mma = per_sm * entry.macs(launch) / busy / machine.macs
+    l2 = per_sm * trips * entry.loaded(launch) / machine.l2
     loop_issue = trips * loop * warps / SUB_CORES
     loop_mma = entry.macs(launch) / busy / machine.macs
     occupancy = machine.occupancy(warps, code.registers, code.shared)
     under_way = min(busy, occupancy * machine.sms) * entry.in_flight(launch)
     return Prediction(
         dram=moved / min(machine.dram, under_way / LATENCY),
+        l2=l2 / machine.clock,
         issue=issue / machine.clock,
         mma=mma / machine.clock,
         issue_per_mma=loop_issue / loop_mma if loop_mma else None,
@@ -90,6 +93,7 @@ def row(case: Case, launch: Launch, code: Code, machine: Machine) -> dict[str, A
         "issue_per_mma": prediction.issue_per_mma,
         "issue_per_dram": prediction.issue_per_dram,
         "dram_seconds": prediction.dram,
+        "l2_seconds": prediction.l2,
         "issue_seconds": prediction.issue,
         "mma_seconds": prediction.mma,
         "bound": prediction.bound,

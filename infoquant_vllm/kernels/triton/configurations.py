@@ -16,7 +16,6 @@ TILES = "INFOQUANT_TILES"
 """Environment variable with the path of a JSON file, a list of `Measured` and `MeasuredAttention`."""
 BAND = 8  # rows of tiles that share weights in the L2 cache
 FEW_TOKENS = 32
-CORRECTED_TOKENS = 64
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were defined
 
 
@@ -43,27 +42,28 @@ class Tile(NamedTuple):
 class Choice(NamedTuple):
     """Tiles of an architecture, compared by `python -m benchmarks.static --choose`, and its usual number of SMs.
 
-    `row` is for many tokens with one group, `groups` for more, `few` and `few_groups` for up to FEW_TOKENS tokens,
-    whose block_m follows them and whose splits follow the shape.
+    `row` is for one group, `groups` for more: a tile serves up to block_m tokens, the last of them any number.
     """
 
-    row: Tile
-    groups: Tile
-    few: Tile
-    few_groups: Tile
+    row: tuple[Tile, ...]
+    groups: tuple[Tile, ...]
     sms: int
 
 
-_ROW, _GROUPS = Tile(128, 128, 128, 4, 3), Tile(128, 64, 128, 8, 3)
-_FEW, _FEW_GROUPS = Tile(64, 16, 256, 4, 4), Tile(64, 16, 128, 4, 4)
+_FEW = Tile(64, 16, 256, 4, 4), Tile(64, 32, 256, 4, 4), Tile(128, 64, 128, 8, 4)
+_ROW = (*_FEW, Tile(128, 128, 128, 4, 3))
+_WIDE = Tile(256, 128, 128, 8, 3)
+_GROUPS = Tile(64, 16, 128, 4, 4), Tile(64, 32, 128, 4, 4), Tile(128, 64, 128, 8, 3)
+_ROW_100 = Tile(128, 16, 256, 4, 4), Tile(256, 32, 128, 8, 4), Tile(256, 64, 128, 8, 3), _WIDE
+_GROUPS_100 = (*_GROUPS[:2], Tile(128, 64, 64, 8, 3))  # whole groups of 128 features at once spill there
 CHOICES = MappingProxyType(
     {
-        80: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=108),
-        86: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=84),
-        89: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=142),
-        90: Choice(Tile(128, 256, 128, 8, 3), _GROUPS, _FEW, _FEW_GROUPS, sms=132),
-        100: Choice(_ROW, _GROUPS, Tile(128, 16, 256, 4, 4), _FEW_GROUPS, sms=148),
-        120: Choice(_ROW, _GROUPS, _FEW, _FEW_GROUPS, sms=170),
+        80: Choice(_ROW, _GROUPS, sms=108),
+        86: Choice(_ROW, _GROUPS, sms=84),
+        89: Choice(_ROW, _GROUPS, sms=142),
+        90: Choice((*_FEW, _WIDE), _GROUPS, sms=132),
+        100: Choice(_ROW_100, _GROUPS_100, sms=148),
+        120: Choice(_ROW, _GROUPS, sms=170),
     }
 )
 
@@ -74,7 +74,7 @@ class Measured(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     arch: int
-    tokens: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1), AfterValidator(_power_of_two)]
     channels: int
     features: int
     group_size: int
@@ -102,32 +102,39 @@ class MeasuredAttention(BaseModel):
     tile: AttentionTile
 
 
-def linear_tile(arch: int, tokens: int, channels: int, shape: Layout, corrected: bool) -> Tile:
+def token_class(tokens: int) -> int:
+    """The power of two from `tokens` on, for which tiles are chosen, so that a choice can be kept."""
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
+def linear_tile(arch: int, tokens: int, channels: int, shape: Layout) -> Tile:
     """The tile of a product of so many tokens on a GPU of compute capability `arch`, 90 for 9.0.
 
-    corrected: whether zero points are left for the product, which takes registers in every group.
+    It is the same for all tokens of a class. The file that INFOQUANT_TILES names goes before the table.
     """
+    tokens = token_class(tokens)
     key = arch, channels, shape.features, shape.group_size
     for entry in measured(os.environ.get(TILES)):
         if key == (entry.arch, entry.channels, entry.features, entry.group_size) and tokens <= entry.tokens:
             return entry.tile._replace(block_k=shape.block_k(entry.tile.block_k))
     choice = CHOICES[max(known for known in CHOICES if known <= arch)]
-    if tokens > FEW_TOKENS:
-        tile = choice.groups if shape.group_size else choice.row
-        if shape.group_size and corrected:
-            tile = tile._replace(block_m=min(tile.block_m, CORRECTED_TOKENS))
-        return tile._replace(block_k=shape.block_k(tile.block_k))
-    tile = choice.few_groups if shape.group_size else choice.few
-    tile = tile._replace(block_m=16 if tokens <= 16 else 32, block_k=shape.block_k(tile.block_k))
-    return tile._replace(splits=_splits(tile, channels, shape, choice.sms))
+    tiles = choice.groups if shape.group_size else choice.row
+    tile = next((tile for tile in tiles if tokens <= tile.block_m), tiles[-1])
+    tile = tile._replace(block_k=shape.block_k(tile.block_k))
+    return tile._replace(splits=splits(tile, tokens, channels, shape, choice.sms))
 
 
-def _splits(tile: Tile, channels: int, shape: Layout, sms: int) -> int:
-    """A power of two: two programs to an SM, as long as each has more steps than it has loads under way."""
-    splits, programs, steps = 1, triton.cdiv(channels, tile.block_n), shape.steps(tile.block_k)
-    while programs * splits < 2 * sms and steps >= 2 * splits * tile.stages:
-        splits *= 2
-    return splits
+def splits(tile: Tile, tokens: int, channels: int, shape: Layout, sms: int) -> int:
+    """A power of two: programs for all SMs, as long as each has more steps than it has loads under way.
+
+    Few tokens take two programs to an SM: what they wait for is memory, and it gives more when asked for more at once.
+    """
+    programs = triton.cdiv(channels, tile.block_n) * triton.cdiv(tokens, tile.block_m)
+    room = 2 * sms if tile.block_m <= FEW_TOKENS else sms
+    count, steps = 1, shape.steps(tile.block_k)
+    while 2 * count * programs <= room and steps >= 2 * count * tile.stages:
+        count *= 2
+    return count
 
 
 def measured(path: str | None) -> tuple[Measured, ...]:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from infoquant_vllm.kernels.triton.nibbles import FACTOR
+from infoquant_vllm.kernels.triton.rounding import narrow
 
 _FACTOR = tl.constexpr(FACTOR)
 
@@ -52,12 +53,41 @@ def correct(
 
 
 @triton.jit
-def finish(out, n, n_mask, weight_scale_ptr, bias_ptr, WEIGHT_SPAN: tl.constexpr, WEIGHT_BITS: tl.constexpr):
-    """out [tokens, channels] float32 times the scale of a channel, where it has but one, plus its bias."""
+def weight_sums(weight_ptr, N, weight_stride, SUM_BITS: tl.constexpr):
+    """Where the sums of a weight from `prepare_weight` begin: behind its rows."""
+    ptr = weight_ptr + N.to(tl.int64) * weight_stride
+    return ptr.to(tl.pointer_type(tl.int16 if SUM_BITS == 16 else tl.int32), bitcast=True)
+
+
+@triton.jit
+def finish(
+    out,
+    first,
+    n,
+    n_mask,
+    M,
+    N,
+    weight_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    BLOCK_M: tl.constexpr,
+    WEIGHT_SPAN: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Store out [BLOCK_M rows from `first`, channels] float32 times the scale of a channel, where it has but one.
+
+    With PAIRS rows 2t and 2t + 1 are the high and the low bytes of token t, and are added. Then comes the bias.
+    """
     if WEIGHT_SPAN == 0:
         out *= tl.load(weight_scale_ptr + n, n_mask, other=0)[None, :]
     if WEIGHT_BITS == 4:
         out *= 1.0 / _FACTOR
+    ROWS: tl.constexpr = 2 if PAIRS else 1
+    if PAIRS:
+        out = tl.sum(tl.reshape(out, (BLOCK_M // 2, 2, out.shape[1])), 1)
     if bias_ptr is not None:
         out += tl.load(bias_ptr + n, n_mask, other=0).to(tl.float32)[None, :]
-    return out
+    token = first // ROWS + tl.arange(0, BLOCK_M // ROWS)
+    target = token.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out_ptr + target, narrow(out, out_ptr.dtype.element_ty), (token < M // ROWS)[:, None] & n_mask[None, :])

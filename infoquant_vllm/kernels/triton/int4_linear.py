@@ -4,18 +4,20 @@ Weights are the dot's first operand: unpacked in registers, they stay there (Hop
 registers; as the second operand they would go back to shared memory first). The tile is [channels, tokens] for that.
 """
 
+from functools import cache
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from infoquant_vllm.kernels.triton import configurations
 from infoquant_vllm.kernels.triton.codes import Codes
-from infoquant_vllm.kernels.triton.configurations import BAND, Tile, linear_tile
-from infoquant_vllm.kernels.triton.epilogue import correct, finish, row
+from infoquant_vllm.kernels.triton.configurations import BAND, Tile, linear_tile, token_class
+from infoquant_vllm.kernels.triton.epilogue import correct, finish, row, weight_sums
 from infoquant_vllm.kernels.triton.nibbles import unpack_nibbles
 from infoquant_vllm.kernels.triton.reduce_splits import reduce_splits
-from infoquant_vllm.kernels.triton.rounding import narrow
-from infoquant_vllm.kernels.triton.weights import layout, num_bits_of, split_weight
+from infoquant_vllm.kernels.triton.weights import stored_layout, sums_dtype
 
 # A sum that begins with _BIAS is the bits of a float32, _BIAS_VALUE plus the sum, as long as that is below 2^22: which
 # it is with int8 codes, 4-bit weights less their zero points and 128 features, 128 * 15 * FACTOR * 128. On sm_80 that
@@ -24,14 +26,13 @@ _BIAS = tl.constexpr(0x4B400000)
 _BIAS_VALUE = tl.constexpr(12582912.0)
 
 
-@triton.jit(do_not_specialize=["M", "groups", "steps"])
+@triton.jit(do_not_specialize=["M", "groups", "steps", "share", "features"])
 def int4_linear_kernel(
     codes_ptr,
     scale_ptr,
     rest_ptr,
     sums_ptr,
     weight_ptr,
-    weight_sums_ptr,
     weight_scale_ptr,
     weight_zero_ptr,
     bias_ptr,
@@ -40,6 +41,7 @@ def int4_linear_kernel(
     N,
     groups,
     steps,
+    share,
     codes_stride,
     weight_stride,
     features,
@@ -47,7 +49,9 @@ def int4_linear_kernel(
     INPUT_SPAN: tl.constexpr,
     WEIGHT_SPAN: tl.constexpr,
     WEIGHT_BITS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SUM_BITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -57,29 +61,29 @@ def int4_linear_kernel(
     """A tile of out = sum_g scale[m, g] * weight_scale[n, g] * sum_k (code - rest) * (weight - zero) + bias.
 
     codes [M, codes_stride] int8; scale [input groups, M] float32, rest alike int32 (None: zeros); sums [groups, M] of
-    the codes; weight [N, weight_stride] bytes as `prepare_weight` lays them out, weight_sums [groups, N] of its codes;
-    weight_scale, weight_zero [weight groups, N], each with None for what all have alike; bias [N]; out [M, N].
+    the codes; weight [N, weight_stride] bytes as `prepare_weight` lays them out, behind them sums of its codes
+    [groups, N] of SUM_BITS; weight_scale, weight_zero [weight groups, N], each with None for what all have alike;
+    bias [N]; out [M, N], with PAIRS (see `finish`) [M / 2, N].
 
-    GROUP_SIZE 0: one group of `features`. A SPAN is the groups that share a scale, 0: all. With SPLITS > 1 a program
-    does its share of the steps, and out is [SPLITS, M, N]: int32 sums of one group, float32 sums of more.
+    GROUP_SIZE 0: one group of `features`. A SPAN is the groups that share a scale, 0: all. A program does its share of
+    the steps; with SPLIT that is not all, and out is [splits, M, N]: int32 sums of one group, float32 sums of more.
     """
     tile_n, tile_m = _tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), BAND)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n_mask, m_mask = n < N, m < M
     # Rows past the end are read from the start again, which costs no mask in the loop, and are not stored.
-    weight_rows = weight_ptr + (n % N).to(tl.int64)[:, None] * weight_stride
+    weight_rows = weight_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + (n % N).to(tl.int64)[:, None] * weight_stride
     codes_rows = codes_ptr + (m % M).to(tl.int64)[None, :] * codes_stride
-    share = tl.cdiv(steps, SPLITS)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, steps)
+    pointers = rest_ptr, sums_ptr, weight_sums(weight_ptr, N, weight_stride, SUM_BITS), weight_zero_ptr
     if GROUP_SIZE == 0:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
         for step in tl.range(first, last):
             total = _multiply(total, weight_rows, codes_rows, step, WEIGHT_BITS, BLOCK_K, CHUNK)
         out = tl.trans(total)
-        if SPLITS == 1:
-            pointers = rest_ptr, sums_ptr, weight_sums_ptr, weight_zero_ptr
+        if not SPLIT:
             out = correct(out, 0, 0, 0, m, n, m_mask, n_mask, M, N, *pointers, features, WEIGHT_BITS)
             out = out.to(tl.float32) * tl.load(scale_ptr + m, m_mask, other=0)[:, None]
     else:
@@ -97,17 +101,19 @@ def int4_linear_kernel(
                 is_group = group < groups
                 m_known, n_known = m < tl.where(is_group, M, 0), n < tl.where(is_group, N, 0)
                 where = m, n, m_known, n_known, M, N
-                pointers = rest_ptr, sums_ptr, weight_sums_ptr, weight_zero_ptr
                 exact = tl.trans(high if half else low)
                 exact = correct(exact, group, input_group, weight_group, *where, *pointers, GROUP_SIZE, WEIGHT_BITS)
                 term = exact.to(tl.float32, bitcast=True) - _BIAS_VALUE if BIASED else exact.to(tl.float32)
                 if WEIGHT_SPAN != 0:
                     term *= row(weight_scale_ptr, weight_group, N, n, n_known)[None, :]
                 out += term * row(scale_ptr, input_group, M, m, m_known)[:, None]
-    if SPLITS == 1:
-        out = finish(out, n, n_mask, weight_scale_ptr, bias_ptr, WEIGHT_SPAN, WEIGHT_BITS)
-    target = (tl.program_id(1) * M + m).to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out_ptr + target, narrow(out, out_ptr.dtype.element_ty), m_mask[:, None] & n_mask[None, :])
+    if SPLIT:
+        target = (tl.program_id(1) * M + m).to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(out_ptr + target, out, m_mask[:, None] & n_mask[None, :])
+    else:
+        first_row, ends = tile_m * BLOCK_M, (n_mask, M, N)
+        tensors = weight_scale_ptr, bias_ptr, out_ptr
+        finish(out, first_row, n, *ends, *tensors, BLOCK_M, WEIGHT_SPAN, WEIGHT_BITS, PAIRS)
 
 
 @triton.jit
@@ -169,6 +175,72 @@ def _group_products(
     return low, high
 
 
+class Plan(NamedTuple):
+    """What a product's launches take beside tensors: the same for all tokens of a class."""
+
+    tile: Tile
+    programs: int
+    """for all channels"""
+    codes_stride: int
+    partial: torch.dtype
+    """of sums of a split product"""
+    numbers: tuple[int, ...]
+    """the kernel's arguments from N to `features`"""
+    constants: dict[str, Any]
+    reducing: dict[str, Any]
+    """constants of `reduce_splits`"""
+
+
+@cache
+def plan(
+    arch: int,
+    tokens: int,
+    size: int,
+    sizes: tuple[int, int, int, int],
+    has_rest: bool,
+    has_zero: bool,
+    pairs: bool,
+    tile: Tile | None,
+) -> Plan:
+    """The plan of products of up to `tokens` rows, a class of theirs, with a weight of `size` bytes.
+
+    sizes: channels, features, groups of the input, groups of the weight.
+    """
+    channels, features, input_groups, weight_groups = sizes
+    groups = max(input_groups, weight_groups)
+    bits, shape = stored_layout(size, channels, features, groups)
+    tile = tile or linear_tile(arch, tokens, channels, shape)
+    steps, stride = shape.steps(tile.block_k), shape.padded * bits // 8
+    common = {
+        "WEIGHT_SPAN": groups // weight_groups if weight_groups > 1 else 0,
+        "WEIGHT_BITS": bits,
+        "SUM_BITS": sums_dtype(shape, bits).itemsize * 8 if has_rest else 0,
+        "PAIRS": pairs,
+    }
+    constants = {
+        "GROUP_SIZE": shape.group_size,
+        "INPUT_SPAN": groups // input_groups if input_groups > 1 else 0,
+        "SPLIT": tile.splits > 1,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_K": tile.block_k,
+        "CHUNK": shape.chunk,
+        "BAND": BAND,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": False,
+    }
+    return Plan(
+        tile,
+        triton.cdiv(channels, tile.block_n),
+        shape.padded,
+        torch.float32 if shape.group_size else torch.int32,
+        (channels, groups, steps, triton.cdiv(steps, tile.splits), shape.padded, stride, features),
+        constants | common,
+        common | {"GROUPED": shape.group_size > 0},
+    )
+
+
 def int4_linear(
     codes: Codes,
     features: int,
@@ -178,59 +250,32 @@ def int4_linear(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     tile: Tile | None = None,
+    pairs: bool = False,
 ) -> torch.Tensor:
     """Quantised rows times a weight from `prepare_weight`: [tokens, N] in `dtype`.
 
     weight_scale [N, weight groups] float32 and weight_zero alike uint8 (None: signed codes) from `prepare_grid`; bias
     [N]. The result is the reference's bit by bit, but for the last bits of sums over groups where a few tokens'
-    features are split among programs. tile: another than the table's.
+    features are split among programs. tile: another than the table's. pairs: a token has a row of high and a row of
+    low bytes, whose products are added in float32.
     """
-    tokens, channels = codes.values.shape[0], weight_scale.shape[0]
-    input_groups, weight_groups = codes.scale.shape[0], weight_scale.shape[1]
-    groups = max(input_groups, weight_groups)
-    bits = num_bits_of(weight, channels, features, groups)
-    shape = layout(features, groups, bits)
-    rows, weight_sums = split_weight(weight, channels, shape, bits)
-    out = torch.empty(tokens, channels, dtype=dtype, device=weight.device)
-    assert codes.values.shape == (tokens, shape.padded)
+    rows, channels = len(codes.values), len(weight_scale)
+    sizes = channels, features, len(codes.scale), weight_scale.shape[1]
+    has_rest, has_zero = codes.rest is not None, weight_zero is not None
+    arch = configurations.architecture(weight.device)
+    made = plan(arch, token_class(rows), weight.numel(), sizes, has_rest, has_zero, pairs, tile)
+    out = torch.empty(rows // 2 if pairs else rows, channels, dtype=dtype, device=weight.device)
+    assert codes.values.shape[1] == made.codes_stride
     assert all(grid is None or grid.stride(0) == 1 for grid in (weight_scale, weight_zero)), "not from prepare_grid"
-    if tokens == 0:
+    if rows == 0:
         return out
-    corrected = codes.rest is not None or weight_zero is not None
-    tile = tile or linear_tile(configurations.architecture(weight.device), tokens, channels, shape, corrected)
-    grids = weight_sums, weight_scale, weight_zero, bias
-    constants = {"WEIGHT_SPAN": groups // weight_groups if weight_groups > 1 else 0, "WEIGHT_BITS": bits}
-    partial = out
-    if tile.splits > 1:
-        sums = torch.float32 if shape.group_size else torch.int32
-        partial = torch.empty((tile.splits, tokens, channels), dtype=sums, device=weight.device)
-    grid = (triton.cdiv(channels, tile.block_n) * triton.cdiv(tokens, tile.block_m), tile.splits)
-    int4_linear_kernel[grid](
-        codes.values,
-        *codes[1:],
-        rows,
-        *grids,
-        partial,
-        tokens,
-        channels,
-        groups,
-        shape.steps(tile.block_k),
-        shape.padded,
-        rows.shape[1],
-        features,
-        GROUP_SIZE=shape.group_size,
-        INPUT_SPAN=groups // input_groups if input_groups > 1 else 0,
-        SPLITS=tile.splits,
-        BLOCK_N=tile.block_n,
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
-        CHUNK=shape.chunk,
-        BAND=BAND,
-        **constants,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=False,
+    splits, partial = made.tile.splits, out
+    if splits > 1:
+        partial = torch.empty((splits, rows, channels), dtype=made.partial, device=weight.device)
+    tensors = weight, weight_scale, weight_zero, bias
+    int4_linear_kernel[made.programs * -(-rows // made.tile.block_m), splits](
+        codes.values, *codes[1:], *tensors, partial, rows, *made.numbers, **made.constants
     )
-    if tile.splits > 1:
-        reduce_splits(partial, codes, features, *grids, out, constants)
+    if splits > 1:
+        reduce_splits(partial, codes, *tensors, out, made.numbers[-2:], made.reducing)
     return out

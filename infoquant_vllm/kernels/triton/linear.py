@@ -2,10 +2,9 @@
 
 import torch
 
-from infoquant_vllm.kernels.reference.weight_only_linear import add_bytes
 from infoquant_vllm.kernels.triton.int4_linear import int4_linear
 from infoquant_vllm.kernels.triton.rotate_quantize import prepare_matrices, rotate_quantize
-from infoquant_vllm.kernels.triton.weights import layout, num_bits_of, prepare_grid, prepare_weight, weight_rows
+from infoquant_vllm.kernels.triton.weights import prepare_grid, prepare_weight, stored_layout, weight_rows
 
 __all__ = ["linear", "prepare_grid", "prepare_matrices", "prepare_weight", "weight_rows"]
 
@@ -29,10 +28,7 @@ def linear(
     """
     features = x.shape[1]
     groups = max(1 if clip is None else len(clip), weight_scale.shape[1])
-    padded = layout(features, groups, num_bits_of(weight, weight_scale.shape[0], features, groups)).padded
+    _, shape = stored_layout(weight.numel(), len(weight_scale), features, groups)
     sum_groups = 0 if weight_zero is None else groups
-    codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric, padded, sum_groups)
-    if clip is not None:
-        return int4_linear(codes, features, weight, weight_scale, weight_zero, bias, x.dtype)
-    bytes_apart = int4_linear(codes, features, weight, weight_scale, weight_zero, None, torch.float32)
-    return add_bytes(bytes_apart, bias, x.dtype)
+    codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric, shape.padded, sum_groups)
+    return int4_linear(codes, features, weight, weight_scale, weight_zero, bias, x.dtype, pairs=clip is None)

@@ -1,5 +1,6 @@
 """Weights as the Triton kernels read them: bytes, and sums of their codes."""
 
+from functools import cache
 from math import gcd
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: in
     codes = _signed_codes(packed, num_bits, signed)
     shape = layout(codes.shape[1], groups, num_bits)
     sums = (
-        codes.view(len(codes), groups, -1).sum(-1, dtype=torch.int32).t().contiguous().to(_sums_dtype(shape, num_bits))
+        codes.view(len(codes), groups, -1).sum(-1, dtype=torch.int32).t().contiguous().to(sums_dtype(shape, num_bits))
     )
     rows = F.pad(codes, (0, shape.padded - shape.features))
     if num_bits == 4:
@@ -76,31 +77,24 @@ def prepare_grid(grid: torch.Tensor) -> torch.Tensor:
 def weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tensor:
     """Signed codes [..., features] int8 of some rows of an 8-bit weight, from `prepare_weight` with one group."""
     shape = layout(features, 1, 8)
-    channels = weight.numel() // (shape.padded + _sums_dtype(shape, 8).itemsize)
+    channels = weight.numel() // (shape.padded + sums_dtype(shape, 8).itemsize)
     table = weight[: channels * shape.padded].view(torch.int8).view(channels, shape.padded)
     return F.embedding(rows, table)[..., :features]
 
 
-def split_weight(
-    weight: torch.Tensor, channels: int, shape: Layout, num_bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows int8 [N, bytes] and sums [groups, N] of a weight from `prepare_weight`, without copying."""
-    size = channels * shape.padded * num_bits // 8
-    sums = weight[size:].view(_sums_dtype(shape, num_bits))
-    return weight[:size].view(torch.int8).view(channels, -1), sums.view(shape.groups, channels)
-
-
-def num_bits_of(weight: torch.Tensor, channels: int, features: int, groups: int) -> int:
-    """4 or 8, told by the size of a weight from `prepare_weight`; raises ValueError where it is neither's."""
+@cache
+def stored_layout(size: int, channels: int, features: int, groups: int) -> tuple[int, Layout]:
+    """(4 or 8 bits, layout) of a weight of `size` bytes from `prepare_weight`; raises ValueError where it is none."""
     for num_bits in (4, 8):
         shape = layout(features, groups, num_bits)
-        row = shape.padded * num_bits // 8 + groups * _sums_dtype(shape, num_bits).itemsize
-        if weight.numel() == channels * row:
-            return num_bits
-    raise ValueError(f"a weight of {weight.numel()} bytes is none of {channels} x {features} in {groups} groups")
+        row = shape.padded * num_bits // 8 + groups * sums_dtype(shape, num_bits).itemsize
+        if size == channels * row:
+            return num_bits, shape
+    raise ValueError(f"a weight of {size} bytes is none of {channels} x {features} in {groups} groups")
 
 
-def _sums_dtype(shape: Layout, num_bits: int) -> torch.dtype:
+def sums_dtype(shape: Layout, num_bits: int) -> torch.dtype:
+    """Of the sums behind a weight's rows."""
     fits = (shape.group_size or shape.features) <= MAX_INT16_GROUP[num_bits]
     return torch.int16 if fits else torch.int32
 
