@@ -1,4 +1,4 @@
-"""What is said of GPU kernels without a GPU: readings of machine code, arithmetic, bars, and the golden file.
+"""What is said of GPU kernels without a GPU: readings of machine code, arithmetic and bars.
 
 Run by test_benchmarks_static.py, in a process of its own.
 """
@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.static.__main__ import known
-from benchmarks.static.bars import broken, drifted, golden
-from benchmarks.static.cases import MODELS, Case
+from benchmarks.static.bars import LAYER_SCHEMES, broken, layers, steps
+from benchmarks.static.cases import LAYER_TOKENS, MODELS, Case
 from benchmarks.static.kernels import ENTRIES, linear_call, rotate_call
 from benchmarks.static.launches import launches
 from benchmarks.static.machines import MACHINES
 from benchmarks.static.predict import predict, row
-from benchmarks.static.report import markdown, roofline
+from benchmarks.static.report import markdown
 from benchmarks.static.sass import Code, compiled, main_loop
 
-KNOWN_MISSES = re.compile("kv4_attention sm_(90|100) .* by mma.sync|kv4_decode .* bound by issue")
+KNOWN_MISSES = re.compile("kv4_attention sm_(90|100): tensor cores by mma.sync|kv4_decode .* bound by issue")
 """See docs/gpu-kernels.md."""
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -106,16 +105,12 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def test_compiled_code_is_that_of_the_golden_file(rows: list[dict[str, Any]]) -> None:
-    assert drifted(golden(rows), known()) == []
+def test_what_was_compiled_is_within_every_bar_and_what_a_gpu_is_good_at(rows: list[dict[str, Any]]) -> None:
+    prompt, few, rotate = rows
     assert broken(rows) == []
-
-
-def test_what_was_compiled_is_what_a_gpu_is_good_at(rows: list[dict[str, Any]]) -> None:
-    prompt, few, _, rotate = rows
     assert prompt["mma"].startswith("wgmma.mma_async.sync.aligned.m64n")
     assert few["mma"].startswith("mma.sync.aligned.m16n8k32")
-    assert (prompt["bound"], few["bound"], rotate["bound"]) == ("mma", "dram", "dram")
+    assert (prompt["bound"], few["bound"], rotate["bound"]) == ("l2", "dram", "dram")
 
 
 CACHE_KERNELS = ("kv4_store_kernel", "kv4_attention_kernel", "kv4_decode_kernel")
@@ -132,7 +127,7 @@ CACHE_KERNELS = ("kv4_store_kernel", "kv4_attention_kernel", "kv4_decode_kernel"
         (89, "keys of 8"),
     ],
 )
-def test_kernels_of_the_cache_are_those_of_the_golden_file(arch: int, cache: str) -> None:
+def test_kernels_of_the_cache_are_within_the_bars(arch: int, cache: str) -> None:
     found = [
         row(case, launch, compiled(launch, arch), MACHINES[arch])
         for name in CACHE_KERNELS
@@ -141,7 +136,6 @@ def test_kernels_of_the_cache_are_those_of_the_golden_file(arch: int, cache: str
         for launch in launches(case.call, arch)
     ]
     assert {each["kernel"] for each in found} >= {"kv4_store", "kv4_attention", "kv4_decode", "kv4_reduce"}
-    assert drifted(golden(found), known()) == []
     assert [line for line in broken(found) if not KNOWN_MISSES.search(line)] == []
     for each in found:
         if each["kernel"] == "kv4_decode" and each["tokens"] == 16 and cache == "4 bits":
@@ -158,19 +152,40 @@ def test_a_cache_that_is_read_twice_is_told(rows: list[dict[str, Any]]) -> None:
     assert len(broken([spoilt])) == 3
 
 
-def test_drift_and_broken_bars_are_told(rows: list[dict[str, Any]]) -> None:
+def test_broken_bars_are_told(rows: list[dict[str, Any]]) -> None:
     spoilt = rows[0] | {"spills": 3, "shared": 10**6, "issue_per_mma": 0.7, "mma": "mma.sync.f16"}
     assert len(broken([spoilt])) == 4
-    assert "not in the golden file" in drifted(golden([spoilt]), {})[0]
-    lines = drifted(golden([spoilt]), golden(rows))
-    assert [line.split(": ")[1].split()[0] for line in lines] == ["mma", "shared", "spills"]
+
+
+@pytest.mark.parametrize("arch", [86, 90])
+def test_no_tokens_of_a_layer_take_more_than_their_share_of_time(arch: int) -> None:
+    found = [
+        row(case, launch, compiled(launch, arch), MACHINES[arch])
+        for case in ENTRIES["int4_linear_kernel"].cases(MODELS[0])
+        if case.scheme in LAYER_SCHEMES
+        for launch in launches(case.call, arch)
+    ]
+    assert list(layers(found)["LLaMA-3-8B", arch]) == list(LAYER_TOKENS)
+    assert broken(found) == []
+
+
+def test_a_cliff_and_a_fall_are_told() -> None:
+    whole = {"kernel": "int4_linear", "model": "LLaMA-3-8B", "arch": 90, "scheme": "A4 per token"}
+    seconds = {16: 1.0, 32: 1.9, 33: 2.4, 64: 2.0}
+    made = [
+        whole | {"layer": layer, "tokens": tokens, "predicted_seconds": each}
+        for layer in MODELS[0].linears
+        for tokens, each in seconds.items()
+    ]
+    told = steps(made)
+    assert ["32 to 33" in told[0], "33 to 64" in told[1], len(told)] == [True, True, 2]
+    assert steps(made[1:]) == told  # a layer that is not whole is compared with nothing
 
 
 def test_the_report_says_that_it_predicts(rows: list[dict[str, Any]]) -> None:
     text = markdown(rows, broken(rows))
     assert "nothing on this page was measured on a GPU" in text
     assert "predicted microseconds" in text
-    assert "Predictions" in roofline(rows)
 
 
 def test_every_kernel_has_an_entry_and_every_model_its_linears() -> None:

@@ -1,8 +1,6 @@
 """Compile every kernel for every architecture, for the shapes of real models, and predict what bounds it."""
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,29 +8,25 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.provenance import write_rows, write_whole
-from benchmarks.static.bars import broken, drifted, golden
+from benchmarks.static.bars import broken
 from benchmarks.static.cases import MODELS
 from benchmarks.static.choose import choose
 from benchmarks.static.kernels import ENTRIES
 from benchmarks.static.launches import launches
 from benchmarks.static.machines import MACHINES
 from benchmarks.static.predict import row
-from benchmarks.static.report import markdown, roofline
+from benchmarks.static.report import layer_table, markdown
 from benchmarks.static.sass import compiled
-
-GOLDEN = Path(__file__).parent / "golden.json"
 
 
 def main() -> None:
-    """Write what was asked for; exit status 1 where compiled code drifted from the golden file."""
+    """Print a layer's times and what is beyond a bar, and write what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
     parser.add_argument("--archs", nargs="+", type=int, choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--kernels", nargs="+", choices=ENTRIES, default=list(ENTRIES))
     parser.add_argument("--models", nargs="+", choices=[model.name for model in MODELS])
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--markdown", type=Path, help="file to write tables to")
-    parser.add_argument("--plot", type=Path, help="SVG to write a roofline to")
-    parser.add_argument("--write-golden", action="store_true", help="take what was compiled as right")
     parser.add_argument("--choose", action="store_true", help="print the best tiles of each architecture, and no more")
     options = parser.parse_args()
     console = Console(soft_wrap=True)
@@ -41,17 +35,14 @@ def main() -> None:
             console.print(arch, choose(arch))
         return
     found = rows(options.kernels, options.archs, options.models)
-    for path, text in ((options.markdown, markdown(found, broken(found))), (options.plot, roofline(found))):
-        if path:
-            write_whole(text, path)
+    beyond = broken(found)
+    if options.markdown:
+        write_whole(markdown(found, beyond), options.markdown)
     if options.json:
         write_rows(found, options.json)
-    if options.write_golden:
-        write_whole(json.dumps(known() | golden(found), indent=0) + "\n", GOLDEN)
-    lines = drifted(golden(found), known())
-    console.print(*(f"beyond a bar: {line}" for line in broken(found)), *lines, sep="\n")
-    console.print(f"{len(found)} predictions, {len(golden(found))} configurations compiled; nothing was measured")
-    sys.exit(bool(lines))
+    console.print(layer_table(found), *(f"beyond a bar: {line}" for line in beyond), sep="\n")
+    codes = len({(row["kernel"], row["arch"], row["configuration"]) for row in found})
+    console.print(f"{len(found)} predictions, {codes} configurations compiled; nothing was measured")
 
 
 def rows(kernels: Sequence[str], archs: Sequence[int], models: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -69,11 +60,6 @@ def rows(kernels: Sequence[str], archs: Sequence[int], models: Sequence[str] | N
         for case in cases
         for launch in launches(case.call, arch)
     ]
-
-
-def known() -> dict[str, dict[str, Any]]:
-    """The golden file."""
-    return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
 
 
 if __name__ == "__main__":

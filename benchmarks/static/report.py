@@ -1,69 +1,75 @@
-"""Predictions for people: Markdown, and a roofline."""
+"""Predictions for people: Markdown."""
 
-from collections.abc import Callable, Iterable, Sequence
-from io import StringIO
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from benchmarks.page_plots import COLOURS
-from benchmarks.static.machines import MACHINES, Machine
-from offline.page.plots import STYLE
+from benchmarks.static.bars import LAYER_SCHEMES, layers
+from benchmarks.static.cases import LAYER_TOKENS, MODELS
+from benchmarks.static.machines import MACHINES
 
 PREDICTED = "Predicted from compiled code and data sheets; nothing on this page was measured on a GPU."
 Rows = list[dict[str, Any]]
 
 
 def markdown(rows: Rows, broken: Sequence[str]) -> str:
-    """All rows: what was compiled, per configuration, and predicted times, per model."""
-    parts = [f"# GPU kernels without a GPU\n\n{PREDICTED}", _bars(broken), _compiled(rows)]
-    parts += [_times([row for row in rows if row["model"] == model]) for model in _ordered(rows, "model")]
-    return "\n\n".join(parts) + "\n"
+    """Layers by tokens, what is beyond a bar, what was compiled, and the first model's other launches."""
+    others = [row for row in rows if row["model"] == MODELS[0].name and not _in_layer(row)]
+    title = f"# GPU kernels without a GPU\n\n{PREDICTED}"
+    return "\n\n".join((title, layer_table(rows), _bars(broken), _compiled(rows), _times(others))) + "\n"
+
+
+def layer_table(rows: Rows) -> str:
+    """Predicted microseconds of a layer's linears."""
+    lines = [
+        (model, f"sm_{arch} {MACHINES[arch].name}", *(f"{1e6 * seconds[tokens]:.1f}" for tokens in LAYER_TOKENS))
+        for (model, arch), seconds in layers(rows).items()
+        if seconds.keys() == set(LAYER_TOKENS)
+    ]
+    heads = ["model", "GPU", *map(str, LAYER_TOKENS)]
+    return "## Predicted microseconds of a layer's linears, by tokens\n" + _table(heads, lines)
+
+
+def _in_layer(row: dict[str, Any]) -> bool:
+    return row["kernel"] in ("int4_linear", "reduce_splits") and row["scheme"] in LAYER_SCHEMES
 
 
 def _bars(broken: Sequence[str]) -> str:
-    lines = [f"- {line}" for line in broken] or ["Every kernel is within every bar."]
-    return "## Beyond a bar\n" + "\n".join(lines)
+    """A line for all launches that miss a bar alike."""
+    counts = Counter(line.rpartition(" (")[0] or line for line in broken)
+    lines = [f"- {line}" + (f" ({count} launches)" if count > 1 else "") for line, count in counts.items()]
+    return "## Beyond a bar\n" + "\n".join(lines or ["Every kernel is within every bar."])
 
 
 def _compiled(rows: Rows) -> str:
-    unique = {(row["kernel"], row["arch"], row["configuration"]): row for row in rows}
-    heads = ["kernel", "arch", "configuration", "tensor cores", "registers", "spills", "shared", "programs per SM"]
-    heads += ["main loop", "issue / tensor cores", "issue / memory"]
+    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["kernel"], row["arch"]), {})[row["configuration"]] = row
+    heads = ["kernel", "arch", "configurations", "tensor cores", "most registers", "with spills", "most shared memory"]
     lines = [
         (
-            row["kernel"],
-            f"sm_{row['arch']}",
-            row["configuration"],
-            _short(row["mma"]),
-            row["registers"],
-            row["spills"],
-            row["shared"],
-            row["occupancy"],
-            _mix(row["loop"]),
-            "" if row["issue_per_mma"] is None else f"{row['issue_per_mma']:.2f}",
-            f"{row['issue_per_dram']:.2f}" if row["loop"] else "",
+            kernel,
+            f"sm_{arch}",
+            len(own),
+            ", ".join(sorted({_short(row["mma"]) for row in own.values() if row["mma"]})),
+            max(row["registers"] for row in own.values()),
+            sum(row["spills"] > 0 for row in own.values()),
+            max(row["shared"] for row in own.values()),
         )
-        for row in unique.values()
+        for (kernel, arch), own in found.items()
     ]
     return "## What was compiled\n" + _table(heads, lines)
 
 
 def _times(rows: Rows) -> str:
     archs = _ordered(rows, "arch")
-    heads = ["kernel", "layer", "tokens", "scheme", *(f"sm_{arch} {MACHINES[arch].name}" for arch in archs)]
+    heads = ["kernel", "layer", "tokens", "scheme", *(f"sm_{arch}" for arch in archs)]
     lines: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("kernel", "layer", "tokens", "scheme"))
         lines.setdefault(key, []).append(f"{1e6 * row['predicted_seconds']:.1f} {row['bound']}")
-    title = f"## {rows[0]['model']}: predicted microseconds, and what bounds them\n"
+    title = f"## {MODELS[0].name}, other launches: predicted microseconds, and what bounds them\n"
     return title + _table(heads, [(*key, *cells) for key, cells in lines.items()])
-
-
-def _mix(loop: dict[str, int]) -> str:
-    most = sorted(loop.items(), key=lambda item: -item[1])[:5]
-    return f"{sum(loop.values())}: " + ", ".join(f"{count} {name}" for name, count in most) if loop else "none"
 
 
 def _short(mma: str) -> str:
@@ -78,34 +84,3 @@ def _table(heads: Iterable[Any], lines: Iterable[Iterable[Any]]) -> str:
 
 def _ordered(rows: Rows, name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
-
-
-def roofline(rows: Rows) -> str:
-    """An SVG: predicted speed of products over multiplications per byte, a panel per GPU, the ideal as a line."""
-    archs = _ordered(rows, "arch")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3 * -(-len(archs) // 3)), layout="constrained")
-        panels = figure.subplots(-(-len(archs) // 3), 3, squeeze=False).flat
-        for axes, arch in zip(panels, archs, strict=False):
-            _panel(axes, [row for row in rows if row["arch"] == arch and row["useful_macs"]], MACHINES[arch])
-        for axes in list(panels):
-            axes.set_visible(False)
-        figure.suptitle("Predictions: int4_linear and attention of all models; line: data sheet", fontsize=9)
-        text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()
-
-
-def _panel(axes: Any, rows: Rows, machine: Machine) -> None:
-    peak = machine.sms * machine.macs * machine.clock
-    ideal: Callable[[float], float] = lambda intensity: min(peak, intensity * machine.dram)  # noqa: E731
-    ends = [1.0, peak / machine.dram, 1e4]
-    axes.plot(ends, [ideal(x) / 1e12 for x in ends], color=COLOURS[0], linewidth=1)
-    for index, tokens in enumerate(_ordered(rows, "tokens"), start=1):
-        own = [row for row in rows if row["tokens"] == tokens]
-        x = [row["useful_macs"] / row["bytes"] for row in own]
-        y = [row["useful_macs"] / row["predicted_seconds"] / 1e12 for row in own]
-        axes.plot(x, y, ".", color=COLOURS[index], label=f"{tokens} tokens")
-    axes.set(xscale="log", yscale="log", title=f"{machine.name} (sm_{machine.arch})")
-    axes.set(xlabel="multiplications per byte", ylabel="10^12 per second")
-    axes.legend(fontsize=7)
