@@ -33,7 +33,6 @@ FIELDS = {
         *("query_start_loc", "seq_lens", "block_table_tensor", "num_actual_tokens", "causal"),
     ),
     ("vllm.config", "SchedulerConfig"): ("max_num_seqs",),
-    ("vllm.config", "ModelConfig"): ("max_model_len",),
     ("vllm.v1.attention.backend", "AttentionMetadataBuilder"): (
         *("reorder_batch_threshold", "_init_reorder_batch_threshold"),
     ),
@@ -47,7 +46,7 @@ FIELDS = {
         *("is_neox_style", "head_size", "_match_cos_sin_cache_dtype"),
     ),
     ("vllm.config", "CompilationConfig"): ("custom_ops",),
-    ("vllm.config", "ModelConfig"): ("hf_text_config", "head_dtype"),
+    ("vllm.config", "ModelConfig"): ("hf_text_config", "head_dtype", "max_model_len"),
     ("vllm.config", "VllmConfig"): ("model_config", "lora_config", "compilation_config"),
 }
 """What the plugin reads of objects that it is handed, which the imports do not tell."""
