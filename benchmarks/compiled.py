@@ -71,7 +71,7 @@ def main() -> None:
 
 def variants(archs: Sequence[int], presets: Iterable[str] | None = None) -> list[Variant]:
     """All that presets (None: any checkpoint) make vLLM compile on GPUs of these architectures, each once."""
-    found = []
+    found: list[Variant] = []
     for arch in archs:
         wanted = _of(serving_calls(PRESETS if presets is None else presets), arch)
         if presets is None and arch in OTHERS_ARCHS:

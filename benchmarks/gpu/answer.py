@@ -30,9 +30,8 @@ def main() -> None:
     arguments.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
     options = arguments.parse_args()
     bench = Bench.of("answer", options)
-    windows = text_windows(
-        str(ROOT / "LICENSE"), AutoTokenizer.from_pretrained(options.checkpoint), WINDOWS, WINDOW, seed=0
-    )
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    windows = text_windows(str(ROOT / "LICENSE"), tokenizer, len(tokenizer), WINDOWS, WINDOW, seed=0)
     engines = Engines(bench, options.rows.parent / "logs")
 
     def whole() -> dict[str, Any]:

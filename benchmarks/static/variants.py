@@ -56,8 +56,8 @@ def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
         assert config.vocabulary_scheme is not None
         assert config.kv_cache is not None
         linears = [(config.config_groups[site], *sizes) for site, sizes in model.linears.items()]
-        for tokens, (scheme, *sizes) in product(TOKENS, linears):
-            yield linear_call(scheme, tokens, *sizes)
+        for tokens, (scheme, features, channels) in product(TOKENS, linears):
+            yield linear_call(scheme, tokens, features, channels)
         rotated = config.kv_cache.key_transform == "hadamard"
         layer = Cache(model.heads, model.kv_heads, hadamard=rotated, offset=config.kv_cache.key_offset)
         for tokens in TOKENS:
