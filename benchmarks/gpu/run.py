@@ -62,18 +62,15 @@ def stages(text: str) -> tuple[str, ...]:
 
 def run(bench: Bench, step: Step, log: Path) -> str:
     """Run one step and write its row; return its outcome."""
-    facts: dict[str, Any] = {
-        "of": step.stage,
-        "step": step.name,
-        "command": " ".join(step.command),
-        "environment": step.environment,
-    }
     limit = min(step.seconds, bench.left())
+    command = [word.replace(SECONDS, f"{limit - MARGIN_SECONDS:.0f}") for word in step.command]
+    facts: dict[str, Any] = {"of": step.stage, "step": step.name, "command": " ".join(command)}
+    facts["environment"] = step.environment
     if step.missing or limit < LEAST_SECONDS:
         bench.row(**facts, outcome="skipped", reason=step.missing or "no time left")
         return "skipped"
     began = time.monotonic()
-    code = execute(step, log, limit)
+    code = execute(command, step.environment, log, limit)
     outcome = "done" if code == 0 else "out of time" if code is None else "failed"
     found = log.read_text(errors="replace")
     facts |= {"outcome": outcome, "exit_code": code, "seconds": time.monotonic() - began, **summary(step, found)}
@@ -81,15 +78,14 @@ def run(bench: Bench, step: Step, log: Path) -> str:
     return outcome
 
 
-def execute(step: Step, log: Path, limit: float) -> int | None:
-    """Run a step's command; return its exit code, None where the time ended. All that it started ends with it."""
-    command = [word.replace(SECONDS, f"{limit - MARGIN_SECONDS:.0f}") for word in step.command]
+def execute(command: list[str], environment: dict[str, str], log: Path, limit: float) -> int | None:
+    """Run a command; return its exit code, None where the time ended. All that it started ends with it."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | step.environment,
+            env=os.environ | environment,
             start_new_session=True,
         )
     try:
