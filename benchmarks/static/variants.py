@@ -55,9 +55,8 @@ def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
         config = PRESETS[name].model_copy(update={"vocabulary_bits": 8}).quantization_config(LLAMA)
         assert config.vocabulary_scheme is not None
         assert config.kv_cache is not None
-        linears = [(config.config_groups[site], *sizes) for site, sizes in model.linears.items()]
-        for tokens, (scheme, features, channels) in product(TOKENS, linears):
-            yield linear_call(scheme, tokens, features, channels)
+        for tokens, (site, (features, channels)) in product(TOKENS, model.linears.items()):
+            yield linear_call(config.config_groups[site], tokens, features, channels)
         rotated = config.kv_cache.key_transform == "hadamard"
         layer = Cache(model.heads, model.kv_heads, hadamard=rotated, offset=config.kv_cache.key_offset)
         for tokens in TOKENS:
