@@ -105,6 +105,7 @@ class InfoQuantConfig(QuantizationConfig):
         from infoquant_vllm.kv_cache import InfoQuantKVCacheMethod
 
         _refuse_adapters(prefix)
+        _refuse_other_classes()
         if self.folder_without_weights is not None and not loads_dummy_weights():
             raise FormatError(
                 f"{self.folder_without_weights}: holds no weights ({INDEX_FILE} is missing); copy the checkpoint "
@@ -162,4 +163,13 @@ def _refuse_adapters(prefix: str) -> None:
         raise FormatError(
             f"{prefix}: LoRA adapters are not served on a quantised model, whose weights are in a rotated basis that "
             "adapters were not trained in; merge the adapter into the source model and quantise that"
+        )
+
+
+def _refuse_other_classes() -> None:
+    model = get_current_vllm_config().model_config
+    if model is not None and model.using_transformers_backend():
+        raise FormatError(
+            "--model-impl transformers is not served: a quantised model needs vLLM's own model classes, whose fused "
+            "linears its tensors are made for; leave --model-impl at auto"
         )

@@ -89,6 +89,7 @@ def test_reloaded_weights_answer_as_those_that_were_loaded_at_first(
     [
         ({"enable_lora": True}, "LoRA adapters are not served on a quantised model.*merge the adapter"),
         ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
+        ({"model_impl": "transformers"}, "--model-impl transformers is not served: .*leave --model-impl at auto"),
         ({"kv_cache_dtype": "fp8"}, "kv cache dtype fp8: not served with a quantised KV cache"),
     ],
 )
