@@ -14,7 +14,7 @@ from infoquant_vllm.kernels.triton.head_hadamard import hadamard_sizes
 PARTS = 256  # programs that a decoding sequence is cut into, over all kv-heads
 MAX_PARTS, MIN_PARTS = 64, 8  # of one kv-head
 PROGRAMS = 8  # to a multiprocessor, beyond which decoding takes no more
-MAX_ROWS = 16  # of queries and heads that decoding multiplies at once: more take registers that are not there
+MAX_ROWS, MAX_WIDE_ROWS = 16, 8  # of queries and heads that decoding multiplies at once; more do not fit in registers
 WIDE = 128  # the largest head size that is not
 
 
@@ -90,14 +90,15 @@ def prompt_constants(arch: int, layer: Layer) -> dict[str, Any]:
 
 def decode_constants(arch: int, layer: Layer, kv_heads: int, queries: int) -> dict[str, Any]:
     """The same for `kv4_decode_kernel`, but for what depends on its scratch."""
-    together = _together(layer.group, queries)
+    together = _together(layer.head_size, layer.group, queries)
     tile = attention_tile(arch, "kv4_decode", layer.head_size, layer.group * together)
     return _constants(layer, tile) | {"QUERIES": together, "PARTS": parts_of(kv_heads)}
 
 
-def _together(group: int, queries: int) -> int:
+def _together(size: int, group: int, queries: int) -> int:
     """How many queries of a sequence share a tile."""
-    return max(1, min(triton.next_power_of_2(queries), MAX_ROWS // group))
+    rows = MAX_ROWS if size <= WIDE else MAX_WIDE_ROWS
+    return max(1, min(triton.next_power_of_2(queries), rows // group))
 
 
 def _constants(layer: Layer, tile: AttentionTile) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def parts_of(kv_heads: int) -> int:
 def most_parts(arch: int, heads: int, kv_heads: int, size: int, window: int | None, queries: int, context: int) -> int:
     """The most parts that a context of up to `context` tokens has."""
     group = heads // kv_heads
-    chunk = attention_tile(arch, "kv4_decode", size, group * _together(group, queries)).chunk
+    chunk = attention_tile(arch, "kv4_decode", size, group * _together(size, group, queries)).chunk
     chunks = triton.cdiv(context, chunk)
     if window:
         chunks = min(chunks, triton.cdiv(window, chunk) + 1)
