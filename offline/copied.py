@@ -20,6 +20,9 @@ WRITTEN = ("config.json", "README.md", "infoquant_*", "*.index.json")
 """By this tool, about the checkpoint."""
 OTHER_LOADERS = ("params.json", "*quant*config*.json", "adapter_*")
 """Files that tell loaders of other formats what they would find."""
+MODULE_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
+"""Of the files in a folder that `modules.json` names: configs, weights and tokenizers."""
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 LARGEST_TOTAL = 2**30
 HUB_FILES = ("*.json", "*.model", "*.tiktoken", *TOKENIZER, *TEXTS)
 """What the hub is asked for beside weights."""
@@ -49,6 +52,31 @@ def copy_files(source: Path, folder: Path) -> None:
     for name in copied_files(source):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
+
+
+def module_files(source: Path, name: str) -> list[Path]:
+    """Return the files to copy of a module's folder `name`, relative to `source`, sorted.
+
+    Raises ToolError for weights that are pickled, which would be lost, and for links that lead elsewhere.
+    """
+    files = [file for file in (source / name).iterdir() if file.is_file()]
+    kept = [file for file in files if file.suffix.lower() in MODULE_SUFFIXES]
+    pickled = sorted(file for file in files if file.suffix.lower() in PICKLES)
+    if pickled and not any(file.suffix.lower() == ".safetensors" for file in kept):
+        raise ToolError(
+            f"{pickled[0]}: weights of a module are read from safetensors files alone; save {name} as "
+            "model.safetensors, or take its entry out of modules.json"
+        )
+    for file in kept:
+        _check_link(file, source)
+    return sorted(file.relative_to(source) for file in kept)
+
+
+def copy_module(source: Path, folder: Path, name: str) -> None:
+    """Copy the contents of `module_files` into a checkpoint's folder."""
+    (folder / name).mkdir()
+    for file in module_files(source, name):
+        shutil.copyfile(source / file, folder / file)
 
 
 def _is_kept(file: Path) -> bool:

@@ -6,7 +6,6 @@ kept. A checkpoint in a rotated basis puts its projection before their Dense one
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from infoquant_vllm.format import (
     projection_config,
     read_projection,
 )
+from offline.copied import copy_module, module_files
 from offline.errors import CheckError, ToolError
 from offline.fold import stored_dtype
 from offline.source import Source
@@ -59,6 +59,8 @@ def source_modules(folder: Path) -> list[dict[str, Any]]:
             raise ToolError(f"{file}: the path {path!r} of a module is no name of a folder beside it")
         if path and not (folder / path).is_dir():
             raise ToolError(f"{folder / path}: no such folder, but {MODULES_FILE} names it")
+        if path:
+            module_files(folder, path)
     return modules
 
 
@@ -67,7 +69,7 @@ def write_modules(folder: Path, source: Source, residual: torch.Tensor | None) -
     modules = source_modules(source.folder)
     for entry in modules:
         if entry["path"]:
-            shutil.copytree(source.folder / entry["path"], folder / entry["path"])
+            copy_module(source.folder, folder, entry["path"])
     if residual is not None:
         modules = modules or [TRANSFORMER]
         kinds = [str(entry.get("type")).rpartition(".")[2] for entry in modules]

@@ -77,6 +77,31 @@ def test_the_sources_modules_are_kept_with_the_projection_before_their_dense_one
         assert (tmp_path / "out" / folder / "config.json").read_text() == (source / folder / "config.json").read_text()
 
 
+def test_a_modules_code_and_pickles_stay_where_they_are(tmp_path: Path) -> None:
+    source = with_modules(write_source(tmp_path / "source"), module("Transformer", ""), module("Dense", "2_Dense"))
+    for name in ("modeling.py", "pytorch_model.bin", ".hidden.json.py"):
+        (source / "2_Dense" / name).write_text("import os")
+    save_file({"linear.weight": torch.zeros(2, 2)}, source / "2_Dense" / "model.safetensors")
+    quantize(source, tmp_path / "out", recipe=ROTATED, progress=silent)
+    assert {file.name for file in (tmp_path / "out" / "2_Dense").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_module_with_pickled_weights_alone_is_refused_before_any_work(tmp_path: Path) -> None:
+    source = with_modules(write_source(tmp_path / "source"), module("Transformer", ""), module("Dense", "2_Dense"))
+    (source / "2_Dense" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ToolError, match=r"pytorch_model\.bin: weights of a module are read from safetensors"):
+        quantize(source, tmp_path / "out", recipe=ROTATED, progress=silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_modules_link_to_elsewhere_is_refused(tmp_path: Path) -> None:
+    source = with_modules(write_source(tmp_path / "source"), module("Transformer", ""), module("Dense", "2_Dense"))
+    (tmp_path / "secret").write_text("{}")
+    (source / "2_Dense" / "more.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ToolError, match=r"more\.json: a link to .*secret, outside the folder"):
+        quantize(source, tmp_path / "out", recipe=ROTATED, progress=silent)
+
+
 @pytest.mark.parametrize("path", ["../elsewhere", "a/b", PROJECTION_FOLDER, ".hidden"])
 def test_a_module_that_is_no_folder_beside_it_is_refused_before_anything_is_done(tmp_path: Path, path: str) -> None:
     source = write_source(tmp_path / "source")

@@ -17,7 +17,7 @@ KEPT = (
 LEFT = (
     *("pytorch_model.bin", "consolidated.00.pth", "model.gguf", "optimizer.pt", "training.pkl", "tokenizer.py"),
     *("modeling.py", "pytorch_model.bin.index.json", "params.json", "hf_quant_config.json", "quantize_config.json"),
-    *("adapter_config.json", ".gitattributes", "original/params.json", "onnx/config.json", "infoquant_report.json"),
+    *("adapter_notes.json", ".gitattributes", "original/params.json", "onnx/config.json", "infoquant_report.json"),
     *("additional_chat_templates/run.py", "picture.png"),
 )
 
