@@ -20,6 +20,12 @@ def loads_dummy_weights() -> bool:
     return get_current_vllm_config().load_config.load_format == "dummy"
 
 
+def pools_hidden_states() -> bool:
+    """Whether the model that is being built is served for what it pools (`--runner pooling`)."""
+    model = get_current_vllm_config().model_config
+    return model is not None and model.runner_type == "pooling"
+
+
 class LoadTracker:
     """Records, per parameter and shard of one layer, that a checkpoint tensor arrived and is sane.
 
@@ -31,6 +37,7 @@ class LoadTracker:
         self.expected: list[tuple[str, Shard]] = []
         self.arrived: set[tuple[str, Shard]] = set()
         self.is_dummy = loads_dummy_weights()
+        self.is_pooling = pools_hidden_states()
 
     def track(
         self, name: str, loader: Callable[..., None], shared: bool = False, largest_code: int | None = None
@@ -45,6 +52,11 @@ class LoadTracker:
             shard: Shard = next(iter((*args, *kwargs.values())), None)
             if param.is_meta:
                 self._expect_again()
+                if self.is_pooling:
+                    raise FormatError(
+                        "reload_weights is not served by a pooling server: vLLM would keep the projection of the "
+                        "checkpoint before, and embeddings would be wrong; start the server again"
+                    )
                 if not shared or shard == next(iter(self.sources)):
                     loader(param, loaded_weight, *args, **kwargs)
                 return

@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from infoquant_vllm import register
 from infoquant_vllm.format import PROJECTION_TENSOR, PROJECTION_WEIGHTS, FormatError
+from infoquant_vllm.loading import LoadTracker
 from offline import PRESETS, Recipe, quantize
 from offline.progress import silent
 from tests.tiny import SIZES, write_source
@@ -145,3 +146,17 @@ def test_a_projection_that_is_none_is_refused_by_file(tmp_path: Path, change: An
     save_file({PROJECTION_TENSOR: change(load_file(file)[PROJECTION_TENSOR]).contiguous()}, file)
     with pytest.raises(FormatError, match=f"{file}.*{message}"):
         start(folder, **EMBED)
+
+
+@pytest.mark.parametrize("runner", ["generate", "pooling"])
+def test_weights_are_not_reloaded_under_a_projection_that_stays(tied: Path, runner: str) -> None:
+    register()
+    config = EngineArgs(str(tied), dtype="float32", max_model_len=256, runner=runner).create_engine_config()
+    with set_current_vllm_config(config):
+        load = LoadTracker({None: "down_proj"}).track("weight_scale", lambda *_: None)
+    counted = torch.nn.Parameter(torch.empty(2, 1, device="meta"), requires_grad=False)
+    if runner == "generate":
+        load(counted, torch.ones(2, 1))
+    else:
+        with pytest.raises(FormatError, match="reload_weights is not served by a pooling server"):
+            load(counted, torch.ones(2, 1))
