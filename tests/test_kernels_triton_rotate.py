@@ -122,6 +122,14 @@ def test_groups_behind_matrices(kind: str, groups: int) -> None:
     check(torch.randn(5, 384).bfloat16(), transform(kind, 384), clip, 4, False, sum_groups=12, flips=FLIPS)
 
 
+@pytest.mark.parametrize(("kind", "groups"), [("hadamard 96", 1), ("hadamard 96", 2), ("hadamard 192", 1)])
+@pytest.mark.parametrize("num_bits", [4, 16])
+def test_sums_within_blocks_that_are_no_power_of_two(kind: str, groups: int, num_bits: int) -> None:
+    torch.manual_seed(0)
+    clip = None if num_bits == 16 else 0.7 + 0.3 * torch.rand(groups, 2)
+    check(torch.randn(5, 384).bfloat16(), transform(kind, 384), clip, num_bits, False, sum_groups=12, flips=FLIPS)
+
+
 @pytest.mark.parametrize("num_bits", [4, 8, 16])
 @pytest.mark.parametrize("kind", ["none", "hadamard 64"])
 def test_extremes_are_the_references(num_bits: int, kind: str) -> None:
@@ -152,6 +160,8 @@ def test_what_the_kernels_do_not_serve_is_refused() -> None:
         rotate_quantize.segment(576, (1, 64), 96)
     with pytest.raises(ValueError, match="groups of 96"):
         rotate_quantize.segment(384, (3, 128), 96).padded_group(96)
+    with pytest.raises(ValueError, match="groups of 64 .* whole in a block"):
+        rotate_quantize.segment(384, (12, 8), 384).padded_group(64)
     with pytest.raises(ValueError, match="blocks of 7"):
         rotate_quantize.rotate_quantize(
             torch.randn(1, 56), [torch.randn(8, 7, 7)], 0, torch.ones(1, 2), 4, False, 64, 0

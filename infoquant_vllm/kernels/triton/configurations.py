@@ -55,7 +55,7 @@ _ROW = (*_FEW, Tile(128, 128, 128, 4, 3))
 _WIDE = Tile(256, 128, 128, 8, 3)
 _GROUPS = Tile(64, 16, 128, 4, 4), Tile(64, 32, 128, 4, 4), Tile(128, 64, 128, 8, 3)
 _ROW_100 = Tile(128, 16, 256, 4, 4), Tile(256, 32, 128, 8, 4), Tile(256, 64, 128, 8, 3), _WIDE
-_GROUPS_100 = (*_GROUPS[:2], Tile(128, 64, 64, 8, 3))  # whole groups of 128 features at once spill there
+_GROUPS_100 = (*_GROUPS[:2], Tile(128, 32, 128, 4, 4))  # tiles of 64 tokens spill there
 CHOICES = MappingProxyType(
     {
         80: Choice(_ROW, _GROUPS, sms=108),

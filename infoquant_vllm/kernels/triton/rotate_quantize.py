@@ -86,7 +86,7 @@ def rotate_quantize_kernel(
     COUNT: tl.constexpr = LINES * INNER_PADDED // ROWS // GROUP_PADDED
     y = tl.reshape(y, (ROWS, COUNT, GROUP_PADDED))
     low, high = amin(y, 2) * FACTOR, amax(y, 2) * FACTOR  # as if y had been multiplied: that keeps the order
-    m, group, known = _groups(M, ROWS, COUNT, SEGMENT // GROUP_SIZE)
+    m, group, known = _groups(M, ROWS, COUNT, SEGMENT // GROUP_SIZE, BLOCKS, BLOCKS_PADDED)
     scale, inverse, zero = grid(low, high, clip_ptr, group, known, NUM_BITS, SYMMETRIC)
     if EXACT_FACTOR:
         inverse *= FACTOR
@@ -95,26 +95,38 @@ def rotate_quantize_kernel(
     codes = stored_codes(y, inverse[:, :, None], zero[:, :, None], NUM_BITS)
     codes = tl.reshape(codes, (LINES, INNER_PADDED))
     store_rows(scale_ptr, rest_ptr, scale, zero, group, m, known, M, NUM_BITS)
-    values = values_ptr + feature
+    values, blocks = values_ptr + feature, (BLOCKS, BLOCKS_PADDED)
     if NUM_BITS == 16:
         high_byte, codes = codes >> 8, (codes & 255) - 128
         tl.store(values + 2 * token[:, None] * values_stride, high_byte.to(tl.int8), mask)
         tl.store(values + (2 * token[:, None] + 1) * values_stride, codes.to(tl.int8), mask)
         if sums_ptr is not None:
-            _store_sums(sums_ptr, high_byte, mask, M, 2, 0, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED)
-            _store_sums(sums_ptr, codes, mask, M, 2, 1, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED)
+            _store_sums(sums_ptr, high_byte, mask, M, 2, 0, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED, *blocks)
+            _store_sums(sums_ptr, codes, mask, M, 2, 1, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED, *blocks)
     else:
         tl.store(values + token[:, None] * values_stride, codes.to(tl.int8), mask)
         if sums_ptr is not None:
-            _store_sums(sums_ptr, codes, mask, M, 1, 0, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED)
+            _store_sums(sums_ptr, codes, mask, M, 1, 0, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED, *blocks)
 
 
 @triton.jit
-def _groups(M, ROWS: tl.constexpr, COUNT: tl.constexpr, GROUPS: tl.constexpr):
+def _groups(
+    M,
+    ROWS: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PADDED: tl.constexpr,
+):
     """(token [ROWS, 1], group [1, COUNT], which of them there are [ROWS, COUNT]) of this program."""
     m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     index = tl.arange(0, COUNT)[None, :]
-    return m, tl.program_id(1) * GROUPS + index, (m < M) & (index < GROUPS)
+    known = index < GROUPS
+    if BLOCKS > 1 and GROUPS % BLOCKS == 0:  # padding lies behind each block
+        place = index % (COUNT // BLOCKS_PADDED)
+        index = index // (COUNT // BLOCKS_PADDED) * (GROUPS // BLOCKS) + place
+        known = (place < GROUPS // BLOCKS) & (index < GROUPS)
+    return m, tl.program_id(1) * GROUPS + index, (m < M) & known
 
 
 @triton.jit
@@ -129,9 +141,11 @@ def _store_sums(
     SEGMENT: tl.constexpr,
     SUM_SIZE: tl.constexpr,
     SUM_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PADDED: tl.constexpr,
 ):
     COUNT: tl.constexpr = codes.numel // ROWS // SUM_PADDED
-    m, group, known = _groups(M, ROWS, COUNT, SEGMENT // SUM_SIZE)
+    m, group, known = _groups(M, ROWS, COUNT, SEGMENT // SUM_SIZE, BLOCKS, BLOCKS_PADDED)
     sums = tl.sum(tl.reshape(tl.where(mask, codes, 0), (ROWS, COUNT, SUM_PADDED)), 2)
     tl.store(sums_ptr + (group * M + m) * ROWS_PER_TOKEN + ROW, sums, known)
 
@@ -214,13 +228,19 @@ class Segment(NamedTuple):
         return tuple(map(triton.next_power_of_2, self))
 
     def padded_group(self, size: int) -> int:
-        """Places that a group of `size` features takes; raises ValueError where they would have gaps."""
+        """Places that a group of `size` features takes; raises ValueError where they would have gaps.
+
+        Behind each block there may be a gap, so that groups must not lie across two.
+        """
         blocks, outer, inner = self.padded
         if size == self.features:
             return blocks * outer * inner
         gaps = inner != self.inner and self.blocks * self.outer > 1
-        if size & (size - 1) or gaps:
-            raise ValueError(f"groups of {size} features: beside {self} the Triton kernels need a power of two")
+        across = outer != self.outer and self.blocks > 1 and self.outer * self.inner % size
+        if size & (size - 1) or gaps or across:
+            raise ValueError(
+                f"groups of {size} features: beside {self} the Triton kernels need a power of two, whole in a block"
+            )
         return size
 
 
