@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.interpreted import configurations, kv4_tiles, weights
 
@@ -40,6 +42,20 @@ def test_all_tokens_of_a_class_have_one_tile(tokens: int) -> None:
     assert last / 2 < tokens <= last
     layout = weights.layout(4096, 32, 4)
     assert configurations.linear_tile(90, tokens, 4096, layout) == configurations.linear_tile(90, last, 4096, layout)
+
+
+def test_a_device_without_an_index_is_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [SimpleNamespace(multi_processor_count=132), SimpleNamespace(multi_processor_count=148)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (10, 0)][index])
+    configurations._architecture.cache_clear()
+    configurations._multiprocessors.cache_clear()
+    for current, expected in ((0, (90, 132)), (1, (100, 148))):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        for device in (torch.device("cuda"), torch.device("cuda", current)):
+            assert (configurations.architecture(device), configurations.multiprocessors(device)) == expected
+    configurations._architecture.cache_clear()
+    configurations._multiprocessors.cache_clear()
 
 
 def test_a_gpu_between_two_of_the_table_takes_the_older_ones_tiles() -> None:

@@ -165,20 +165,27 @@ def current_device() -> torch.device:
     return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
-@cache
 def architecture(device: torch.device) -> int:
     """Ten times a GPU's compute capability; under the interpreter that of the first that is served."""
-    if device.type == "cpu":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return 80 if device.type == "cpu" else _architecture(_index(device))
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many a GPU has; under the interpreter what the table says of its architecture."""
-    return _multiprocessors(device) if device.type == "cuda" else CHOICES[architecture(device)].sms
+    return _multiprocessors(_index(device)) if device.type == "cuda" else CHOICES[architecture(device)].sms
+
+
+def _index(device: torch.device) -> int:
+    """The number of a GPU; a device without one is the current GPU, which may be another at the next call."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
