@@ -14,14 +14,22 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.gpu import engines, run, served, smoke, tune, vllm_layers
+from benchmarks.gpu import cache_attention, engines, run, served, smoke, tune, vllm_layers
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.steps import STAGES, Plan, Step
 from benchmarks.models import ROOT
 from benchmarks.server import ServerError
 from benchmarks.serving import Case
 from tests.checkpoints import write_random
-from tests.interpreted import configurations, int4_linear, kv4_attention, kv4_store, weights
+from tests.interpreted import (
+    configurations,
+    int4_linear,
+    interpreter_only,
+    kv4_attention,
+    kv4_decode,
+    kv4_store,
+    weights,
+)
 
 
 @pytest.fixture
@@ -44,6 +52,7 @@ def dry_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return rows(output / "rows.jsonl")
 
 
+@interpreter_only
 def test_a_dry_run_goes_through_every_stage(dry_rows: list[dict[str, Any]]) -> None:
     outcomes = {row["step"]: row["outcome"] for row in dry_rows if row["stage"] == "run"}
     assert [row["of"] for row in dry_rows if row["stage"] == "run"] == sorted(
@@ -55,6 +64,7 @@ def test_a_dry_run_goes_through_every_stage(dry_rows: list[dict[str, Any]]) -> N
     assert not [row for row in dry_rows if "problem" in row and row.get("format") != "FP8"]  # which is not for CPUs
 
 
+@interpreter_only
 def test_every_row_says_where_it_is_from(dry_rows: list[dict[str, Any]]) -> None:
     for row in dry_rows:
         assert row["commit"]
@@ -63,29 +73,52 @@ def test_every_row_says_where_it_is_from(dry_rows: list[dict[str, Any]]) -> None
         assert {"torch", "triton", "vllm", "cuda"} <= set(row["versions"])
 
 
+@interpreter_only
 def test_the_dry_run_counts_its_tests(dry_rows: list[dict[str, Any]]) -> None:
     (row,) = [row for row in dry_rows if row.get("step") == "tests"]
     assert row["tests"]["PASSED"] > 0
     assert row["wrong"] == []
 
 
+@interpreter_only
+def test_the_dry_run_launches_both_kernels_of_attention(dry_rows: list[dict[str, Any]]) -> None:
+    checked = [(row["kernel"], row["queries"]) for row in dry_rows if row["stage"] == "smoke" and "queries" in row]
+    assert checked == [("kv4_store", 1), ("kv4_decode", 1), ("kv4_decode", 4), ("kv4_attention", 12)]
+    assert [row["queries"] for row in dry_rows if row["stage"] == "attention"] == [1, 4, 40]
+
+
+@interpreter_only
 def test_wrong_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (smoke.kv4_store, smoke.kv4_attention) == (kv4_store, kv4_attention)
+    assert (smoke.kv4_store, cache_attention.kv4_attention) == (kv4_store, kv4_attention)
+    assert cache_attention.kv4_decode == kv4_decode
     right = int4_linear.int4_linear
     monkeypatch.setattr(smoke.triton_linear, "int4_linear", lambda *a, **k: 1.05 * right(*a, **k))
     assert not smoke.check_linear(smoke.PRODUCTS[0], "cpu")["right"]
     monkeypatch.setattr(kv4_store, "kv_store", lambda *arguments: None)
     assert not smoke.check_store(smoke.CASES[0], "cpu")["right"]
+    one, few, prompt = smoke.CASES
+    assert smoke.check_attention(few, "cpu")["right"]
+    monkeypatch.setattr(kv4_decode, "kv_decode", lambda *arguments: arguments[-3].fill_(1))
+    assert [smoke.check_attention(case, "cpu")["right"] for case in (one, few, prompt)] == [False, False, True]
     monkeypatch.setattr(kv4_attention, "kv_attention", lambda *arguments: arguments[-1].fill_(1))
-    assert not smoke.check_attention(smoke.CASES[0], "cpu")["right"]
+    assert not smoke.check_attention(prompt, "cpu")["right"]
 
 
+@interpreter_only
+def test_the_smoke_stage_cuts_contexts_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv4_decode, "kv4_reduce_kernel", None)
+    smoke.check_attention(smoke.CASES[0], "cpu")
+    with pytest.raises(TypeError):  # it would be launched
+        smoke.check_attention(smoke.CASES[1], "cpu")
+
+
+@interpreter_only
 def test_a_wrong_kernel_fails_the_smoke_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(smoke, "check_store", lambda case, device: {"error": 1.0, "right": False})
     monkeypatch.setattr("sys.argv", ["smoke", "--rows", str(tmp_path / "rows.jsonl"), "--dry-run"])
     with pytest.raises(SystemExit, match="1"):
         smoke.main()
-    assert [row["right"] for row in rows(tmp_path / "rows.jsonl")[1:]] == [False, True, True, True, True]
+    assert [row["right"] for row in rows(tmp_path / "rows.jsonl")[1:]] == [False, True, True, True, True, True]
 
 
 def test_a_failure_costs_one_row(bench: Bench) -> None:
@@ -161,6 +194,7 @@ def test_an_unknown_stage_is_refused_by_name() -> None:
         run.stages("smoke,serve")
 
 
+@interpreter_only
 def test_every_format_is_a_layer_of_vllms_or_says_why_not(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with vllm_layers.one_worker("cpu"):
         for name in vllm_layers.formats(vllm_layers.SMALL):
@@ -226,6 +260,7 @@ def test_the_w4a16_model_is_the_plain_one_with_its_format(tmp_path: Path) -> Non
     assert config["quantization_config"]["format"] == "pack-quantized"
 
 
+@interpreter_only
 def test_the_fastest_right_tile_is_what_the_table_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "TOKENS", (2,))
     monkeypatch.setattr(tune, "FEW", tune.FEW[:4])

@@ -1,7 +1,7 @@
 """Attention of a LLaMA-3-8B layer on this GPU: over the 4-bit cache, beside PyTorch's and vLLM's over bf16.
 
 A row is a batch (sequences, tokens of context, queries of each) and a kernel, with the microseconds of a call in a CUDA
-graph: decoding batches with GB/s of the cache read, prompts with TFLOP/s.
+graph: decoding batches, of one query each or of a few (speculative), with GB/s of the cache read, prompts with TFLOP/s.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.bench import Bench, parser
+from benchmarks.gpu.cache_attention import BITS, BLOCK, FEW_QUERIES, Sequences, attention
 from benchmarks.gpu.sites import LLAMA_HEADS, SMALL_HEADS, Heads
 from benchmarks.gpu.timing import copies, microseconds
 from infoquant_vllm.format import cell_bytes
-from infoquant_vllm.kernels.triton import kv4_attention
 
-BITS = (4, 4)
-BLOCK = 16
 FA3_BLOCK = 16
+LONGEST = 16_384
+"""`--max-model-len` of the engine that these batches would be of."""
 
 
 class Batch(NamedTuple):
@@ -29,13 +29,19 @@ class Batch(NamedTuple):
     context: int
     queries: int
 
+    @property
+    def decodes(self) -> bool:
+        """Whether what bounds it is the cache read."""
+        return self.queries <= FEW_QUERIES
+
 
 BATCHES = (
     *(Batch(sequences, context, 1) for sequences, context in ((1, 1024), (16, 1024), (64, 1024), (256, 1024))),
     *(Batch(sequences, context, 1) for sequences, context in ((1, 16384), (16, 16384), (64, 8192), (256, 128))),
+    *(Batch(sequences, context, 4) for sequences, context in ((1, 8192), (16, 1024), (64, 8192))),
     *(Batch(*sizes) for sizes in ((1, 2048, 2048), (1, 8192, 8192), (1, 16384, 2048), (8, 1024, 1024))),
 )
-SMALL_BATCHES = (Batch(2, 40, 1), Batch(1, 40, 40))
+SMALL_BATCHES = (Batch(2, 40, 1), Batch(1, 40, 4), Batch(1, 40, 40))
 
 
 def main() -> None:
@@ -56,10 +62,10 @@ def measure(
     """Return microseconds, and what they come to."""
     torch.manual_seed(0)
     cache_bytes, calls = make(batch, heads, device)
-    us = microseconds(calls, device, repeat=8 if batch.queries == 1 else 3)
+    us = microseconds(calls, device, repeat=8 if batch.decodes else 3)
     if us is None:
         return {"us": us}
-    if batch.queries == 1:
+    if batch.decodes:
         return {"us": us, "gb_per_s": cache_bytes / us / 1e3}
     seen = batch.queries * batch.context - batch.queries * (batch.queries - 1) / 2
     return {"us": us, "tflops": 4.0 * batch.sequences * heads.queries * heads.size * seen / us / 1e6}
@@ -81,13 +87,11 @@ def kv4(batch: Batch, heads: Heads, device: str) -> tuple[int, list[Callable[[],
     """Return bytes of the cache and calls of our kernel."""
     tokens = batch.sequences * batch.queries
     query = torch.randn(tokens, heads.queries, heads.size, device=device, dtype=torch.bfloat16)
-    starts = torch.arange(batch.sequences + 1, dtype=torch.int32, device=device) * batch.queries
-    lens = torch.full((batch.sequences,), batch.context, dtype=torch.int32, device=device)
-    out = torch.empty_like(query)
     first, table = kv4_cache(batch, heads, device)
     caches = [first, *(kv4_cache(batch, heads, device)[0] for _ in range(copies(first.nbytes, device) - 1))]
-    rest: list[Any] = [starts, lens, table, True, heads.size**-0.5, None, BITS, out]
-    return first.nbytes, [partial(kv4_attention.kv_attention, query, cells, *rest) for cells in caches]
+    sequences = Sequences.of(batch.queries, batch.context, table)
+    attend = attention(query, heads.keys, sequences, torch.empty_like(query), LONGEST)
+    return first.nbytes, [partial(attend, cells) for cells in caches]
 
 
 def sdpa(batch: Batch, heads: Heads, device: str) -> tuple[int, list[Callable[[], Any]]]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.attention import BITS, Batch, kv4, kv4_cache, sdpa
+from benchmarks.gpu.attention import Batch, kv4, kv4_cache, sdpa
 from benchmarks.gpu.bench import Bench, parser
+from benchmarks.gpu.cache_attention import BITS
 from benchmarks.gpu.sites import LLAMA_HEADS, SMALL_HEADS, Heads, QuantizedLinear, sites
 from benchmarks.gpu.timing import microseconds
 from infoquant_vllm.kernels.triton import kv4_store

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.bench import Bench, parser
+from benchmarks.gpu.cache_attention import BITS, BLOCK, FEW_QUERIES, Sequences, attention
 from infoquant_vllm.format import cell_bytes
 from infoquant_vllm.kernels.cpu import kv_cache as expected
 from infoquant_vllm.kernels.reference import linear as expected_linear
-from infoquant_vllm.kernels.triton import kv4_attention, kv4_store
+from infoquant_vllm.kernels.triton import kv4_store
 from infoquant_vllm.kernels.triton import linear as triton_linear
 
-BITS = (4, 4)
-BLOCK = 16
 TOLERANCE = 0.01  # of the greatest output: outputs are bf16
 
 
@@ -35,6 +34,11 @@ class Case:
     context: int
     queries: int
 
+    @property
+    def kernel(self) -> str:
+        """Which one serves it."""
+        return "kv4_decode" if self.queries <= FEW_QUERIES else "kv4_attention"
+
 
 @dataclass(frozen=True)
 class Product:
@@ -47,9 +51,13 @@ class Product:
     hadamard: int
 
 
-CASES = (Case(4, 2, 64, 2, 40, 1), Case(4, 2, 64, 2, 40, 7))
+CASES = (Case(4, 2, 64, 2, 40, 1), Case(4, 2, 64, 1, 300, 4), Case(4, 2, 64, 2, 40, 12))
 PRODUCTS = (Product(5, 128, 48, 2, 0), Product(40, 192, 32, 1, 192))
-GPU_CASES = (Case(32, 8, 128, 2, 300, 1), Case(32, 8, 128, 2, 300, 70))
+GPU_CASES = (
+    *(Case(32, 8, 128, 2, 1200, queries) for queries in (1, 4)),  # contexts in parts
+    Case(32, 32, 64, 36, 200, 1),  # enough sequences for one program to go through the parts of each
+    Case(32, 8, 128, 2, 300, 70),
+)
 GPU_PRODUCTS = (Product(5, 4096, 512, 32, 0), Product(80, 2048, 256, 1, 2048))
 
 
@@ -67,7 +75,7 @@ def main() -> None:
     cases, products = (CASES, PRODUCTS) if bench.dry_run else (GPU_CASES, GPU_PRODUCTS)
     checks: list[tuple[str, Any, Any]] = [
         ("kv4_store", check_store, cases[0]),
-        *(("kv4_attention", check_attention, case) for case in cases),
+        *((case.kernel, check_attention, case) for case in cases),
         *(("linear", check_linear, case) for case in products),
     ]
     for kernel, check, case in checks:
@@ -114,18 +122,17 @@ def check_store(case: Case, device: str) -> dict[str, Any]:
 
 
 def check_attention(case: Case, device: str) -> dict[str, Any]:
-    """Hold `kv_attention` against the reference, over a cache that the reference stored."""
+    """Hold the kernel of the case against the reference, over a cache that the reference stored."""
     cache = Cache(case)
     expected.kv_store(*cache.store_arguments())
     query = torch.randn(case.sequences * case.queries, case.heads, case.size).bfloat16()
-    starts = torch.arange(case.sequences + 1, dtype=torch.int32) * case.queries
-    lens = torch.full((case.sequences,), case.context, dtype=torch.int32)
-    out = torch.empty_like(query)
-    batch = [query, cache.cells, starts, lens, cache.table, True, case.size**-0.5, None, BITS, out]
-    there = _on(device, batch)
-    expected.kv_attention(*batch)
-    kv4_attention.kv_attention(*there)
-    return _compared(there[-1].cpu(), out)
+    right, found = torch.empty_like(query), torch.empty_like(query, device=device)
+    batch = Sequences.of(case.queries, case.context, cache.table)
+    of_layer = True, case.size**-0.5, None, BITS
+    expected.kv_attention(query, cache.cells, batch.starts, batch.lens, batch.table, *of_layer, right)
+    there = Sequences.of(case.queries, case.context, cache.table.to(device))
+    attention(query.to(device), case.kv_heads, there, found, case.context)(cache.cells.to(device))
+    return _compared(found.cpu(), right)
 
 
 def check_linear(case: Product, device: str) -> dict[str, Any]:

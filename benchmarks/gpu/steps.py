@@ -72,7 +72,7 @@ class Plan:
         return dict(INTERPRETED) if self.dry_run else {}
 
     def _smoke(self) -> Iterator[Step]:
-        yield Step("smoke", "smoke", self._module("smoke"), 60, self._environment())
+        yield Step("smoke", "smoke", self._module("smoke"), 90, self._environment())
 
     def _tests(self) -> Iterator[Step]:
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", f"--timeout={TEST_SECONDS}"]

@@ -25,7 +25,7 @@ from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS, Measured, T
 from infoquant_vllm.kernels.triton.int4_linear import int4_linear
 from infoquant_vllm.kernels.triton.weights import Layout, layout, prepare_grid, prepare_weight
 
-TOKENS = (1, 16, FEW_TOKENS, 128, 512, 2048)
+TOKENS = (1, 16, FEW_TOKENS, 64, 128, 256, 512, 2048)
 MANY = tuple(
     Tile(n, m, 128, warps, stages)
     for n, m, warps in ((128, 64, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8))
