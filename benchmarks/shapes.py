@@ -10,17 +10,19 @@ import argparse
 import json
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from infoquant_vllm.format import ModelShape
 from offline.presets import PRESETS
 from offline.recipe import Recipe
 from offline.writer import atomic_folder
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 
 def _llama(
@@ -32,20 +34,28 @@ def _llama(
     vocabulary: int,
     rope_theta: float,
     tied: bool = False,
-) -> LlamaConfig:
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype=torch.bfloat16,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=32_768,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-        tie_word_embeddings=tied,
-    )
+) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 32_768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 SHAPES = MappingProxyType(
@@ -59,6 +69,7 @@ SHAPES = MappingProxyType(
         "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49_152, 100_000.0, tied=True),
     }
 )
+"""What config.json says, by name."""
 STD = 0.02
 UNKNOWN, END = "<|unknown|>", "</s>"
 """The first is the longest word, and so the letters that vLLM allows a text for each token, the space behind it too."""
@@ -76,24 +87,31 @@ def main() -> None:
     content.add_argument("--weights", action="store_true", help="random bf16 weights, and no quantization_config")
     options = parser.parse_args()
     if options.weights:
-        write(SHAPES[options.shape], options.output)
+        from transformers import LlamaConfig
+
+        write(LlamaConfig(**SHAPES[options.shape]), options.output)
     else:
         write_config(SHAPES[options.shape], options.output, PRESETS.get(options.preset))
 
 
-def write_config(config: LlamaConfig, output: Path, recipe: Recipe | None) -> None:
-    """Write config.json, of that recipe's checkpoint or of a bf16 model, and a tokenizer to the new folder `output`."""
-    data = config.to_diff_dict()
+def write_config(data: dict[str, Any], output: Path, recipe: Recipe | None) -> None:
+    """Write config.json, of that recipe's checkpoint or of a bf16 model, and a tokenizer to the new folder `output`.
+
+    data: config.json of the bf16 model.
+    """
     if recipe is not None:
-        quantization = recipe.quantization_config(ModelShape.from_hf(config.to_dict()))
-        data["quantization_config"] = quantization.model_dump(mode="json", exclude_none=True)
+        quantization = recipe.quantization_config(ModelShape.from_hf(data))
+        data = data | {"quantization_config": quantization.model_dump(mode="json", exclude_none=True)}
     with atomic_folder(output) as folder:
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        _tokenizer(config.vocab_size).save_pretrained(folder)
+        _write_tokenizer(data["vocab_size"], folder)
 
 
-def write(config: LlamaConfig, output: Path) -> None:
+def write(config: "LlamaConfig", output: Path) -> None:
     """Write a model of that configuration, bf16, to the new folder `output`."""
+    import torch  # here alone: a config.json is written without it
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(0)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
@@ -103,14 +121,17 @@ def write(config: LlamaConfig, output: Path) -> None:
     model.tie_weights()
     with atomic_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size="2GB")
-        _tokenizer(config.vocab_size).save_pretrained(folder)
+        _write_tokenizer(config.vocab_size, folder)
 
 
-def _tokenizer(size: int) -> PreTrainedTokenizerFast:
+def _write_tokenizer(size: int, folder: Path) -> None:
     words = {UNKNOWN: 0, END: 1} | {f"w{index}": index for index in range(2, size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END)
+    tokenizer.add_special_tokens([UNKNOWN, END])
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": UNKNOWN, "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

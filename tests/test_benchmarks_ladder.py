@@ -1,6 +1,8 @@
 """The benchmarks that make bench runs: what their rows say, other formats, random models, and the page."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from benchmarks import linear, page, peers, shapes
 from benchmarks.memory import compare
 from benchmarks.memory_worker import held_bytes
+from benchmarks.models import ROOT
 from benchmarks.serving import Case, case, spread, turn_order
 from benchmarks.shapes import write
 from infoquant_vllm.format import ModelShape, expected_tensors, parse_config
@@ -64,6 +67,11 @@ def test_a_random_models_tokeniser_writes_any_token_down(tiny_source: Path) -> N
     assert json.loads((tiny_source / "config.json").read_text())["vocab_size"] == 64
 
 
+def test_a_shape_without_weights_is_written_without_transformers() -> None:
+    code = "import sys, benchmarks.shapes; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("preset", ["none", "fast"])
 @pytest.mark.parametrize("name", ["llama-3-70b", "qwen2-1.5b"])
 def test_a_shape_is_a_config_and_a_tokeniser_without_weights(
@@ -78,9 +86,10 @@ def test_a_shape_is_a_config_and_a_tokeniser_without_weights(
     }
     config, wanted = json.loads((tmp_path / "shape" / "config.json").read_text()), shapes.SHAPES[name]
     shape = ModelShape.from_hf(config)
-    assert (shape.hidden_size, shape.vocab_size) == (wanted.hidden_size, wanted.vocab_size)
-    assert shape.tie_word_embeddings == wanted.tie_word_embeddings
-    assert config["rope_parameters"]["rope_theta"] == wanted.rope_parameters["rope_theta"]
+    assert (shape.hidden_size, shape.vocab_size) == (wanted["hidden_size"], wanted["vocab_size"])
+    assert shape.tie_word_embeddings == wanted["tie_word_embeddings"]
+    assert config["rope_parameters"]["rope_theta"] == wanted["rope_parameters"]["rope_theta"]
+    assert LlamaConfig(**wanted).to_dict().items() >= wanted.items()  # transformers knows them all
     if preset == "none":
         assert "quantization_config" not in config
     else:

@@ -22,7 +22,7 @@ RECIPES = {
 def write(folder: Path, recipe: Recipe | None, layers: int = 2, tied: bool = True) -> Path:
     sizes = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
     names = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": tied, "vocab_size": VOCAB}
-    write_config(LlamaConfig(num_hidden_layers=layers, **names, **sizes), folder, recipe)
+    write_config(LlamaConfig(num_hidden_layers=layers, **names, **sizes).to_dict(), folder, recipe)
     return folder
 
 

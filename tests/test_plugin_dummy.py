@@ -121,7 +121,7 @@ def test_a_config_alone_is_served_by_dummy_weights_or_refused_by_name(load_forma
     register()
     sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = LlamaConfig(architectures=["LlamaForCausalLM"], vocab_size=64, **sizes)
-    write_config(config, tmp_path / "shape", PRESETS["fast"])
+    write_config(config.to_dict(), tmp_path / "shape", PRESETS["fast"])
     args = EngineArgs(model=str(tmp_path / "shape"), skip_tokenizer_init=True, load_format=load_format)
     quantization = args.create_engine_config().quant_config
     assert isinstance(quantization, InfoQuantConfig)
