@@ -160,7 +160,7 @@ def test_what_the_kernels_do_not_serve_is_refused() -> None:
         rotate_quantize.segment(576, (1, 64), 96)
     with pytest.raises(ValueError, match="groups of 96"):
         rotate_quantize.segment(384, (3, 128), 96).padded_group(96)
-    with pytest.raises(ValueError, match="groups of 64 .* whole in a block"):
+    with pytest.raises(ValueError, match=r"groups of 64 .* whole in a block"):
         rotate_quantize.segment(384, (12, 8), 384).padded_group(64)
     with pytest.raises(ValueError, match="blocks of 7"):
         rotate_quantize.rotate_quantize(
