@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.interpreted import interpreter_only
+
+pytestmark = interpreter_only  # compiling all takes minutes, and nothing runs on a GPU
 ROOT = Path(__file__).parents[1]
 TRITONS = [
     line.split()[0].partition("==")[2]
