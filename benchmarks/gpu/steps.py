@@ -94,7 +94,7 @@ class Plan:
             inner = self._module("smoke", rows=self.output / f"{kind}.jsonl")
             command = (tool or "compute-sanitizer", "--tool", kind, "--error-exitcode", SANITIZER_ERROR, *inner)
             missing = "" if tool and not self.dry_run else "no compute-sanitizer here, or a dry run"
-            yield Step("sanitize", kind, command, 60, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing)
+            yield Step("sanitize", kind, command, 90, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, missing)
 
     def _answer(self) -> Iterator[Step]:
         command = self._module("answer", str(self.checkpoint))
