@@ -1,5 +1,6 @@
-"""What `make gpu-pack` writes: pruned device code, and archives that unpack side by side."""
+"""What `make gpu-pack` and `gpu-pack-model` write: pruned device code, archives that unpack side by side, and parts."""
 
+import random
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,7 @@ from benchmarks.models import ROOT
 
 sys.path.insert(0, str(ROOT / "packaging" / "gpu"))
 
+import pack_model
 from pack import check_sizes, describe
 from prune_fatbin import CONTAINER, CUBIN, ENTRY, MAGIC, PTX, prune
 
@@ -121,3 +123,17 @@ def test_archives_unpack_once_into_one_folder(tmp_path: Path) -> None:
     assert done.stdout.strip() == f"{site}:{tmp_path}"
     assert (model / "model" / "c").read_text() == "model/c"
     assert ((site / "a.py").read_text(), (site / "vllm" / "b.py").read_text()) == ("kept", "vllm/b.py")
+
+
+def test_a_model_in_parts_is_unpacked_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, there = tmp_path / "smollm2-gpu", tmp_path / "there"
+    checkpoint.mkdir()
+    weights = random.Random(0).randbytes(11_000)
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    monkeypatch.setattr(pack_model, "quantised", lambda *_: checkpoint)
+    monkeypatch.setattr("sys.argv", ["pack_model", str(tmp_path / ".gpu-model"), "--part-mb", "0.001"])
+    pack_model.main()
+    assert len(list((tmp_path / ".gpu-model").iterdir())) >= 11
+    script = (ROOT / "packaging" / "gpu" / "unpack.sh").read_text().replace("/tmp/infoquant", str(there))
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True)
+    assert (tmp_path / "there-model" / "model" / "model.safetensors").read_bytes() == weights

@@ -28,7 +28,8 @@ def main() -> None:
     size = int(options.part_mb * 1e6)
     parts = [archive[start : start + size] for start in range(0, len(archive), size)]
     for number, part in enumerate(parts, 1):
-        file = options.output / f"model.{number}of{len(parts)}"
+        digits = f"{number:0{len(str(len(parts)))}}"  # names in order
+        file = options.output / f"model.{digits}of{len(parts)}"
         file.write_bytes(part)
         print(f"{file} {len(part) / 1e6:.1f} MB")
 
