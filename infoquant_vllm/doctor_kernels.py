@@ -27,7 +27,7 @@ def choice() -> Iterator[Finding]:
 def cpu_kernels() -> Finding:
     """Which kernels serve on this CPU: in order is the best library that its features allow."""
     usable, loaded = runnable(), library()
-    found, advice = ", ".join(sorted({served_by(operation) for operation, _ in KERNELS})), ""
+    found, advice = ", ".join(sorted({served_by(name) for name, family in KERNELS if family == "cpu"})), ""
     if not usable:
         found += f": no AVX2 here, which the least of {', '.join(TARGETS)} needs"
         advice = "serve on an x86-64 CPU with AVX2"
