@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import chain, cycle, islice, product
+from itertools import cycle, islice, product
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ Calls = Iterator[Callable[[], Any]]
 TOKENS = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513, 1024, 2048, 4096, 8192)
 FEW, MANY = 7, 40  # on both sides of the number of tokens whose features are split
 CONTEXT = 8192
+BATCHES = ((FEW, 1), (FULL, 1), (1, FEW))
+"""Sequences that decode, and the queries of each: whose contexts are cut, are not cut, and those with drafts."""
 CHANNELS = 48
 GROUPINGS = (
     *((0, 0, 384), (64, 0, 384), (0, 64, 384), (64, 64, 384), (32, 64, 384), (64, 32, 384)),
@@ -61,21 +63,27 @@ def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
         layer = Cache(model.heads, model.kv_heads, hadamard=rotated, offset=config.kv_cache.key_offset)
         for tokens in TOKENS:
             yield linear_call(config.vocabulary_scheme, tokens, LLAMA.hidden_size, LLAMA.vocab_size)
-            yield from cache_calls(layer, tokens)
+            yield store_call(layer, tokens)
+            yield attention_call(layer, tokens, 1, CONTEXT)
+            yield attention_call(layer, 1, tokens, CONTEXT)
+        for sequences, queries in BATCHES:
+            yield attention_call(layer, sequences, queries, CONTEXT)
 
 
 def other_calls() -> Calls:
     """What other checkpoints and models may ask for: each choice with some of the others."""
     yield from product_calls()
     yield from transform_calls()
-    for layer in cache_layers():
-        yield from cache_calls(layer, FEW)
+    for layer, batch in zip(cache_layers(), cycle(BATCHES), strict=False):
+        yield store_call(layer, FEW)
+        yield attention_call(layer, *batch, CONTEXT)
+        yield attention_call(layer, 1, MANY, CONTEXT)
 
 
 def product_calls() -> Calls:
     """Weights and inputs of all bits in all groupings, symmetric or not, of few and of many tokens."""
     given = product(GROUPINGS, (True, False), (FEW, MANY), (4, 8, 16), (4, 8))
-    for (input_group, weight_group, features), symmetric, tokens, input_bits, weight_bits in islice(given, 0, None, 5):
+    for (input_group, weight_group, features), symmetric, tokens, input_bits, weight_bits in islice(given, 0, None, 11):
         group = input_group if input_bits != 16 else 0
         yield linear_call(
             linear_scheme(weight_bits, input_bits, group, weight_group, symmetric), tokens, features, CHANNELS
@@ -86,30 +94,22 @@ def product_calls() -> Calls:
 
 def transform_calls() -> Calls:
     """Input transforms of all kinds and sizes."""
-    for (transform, features), (bits, tokens) in zip(chain(TRANSFORMS, TRANSFORMS), cycle(QUANTIZERS), strict=False):
+    for (transform, features), (bits, tokens) in zip(TRANSFORMS, cycle(QUANTIZERS), strict=False):
         yield linear_call(linear_scheme(4, bits, transform=transform), tokens, features, CHANNELS)
     for (transform, features), dtype in zip(TRANSFORMS[::2], cycle((torch.float16, torch.float32)), strict=False):
         yield linear_call(linear_scheme(4, 4, transform=transform), FEW, features, CHANNELS, dtype)
 
 
 def cache_layers() -> Iterator[Cache]:
-    """Heads of all sizes and groups, codes of all bits, windows and bounds on scores."""
+    """Heads of all sizes and groups, codes of all bits, windows and bounds on scores; few kv-heads compile slowly."""
     for size, bits in zip((32, 64, 80, 96, 128, 192, 256), cycle(product((4, 8), (4, 8))), strict=False):
-        yield Cache(4, 2, size, bits)
-    yield from (Cache(4, 2, 128, bits) for bits in ((4, 8), (8, 4), (8, 8)))
+        yield Cache(16, 8, size, bits)
+    yield from (Cache(16, 8, 128, bits) for bits in ((4, 8), (8, 4), (8, 8)))
     yield from (Cache(heads, 2, 64) for heads in (2, 14, 24, 80))
-    yield Cache(4, 2, 64, (8, 4), hadamard=False, window=512, block=48)
-    yield Cache(4, 2, 128, offset=False, soft_cap=50.0)
-    yield Cache(4, 2, 256, window=4096, soft_cap=50.0, dtype=torch.float16)
-    yield Cache(4, 2, 64, hadamard=False, offset=False, dtype=torch.float32)
-
-
-def cache_calls(layer: Cache, tokens: int) -> Calls:
-    """A store of so many tokens, and attention of so many sequences, of as many as fill a GPU, and of a prompt."""
-    yield store_call(layer, tokens)
-    yield attention_call(layer, tokens, 1, CONTEXT)
-    yield attention_call(layer, FULL, 1, CONTEXT)
-    yield attention_call(layer, 1, tokens, CONTEXT)
+    yield Cache(16, 8, 64, (8, 4), hadamard=False, window=512, block=48)
+    yield Cache(16, 8, 128, offset=False, soft_cap=50.0)
+    yield Cache(16, 8, 256, window=4096, soft_cap=50.0, dtype=torch.float16)
+    yield Cache(16, 8, 64, hadamard=False, offset=False, dtype=torch.float32)
 
 
 def linear_scheme(
