@@ -16,7 +16,7 @@ from tests.test_tool_cli import INFOQUANT
 
 
 def test_this_installation_is_in_order_and_json_is_all_that_is_printed() -> None:
-    done = subprocess.run([INFOQUANT, "doctor", "--json"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*INFOQUANT, "doctor", "--json"], capture_output=True, text=True, timeout=120, check=False)
     found = [Finding(**each) for each in json.loads(done.stdout)]
     assert all(each.in_order and not each.advice for each in found), found
     assert done.returncode == 0
@@ -28,7 +28,7 @@ def test_this_installation_is_in_order_and_json_is_all_that_is_printed() -> None
 def test_what_is_not_in_order_has_exit_code_1_and_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "another")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    done = subprocess.run([INFOQUANT, "doctor"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*INFOQUANT, "doctor"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "unset VLLM_PLUGINS, or add infoquant" in done.stdout
     assert "no-such-compiler: not there" in done.stdout
