@@ -29,9 +29,10 @@ KNOWN_SPILLS = re.compile(
     r"|int4_linear_kernel sm_(80|86|89) weight_bits=8 .*block_n=128 block_m=128 "
     r"|int4_linear_kernel sm_80 group_size=64 .*block_n=128 block_m=64 "
     r"|int4_linear_kernel sm_(86|89) group_size=64 .*block_n=64 block_m=16 "
-    r"|int4_linear_kernel sm_100 (weight_bits=8 .*block_n=256 block_m=128 |group_size=128 .*block_n=64 block_m=16 )"
-    r"|kv4_(decode|attention)_kernel sm_80 .*head=192 "
-    r"|kv4_decode_kernel sm_80 .*head=64 group=40 "
+    r"|int4_linear_kernel sm_100 (weight_bits=8 .*block_n=256 block_m=128 |group_size=32 .*block_n=128 block_m=32 )"
+    r"|rotate_blocks_kernel sm_100 block_size=2048 .*rows=16 "
+    r"|kv4_(decode|attention)_kernel sm_(80|90) .*head=(80|192) "
+    r"|kv4_decode_kernel sm_(80|90) .*head=64 group=40 "
 )
 """See docs/gpu-kernels.md."""
 
