@@ -32,17 +32,20 @@ def test_a_server_under_load_answers_as_it_does_alone(server: Server) -> None:
 
 def test_when_the_engine_is_killed_every_request_ends_and_no_process_stays(server: Server) -> None:
     """The last test of this server."""
+    end = time.monotonic() + 120
 
     def ask(number: int) -> int | None:
-        prompt = [3 + number] * 8
-        try:
-            server.client().completions.create(
-                model=str(server.model), prompt=prompt, max_tokens=300, extra_body={"ignore_eos": True}
-            )
-        except openai.APIStatusError as error:
-            return error.status_code
-        except openai.APIConnectionError:
-            return None
+        """Ask again and again until an answer fails, so that requests run whenever the engine is killed."""
+        prompt, client = [3 + number] * 8, server.client()
+        while time.monotonic() < end:
+            try:
+                client.completions.create(
+                    model=str(server.model), prompt=prompt, max_tokens=300, extra_body={"ignore_eos": True}
+                )
+            except openai.APIStatusError as error:
+                return error.status_code
+            except openai.APIConnectionError:
+                return None
         return 200
 
     with ThreadPoolExecutor(8) as pool:
@@ -55,6 +58,5 @@ def test_when_the_engine_is_killed_every_request_ends_and_no_process_stays(serve
         engine.kill()
         answers = [each.result(timeout=90) for each in asked]
     print(answers)
-    assert set(answers) <= {200, 500, None}  # None: the connection was closed
-    assert set(answers) != {200}, "all were answered before the kill"
+    assert set(answers) <= {500, None}  # None: the connection was closed
     assert server.gone_within(60)
