@@ -198,7 +198,6 @@ def plan(
     size: int,
     sizes: tuple[int, int, int, int],
     has_rest: bool,
-    has_zero: bool,
     pairs: bool,
     tile: Tile | None,
 ) -> Plan:
@@ -261,9 +260,8 @@ def int4_linear(
     """
     rows, channels = len(codes.values), len(weight_scale)
     sizes = channels, features, len(codes.scale), weight_scale.shape[1]
-    has_rest, has_zero = codes.rest is not None, weight_zero is not None
     arch = configurations.architecture(weight.device)
-    made = plan(arch, token_class(rows), weight.numel(), sizes, has_rest, has_zero, pairs, tile)
+    made = plan(arch, token_class(rows), weight.numel(), sizes, codes.rest is not None, pairs, tile)
     out = torch.empty(rows // 2 if pairs else rows, channels, dtype=dtype, device=weight.device)
     assert codes.values.shape[1] == made.codes_stride
     assert all(grid is None or grid.stride(0) == 1 for grid in (weight_scale, weight_zero)), "not from prepare_grid"
