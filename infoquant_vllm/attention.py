@@ -128,7 +128,7 @@ class KVMetadataBuilder(AttentionMetadataBuilder[KVMetadata]):
 
     @classmethod
     def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> int:
-        """As many queries as vLLM verifies: a captured graph takes lengths from the device."""
+        """Return how many queries vLLM verifies at once; a captured graph reads their number from the device."""
         return max_decode_query_len(vllm_config)
 
     def build(
@@ -262,7 +262,7 @@ class KVImpl(AttentionImpl[KVMetadata]):
             )
 
     def _scratch(self, device: torch.device) -> list[torch.Tensor]:
-        """What decoding writes and reads again, shared by all layers and claimed before vLLM sizes the cache."""
+        """Return the decode kernel's scratch: one for all layers, claimed before vLLM sizes the cache."""
         if self.scratch_shapes is None:
             heads = self.num_heads, self.num_kv_heads, self.head_size, self.sliding_window
             assert self.decoding is not None

@@ -70,7 +70,8 @@ class InfoQuantConfig(QuantizationConfig):
     ) -> None:
         """Compare a local folder's files with its config before anything is loaded.
 
-        Here vLLM does not tell the load format, so that a folder without weights is refused with its first layer.
+        vLLM does not pass the load format here. A folder without weights is refused later, when its first layer is
+        built.
         """
         folder = Path(model_name)
         if not folder.is_dir():

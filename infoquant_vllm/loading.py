@@ -16,12 +16,12 @@ Shard = str | int | None
 
 
 def loads_dummy_weights() -> bool:
-    """Whether the model that is being built is served without weights (`--load-format dummy`)."""
+    """Return whether the model under construction is served without weights (`--load-format dummy`)."""
     return get_current_vllm_config().load_config.load_format == "dummy"
 
 
 def pools_hidden_states() -> bool:
-    """Whether the model that is being built is served for what it pools (`--runner pooling`)."""
+    """Return whether the model under construction serves pooled hidden states (`--runner pooling`)."""
     model = get_current_vllm_config().model_config
     return model is not None and model.runner_type == "pooling"
 
