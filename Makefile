@@ -6,7 +6,7 @@ STAMP := .venv/installed
 VLLM_SOURCES_FOLDER := .venv/vllm-sources
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 BUILD := $(BIN)/python -m build --quiet --no-isolation
-NATIVE := $(wildcard infoquant_vllm/kernels/native/*.cpp infoquant_vllm/kernels/native/*.h)
+NATIVE := $(shell find infoquant_vllm/kernels/cpu/csrc -type f)
 TRITONS := $(patsubst triton==%,.venv/triton-%,$(shell grep -o '^triton==[0-9.]*' requirements/tritons.txt))
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 
@@ -67,7 +67,7 @@ gpu-pack-model: $(STAMP)  ## the demo's model at W4A4KV4 for such a machine, in 
 
 clean:
 	rm -rf .venv .demo .gpu .gpu-model dist build .mypy_cache .ruff_cache .hypothesis
-	rm -f infoquant_vllm/kernels/native/*.so
+	rm -f infoquant_vllm/kernels/cpu/*.so
 
 $(STAMP): $(PACKAGES) pyproject.toml hatch_build.py $(NATIVE)
 	$(INSTALL) --no-build-isolation --editable .

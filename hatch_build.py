@@ -9,7 +9,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path(__file__).parent / "infoquant_vllm" / "kernels" / "native"
+FOLDER = Path(__file__).parent / "infoquant_vllm" / "kernels" / "cpu"
 TARGETS = {
     "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8"],
     "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
@@ -40,9 +40,9 @@ class NativeKernels(BuildHookInterface):
 
 
 def compile_native(folder: Path, compiler: str) -> list[str]:
-    """Compile folder/*.cpp into folder/_native_TARGET.so for every target; returns what went wrong, target by target.
+    """Compile the C++ files under folder/csrc into folder/_native_TARGET.so, and return what failed, by target.
 
-    A library that cannot be made anew is removed: it would belong to other sources.
+    Remove a library that cannot be rebuilt: it would belong to other sources.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = pool.map(lambda target: _compile(folder, target, compiler), TARGETS)
@@ -55,7 +55,8 @@ def _compile(folder: Path, target: str, compiler: str) -> str:
         library.unlink(missing_ok=True)
         return f"no kernels for {platform.machine()}"
     partial = library.with_suffix(".partial")
-    command = [compiler, *FLAGS, *TARGETS[target], "-o", str(partial), *map(str, sorted(folder.glob("*.cpp")))]
+    command = [compiler, *FLAGS, *TARGETS[target], "-I", str(folder / "csrc"), "-o", str(partial)]
+    command += map(str, sorted((folder / "csrc").rglob("*.cpp")))
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except OSError as error:

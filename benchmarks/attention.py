@@ -22,8 +22,8 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.provenance import provenance, write_rows
 from infoquant_vllm.format import cell_bytes
-from infoquant_vllm.kernels.cpu import kv_cache as torch_kernels
-from infoquant_vllm.kernels.native import kv_cache as native_kernels
+from infoquant_vllm.kernels.cpu import kv_cache as native_kernels
+from infoquant_vllm.kernels.torch import kv_cache as torch_kernels
 
 BLOCK = 128
 BASELINE, NATIVE, FALLBACK = "vLLM bf16", "KV4 native", "KV4 torch"

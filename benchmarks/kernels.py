@@ -13,7 +13,7 @@ from benchmarks.kernels_rotate import rotate_rows
 from benchmarks.products import int4_linear, read_weights, torch_bf16, torch_int8, vllm_bf16, vllm_int8, vllm_w4a8
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.turns import SECONDS, table, take_turns
-from infoquant_vllm.kernels.native.library import library
+from infoquant_vllm.kernels.cpu.library import library
 
 LINEAR_SHAPES = ((1, 4096, 4096), (16, 4096, 4096), (256, 4096, 4096))  # tokens, features, channels
 

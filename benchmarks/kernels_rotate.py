@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.products import int4_linear
 from benchmarks.turns import Contender, take_turns
-from infoquant_vllm.kernels.cpu import rotate_quantize as plain
-from infoquant_vllm.kernels.native import rotate_quantize as native
+from infoquant_vllm.kernels.cpu import rotate_quantize as native
+from infoquant_vllm.kernels.torch import rotate_quantize as plain
 
 TOKENS = (1, 256)
 CASES = (  # features, channels of the product, size of a Hadamard, shapes of learned matrices, groups

@@ -20,9 +20,9 @@ from vllm import _custom_ops
 from benchmarks.products import bf16_handlers, int8_handlers, w4a8_weights
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.turns import Contender, copies, take_turns
-from infoquant_vllm.kernels.native.library import library
-from infoquant_vllm.kernels.native.linear import linear, prepare_matrices
-from infoquant_vllm.kernels.native.quantized_linear import prepare_grid, prepare_weight
+from infoquant_vllm.kernels.cpu.library import library
+from infoquant_vllm.kernels.cpu.linear import linear, prepare_matrices
+from infoquant_vllm.kernels.cpu.quantized_linear import prepare_grid, prepare_weight
 
 MODELS = MappingProxyType(
     {  # by site: features, channels

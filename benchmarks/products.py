@@ -4,8 +4,8 @@ import torch
 from vllm import _custom_ops
 
 from benchmarks.turns import Contender, copies
-from infoquant_vllm.kernels.native.library import operations
-from infoquant_vllm.kernels.native.quantized_linear import prepare_grid, prepare_weight, quantized_linear
+from infoquant_vllm.kernels.cpu.library import operations
+from infoquant_vllm.kernels.cpu.quantized_linear import prepare_grid, prepare_weight, quantized_linear
 
 
 def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups: int) -> Contender:

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from benchmarks.models import ROOT
-from infoquant_vllm.kernels.native.library import runnable
+from infoquant_vllm.kernels.cpu.library import runnable
 from offline.writer import atomic_file
 
 CHANGES = ("status", "--porcelain", "--", ":!benchmarks/results")

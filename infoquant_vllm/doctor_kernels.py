@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from infoquant_vllm.finding import Finding
-from infoquant_vllm.kernels.native.library import TARGETS, library, runnable
+from infoquant_vllm.kernels.cpu.library import TARGETS, library, runnable
 from infoquant_vllm.ops.table import FORCE, KERNELS, OF_DEVICE, forced_family, served_by
 
 COMPILE_ANEW = "apt install g++ (or set CXX to a compiler), then pip install -v --force-reinstall --no-deps, as before"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from infoquant_vllm.kernels.native.library import library
+from infoquant_vllm.kernels.cpu.library import library
 from infoquant_vllm.ops.table import FORCE, forced_family
 
 logger = init_logger("vllm.infoquant")

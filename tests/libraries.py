@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from infoquant_vllm.kernels.native import library as native
+from infoquant_vllm.kernels.cpu import library as native
 
 RUNNABLE = native.runnable()
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from infoquant_vllm.kernels.native import dense_linear as compiled
+from infoquant_vllm.kernels.cpu import dense_linear as compiled
 from infoquant_vllm.kernels.reference.dense_linear import dense_linear as reference
 from tests.libraries import RUNNABLE, library
 

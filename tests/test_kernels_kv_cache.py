@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from infoquant_vllm.format import cell_bytes
-from infoquant_vllm.kernels.cpu import kv_cache as cpu
-from infoquant_vllm.kernels.native import kv_cache as native
+from infoquant_vllm.kernels.cpu import kv_cache as native
 from infoquant_vllm.kernels.reference import kv_cache as reference
+from infoquant_vllm.kernels.torch import kv_cache as cpu
 from tests.libraries import RUNNABLE, library
 
 BATCHES = {

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes, unpack_codes
-from infoquant_vllm.kernels.cpu.quantized_linear import prepare_weight
-from infoquant_vllm.kernels.cpu.quantized_linear import quantized_linear as cpu_linear
-from infoquant_vllm.kernels.cpu.rotate_quantize import rotate_quantize as cpu_quantize
-from infoquant_vllm.kernels.cpu.weight_only_linear import weight_only_linear as cpu_weight_only
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference_linear
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference_quantize
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear as reference_weight_only
+from infoquant_vllm.kernels.torch.quantized_linear import prepare_weight
+from infoquant_vllm.kernels.torch.quantized_linear import quantized_linear as cpu_linear
+from infoquant_vllm.kernels.torch.rotate_quantize import rotate_quantize as cpu_quantize
+from infoquant_vllm.kernels.torch.weight_only_linear import weight_only_linear as cpu_weight_only
 
 ROWS = [1, 5, 123]
 

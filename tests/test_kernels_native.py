@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hatch_build import FOLDER, TARGETS, compile_native
-from infoquant_vllm.kernels.native import library as native
+from infoquant_vllm.kernels.cpu import library as native
 from infoquant_vllm.ops.table import KERNELS, kernel, served_by
 from infoquant_vllm.summary import Summary
 
@@ -39,7 +39,7 @@ def test_targets_and_sources_are_those_that_the_library_knows() -> None:
 @pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx2"), reason="no library for this CPU")
 def test_the_library_for_this_cpu_loads_into_torchs_own_openmp() -> None:
     code = (
-        "from infoquant_vllm.kernels.native.library import library; assert library().handle, library().problem; "
+        "from infoquant_vllm.kernels.cpu.library import library; assert library().handle, library().problem; "
         "maps = [line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line]; "
         "assert len(set(maps)) == 1, set(maps)"
     )
@@ -53,7 +53,7 @@ def test_without_a_library_torch_serves_and_the_summary_says_so(
 ) -> None:
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     for operation in (name for name, family in KERNELS if family == "cpu"):
-        assert kernel(operation, "cpu").__module__.split(".")[2] in ("cpu", "reference")
+        assert kernel(operation, "cpu").__module__.split(".")[2] in ("torch", "reference")
     line = _summary_line()
     assert "1 linears W4A4 (torch, oneDNN int8)" in line
     assert line.endswith("no native kernels (not compiled, `pip install -v` says why)")
@@ -108,9 +108,10 @@ def test_where_the_best_target_was_not_compiled_the_next_serves(
 
 @pytest.mark.parametrize(("compiler", "problem"), [("no-such-compiler", "No such file"), ("g++", "#error broken")])
 def test_a_failed_compilation_is_told_and_leaves_no_old_library(tmp_path: Path, compiler: str, problem: str) -> None:
-    (tmp_path / "broken.cpp").write_text("#error broken\n")
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "broken.cpp").write_text("#error broken\n")
     (tmp_path / "_native_avx2.so").touch()
     problems = compile_native(tmp_path, compiler)
     assert len(problems) == len(TARGETS)
     assert all(problem in each for each in problems)
-    assert [file.name for file in tmp_path.iterdir()] == ["broken.cpp"]
+    assert [file.name for file in tmp_path.iterdir()] == ["csrc"]

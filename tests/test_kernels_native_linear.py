@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes
-from infoquant_vllm.kernels.native import linear as whole
-from infoquant_vllm.kernels.native import quantized_linear as linear
-from infoquant_vllm.kernels.native.linear import prepare_matrices
+from infoquant_vllm.kernels.cpu import linear as whole
+from infoquant_vllm.kernels.cpu import quantized_linear as linear
+from infoquant_vllm.kernels.cpu.linear import prepare_matrices
 from infoquant_vllm.kernels.reference.linear import linear as reference_whole
 from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear as reference_weight_only

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from infoquant_vllm.kernels.native.library import library, operations
+from infoquant_vllm.kernels.cpu.library import library, operations
 from infoquant_vllm.ops import elementwise
 from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_matrices, prepare_weight
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from infoquant_vllm.kernels.cpu.rotate_rows import rotate_rows as torch_rows
-from infoquant_vllm.kernels.native.rotate_quantize import rotate, rotate_quantize, rotate_quantize_wide
-from infoquant_vllm.kernels.native.rotate_rows import rotate_rows
+from infoquant_vllm.kernels.cpu.rotate_quantize import rotate, rotate_quantize, rotate_quantize_wide
+from infoquant_vllm.kernels.cpu.rotate_rows import rotate_rows
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate as reference_rotate
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference
 from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows as reference_rows
 from infoquant_vllm.kernels.reference.weight_only_linear import wide_codes
+from infoquant_vllm.kernels.torch.rotate_rows import rotate_rows as torch_rows
 from infoquant_vllm.kernels.triton.rotate_rows import rotate_rows as gpu_rows
 from tests.libraries import RUNNABLE, library
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from infoquant_vllm.kernels.cpu import kv_cache as cpu
 from infoquant_vllm.kernels.reference import kv_cache as reference
+from infoquant_vllm.kernels.torch import kv_cache as cpu
 from tests.interpreted import configurations, kv4_attention, kv4_decode, kv4_tiles
 from tests.test_kernels_kv_cache import BATCHES, BITS, Batch
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from infoquant_vllm.kernels.cpu import kv_cache as cpu
+from infoquant_vllm.kernels.torch import kv_cache as cpu
 from tests import test_kernels_triton_linear as products
 from tests.interpreted import (
     epilogue,

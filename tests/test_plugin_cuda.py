@@ -14,7 +14,7 @@ from vllm.v1.worker import workspace
 from infoquant_vllm import attention, kv_cache, linear
 from infoquant_vllm.attention import KV4Backend, KVMetadata
 from infoquant_vllm.format import FormatError
-from infoquant_vllm.kernels.cpu import kv_cache as cpu
+from infoquant_vllm.kernels.torch import kv_cache as cpu
 from infoquant_vllm.ops import table
 from tests.interpreted import configurations, interpreter_only, kv4_attention, kv4_decode, kv4_tiles
 from tests.test_kernels_kv_cache import Batch

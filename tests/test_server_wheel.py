@@ -50,7 +50,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 def test_the_wheel_holds_every_native_library_and_no_sources() -> None:
     names = zipfile.ZipFile(only("*manylinux*.whl")).namelist()
-    libraries = {f"infoquant_vllm/kernels/native/_native_{target}.so" for target in TARGETS}
+    libraries = {f"infoquant_vllm/kernels/cpu/_native_{target}.so" for target in TARGETS}
     assert {name for name in names if name.endswith(".so")} == libraries
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     assert {name.split("/")[0] for name in names} == {"infoquant_vllm", "offline", "infoquant_vllm-0.1.0.dist-info"}
@@ -71,7 +71,7 @@ def test_the_wheel_for_other_platforms_holds_the_same_python_and_no_library() ->
 def test_the_source_distribution_holds_what_a_build_and_the_tests_need() -> None:
     with tarfile.open(only("*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"hatch_build.py", "infoquant_vllm/kernels/native/abi.cpp", "tests/conftest.py", "LICENSE"} <= names
+    assert {"hatch_build.py", "infoquant_vllm/kernels/cpu/csrc/abi.cpp", "tests/conftest.py", "LICENSE"} <= names
     assert not [name for name in names if name.endswith(".so") or name.startswith(("benchmarks/results", ".demo"))]
 
 

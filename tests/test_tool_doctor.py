@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from infoquant_vllm import doctor, doctor_kernels
 from infoquant_vllm.finding import Finding
-from infoquant_vllm.kernels.native.library import Library
+from infoquant_vllm.kernels.cpu.library import Library
 from tests.test_tool_cli import INFOQUANT
 
 

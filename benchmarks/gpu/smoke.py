@@ -15,8 +15,8 @@ import torch
 from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.cache_attention import BITS, BLOCK, FEW_QUERIES, Sequences, attention
 from infoquant_vllm.format import cell_bytes
-from infoquant_vllm.kernels.cpu import kv_cache as expected
 from infoquant_vllm.kernels.reference import linear as expected_linear
+from infoquant_vllm.kernels.torch import kv_cache as expected
 from infoquant_vllm.kernels.triton import kv4_store
 from infoquant_vllm.kernels.triton import linear as triton_linear
 

@@ -8,9 +8,9 @@ tensor.
 
 from infoquant_vllm.format.architectures import ARCHITECTURES
 from infoquant_vllm.format.checkpoint import INDEX_FILE, Checkpoint, check_values, read_json
-from infoquant_vllm.format.codes import pack_codes, unpack_codes
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import apply_hadamard, hadamard, hadamard_dense
+from infoquant_vllm.format.packing import pack_codes, unpack_codes
 from infoquant_vllm.format.projection import (
     MODULES_FILE,
     PROJECTION_CONFIG,
@@ -33,7 +33,7 @@ from infoquant_vllm.format.schema import (
     WeightArgs,
     parse_config,
 )
-from infoquant_vllm.format.sharding import check_share
+from infoquant_vllm.format.tensor_parallel import check_share
 from infoquant_vllm.format.tensors import (
     ModelShape,
     TensorSpec,

@@ -10,7 +10,7 @@ from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import hadamard_dense
 from infoquant_vllm.format.model_config import architecture_name
 from infoquant_vllm.format.schema import ActivationArgs, KVCacheArgs, LinearScheme, QuantizationConfigData, Size
-from infoquant_vllm.format.sharding import check_share
+from infoquant_vllm.format.tensor_parallel import check_share
 
 
 class TensorSpec(BaseModel):

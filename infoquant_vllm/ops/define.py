@@ -8,7 +8,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from infoquant_vllm.kernels.native.library import library, operations
+from infoquant_vllm.kernels.cpu.library import library, operations
 from infoquant_vllm.ops.table import FORCE
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from infoquant_vllm.kernels.native.library import library
+from infoquant_vllm.kernels.cpu.library import library
 
 FORCE = "INFOQUANT_KERNELS"
 FAMILIES = ("reference", "cpu", "triton")
@@ -44,26 +44,26 @@ TRITON_LINEAR = (Route("triton.linear", LINEAR_LIMITS),)
 # By operation and family, the best first that `_serves`.
 KERNELS = MappingProxyType(
     {
-        ("linear", "cpu"): _routes("native.linear", "cpu.linear"),
-        ("prepare_matrices", "cpu"): _routes("native.linear", "cpu.linear"),
-        ("prepare_weight", "cpu"): _routes("native.quantized_linear", "cpu.quantized_linear"),
-        ("prepare_grid", "cpu"): _routes("native.quantized_linear", "cpu.quantized_linear"),
-        ("weight_rows", "cpu"): _routes("native.quantized_linear", "cpu.quantized_linear"),
-        ("rotate_rows", "cpu"): _routes("native.rotate_rows", "cpu.rotate_rows"),
-        ("dense_linear", "cpu"): _routes("native.dense_linear", "cpu.dense_linear"),
-        ("rms_norm", "cpu"): _routes("native.elementwise", "reference.elementwise"),
-        ("add_rms_norm", "cpu"): _routes("native.elementwise", "reference.elementwise"),
-        ("silu_and_mul", "cpu"): _routes("native.elementwise", "reference.elementwise"),
-        ("rotary_embedding", "cpu"): _routes("native.elementwise", "reference.elementwise"),
-        ("kv_store", "cpu"): _routes("native.kv_cache", "cpu.kv_cache"),
-        ("kv_attention", "cpu"): (Route("native.kv_cache", UNCAPPED), Route("cpu.kv_cache", UNCAPPED)),
+        ("linear", "cpu"): _routes("cpu.linear", "torch.linear"),
+        ("prepare_matrices", "cpu"): _routes("cpu.linear", "torch.linear"),
+        ("prepare_weight", "cpu"): _routes("cpu.quantized_linear", "torch.quantized_linear"),
+        ("prepare_grid", "cpu"): _routes("cpu.quantized_linear", "torch.quantized_linear"),
+        ("weight_rows", "cpu"): _routes("cpu.quantized_linear", "torch.quantized_linear"),
+        ("rotate_rows", "cpu"): _routes("cpu.rotate_rows", "torch.rotate_rows"),
+        ("dense_linear", "cpu"): _routes("cpu.dense_linear", "torch.dense_linear"),
+        ("rms_norm", "cpu"): _routes("cpu.elementwise", "reference.elementwise"),
+        ("add_rms_norm", "cpu"): _routes("cpu.elementwise", "reference.elementwise"),
+        ("silu_and_mul", "cpu"): _routes("cpu.elementwise", "reference.elementwise"),
+        ("rotary_embedding", "cpu"): _routes("cpu.elementwise", "reference.elementwise"),
+        ("kv_store", "cpu"): _routes("cpu.kv_cache", "torch.kv_cache"),
+        ("kv_attention", "cpu"): (Route("cpu.kv_cache", UNCAPPED), Route("torch.kv_cache", UNCAPPED)),
         ("linear", "triton"): TRITON_LINEAR,
         ("prepare_matrices", "triton"): TRITON_LINEAR,
         ("prepare_weight", "triton"): TRITON_LINEAR,
         ("prepare_grid", "triton"): TRITON_LINEAR,
         ("weight_rows", "triton"): TRITON_LINEAR,
         ("rotate_rows", "triton"): _routes("triton.rotate_rows"),
-        ("dense_linear", "triton"): _routes("cpu.dense_linear"),  # plain torch, which runs anywhere
+        ("dense_linear", "triton"): _routes("torch.dense_linear"),  # plain torch, which runs anywhere
         ("rms_norm", "triton"): _routes("reference.elementwise"),
         ("add_rms_norm", "triton"): _routes("reference.elementwise"),
         ("silu_and_mul", "triton"): _routes("reference.elementwise"),
@@ -164,14 +164,14 @@ def _refuse_device(family: str, device: str) -> None:
 
 def _serves(route: Route, device: str) -> bool:
     """Whether a route can be taken here; none leaves a GPU for the reference unless that is forced."""
-    if route.module.startswith("native."):
+    if route.module.startswith("cpu."):
         return library().handle is not None
     return not route.module.startswith("reference.") or device == "cpu" or forced_family() == "reference"
 
 
 def _name(module: str) -> str:
     family, _, name = module.partition(".")
-    if family == "native":
+    if family == "cpu":
         return f"native {library().target}"
     if family == "triton":
         return "Triton, interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "Triton"

@@ -1,1 +1,1 @@
-"""CPU kernels: int8 products of oneDNN through torch, vectorised torch around them."""
+"""CPU kernels in C++, compiled when the package is installed (`hatch_build.py`), one library per kind of CPU."""

@@ -1,15 +1,21 @@
-"""A linear layer in torch, its products by oneDNN; semantics: kernels/reference/linear.py."""
+"""A linear layer by one call of the compiled library; semantics: kernels/reference/linear.py."""
+
+from functools import cache
 
 import torch
 
-from infoquant_vllm.kernels.cpu.quantized_linear import quantized_linear
-from infoquant_vllm.kernels.cpu.rotate_quantize import rotate_quantize
-from infoquant_vllm.kernels.cpu.weight_only_linear import weight_only_linear
+from infoquant_vllm.format import hadamard_dense
+from infoquant_vllm.kernels.cpu.library import operations
 
 
 def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
-    """The matrices, as they are."""
-    return matrices
+    """The matrices of an input transform, of a Hadamard its dense factor."""
+    return [_dense(hadamard)] if hadamard else matrices
+
+
+@cache
+def _dense(size: int) -> torch.Tensor:
+    return hadamard_dense(size).float().contiguous()
 
 
 def linear(
@@ -24,8 +30,6 @@ def linear(
     weight_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As the reference, on a weight from `prepare_weight`."""
-    if clip is None:
-        return weight_only_linear(x, matrices, hadamard, weight, weight_scale, weight_zero, bias)
-    codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric)
-    return quantized_linear(*codes, weight, weight_scale, weight_zero, bias, num_bits, x.dtype)
+    """As the reference, bit by bit, on what the three `prepare_` functions make; matrices and clip contiguous."""
+    grids = weight_scale, weight_zero
+    return operations().linear(x, matrices, hadamard, clip, num_bits, symmetric, weight, *grids, bias)

@@ -1,23 +1,26 @@
-"""Input transform and activation quantiser on the CPU; semantics: kernels/reference."""
+"""Input transform and activation quantiser of the compiled library; semantics: kernels/reference."""
 
 import torch
 
-from infoquant_vllm.kernels.reference.rotate_quantize import rotate
+from infoquant_vllm.kernels.cpu.library import operations
+from infoquant_vllm.kernels.cpu.linear import prepare_matrices
 
 
 def rotate_quantize(
     x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, clip: torch.Tensor, num_bits: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As the reference, of which it differs in not copying as much."""
-    y = rotate(x.float(), matrices, hadamard).view(len(x), len(clip), -1)  # [tokens, groups, group_size]
-    qmax = 2**num_bits - 1
-    low, high = torch.aminmax(y, dim=-1)
-    low, high = low.clamp_(max=0).mul_(clip[:, 0]), high.clamp_(min=0).mul_(clip[:, 1])
-    if symmetric:
-        scale = torch.maximum(-low, high).div_(2 ** (num_bits - 1) - 1).clamp_(min=1e-12)
-        zero = torch.full_like(scale, 2 ** (num_bits - 1))
-    else:
-        scale = (high - low).div_(qmax).clamp_(min=1e-12)
-        zero = torch.round(-low * (1 / scale))
-    codes = (y * (1 / scale)[..., None]).round_().add_(zero[..., None]).clamp_(0, qmax)
-    return codes.to(torch.uint8).view(x.shape), scale, zero.to(torch.int32)
+    """As the reference, bit by bit; matrices and clip float32 and contiguous."""
+    transform = prepare_matrices(matrices, hadamard), hadamard
+    return operations().rotate_quantize(x, *transform, clip, num_bits, symmetric)
+
+
+def rotate_quantize_wide(
+    x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`wide_codes` of the reference behind the transform, bit by bit."""
+    return operations().rotate_quantize_wide(x, prepare_matrices(matrices, hadamard), hadamard)
+
+
+def rotate(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> torch.Tensor:
+    """x [tokens, K] in any of the three dtypes through the input transform, in float32."""
+    return operations().rotate(x, prepare_matrices(matrices, hadamard), hadamard)

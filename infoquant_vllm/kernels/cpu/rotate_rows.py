@@ -2,12 +2,9 @@
 
 import torch
 
+from infoquant_vllm.kernels.cpu.library import operations
+
 
 def rotate_rows(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
-    """As the reference, but for last bits of float32.
-
-    Sums in float64, because torch's float32 products sum in an order that depends on the number of rows. A CPU
-    without compiled kernels spends little of its time here.
-    """
-    out = (rows.double() @ rotation.double()).float()
-    return (out if gain is None else out.mul_(gain)).to(rows.dtype)
+    """As the reference, bit by bit; rotation and gain float32."""
+    return operations().rotate_rows(rows, rotation, gain)

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "hadamard.h"
-#include "kv_tile.h"
+#include "quantize/hadamard.h"
+#include "attention/kv_tile.h"
 
 namespace attention {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "kv_tile.h"
+#include "attention/kv_tile.h"
 
 namespace infoquant {
 

@@ -3,7 +3,7 @@
 #pragma once
 #ifdef __AMX_INT8__
 #include "amx.h"
-#include "kv_rows.h"
+#include "attention/kv_rows.h"
 
 namespace attention {
 

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "kernels.h"
-#include "kv_attention_amx.h"
-#include "kv_rows.h"
+#include "attention/kv_attention_amx.h"
+#include "attention/kv_rows.h"
 
 namespace {
 

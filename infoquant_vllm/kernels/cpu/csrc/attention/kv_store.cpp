@@ -1,9 +1,9 @@
 // Keys and values into the quantised KV cache; semantics: kernels/reference/kv_cache.py.
 #include <algorithm>
 
-#include "hadamard.h"
+#include "quantize/hadamard.h"
 #include "kernels.h"
-#include "kv_tile.h"
+#include "attention/kv_tile.h"
 
 namespace {
 

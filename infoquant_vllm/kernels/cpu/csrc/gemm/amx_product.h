@@ -2,7 +2,7 @@
 #pragma once
 #ifdef __AMX_INT8__
 #include "amx.h"
-#include "packed_product.h"
+#include "gemm/packed_product.h"
 
 namespace infoquant {
 namespace product {

@@ -2,7 +2,7 @@
 
 import torch
 
-from infoquant_vllm.kernels.native.library import operations
+from infoquant_vllm.kernels.cpu.library import operations
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

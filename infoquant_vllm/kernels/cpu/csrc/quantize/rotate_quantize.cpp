@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "buffer.h"
-#include "hadamard.h"
+#include "quantize/hadamard.h"
 #include "kernels.h"
-#include "matrix_product.h"
+#include "quantize/matrix_product.h"
 #include "rows.h"
 
 using namespace infoquant;

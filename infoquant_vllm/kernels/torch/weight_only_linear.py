@@ -2,9 +2,9 @@
 
 import torch
 
-from infoquant_vllm.kernels.cpu.quantized_linear import quantized_linear
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate
 from infoquant_vllm.kernels.reference.weight_only_linear import add_bytes, wide_codes
+from infoquant_vllm.kernels.torch.quantized_linear import quantized_linear
 
 
 def weight_only_linear(

@@ -10,8 +10,8 @@
 #include <array>
 #include <utility>
 
-#include "amx_product.h"
-#include "packed_product.h"
+#include "gemm/amx_product.h"
+#include "gemm/packed_product.h"
 
 namespace {
 
