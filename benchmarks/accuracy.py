@@ -27,8 +27,8 @@ from benchmarks.scores import Scores, score
 from benchmarks.server import serve, stop_on_sigterm
 from benchmarks.simulation import WholeVocabulary
 from benchmarks.tasks import Answer, Task, answer, read_task
-from offline.report import Stopwatch
-from offline.source import Source
+from offline.model.source import Source
+from offline.output.report import Stopwatch
 from offline.text import text_windows
 
 CONCURRENT = 8

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.server import serve, stop_on_sigterm
 from benchmarks.tasks import Answer, Task, answer, is_right, read_task
-from offline.source import read_tokenizer
+from offline.model.source import read_tokenizer
 
 TOLERANCE = 0.01
 """Nats between two sums of log-likelihoods of a choice."""

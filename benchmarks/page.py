@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks import page_plots as plots
 from benchmarks.models import ROOT
 from benchmarks.provenance import write_whole
-from offline.page.plots import to_svg
+from offline.evaluate.page.plots import to_svg
 
 RESULTS = ROOT / "benchmarks" / "results"
 TEMPLATE = "page.html"

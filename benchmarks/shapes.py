@@ -17,9 +17,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from infoquant_vllm.format import ModelShape
+from offline.output.writer import atomic_folder
 from offline.presets import PRESETS
 from offline.recipe import Recipe
-from offline.writer import atomic_folder
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

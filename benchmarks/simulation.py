@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from offline.evaluate import Figure, compare, stored_dtype
-from offline.simulate import load_simulated
-from offline.source import Source
+from offline.evaluate.metrics import Figure, compare, stored_dtype
+from offline.evaluate.simulate import load_simulated
+from offline.model.source import Source
 
 
 class WholeVocabulary:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from offline.errors import ToolError
 
 if TYPE_CHECKING:
+    from offline.output.report import Report
     from offline.pipeline import quantize
     from offline.presets import PRESETS
     from offline.recipe import Recipe, load_recipe
-    from offline.report import Report
 
 __all__ = ["PRESETS", "Recipe", "Report", "ToolError", "load_recipe", "quantize"]
 
@@ -18,7 +18,7 @@ _HOMES = {
     "PRESETS": "offline.presets",
     "Recipe": "offline.recipe",
     "load_recipe": "offline.recipe",
-    "Report": "offline.report",
+    "Report": "offline.output.report",
 }
 
 

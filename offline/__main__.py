@@ -1,5 +1,5 @@
 """`python -m offline` is the `infoquant` command."""
 
-from offline.cli import main
+from offline.cli.main import main
 
 main()

@@ -9,31 +9,31 @@ from pathlib import Path
 import torch
 
 from infoquant_vllm.format import Checkpoint, FormatError
-from offline.calibration import calibration_tokens
-from offline.card import model_card
-from offline.copied import copied_files
-from offline.distill import distill
+from offline.algorithms.fold import fold_ends
+from offline.algorithms.rotations import Transforms, orthogonality_error
+from offline.dry_run import make_plan
 from offline.errors import ToolError
-from offline.fingerprint import fingerprint
-from offline.fold import fold_ends
-from offline.layers import quantized_layers
-from offline.plan import make_plan
+from offline.memory import check_memory
+from offline.model.source import Source
+from offline.output.copied_files import copied_files
+from offline.output.fingerprint import fingerprint
+from offline.output.model_card import model_card
+from offline.output.report import REPORT_FILE, Report, checkpoint_sizes, peak_memory_bytes
+from offline.output.resume import finished_before, resumable_folder, work_folder
+from offline.output.sentence_modules import source_modules, write_modules
+from offline.output.specs import checkpoint_specs
+from offline.output.work import Work
+from offline.output.writer import Writer, atomic_folder, check_output, check_space, check_writable
 from offline.presets import preset_named
 from offline.progress import JsonLog, ProgressReport, both, console_progress
-from offline.psot import make_transforms
 from offline.recipe import Distillation, Recipe, load_recipe
-from offline.report import REPORT_FILE, Report, checkpoint_sizes, peak_memory_bytes
-from offline.resume import finished_before, resumable_folder, work_folder
 from offline.run import Run
-from offline.sentence_modules import source_modules, write_modules
-from offline.source import Source
-from offline.specs import checkpoint_specs
-from offline.student import Layer, Student
-from offline.transforms import Transforms, orthogonality_error
-from offline.vocabulary import quantize_end
-from offline.whole_model import check_memory
-from offline.work import Work
-from offline.writer import Writer, atomic_folder, check_output, check_space, check_writable
+from offline.stages.calibrate import calibration_tokens
+from offline.stages.distill import distill
+from offline.stages.lm_head import quantize_end
+from offline.stages.quantize_layers import quantized_layers
+from offline.stages.rotate_shared import make_transforms
+from offline.training.student import Layer, Student
 
 SHARD_BYTES = 5 * 10**9
 TOKENS, ROTATION = "tokens", "rotation"

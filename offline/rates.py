@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from infoquant_vllm.format import WeightArgs
-from offline.gptq import gptq, unit_factor
+from offline.algorithms.gptq import gptq, unit_factor
+from offline.algorithms.rotations import hadamard_product, random_hadamard
+from offline.algorithms.rtn import search_scales
 from offline.progress import silent
-from offline.psot import learn_rotation
 from offline.recipe import Psot
-from offline.transforms import hadamard_product, random_hadamard
-from offline.weights import search_scales
+from offline.stages.rotate_shared import learn_rotation
 
 SIZE, RUNS = 1024, 5
 ROTATION_SIZE = 512

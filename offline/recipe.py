@@ -19,7 +19,7 @@ from infoquant_vllm.format import (
     check_share,
 )
 from offline.errors import ToolError
-from offline.workers import common_share, worker_counts
+from offline.tensor_parallel import common_share, worker_counts
 
 SITES: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -63,7 +63,7 @@ class SiteActivations(_Strict):
 class Site(_Strict):
     """Codes of the weights and of the input they share, and the factor that shrinks the input's range.
 
-    clip: one number, or "search" for the best one of each layer and group (see `offline/clip_search.py`)
+    clip: one number, or "search" for the best one of each layer and group (see `offline/algorithms/clip_search.py`)
     """
 
     weights: WeightArgs = WeightArgs(num_bits=4)
@@ -84,7 +84,7 @@ class KVCache(_Strict):
     """Bits of keys and values in the cache, and the factors that shrink their ranges.
 
     key_offset_positions: keys are quantised less their mean over that many positions (see
-        `offline/key_offset.py`), which RoPE turns from one to the next; None leaves them as they are
+        `offline/stages/key_mean.py`), which RoPE turns from one to the next; None leaves them as they are
     """
 
     key_bits: Literal[4, 8] = 4
@@ -105,7 +105,7 @@ class Gptq(_Strict):
     """Rounding of the weights.
 
     damping: as a share of the Hessian's mean diagonal
-    refinements: passes over codes and scales behind it (see `offline/refine.py`)
+    refinements: passes over codes and scales behind it (see `offline/algorithms/refine.py`)
     """
 
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01

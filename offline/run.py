@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 import torch
 
 from infoquant_vllm.format import QuantizationConfigData
+from offline.model.source import Source
+from offline.output.report import Stopwatch
+from offline.output.work import Work
 from offline.progress import JsonLog, ProgressReport
 from offline.recipe import Recipe
-from offline.report import Stopwatch
-from offline.source import Source
-from offline.work import Work
 
 
 @dataclass

@@ -7,14 +7,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infoquant_vllm.format import Checkpoint, FormatError, WeightArgs, read_json
-from offline.against import Comparison
+from offline.algorithms.rotations import orthogonality_error
 from offline.errors import CheckError
+from offline.evaluate.compare_to_source import Comparison
+from offline.evaluate.simulated import integer_weights
+from offline.model.source import Source
+from offline.output.report import REPORT_FILE, Report
+from offline.output.sentence_modules import check_projection
 from offline.progress import ProgressReport, silent
-from offline.report import REPORT_FILE, Report
-from offline.sentence_modules import check_projection
-from offline.simulated import integer_weights
-from offline.source import Source
-from offline.transforms import orthogonality_error
 
 LARGEST_ORTHOGONALITY_ERROR = 1e-4
 LARGEST_CONDITION = 1e4

@@ -6,11 +6,11 @@ import torch
 
 from infoquant_vllm.format import WeightArgs
 from offline import PRESETS, quantize
-from offline.evaluate import compare
+from offline.evaluate.metrics import compare
+from offline.evaluate.simulate import load_simulated
+from offline.model.reference import load_reference
 from offline.progress import silent
 from offline.recipe import CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
-from offline.reference import load_reference
-from offline.simulate import load_simulated
 from tests.tiny import VOCAB_SIZE
 
 SITE = Site(weights=WeightArgs(num_bits=8), input_activations=SiteActivations(num_bits=16), clip=1.0)

@@ -15,8 +15,8 @@ from benchmarks.scores import Scores
 from benchmarks.server import ServerError
 from benchmarks.simulation import WholeVocabulary
 from benchmarks.tasks import Answer, Item, Prompt, Task
-from offline.evaluate import compare
-from offline.source import Source
+from offline.evaluate.metrics import compare
+from offline.model.source import Source
 from tests.test_benchmarks_tasks import write_items
 from tests.tiny import VOCAB_SIZE, write_source
 

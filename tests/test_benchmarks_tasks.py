@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import tasks
 from benchmarks.tasks import Answer, Item, bits_per_byte, encode, is_right, read_task
 from offline.errors import ToolError
-from offline.source import read_tokenizer
+from offline.model.source import read_tokenizer
 from tests.tiny import write_source
 
 QUESTION = Item(context="2 + 2 =", choices=[" four", " 4", " vier", " fourteen"], label=3)

@@ -8,9 +8,9 @@ import torch
 
 from infoquant_vllm.format import MODULES_FILE, WeightArgs
 from offline import PRESETS, quantize
+from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import KVCache, Site, SiteActivations, Sites
-from offline.source import Source
 from tests.engine import Engine, EngineError, running_engine
 from tests.test_offline_architectures import SMALL
 from tests.tiny import SIZES, VOCAB_SIZE, write_source

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.scores import Scores, kl_divergence
 from offline import PRESETS, quantize
+from offline.evaluate.simulate import load_simulated
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, Psot, Recipe
-from offline.simulate import load_simulated
 from tests.engine import Engine
 from tests.test_server_equality import scores_of
 from tests.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source

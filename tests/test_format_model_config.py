@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from infoquant_vllm.format import ARCHITECTURES, FormatError, ModelShape
 from infoquant_vllm.format.model_config import FIELDS
-from offline.architectures import RULES
+from offline.model.architectures import RULES
 from tests.checkpoints import hf_config
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = ARCHITECTURES

@@ -7,14 +7,14 @@ import torch
 
 from infoquant_vllm.format import ARCHITECTURES
 from offline import PRESETS, quantize
-from offline.architectures import RULES
-from offline.evaluate import compare
-from offline.fold import fold_layer
+from offline.algorithms.fold import fold_layer
+from offline.evaluate.metrics import compare
+from offline.evaluate.simulate import load_simulated
+from offline.model.architectures import RULES
+from offline.model.hidden_states import Stream
+from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Psot
-from offline.simulate import load_simulated
-from offline.source import Source
-from offline.stream import Stream
 from tests.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
 
 SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline.architectures import CausalLM, rules_for
-from offline.balance import balance_down, balance_layer
-from offline.fold import fold_layer
+from offline.algorithms.equalize import balance_down, balance_layer
+from offline.algorithms.fold import fold_layer
+from offline.model.architectures import CausalLM, rules_for
+from offline.model.hidden_states import Statistics, Stream
+from offline.model.source import Source
 from offline.recipe import SITES
-from offline.source import Source
-from offline.stream import Statistics, Stream
 from tests.tiny import SIZES, VOCAB_SIZE, write_source
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from infoquant_vllm.format import ActivationArgs
-from offline.clip_search import GRID, search_clips
-from offline.simulated import quantize_input
+from offline.algorithms.clip_search import GRID, search_clips
+from offline.evaluate.simulated import quantize_input
 
 BY_TOKEN = ActivationArgs(num_bits=4, symmetric=False, strategy="token")
 

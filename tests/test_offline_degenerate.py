@@ -10,9 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from infoquant_vllm.format import Checkpoint
 from offline import PRESETS, Recipe, Report, ToolError, quantize
-from offline.calibration import save_tokens
 from offline.progress import silent
-from offline.psot_layer import head_loss, input_loss
 from offline.recipe import (
     CalibrationSize,
     Distillation,
@@ -20,6 +18,8 @@ from offline.recipe import (
     Psot,
     PsotLayer,
 )
+from offline.stages.calibrate import save_tokens
+from offline.stages.rotate_per_layer import head_loss, input_loss
 from offline.verify import check_all_values
 from tests.eight_bits import EIGHT_BITS, LARGEST_KL, PADDING, divergence
 from tests.tiny import VOCAB_SIZE, write_source

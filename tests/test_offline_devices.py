@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from offline import PRESETS, ToolError, quantize
-from offline.fold import fold_layer
+from offline.algorithms.fold import fold_layer
+from offline.model.hidden_states import Stream, _Replica
+from offline.model.source import Source
 from offline.pipeline import _devices
 from offline.progress import silent
 from offline.recipe import CalibrationSize, LearnedClips, Psot, PsotLayer
-from offline.source import Source
-from offline.stream import Stream, _Replica
 from tests.tiny import write_source
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ SMALL = {
 
 def weights_of(source: Path, preset: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """The checkpoint's shard, of a run over so many devices with 3 batches and a half of 64 tokens."""
-    monkeypatch.setattr("offline.stream.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr("offline.model.hidden_states.TOKENS_PER_BATCH", 64)
     monkeypatch.setattr("offline.pipeline._devices", lambda _: [CPU] * devices)
     recipe, text, output = PRESETS[preset], source.with_name("text.txt"), source.with_name(f"{devices}")
     text.write_text(TEXT)
@@ -56,7 +56,7 @@ def test_what_is_seen_comes_in_the_order_of_the_text_however_long_a_device_takes
         time.sleep(0.02 * (3 - turn % 3))  # of three that begin together the first ends last
         run(replica, batch)
 
-    monkeypatch.setattr("offline.stream.TOKENS_PER_BATCH", 16)
+    monkeypatch.setattr("offline.model.hidden_states.TOKENS_PER_BATCH", 16)
     monkeypatch.setattr(_Replica, "run", slowly)
     source = Source.open(write_source(tmp_path / "source"))
     tokens = torch.arange(7 * 16).view(7, 16) % source.shape.vocab_size

@@ -7,10 +7,11 @@ import torch
 
 import offline
 from infoquant_vllm.format import Checkpoint
-from offline.distill import final_hidden, kl_of_heads
-from offline.evaluate import compare
-from offline.fold import fold_layer
-from offline.layer import quantize_layer
+from offline.algorithms.fold import fold_layer
+from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
+from offline.evaluate.metrics import compare
+from offline.evaluate.simulate import load_simulated
+from offline.model.source import Source
 from offline.presets import PRESETS
 from offline.progress import silent
 from offline.recipe import (
@@ -23,11 +24,10 @@ from offline.recipe import (
     Sites,
     WeightArgs,
 )
-from offline.simulate import load_simulated
-from offline.source import Source
-from offline.student import Student
+from offline.stages.distill import final_hidden, kl_of_heads
+from offline.stages.quantize_layer import quantize_layer
 from offline.text import text_windows
-from offline.transforms import Transforms, random_hadamard, random_head_rotations
+from offline.training.student import Student
 from tests.tiny import SIZES, write_source
 
 TRAINED = Distillation(steps=12, batch_sequences=2, warmup_steps=2)

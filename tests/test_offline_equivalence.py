@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline.architectures import CausalLM
-from offline.fold import fold_ends, fold_layer
+from offline.algorithms.fold import fold_ends, fold_layer
+from offline.algorithms.rotations import Transforms, transform_input, undo_in_weights
+from offline.model.architectures import CausalLM
+from offline.model.source import Source
+from offline.output.work import Work
 from offline.progress import silent
-from offline.psot import make_transforms
 from offline.recipe import SITES, Psot, PsotLayer, Recipe
-from offline.source import Source
-from offline.transforms import Transforms, transform_input, undo_in_weights
-from offline.work import Work
+from offline.stages.rotate_shared import make_transforms
 from tests.tiny import SIZES, VOCAB_SIZE, write_source
 
 TRANSFORMS = ("none", "hadamard", "psot-shared", "psot-layer")

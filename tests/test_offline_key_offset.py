@@ -9,14 +9,14 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from infoquant_vllm.format import WeightArgs
 from offline import Recipe, quantize
-from offline.architectures import rules_for
-from offline.evaluate import compare
-from offline.fold import fold_layer
+from offline.algorithms.fold import fold_layer
+from offline.evaluate.metrics import compare
+from offline.evaluate.simulate import load_simulated
+from offline.model.architectures import rules_for
+from offline.model.hidden_states import Statistics, Stream
+from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import SITES, CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
-from offline.simulate import load_simulated
-from offline.source import Source
-from offline.stream import Statistics, Stream
 from tests.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
 
 EIGHT = WeightArgs(num_bits=8)

@@ -7,14 +7,14 @@ import torch
 
 from infoquant_vllm.format import Checkpoint
 from offline import PRESETS, quantize
-from offline.clipped_layer import ClippedLayer
-from offline.fold import fold_layer
-from offline.learned_clips import rate_factor, train_clips
+from offline.algorithms.fold import fold_layer
+from offline.evaluate.simulate import load_simulated
+from offline.model.hidden_states import Stream
+from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, LearnedClips, PsotLayer, Recipe, Site, SiteActivations, Sites
-from offline.simulate import load_simulated
-from offline.source import Source
-from offline.stream import Stream
+from offline.stages.learn_clips import rate_factor, train_clips
+from offline.training.fake_quant_layer import ClippedLayer
 from tests.test_offline_pipeline import TEXT
 from tests.tiny import VOCAB_SIZE, write_source
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from offline import PRESETS, ToolError, quantize
+from offline.model.hidden_states import TOKENS_PER_BATCH
+from offline.model.scratch import Scratch
 from offline.progress import silent
 from offline.recipe import CalibrationSize, KVCache, LearnedClips, Psot, PsotLayer, Recipe
-from offline.scratch import Scratch
-from offline.stream import TOKENS_PER_BATCH
 from tests.big import LAYER, LAYER_BYTES, write_llama_3_8b_layers
 from tests.tiny import write_source
 
@@ -124,6 +124,6 @@ def test_hidden_states_on_disk_give_the_bytes_of_those_in_memory(
             calibration=str(text),
             progress=silent,
         )
-        monkeypatch.setattr("offline.scratch.MEMORY_SHARE", 0.0)
+        monkeypatch.setattr("offline.model.scratch.MEMORY_SHARE", 0.0)
     shard = "model-00001-of-00001.safetensors"
     assert (tmp_path / "memory" / shard).read_bytes() == (tmp_path / "disk" / shard).read_bytes()

@@ -2,7 +2,7 @@
 
 import torch
 
-from offline.outlier_tokens import outlier_weights, select_threshold, token_scores
+from offline.algorithms.outlier_tokens import outlier_weights, select_threshold, token_scores
 
 
 def test_threshold_is_where_scattered_tokens_have_settled() -> None:

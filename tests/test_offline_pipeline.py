@@ -10,9 +10,9 @@ import yaml
 
 from infoquant_vllm.format import Checkpoint, WeightArgs, files_of, read_projection, unpack_codes
 from offline import PRESETS, Recipe, ToolError, load_recipe, quantize
+from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, LearnedClips, Psot, PsotLayer, Site, SiteActivations, Sites
-from offline.source import Source
 from tests.tiny import SIZES, write_source
 
 SMALL = {

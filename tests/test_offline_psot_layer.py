@@ -5,11 +5,11 @@ from tempfile import mkdtemp
 
 import torch
 
-from offline.psot_layer import centre, input_loss, learn_layer_rotations, peak_norm, rotate
+from offline.algorithms.rotations import Transforms
+from offline.model.source import Source
+from offline.output.work import Work
 from offline.recipe import PsotLayer
-from offline.source import Source
-from offline.transforms import Transforms
-from offline.work import Work
+from offline.stages.rotate_per_layer import centre, input_loss, learn_layer_rotations, peak_norm, rotate
 from tests.tiny import VOCAB_SIZE, write_source
 
 CPU = torch.device("cpu")

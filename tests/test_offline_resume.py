@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from offline import PRESETS, ToolError, quantize
-from offline.fingerprint import BLOCK, hash_file
+from offline.output.fingerprint import BLOCK, hash_file
+from offline.output.resume import work_folder
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, LearnedClips, Psot, PsotLayer, Recipe
-from offline.resume import work_folder
 from tests.tiny import write_source
 
 KILLS = """
@@ -119,7 +119,7 @@ def test_finished_layers_are_not_computed_again(tmp_path: Path, source: Path, mo
         begin(tmp_path, source)
     assert not (tmp_path / "out").exists()
     computed: list[int] = []
-    from offline import layers
+    from offline.stages import quantize_layers as layers
 
     once = layers._quantized_layer
     monkeypatch.setattr(layers, "_quantized_layer", lambda *args: computed.append(args[2]) or once(*args))
@@ -184,13 +184,13 @@ def test_large_files_are_hashed_in_part_and_small_ones_whole(tmp_path: Path, mon
     file, data = tmp_path / "file", bytearray(8 * BLOCK)
     file.write_bytes(data)
     whole = hash_file(file)
-    monkeypatch.setattr("offline.fingerprint.HASHED_BYTES", 2 * BLOCK)
+    monkeypatch.setattr("offline.output.fingerprint.HASHED_BYTES", 2 * BLOCK)
     part = hash_file(file)
     for place, seen in ((0, True), (BLOCK, False), (4 * BLOCK, True), (8 * BLOCK - 1, True)):
         changed = data.copy()
         changed[place] = 1
         file.write_bytes(changed)
         assert (hash_file(file) != part) == seen
-        monkeypatch.setattr("offline.fingerprint.HASHED_BYTES", 2**28)
+        monkeypatch.setattr("offline.output.fingerprint.HASHED_BYTES", 2**28)
         assert hash_file(file) != whole
-        monkeypatch.setattr("offline.fingerprint.HASHED_BYTES", 2 * BLOCK)
+        monkeypatch.setattr("offline.output.fingerprint.HASHED_BYTES", 2 * BLOCK)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from infoquant_vllm.format import WeightArgs
-from offline.gptq import gptq, output_error, unit_factor
-from offline.refine import descend, refine, refit_scales
-from offline.weights import QuantizedWeight, round_to_nearest, search_scales
+from offline.algorithms.gptq import gptq, output_error, unit_factor
+from offline.algorithms.refine import descend, refine, refit_scales
+from offline.algorithms.rtn import QuantizedWeight, round_to_nearest, search_scales
 
 SCHEMES = [
     pytest.param(WeightArgs(num_bits=bits, symmetric=symmetric, **group), id=f"{bits}-{symmetric}-{group}")
@@ -115,7 +115,7 @@ def test_refining_leaves_weights_alone_that_nothing_is_known_of(args: WeightArgs
 def test_factor_is_that_of_the_damped_hessian_of_any_rank(
     rank: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offline.gptq.FACTOR_BLOCK", block)
+    monkeypatch.setattr("offline.algorithms.gptq.FACTOR_BLOCK", block)
     x = torch.randn(rank, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hessian = x.T @ x
     damped = hessian + torch.eye(96) * (DAMPING * hessian.diagonal().mean() if rank else 1.0)
@@ -150,7 +150,7 @@ def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs) ->
 def test_gptq_by_parts_rounds_as_the_plain_algorithm(
     args: WeightArgs, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offline.gptq.FACTOR_BLOCK", block)
+    monkeypatch.setattr("offline.algorithms.gptq.FACTOR_BLOCK", block)
     weight, hessian = random_weight(), correlated_hessian()
     found, expected = gptq(weight, hessian, args, DAMPING).values(), plain_gptq(weight, hessian, args)
     same = torch.isclose(found, expected.float(), rtol=1e-4, atol=1e-5).all(1)

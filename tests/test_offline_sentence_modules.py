@@ -20,8 +20,8 @@ from infoquant_vllm.format import (
     read_projection,
 )
 from offline import PRESETS, Recipe, ToolError, quantize
+from offline.model.source import Source
 from offline.progress import silent
-from offline.source import Source
 from offline.verify import verify
 from tests.tiny import SIZES, write_source
 

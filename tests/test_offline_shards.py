@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infoquant_vllm.format import TensorSpec
-from offline.shards import DTYPES, ShardWriter, plan_shards, spec_bytes
+from offline.output.shards import DTYPES, ShardWriter, plan_shards, spec_bytes
 
 GENERATOR = torch.Generator().manual_seed(0)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from infoquant_vllm.format import ActivationArgs
-from offline.simulated import quantize_input, store_and_load
-from offline.straight_through import fake_quantize, fake_store
+from offline.algorithms.fake_quantize import fake_quantize, fake_store
+from offline.evaluate.simulated import quantize_input, store_and_load
 
 
 def through(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:

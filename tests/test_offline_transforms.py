@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from infoquant_vllm.format import InputTransform, hadamard
-from offline.progress import silent
-from offline.psot import cayley, learn_rotation, squared_range
-from offline.recipe import Psot
-from offline.transforms import (
+from offline.algorithms.rotations import (
     apply_kronecker,
     hadamard_product,
     random_hadamard,
@@ -15,6 +12,9 @@ from offline.transforms import (
     transform_input,
     undo_in_weights,
 )
+from offline.progress import silent
+from offline.recipe import Psot
+from offline.stages.rotate_shared import cayley, learn_rotation, squared_range
 
 ODD_SIZES = (1, 2, 3, 7, 12, 43, 60, 96, 172, 576, 1376)
 

@@ -18,8 +18,8 @@ from infoquant_vllm.format import (
 )
 from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
-from offline.inspect import inspect_checkpoint
-from offline.simulate import load_simulated
+from offline.evaluate.inspect import inspect_checkpoint
+from offline.evaluate.simulate import load_simulated
 from offline.verify import verify
 from tests.checkpoints import write_random
 from tests.tiny import VOCAB_SIZE, write_source

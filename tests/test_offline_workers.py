@@ -8,10 +8,10 @@ import torch
 
 from infoquant_vllm.format import ModelShape, check_share
 from offline import PRESETS, ToolError, quantize
+from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CUT_SITES, SITES, Recipe, Site, Sites
-from offline.source import Source
-from offline.workers import common_share, worker_counts
+from offline.tensor_parallel import common_share, worker_counts
 from tests.test_offline_equivalence import LARGEST_RELATIVE_ERROR, recipe_for, relative_error, transforms_for
 from tests.tiny import VOCAB_SIZE, write_source
 

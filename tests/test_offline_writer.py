@@ -10,8 +10,8 @@ import pytest
 
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline import ToolError, quantize
+from offline.output.writer import atomic_file, check_space
 from offline.progress import silent
-from offline.writer import atomic_file, check_space
 from tests.tiny import write_source
 
 QUANTIZE = """

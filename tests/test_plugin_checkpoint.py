@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from infoquant_vllm import register
 from infoquant_vllm.format import INDEX_FILE
-from offline.architectures import RULES
+from offline.model.architectures import RULES
 
 SHARD = "model-00001-of-00001.safetensors"
 SCALE = "model.layers.1.mlp.up_proj.weight_scale"

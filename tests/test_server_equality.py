@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.scores import Scores, kl_divergence, score
 from benchmarks.server import Server, serve
-from offline.simulate import load_simulated
+from offline.evaluate.simulate import load_simulated
 
 STEP_TOKENS = 768  # of which 4 windows of 512 make two and a half steps
 TOP = 200

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.lm_eval_check import TOLERANCE, compare
 from benchmarks.models import language_reference
 from benchmarks.tasks import read_task
-from offline.source import read_tokenizer
+from offline.model.source import read_tokenizer
 
 pytest.importorskip("lm_eval")
 

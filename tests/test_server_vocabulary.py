@@ -10,7 +10,7 @@ import offline
 from benchmarks.scores import score
 from benchmarks.server import Server, serve
 from infoquant_vllm.ops.table import served_by
-from offline.simulate import load_simulated
+from offline.evaluate.simulate import load_simulated
 from tests.tiny import VOCAB_SIZE, write_source
 
 SITE = {"input_activations": {"num_bits": 16}}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline.calibration import calibration_tokens, save_tokens
 from offline.errors import ToolError
-from offline.source import Source
+from offline.model.source import Source
+from offline.stages.calibrate import calibration_tokens, save_tokens
 from tests.tiny import SIZES, write_source
 
 WORDS = "".join(f"line {number} of a text\n" for number in range(400))

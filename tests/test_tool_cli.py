@@ -12,7 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from benchmarks.programs import INFOQUANT
-from offline.cli import app
+from offline.cli.main import app
 from tests.tiny import write_source
 
 RECIPE = """\

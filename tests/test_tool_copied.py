@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import offline
-from offline.copied import HUB_FILES, copied_files
 from offline.errors import ToolError
+from offline.output.copied_files import HUB_FILES, copied_files
 from offline.progress import silent
 from tests.tiny import write_source
 

@@ -39,7 +39,7 @@ WITHOUT = """
 import sys
 sys.modules[sys.argv[1]] = None  # which makes its import fail
 sys.argv = ["infoquant", *sys.argv[2:]]
-from offline.cli import main
+from offline.cli.main import main
 main()
 """
 

@@ -8,8 +8,8 @@ import torch
 
 import offline
 from offline.errors import ToolError
-from offline.evaluate import compare, evaluate
-from offline.source import Source
+from offline.evaluate.metrics import compare, evaluate
+from offline.model.source import Source
 from tests.tiny import VOCAB_SIZE, write_source
 
 

@@ -14,20 +14,20 @@ import torch
 from typer.testing import CliRunner
 
 import offline
-import offline.page.measure as measuring
-import offline.simulated as simulated_modules
+import offline.evaluate.page.measure as measuring
+import offline.evaluate.simulated as simulated_modules
 from infoquant_vllm.format import ActivationArgs, Checkpoint
-from offline.cli import app
+from offline.cli.main import app
 from offline.errors import ToolError
-from offline.page import make
-from offline.page.distribution import BINS, BINS_PER_RMS, Distribution, Quantized
-from offline.page.make import make_page
-from offline.page.measure import _quantized_cells, _quantized_input, clips, measure
-from offline.page.summary import Summary, mean
+from offline.evaluate.page import make
+from offline.evaluate.page.distribution import BINS, BINS_PER_RMS, Distribution, Quantized
+from offline.evaluate.page.make import make_page
+from offline.evaluate.page.measure import _quantized_cells, _quantized_input, clips, measure
+from offline.evaluate.page.summary import Summary, mean
+from offline.evaluate.simulated import SimulatedCache
+from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import Recipe
-from offline.simulated import SimulatedCache
-from offline.source import Source
 from tests.checkpoints import write_random
 from tests.tiny import VOCAB_SIZE, write_source
 
@@ -188,8 +188,11 @@ def test_what_is_measured_is_what_the_simulation_quantises(rotated: Path, monkey
 
     monkeypatch.setattr(SimulatedCache, "attend", record_cells)
     measure(Checkpoint(rotated), None, tokens()[:1], silent)
-    cells = seen["offline.page.measure", "store_and_load"]
-    inputs = (seen["offline.page.measure", "quantize_input"], seen["offline.simulated", "quantize_input"])
+    cells = seen["offline.evaluate.page.measure", "store_and_load"]
+    inputs = (
+        seen["offline.evaluate.page.measure", "quantize_input"],
+        seen["offline.evaluate.simulated", "quantize_input"],
+    )
     assert len(cells) == len(stored) == 2 * 2
     assert all(map(torch.equal, cells, stored))
     firsts = [linear for layer in (0, 7) for linear in (layer, layer + 3, layer + 4, layer + 6)]

@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from offline import PRESETS, Report, ToolError, quantize
-from offline.cli import app
-from offline.plan import Plan
+from offline.cli.main import app
+from offline.dry_run import Plan
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Psot
 from tests.big import LAYER, LAYER_BYTES, LLAMA_3_8B
@@ -30,7 +30,7 @@ DRY = {"calibration": "text.txt", "progress": silent, "dry_run": True}
 @pytest.fixture(autouse=True)
 def _as_a_tool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process holds what the tests before have left."""
-    monkeypatch.setattr("offline.plan.held_bytes", lambda: 6 * 10**8)
+    monkeypatch.setattr("offline.dry_run.held_bytes", lambda: 6 * 10**8)
 
 
 def config_alone(folder: Path, **config: object) -> Path:

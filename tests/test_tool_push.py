@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from offline import ToolError, quantize
+from offline.cli.push import push
 from offline.progress import silent
-from offline.push import push
 from tests.tiny import write_source
 
 

@@ -22,10 +22,10 @@ from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear
 from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
 from offline.errors import ToolError
+from offline.evaluate.simulate import load_simulated
+from offline.evaluate.simulated import SimulatedCache, SimulatedLinear, quantize_input, store_and_load, transform_input
+from offline.model.source import Source
 from offline.recipe import Recipe
-from offline.simulate import load_simulated
-from offline.simulated import SimulatedCache, SimulatedLinear, quantize_input, store_and_load, transform_input
-from offline.source import Source
 from tests.checkpoints import write_random
 from tests.tiny import SIZES, VOCAB_SIZE, write_source
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from infoquant_vllm.format import INDEX_FILE, Checkpoint, FormatError
 from offline.errors import ToolError
-from offline.reference import load_reference
-from offline.source import Source
+from offline.model.reference import load_reference
+from offline.model.source import Source
 from tests.tiny import SIZES, write_source
 
 FILE = "model.safetensors"
@@ -186,7 +186,7 @@ def test_head_of_a_model_that_config_calls_tied_is_used_where_it_differs(folder:
 
 
 def test_last_row_of_a_head_decides_whether_it_is_tied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offline.source.ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr("offline.model.source.ROWS_AT_A_TIME", 100)
     head = load_file(folder / FILE)["model.embed_tokens.weight"].clone()
     edit_tensors(folder, {"lm_head.weight": head})
     assert "lm_head.weight" not in Source.open(folder).names

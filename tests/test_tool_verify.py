@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import offline
 from infoquant_vllm.format import Checkpoint
-from offline.against import Comparison
-from offline.inspect import inspect_checkpoint
+from offline.evaluate.compare_to_source import Comparison
+from offline.evaluate.inspect import inspect_checkpoint
 from offline.recipe import CalibrationSize
 from offline.verify import Verification, verify
 from tests.tiny import write_source
@@ -98,7 +98,7 @@ def test_trained_head_of_a_tied_config_is_quantized_as_the_source_serves_it(
 def test_dropped_head_fails_whatever_rule_the_tool_reads_by(
     trained_head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offline.source._is_tied", lambda _: True)
+    monkeypatch.setattr("offline.model.source._is_tied", lambda _: True)
     recipe = offline.Recipe(name="rtn", transform="none", rounding="rtn")
     offline.quantize(trained_head, tmp_path / "out", recipe=recipe, progress=lambda *_: None)
     check, detail = failure(verify(tmp_path / "out", against=trained_head))

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from offline.architectures import RULES, CausalLM
+from offline.model.architectures import RULES, CausalLM
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few rows that no token uses

@@ -46,5 +46,5 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By the name in config.json; `model_config` says which uses of their fields are served.
 
-A class that is added takes a line here and one in `offline/architectures.py`.
+A class that is added takes a line here and one in `offline/model/architectures.py`.
 """

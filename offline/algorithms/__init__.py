@@ -1,0 +1,1 @@
+"""Transform and round tensors: the mathematics, one algorithm per file."""

@@ -1,0 +1,29 @@
+"""Clip factors of activations, chosen by the error that rounding and clipping leave.
+
+How far a range should shrink depends on how many values share it and how they are spread: of 4-bit
+codes of Gaussian values, groups of 32 do best unclipped, of 64 at 0.95, tokens of 576 at 0.85.
+"""
+
+import torch
+
+from infoquant_vllm.format import ActivationArgs
+from offline.evaluate.simulated import quantize_input
+
+GRID = tuple(1.0 - 0.025 * step for step in range(17))
+
+
+def search_clips(y: torch.Tensor, args: ActivationArgs, groups: int) -> torch.Tensor:
+    """The factors [groups, 2], the same for minimum and maximum, that lose least of y [tokens, K] float32.
+
+    y: inputs behind their transform; every token counts the same, however large it is
+    """
+    y = y / y.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(y.dtype).tiny)
+    best = torch.full((groups,), torch.inf, device=y.device)
+    found = torch.ones(groups, 2, device=y.device)
+    for factor in GRID:
+        codes, scale = quantize_input(y, args, torch.full_like(found, factor))
+        error = codes.unflatten(1, (groups, -1)).mul_(scale[..., None]).sub_(y.unflatten(1, (groups, -1)))
+        lost = error.square_().sum((0, 2))
+        better = lost < best
+        best, found = torch.where(better, lost, best), torch.where(better[:, None], factor, found)
+    return found

@@ -1,0 +1,129 @@
+"""GPTQ: rounding column by column, each column's error pushed into those not yet rounded.
+
+E. Frantar et al., arXiv 2210.17323, sections 3.2 to 3.4 (without act-order), in the form that J. Chee
+et al. show to give the same codes (LDLQ, arXiv 2307.13304, theorem 6): by a factor of the Hessian
+itself rather than of its inverse, which is half the work and need not be in memory beside it.
+"""
+
+import torch
+
+from infoquant_vllm.format import WeightArgs
+from offline.algorithms.rtn import QuantizedWeight, Scales, search_scales
+
+BLOCK = 32
+FACTOR_BLOCK = 2048
+"""Columns of the Hessian that are factored together."""
+ROWS_SEEN = 2048
+"""Of a weight at most, where its error is told: all of them would take as long as rounding them."""
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping: float) -> QuantizedWeight:
+    """Quantise weight [N, K] float32 for inputs x with sum of x^T x = hessian [K, K].
+
+    Scales come from a clip search on the weights: over whole rows before anything is rounded, or,
+    with groups, over each group when its turn comes.
+    """
+    rest = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]: what is rounded together lies together
+    factor, end = unit_factor(hessian, damping), len(rest)
+    group = args.group_size or end
+    found: list[Scales] = []
+    for first in range(0, end, group):
+        scales = search_scales(_compensated(weight, rest, factor, slice(first, first + group)), args)
+        found.append(scales)
+        for start in range(first, first + group, BLOCK):
+            stop = min(start + BLOCK, first + group)
+            rows, wanted = _part(factor, slice(start, stop), slice(start, end)), weight.T[start:stop].contiguous()
+            codes, errors = _round_block(wanted, rest[start:stop], rows[:, : stop - start], scales)
+            rest[start:stop] = codes  # whose weights nothing reads any more
+            rest[stop:].addmm_(rows[:, stop - start :].T, errors)
+    scale, zero = (torch.cat([getattr(scales, name) for scales in found], dim=1) for name in ("scale", "zero"))
+    return QuantizedWeight(rest.T, scale, zero)
+
+
+def _compensated(weight: torch.Tensor, rest: torch.Tensor, factor: list[torch.Tensor], group: slice) -> torch.Tensor:
+    """A group's weights [N, G] as they best make up for the errors before it, were none of them rounded.
+
+    `rest` has what each is to make up for where the others of the group stay as they were.
+    """
+    own = weight[:, group]
+    if group.start == 0:
+        return own
+    square = _part(factor, group, group)
+    pushed = (rest[group].T - own).contiguous()
+    return own + torch.linalg.solve_triangular(square, pushed, upper=True, left=False, unitriangular=True)
+
+
+def _round_block(
+    wanted: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scales: Scales
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and errors [B, N] of B inputs' weights `wanted` [B, N], one input after the other.
+
+    rows: the weights and what the inputs before the block have pushed into them
+    """
+    scales = Scales(scales.scale[:, 0], scales.zero[:, 0], scales.lowest, scales.highest)
+    codes, errors = torch.empty_like(rows), torch.empty_like(rows)
+    for index, row in enumerate(rows):
+        if index:
+            row = torch.addmv(row, errors[:index].T, factor[:index, index])  # noqa: PLW2901
+        codes[index] = scales.codes(row)
+        errors[index] = wanted[index] - scales.values(codes[index])
+    return codes, errors
+
+
+def unit_factor(hessian: torch.Tensor, damping: float) -> list[torch.Tensor]:
+    """U of H + damping * mean(diag H) I = U D U^T, upper triangular with ones on its diagonal; D is diagonal.
+
+    The damping keeps D positive where inputs are never used or fewer tokens than inputs were seen.
+    Computed in float64, from the last block of columns to the first, in half of a matrix: U comes as
+    blocks of FACTOR_BLOCK columns float32, each down to the diagonal, `U[:stop, start:stop]`.
+    """
+    blocks, diagonal = _blocks(len(hessian)), hessian.diagonal().double()
+    mean = diagonal.mean()
+    found = [hessian[: block.stop, block].to(torch.float64, copy=True) for block in blocks]
+    for block, columns in reversed(list(zip(blocks, found, strict=True))):
+        columns[block].diagonal().add_(damping * mean if mean > 0 else 1.0)
+        upper = torch.linalg.cholesky(columns[block].flip(0, 1)).flip(0, 1)
+        columns[block] = upper
+        for other in _blocks(block.start):
+            columns[other] = torch.linalg.solve_triangular(upper.T, columns[other], upper=False, left=False)
+        for other, earlier in zip(_blocks(block.start), found, strict=False):
+            earlier.addmm_(columns[: other.stop], columns[other].T, alpha=-1)
+        found[block.start // FACTOR_BLOCK] = columns.div_(upper.diagonal()).float()
+    return found
+
+
+def _part(factor: list[torch.Tensor], rows: slice, columns: slice) -> torch.Tensor:
+    """Some rows and columns of a `unit_factor`; entries left of the diagonal are anything."""
+    found = factor[0].new_empty(columns.stop - columns.start, rows.stop - rows.start).T
+    for block, own in zip(_blocks(len(factor[-1])), factor, strict=True):
+        start, stop = max(block.start, columns.start), min(block.stop, columns.stop)
+        if start < stop:
+            part = own[rows, start - block.start : stop - block.start]
+            found[: len(part), start - columns.start : stop - columns.start] = part
+    return found
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(start, min(start + FACTOR_BLOCK, size)) for start in range(0, size, FACTOR_BLOCK)]
+
+
+def output_error(weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor) -> float:
+    """Share of the output's energy that is lost: tr(D H D^T) / tr(W H W^T), D = W - Q.
+
+    Of a linear with more outputs than ROWS_SEEN, over that many evenly spaced ones.
+    """
+    rows = slice(None, None, -(-len(weight) // ROWS_SEEN))
+    weight, values = weight[rows], quantized.rows(rows).values()
+    lost, total = _energy(weight - values, hessian), _energy(weight, hessian)
+    return max(lost, 0.0) / total if total > 0 else 0.0
+
+
+def _energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(W H W^T), by what is on and above the diagonal of H: what is above counts twice."""
+    total = 0.0
+    for block in _blocks(len(hessian)):
+        product = weight[:, block] @ hessian[block, block.start :]
+        once, twice = product.split([block.stop - block.start, len(hessian) - block.stop], dim=1)
+        total += torch.linalg.vecdot(once, weight[:, block]).sum().item()
+        total += 2 * torch.linalg.vecdot(twice, weight[:, block.stop :]).sum().item()
+    return total

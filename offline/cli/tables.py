@@ -1,0 +1,147 @@
+"""Results as tables on standard output."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from offline.dry_run import Plan
+from offline.evaluate.inspect import Inspection, scheme_words
+from offline.evaluate.metrics import Evaluation, Figure
+from offline.evaluate.page.summary import Summary
+from offline.output.report import Report
+from offline.verify import Verification
+
+
+def print_report(report: Report, output: Path) -> None:
+    """What `quantize` did, or with a dry run would do."""
+    table = _sizes_table(
+        "would be written" if report.dry_run else str(output),
+        {
+            "linear layers": (report.linear_bytes, report.source_linear_bytes),
+            "whole checkpoint": (report.total_bytes, report.source_bytes),
+            "KV cache per token": (report.kv_bytes_per_token, report.source_kv_bytes_per_token),
+        },
+    )
+    console = Console()
+    console.print(table)
+    console.print(f"recipe {report.recipe}, {report.bits_per_weight:.2f} bits per weight, seed {report.seed}")
+    if report.plan is not None:
+        _print_plan(console, report.plan)
+    if not report.dry_run:
+        console.print(f"{report.calibration_tokens} calibration tokens, {sum(report.seconds.values()):.0f} seconds")
+
+
+def _print_plan(console: Console, plan: Plan) -> None:
+    """What a layer consists of, what stages hold and take, and the sums."""
+    sites = Table("linears", "weights", "MB in bf16", "MB written", "Hessian, MB", "seconds")
+    sites.title = f"each of {plan.layers} decoder layers"
+    for site in plan.sites.values():
+        names = ", ".join(linear.rpartition(".")[2] for linear in site.linears)
+        sizes = (f"{size / 1e6:,.1f}" for size in (site.source_bytes, site.bytes, site.hessian_bytes))
+        sites.add_row(names, f"{site.rows} x {site.columns}", *sizes, f"{site.seconds:.1f}")
+    console.print(sites)
+    stages = Table("stage", "seconds", "memory at its fullest, GB", title="the whole run, on the CPU of this machine")
+    for stage in plan.stages:
+        stages.add_row(stage.name, f"{stage.seconds:,.0f}", f"{stage.memory_bytes / 1e9:.2f}")
+    stages.add_row("in all", f"{plan.seconds:,.0f}", f"{plan.memory_bytes / 1e9:.2f}", style="bold")
+    console.print(stages)
+    where = "on disk" if plan.hidden_states_on_disk else "in memory"
+    console.print(
+        f"a layer in float32 is {plan.layer_float32_bytes / 1e9:.2f} GB, a batch of activations "
+        f"{plan.batch_bytes / 1e9:.2f} GB, 1.5 times both and 2 GiB are {plan.memory_bound_bytes / 1e9:.2f} GB; hidden "
+        f"states of all calibration text are {plan.hidden_states_bytes / 1e9:.2f} GB, {where}; "
+        f"{plan.shards} shards, {plan.disk_bytes / 1e9:.2f} GB on disk"
+    )
+
+
+def print_verification(found: Verification, console: Console | None = None) -> None:
+    """The checks, errors by layer, and the verdict."""
+    console = Console() if console is None else console
+    table = Table("check", "", "found", title=found.checkpoint)
+    for check in found.checks:
+        table.add_row(check.name, "[green]ok[/]" if check.passed else "[red]FAILED[/]", check.detail)
+    console.print(table)
+    columns = {
+        "hidden states' relative error": (found.layer_errors, ".3f"),
+        "energy lost by rounding": (found.rounding_errors, ".2%"),
+        "|Q^T Q - I|": (found.orthogonality_errors, ".1e"),
+    }
+    shown = {title: column for title, column in columns.items() if column[0]}
+    if shown:
+        layers = Table("after", *shown, title="layer by layer")
+        names = dict.fromkeys(name for errors, _ in shown.values() for name in errors)
+        for name in names:
+            layers.add_row(name, *(format(e[name], form) if name in e else "" for e, form in shown.values()))
+        console.print(layers)
+    console.print("[green]passed[/]" if found.passed else "[bold red]failed[/]")
+
+
+def print_inspection(found: Inspection) -> None:
+    """Model, schemes, sizes, recipe and figures."""
+    console, shape = Console(), found.shape
+    console.print(
+        f"{found.checkpoint}: {shape.architecture}, {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, "
+        f"{shape.num_attention_heads} heads, {shape.num_key_value_heads} kv-heads of {shape.head_dim}, "
+        f"format version {found.format_version}",
+        soft_wrap=True,
+    )
+    schemes = Table("linear", "weights", "input", "input transform", title="schemes")
+    for name, scheme in found.schemes.items():
+        schemes.add_row(name, *scheme_words(scheme))
+    console.print(schemes)
+    cache = found.kv_cache
+    rotation = "rotated" if found.rotated_residual else "the source's, or folded into the embeddings"
+    kept = "as the model"
+    if cache is not None:
+        kept = f"keys {cache.key_bits} bits through {cache.key_transform}, values {cache.value_bits} bits"
+    vocabulary = "as the model" if found.vocabulary_bits is None else f"{found.vocabulary_bits} bits"
+    console.print(f"KV cache: {kept}; residual basis: {rotation}; vocabulary: {vocabulary}")
+    sizes = {part: (size.bytes, size.bf16_bytes) for part, size in found.sizes.items()}
+    sizes["KV cache per token"] = (found.kv_bytes_per_token, found.kv_bf16_bytes_per_token)
+    console.print(_sizes_table("sizes", sizes))
+    console.print(f"{found.bits_per_weight:.2f} bits per weight of the linear layers")
+    if found.recipe is not None:
+        console.print(f"recipe: {found.recipe.get('name')}", markup=False)
+    for name, value in (found.report or {}).items():
+        if isinstance(value, str | int | float):
+            console.print(f"{name}: {value}", markup=False, highlight=False)
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """Figures with their standard errors, and the text they come from."""
+    console = Console()
+    table = Table("figure", "mean", "standard error", title=f"{found.model}{' (simulated)' if found.simulated else ''}")
+    rows = {
+        "perplexity": found.perplexity,
+        "perplexity of the reference": found.reference_perplexity,
+        "KL(reference || model), nats per token": found.kl,
+        "top-1 agreement": found.top1_agreement,
+    }
+    for name, figure in rows.items():
+        if figure is not None:
+            table.add_row(name, f"{figure.mean:.4g}", _error(figure))
+    console.print(table)
+    console.print(f"text: {found.text}; {found.windows} windows of {found.window} tokens", markup=False)
+
+
+def print_page(found: Summary) -> None:
+    """Where the page is, and the worst places on it."""
+    console = Console()
+    for what, worst in (("quantised input", found.worst_input), ("rounded weight", found.worst_weight)):
+        if worst is not None:
+            console.print(f"worst {what}: layer {worst.layer}, {worst.place}, {worst.error:.2%} of its energy is noise")
+    if found.before is None:
+        console.print("without --source SOURCE the page lacks the figures before quantising")
+    console.print(found.page, markup=False, highlight=False, soft_wrap=True)
+
+
+def _error(figure: Figure) -> str:
+    return "one window: unknown" if figure.standard_error is None else f"{figure.standard_error:.2g}"
+
+
+def _sizes_table(title: str, sizes: dict[str, tuple[int, int]]) -> Table:
+    table = Table("", "bytes", "unquantised", "ratio", title=title)
+    for name, (ours, theirs) in sizes.items():
+        table.add_row(name, f"{ours:,}", f"{theirs:,}", f"{ours / theirs:.3f}" if theirs else "-")
+    return table

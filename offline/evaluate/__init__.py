@@ -1,0 +1,1 @@
+"""Simulate, measure, compare and verify a checkpoint."""

@@ -1,0 +1,148 @@
+"""A checkpoint beside the model it was made from: the same model, and behaving like it."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from infoquant_vllm.format import Checkpoint
+from offline.errors import CheckError
+from offline.evaluate.metrics import compare, stored_dtype
+from offline.evaluate.simulate import load_simulated
+from offline.model.architectures import CausalLM
+from offline.model.reference import load_reference
+from offline.model.source import Source, read_tokenizer
+from offline.prompts import OWN_TEXT, PASSAGES
+from offline.stages.lm_head import vocabulary_rows
+from offline.text import encode_texts
+
+PROMPT_WORDS = 12
+LARGEST_KL = 2.0
+"""Nats per position. A usable 4-bit model is well below 1; one with a wrong rotation or layer far above."""
+LARGEST_BASIS_ERROR = 0.02
+"""Relative; bfloat16 embeddings rounded once more give 0.003."""
+LARGEST_ROUNDING_ERROR = 0.05
+"""Relative, of embeddings or lm_head in 8 bits; those of SmolLM2 have 0.012."""
+
+
+def continuation(folder: str | Path, tokens: int = 24) -> tuple[str, str]:
+    """The beginning of a passage, and how the checkpoint goes on from there when it takes the likeliest token."""
+    tokenizer, model = read_tokenizer(Path(folder)), load_simulated(folder, stored_dtype(Path(folder)))
+    prompt = " ".join(PASSAGES[0].split()[:PROMPT_WORDS])
+    (ids,) = encode_texts([prompt], tokenizer, model.config.vocab_size, OWN_TEXT)
+    written: list[int] = []
+    for _ in range(tokens):
+        with torch.no_grad():
+            token = int(model(torch.tensor([[*ids.tolist(), *written]])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        written.append(token)
+    return prompt, str(tokenizer.decode(written))
+
+
+class Comparison:
+    """A checkpoint and its source as transformers loads it, with the residual basis from one to the other."""
+
+    def __init__(self, checkpoint: Checkpoint, source: str | Path):
+        self._checkpoint = checkpoint
+        self._source = Source.open(source)
+        self._basis: torch.Tensor
+        self._moments: list[torch.Tensor] = []
+
+    @cached_property
+    def _reference(self) -> CausalLM:
+        return load_reference(self._source.folder, stored_dtype(self._source.folder))
+
+    def same_ends(self) -> str:
+        """Sizes agree, and embeddings and lm_head are the source's, as they are or in a rotated basis."""
+        if self._checkpoint.shape != self._source.shape:
+            raise CheckError(f"sizes differ: {self._checkpoint.shape} against {self._source.shape}")
+        return f"{self._same_embeddings()}; {self._same_head()}"
+
+    def _same_embeddings(self) -> str:
+        theirs = self._source.tensor("model.embed_tokens.weight").double()
+        if "model.embed_tokens.weight_packed" in self._checkpoint.weight_map:
+            ours = vocabulary_rows(self._checkpoint).double()
+            error = ((ours - theirs).norm() / theirs.norm()).item()
+            if not error <= LARGEST_ROUNDING_ERROR:
+                raise CheckError(
+                    f"8-bit embeddings are not the source's: relative error {error:.2g}, "
+                    f"at most {LARGEST_ROUNDING_ERROR:g}"
+                )
+            self._basis = self._stored_basis()
+            return f"embeddings are the source's in 8 bits, relative error {error:.1e}"
+        ours = self._checkpoint.tensor("model.embed_tokens.weight").double()
+        if torch.equal(ours, theirs):
+            self._basis = self._stored_basis()
+            return "embeddings equal"
+        self._basis = self._fit(theirs, ours)
+        error = ((theirs @ self._basis - ours).norm() / ours.norm()).item()
+        if not error <= LARGEST_BASIS_ERROR:
+            raise CheckError(
+                f"embeddings are no rotation of the source's: relative error {error:.2g}, "
+                f"at most {LARGEST_BASIS_ERROR:g}"
+            )
+        return f"embeddings are the source's in another basis, relative error {error:.1e}"
+
+    def _same_head(self) -> str:
+        """Compare lm_head times the gain of the final norm, which makes the logits of normalized hidden states."""
+        module, norm = self._reference.lm_head.weight, self._reference.model.norm.weight.double()
+        if self._checkpoint.shape.tie_word_embeddings:
+            if not torch.equal(module, self._reference.model.embed_tokens.weight):
+                raise CheckError("lm_head is the embedding, in the source as transformers loads it a matrix of its own")
+            return "lm_head tied in both"
+        theirs, limit = module.double() * norm, LARGEST_BASIS_ERROR
+        if "lm_head.weight_packed" in self._checkpoint.weight_map:
+            ours, limit = vocabulary_rows(self._checkpoint).double(), LARGEST_ROUNDING_ERROR
+        else:
+            ours = self._checkpoint.tensor("lm_head.weight").double()
+        ours *= self._checkpoint.tensor("model.norm.weight").double()
+        if self._moments:  # of embeddings that may not span the whole hidden size
+            self._basis = self._fit(theirs, ours)
+        error = ((theirs @ self._basis - ours).norm() / ours.norm()).item()
+        if not error <= limit:
+            raise CheckError(f"lm_head is not the source's: relative error {error:.2g}, at most {limit:g}")
+        return f"lm_head is the source's, relative error {error:.1e}"
+
+    def _fit(self, theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+        """Return the basis [hidden, hidden] that leads from all rows seen so far to ours, by least squares."""
+        moments = [theirs.T @ x / theirs.square().sum() for x in (theirs, ours)]
+        self._moments = [x + y for x, y in zip(self._moments, moments, strict=True)] if self._moments else moments
+        return torch.linalg.lstsq(*self._moments).solution
+
+    def _stored_basis(self) -> torch.Tensor:
+        if self._checkpoint.config.tied_residual_rotation:
+            return self._checkpoint.tensor("model.embed_tokens.residual_rotation").double()
+        return torch.eye(self._source.shape.hidden_size).double()
+
+    def behaviour(self, layer_errors: dict[str, float]) -> str:
+        """Compare predictions on the project's own passages; fills `layer_errors`, mean over tokens."""
+        windows = encode_texts(PASSAGES, self._source.tokenizer(), self._source.shape.vocab_size, OWN_TEXT)
+        reference = self._reference
+        model = load_simulated(self._checkpoint.folder, stored_dtype(self._source.folder))
+        ours, theirs = _record_layers(model), _record_layers(reference)
+        figures = compare(windows, model, reference)
+        for layer, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            back, plain = torch.cat(a).double() @ self._basis.T, torch.cat(b).double()
+            layer_errors[f"model.layers.{layer}"] = ((back - plain).norm(dim=1) / plain.norm(dim=1)).mean().item()
+        kl, agreement = figures["kl"].mean, figures["top1_agreement"].mean
+        found = f"KL {kl:.3f}, top-1 agreement {agreement:.1%} over {sum(map(len, windows))} tokens"
+        if not kl <= LARGEST_KL:
+            raise CheckError(f"{found}; KL of at most {LARGEST_KL:g} was expected")
+        return found
+
+
+def _record_layers(model: CausalLM) -> Sequence[list[torch.Tensor]]:
+    """Lists that fill with each decoder layer's output, [tokens, hidden] float32, as the model runs."""
+    records: list[list[torch.Tensor]] = []
+    for layer in model.model.layers:
+        record: list[torch.Tensor] = []
+
+        def keep(_: nn.Module, args: object, output: torch.Tensor, record: list[torch.Tensor] = record) -> None:
+            record.append(output.flatten(0, -2).float())
+
+        layer.register_forward_hook(keep)
+        records.append(record)
+    return records

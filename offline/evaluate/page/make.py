@@ -1,0 +1,172 @@
+"""From a checkpoint folder to a file with its page: measure, draw, fill in the template, write."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from transformers import PreTrainedTokenizerBase
+
+from infoquant_vllm.format import Checkpoint
+from offline.errors import ToolError
+from offline.evaluate.inspect import Inspection, inspect_checkpoint
+from offline.evaluate.page.measure import Measurement, clips, measure
+from offline.evaluate.page.summary import LABELS, Summary, mean, run_records, site_bits, site_words, summarize
+from offline.model.source import Source, read_tokenizer
+from offline.output.report import Report
+from offline.output.writer import atomic_file, check_writable
+from offline.progress import ProgressReport, silent
+from offline.prompts import OWN_TEXT, PASSAGES
+from offline.text import encode_texts, text_windows
+
+WINDOWS, WINDOW = 4, 512
+"""Windows read of a text that the user gives, and tokens of each."""
+TEMPLATE = "page.html"
+GENERATOR = '<meta name="generator" content="infoquant report">'
+"""By this line of its template a page is known for one of ours."""
+HEAD_BYTES = 1024
+LONGEST_TEXT = 20_000
+"""Characters of the recipe that are shown."""
+
+
+def make_page(
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    source: str | Path | None = None,
+    corpus: str | None = None,
+    overwrite: bool = False,
+    progress: ProgressReport = silent,
+) -> Summary:
+    """Measure a checkpoint on a text and write its page.
+
+    Args:
+        folder: the checkpoint.
+        output: the file; None names it CHECKPOINT-report.html beside the checkpoint.
+        source: folder or hub id of the model it was made from, for the figures before quantising.
+        corpus: see `text_windows`; None reads the project's own passages.
+        overwrite: replace a page written earlier.
+        progress: called after every window.
+    """
+    checkpoint_folder = Path(folder).resolve()
+    file = checkpoint_folder.with_name(f"{checkpoint_folder.name}-report.html") if output is None else Path(output)
+    _check_output(file, overwrite)
+    _check_matplotlib()
+    inspection = inspect_checkpoint(folder)
+    records, checkpoint = run_records(inspection), Checkpoint(folder)
+    opened = None if source is None else Source.open(source)
+    windows = _windows(corpus, read_tokenizer(checkpoint.folder), checkpoint.shape.vocab_size)
+    found = measure(checkpoint, opened, windows, progress)
+    summary = summarize(
+        found,
+        records,
+        checkpoint.shape.num_hidden_layers,
+        page=str(file),
+        source=None if source is None else str(source),
+        text=corpus or OWN_TEXT,
+    )
+    name = checkpoint_folder.name
+    factors = clips(checkpoint)
+    context = _words(name, checkpoint, inspection, records, summary) | _pictures(checkpoint, found, summary, factors)
+    context["clips"] = {site: by_layer.mean(1).tolist() for site, by_layer in factors.items()}
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    _write(file, templates.get_template(TEMPLATE).render(context))
+    return summary
+
+
+def _windows(corpus: str | None, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[torch.Tensor]:
+    if corpus is not None:
+        return list(text_windows(corpus, tokenizer, vocab_size, WINDOWS, WINDOW, seed=0))
+    return encode_texts(PASSAGES, tokenizer, vocab_size, OWN_TEXT)
+
+
+def _words(
+    name: str, checkpoint: Checkpoint, inspection: Inspection, records: Report | None, summary: Summary
+) -> dict[str, Any]:
+    """What the template writes as text."""
+    recipe = None if inspection.recipe is None else yaml.safe_dump(inspection.recipe, sort_keys=False)[:LONGEST_TEXT]
+    sizes = {part: (size.bytes, size.bf16_bytes) for part, size in inspection.sizes.items()}
+    views = {"after": summary.after} if summary.before is None else {"before": summary.before, "after": summary.after}
+    means = {
+        site: {
+            view: {figure: mean(getattr(by_site[site], figure)) for figure in ("range", "entropy", "error")}
+            for view, by_site in views.items()
+        }
+        for site in summary.after
+    }
+    return {
+        "name": name,
+        "shape": checkpoint.shape,
+        "inspection": inspection,
+        "records": records,
+        "recipe_name": (inspection.recipe or {}).get("name"),
+        "recipe": recipe,
+        "sizes": {"linear layers": sizes["linears"], "whole checkpoint": sizes["total"]},
+        "summary": summary,
+        "views": views,
+        "means": means,
+        "labels": LABELS,
+        "schemes": {site: site_words(checkpoint, site) for site in summary.after},
+        "bits": {site: sorted(set(site_bits(checkpoint, site))) for site in summary.after},
+        "layers": range(checkpoint.shape.num_hidden_layers),
+    }
+
+
+def _pictures(
+    checkpoint: Checkpoint, found: Measurement, summary: Summary, factors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """The template's pictures as data URIs."""
+    from offline.evaluate.page import plots
+
+    layers = checkpoint.shape.num_hidden_layers
+    shown = sorted({0, layers // 2, layers - 1})
+    errors = {
+        "Inputs and cache: share of their energy": {
+            LABELS[site]: [float("nan") if error is None else error for error in figures.error]
+            for site, figures in summary.after.items()
+        }
+    }
+    if summary.weight_errors:
+        errors["Weights: share of the energy of each linear's output"] = summary.weight_errors
+    return {
+        "shown": shown,
+        "criteria": plots.to_svg(plots.criteria(found)),
+        "occupancy": plots.to_svg(plots.occupancy(found)),
+        "histograms": {
+            site: plots.to_svg(plots.histograms(found, site, shown, site_bits(checkpoint, site)))
+            for site in found.after
+        },
+        "error_maps": plots.to_svg(plots.error_maps(errors)),
+        "clip_factors": plots.to_svg(plots.clip_factors(factors)) if factors else None,
+    }
+
+
+def _check_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ToolError(
+            "the package matplotlib, which draws the plots, is not installed; `pip install 'infoquant-vllm[report]'`"
+        )
+
+
+def _check_output(file: Path, overwrite: bool) -> None:
+    """Make its folder; refuse a file that exists, and with `overwrite` whatever this tool has not written."""
+    check_writable(file)
+    if not file.exists() and not file.is_symlink():
+        return
+    if not overwrite:
+        raise ToolError(f"{file}: exists already; give another --output, or pass --overwrite to replace it")
+    if not file.is_file() or file.is_symlink() or GENERATOR.encode() not in _head(file):
+        raise ToolError(f"{file}: something else than a page of this tool, which is not overwritten")
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(HEAD_BYTES)
+
+
+def _write(file: Path, page: str) -> None:
+    """Write the page whole or not at all; what UTF-8 cannot say becomes a question mark."""
+    with atomic_file(file) as partial:
+        partial.write_bytes(page.encode("utf-8", errors="replace"))

@@ -1,0 +1,116 @@
+"""A checkpoint as a transformers model that computes what the server would."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from infoquant_vllm.format import Checkpoint, FormatError, cache_tensors, linear_tensors
+from offline.errors import ToolError
+from offline.evaluate.simulated import (
+    DeferredRotary,
+    RotatedEmbedding,
+    RotatedHead,
+    SimulatedCache,
+    SimulatedLinear,
+    SimulatedNorm,
+    SimulatedSilu,
+    cached_attention,
+)
+from offline.model.architectures import CausalLM, empty_model, read_config
+from offline.stages.lm_head import vocabulary_rows
+
+ATTENTION = "infoquant_simulated_cache"
+
+
+def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> CausalLM:
+    """The checkpoint as a model in eval mode whose linears, KV cache and ends follow the format.
+
+    Everything between them (RoPE, residual stream, lm_head) runs in `dtype`, as in the server; norms
+    and activations are rounded to it, rotations and quantisers run in float32, attention and the
+    residual rotation in the server's own kernels. In float32 the codes are the server's; in bf16 its
+    roundings differ in places.
+
+    Raises ToolError where the checkpoint is not whole or holds values that cannot be right.
+    """
+    try:
+        return _load(Checkpoint(folder), dtype)
+    except FormatError as error:
+        raise ToolError(str(error)) from None
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> CausalLM:
+    plain = {name: value for name, value in checkpoint.hf_config.items() if name != "quantization_config"}
+    config = read_config(checkpoint.shape, plain, checkpoint.folder / "config.json")
+    config._attn_implementation = "sdpa"
+    model = empty_model(checkpoint.shape, config)
+    _replace_linears(model, checkpoint)
+    _replace_attention(model, checkpoint)
+    parameters = set(dict(model.named_parameters()))
+    names = parameters & set(checkpoint.weight_map)
+    state = {name: checkpoint.tensor(name).to(dtype) for name in names}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    _replace_ends(model, checkpoint, dtype)
+    _replace_between(model)
+    model.config.dtype = dtype
+    return model.eval().requires_grad_(False)
+
+
+def _replace_linears(model: CausalLM, checkpoint: Checkpoint) -> None:
+    for module, (out_features, in_features) in checkpoint.shape.linears().items():
+        scheme = checkpoint.config.scheme(module)
+        if scheme is None:
+            continue
+        names = list(linear_tensors(scheme, out_features, in_features))
+        names += ["bias"] if checkpoint.shape.has_bias(module) else []
+        tensors = {name: checkpoint.tensor(f"{module}.{name}") for name in names}
+        _set(model, module, SimulatedLinear(scheme, tensors))
+
+
+def _replace_attention(model: CausalLM, checkpoint: Checkpoint) -> None:
+    cache = checkpoint.config.kv_cache
+    if cache is None:
+        return
+    AttentionInterface.register(ATTENTION, cached_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+    model.model.rotary_emb = rotary = DeferredRotary(model.model.rotary_emb)
+    for layer in range(checkpoint.shape.num_hidden_layers):
+        _set(model, f"model.layers.{layer}.self_attn.rotary", rotary)
+        name = f"model.layers.{layer}.self_attn.attn"
+        names = cache_tensors(cache, checkpoint.shape)
+        _set(model, name, SimulatedCache(cache, {local: checkpoint.tensor(f"{name}.{local}") for local in names}))
+
+
+def _replace_ends(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """An 8-bit vocabulary, and the rotations into and out of the residual basis of a tied model."""
+    shape, scheme = checkpoint.shape, checkpoint.config.vocabulary_scheme
+    if scheme is not None:
+        names = linear_tensors(scheme, shape.vocab_size, shape.hidden_size)
+        tensors = {name: checkpoint.tensor(f"{shape.vocabulary_module}.{name}") for name in names}
+        model.lm_head = SimulatedLinear(scheme, tensors)
+        if shape.tie_word_embeddings:
+            model.model.embed_tokens.weight = nn.Parameter(vocabulary_rows(checkpoint).to(dtype), requires_grad=False)
+    if not checkpoint.config.tied_residual_rotation:
+        return
+    rotation = checkpoint.tensor("model.embed_tokens.residual_rotation")
+    final_norm = checkpoint.tensor("model.embed_tokens.final_norm_weight")
+    model.model.embed_tokens = RotatedEmbedding(model.model.embed_tokens.weight, rotation)
+    model.lm_head = RotatedHead(model.lm_head, rotation, final_norm)
+
+
+def _replace_between(model: CausalLM) -> None:
+    """Norms and activations."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            _set(model, name, SimulatedNorm(module.weight, module.variance_epsilon))
+        elif name.endswith(".act_fn") and model.config.hidden_act == "silu":
+            _set(model, name, SimulatedSilu())
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,1 @@
+"""Read the source model: its files, its architecture, and its decoder layer by layer."""

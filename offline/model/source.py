@@ -1,0 +1,262 @@
+"""The model to quantise: a local folder or a hub id, checked before anything is computed."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from infoquant_vllm.format import INDEX_FILE, FormatError, ModelShape, check_values, read_json
+from offline.errors import ToolError, first_line
+from offline.model.architectures import CausalLM, read_config, rules_for
+from offline.model.folders import missing_index, missing_prefix, other_kind
+from offline.output.copied_files import HUB_FILES
+
+SINGLE_FILE = "model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS_AT_A_TIME = 8192
+"""Of embedding and head as they are compared, which bounds memory."""
+UNUSED = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+"""RoPE tables in old checkpoints, which transformers and vLLM compute themselves; every other tensor is used."""
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+SECOND_COPY = "consolidated*.safetensors"
+"""The same weights under their authors' own names, which Mistral's folders hold beside the shards."""
+
+Headers = dict[str, tuple[Path, tuple[int, ...], str]]
+"""Of tensors, by their names: file, shape and dtype."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An unquantised model of a known class whose headers agree with its config.
+
+    `weight_map` places every tensor the architecture needs, and no others, in its shard. Where config.json
+    says that embedding and head are tied but the files hold a head of other values, `hf_config` and `shape`
+    say untied: transformers and vLLM use the head of the files, and so does this tool.
+    """
+
+    folder: Path
+    hf_config: dict[str, Any]
+    shape: ModelShape
+    weight_map: dict[str, str]
+
+    @classmethod
+    def open(cls, path_or_hub_id: str | Path, headers_only: bool = False) -> "Source":
+        """Check config, tokenizer, index and shard headers; raises ToolError for the first thing wrong.
+
+        With `headers_only` a folder that holds a config.json, and neither weights nor a tokenizer, will do:
+        `weight_map` is empty then and no tensor can be read.
+        """
+        folder = _local_folder(path_or_hub_id)
+        another = other_kind(folder)
+        if another is not None:
+            raise ToolError(f"{folder}: {another}")
+        try:
+            hf_config = read_json(folder / "config.json")
+            _refuse_quantized(hf_config, folder / "config.json")
+            shape = ModelShape.from_hf(hf_config, str(folder / "config.json"))
+        except FormatError as error:
+            raise ToolError(str(error)) from None
+        read_config(shape, hf_config, folder / "config.json")
+        if headers_only and not any(folder.glob("*.safetensors")) and not (folder / INDEX_FILE).is_file():
+            return cls(folder, hf_config, shape, {})
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ToolError(f"{folder}: no tokenizer ({' or '.join(TOKENIZER_FILES)} was expected)")
+        headers = _headers(folder)
+        if shape.tie_word_embeddings and not _is_tied(headers):
+            hf_config = hf_config | {"tie_word_embeddings": False}
+            shape = shape.model_copy(update={"tie_word_embeddings": False})
+        return cls(folder, hf_config, shape, _weight_map(folder, headers, shape))
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor of the model, sorted; a tied model has no `lm_head.weight`."""
+        return sorted(self.weight_map)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor in its stored dtype; raises ToolError where it holds NaN or Inf."""
+        file = self.folder / self.weight_map[name]
+        with safe_open(file, framework="pt") as shard:
+            tensor = shard.get_tensor(name)
+        try:
+            check_values(tensor, name, str(file))
+        except FormatError as error:
+            raise ToolError(str(error)) from None
+        return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor, from its file's header; the config's word for it where there is no file."""
+        if not self.weight_map:
+            named = str(self.hf_config.get("dtype", self.hf_config.get("torch_dtype", "bfloat16")))
+            return {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)
+        with safe_open(self.folder / self.weight_map[name], framework="pt") as shard:
+            return DTYPES[shard.get_slice(name).get_dtype()]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, from its own files only."""
+        return read_tokenizer(self.folder)
+
+    def model(self, dtype: torch.dtype) -> CausalLM:
+        """The model in eval mode, every weight read through `tensor` and none left as initialised."""
+        config = read_config(self.shape, self.hf_config, self.folder / "config.json")
+        disable_progress_bar()
+        state = {name: self.tensor(name).to(dtype) for name in self.names}
+        model = rules_for(self.shape).model.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files lie in `folder`; raises ToolError where they cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
+        raise ToolError(f"{folder}: the tokenizer cannot be read ({error})") from None
+
+
+def _local_folder(path_or_hub_id: str | Path) -> Path:
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ToolError(f"{folder}: a model folder was expected, this is a file")
+    if isinstance(path_or_hub_id, Path) or not HUB_ID.match(path_or_hub_id):
+        raise ToolError(f"{folder}: no such folder, and not a hub id like organisation/model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                path_or_hub_id, allow_patterns=["*.safetensors", *HUB_FILES], ignore_patterns=[SECOND_COPY]
+            )
+        )
+    except Exception as error:  # network, authorisation and missing repositories, each with a class of its own
+        reason = first_line(error)
+        raise ToolError(f"{path_or_hub_id}: no such folder, and the hub did not give it ({reason})") from None
+
+
+def _refuse_quantized(hf_config: dict[str, Any], file: Path) -> None:
+    found = hf_config.get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise ToolError(
+            f"{file}: the model is already quantised (quant_method {method!r}); give the unquantised original"
+        )
+
+
+def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an unquantised model of that shape."""
+    hidden = shape.hidden_size
+    tensors: dict[str, tuple[int, ...]] = {f"{norm}.weight": (size,) for norm, size in shape.norms().items()}
+    tensors[EMBEDDING] = (shape.vocab_size, hidden)
+    if not shape.tie_word_embeddings:
+        tensors[HEAD] = (shape.vocab_size, hidden)
+    for module, size in shape.linears().items():
+        tensors[f"{module}.weight"] = size
+        if shape.has_bias(module):
+            tensors[f"{module}.bias"] = size[:1]
+    return tensors
+
+
+def _is_tied(headers: Headers) -> bool:
+    """Whether the files agree that embedding and head are one matrix: they hold no head, or one of equal values.
+
+    Compared exactly: where a cast to the model's dtype makes them equal, an untied model is the same function.
+    """
+    if HEAD not in headers or EMBEDDING not in headers:
+        return True
+    (file, size, dtype), (head_file, head_size, head_dtype) = headers[EMBEDDING], headers[HEAD]
+    if size != head_size or not {dtype, head_dtype} <= set(DTYPES):
+        return False
+    with safe_open(file, framework="pt") as first, safe_open(head_file, framework="pt") as second:
+        embedding, head = first.get_slice(EMBEDDING), second.get_slice(HEAD)
+        starts = range(0, size[0], ROWS_AT_A_TIME)
+        parts = (slice(start, start + ROWS_AT_A_TIME) for start in starts)
+        return all(torch.equal(embedding[part].float(), head[part].float()) for part in parts)
+
+
+def _weight_map(folder: Path, headers: Headers, shape: ModelShape) -> dict[str, str]:
+    expected = _expected(shape)
+    for name, size in expected.items():
+        if name not in headers:
+            missing = (
+                missing_prefix(name, headers) or f"tensor {name} {list(size)} is missing from its safetensors files"
+            )
+            raise ToolError(f"{folder}: {missing}")
+        file, found, dtype = headers[name]
+        if found != size:
+            raise ToolError(f"{file}: {name} has shape {list(found)}, config.json asks for {list(size)}")
+        if dtype not in DTYPES:
+            raise ToolError(f"{file}: {name} is {dtype}, expected {', '.join(DTYPES)}")
+    unused = {HEAD} if shape.tie_word_embeddings else set()
+    extra = sorted(name for name in headers if name not in expected.keys() | unused and not UNUSED.match(name))
+    if extra:
+        raise ToolError(f"{headers[extra[0]][0]}: unexpected tensor {extra[0]} ({len(extra)} such tensors)")
+    return {name: headers[name][0].name for name in expected}
+
+
+def _headers(folder: Path) -> Headers:
+    """Of every tensor: its file, shape and dtype; the index, where there is one, must say the same."""
+    shards, indexed = _shards(folder)
+    headers: Headers = {}
+    for shard in shards:
+        for name, size, dtype in _read_header(shard):
+            if name in headers:
+                raise ToolError(f"{shard}: holds {name}, which {headers[name][0].name} holds too")
+            if indexed is not None and indexed.get(name) != shard.name:
+                place = indexed.get(name, "nowhere")
+                raise ToolError(f"{shard}: holds {name}, which {INDEX_FILE} places {place!r}")
+            headers[name] = (shard, size, dtype)
+    for name, place in (indexed or {}).items():
+        if name not in headers:
+            raise ToolError(f"{folder / place}: {INDEX_FILE} places {name} there, but the file does not hold it")
+    return headers
+
+
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    second_copies = set(folder.glob(SECOND_COPY))
+    found = {file.name for file in folder.glob("*.safetensors") if file not in second_copies}
+    indexed: dict[str, str] | None = None
+    if (folder / INDEX_FILE).is_file():
+        indexed = _index(folder)
+        listed = set(indexed.values())
+    elif found:
+        listed, missing = {SINGLE_FILE}, missing_index(found, INDEX_FILE)
+        if missing is not None and SINGLE_FILE not in found:
+            raise ToolError(f"{folder}: {missing}")
+    else:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        held = f"it holds {pickles[0]}, and pickles are not read; convert the model" if pickles else "convert the model"
+        raise ToolError(f"{folder}: no safetensors files ({held} with `save_pretrained` of transformers)")
+    for name in sorted(listed - found):
+        raise ToolError(f"{folder / name}: the shard is missing ({len(listed - found)} of {len(listed)} are)")
+    for name in sorted(found - listed):
+        raise ToolError(f"{folder / name}: an extra safetensors file that the model does not list; move it away")
+    return [folder / name for name in sorted(listed)], indexed
+
+
+def _index(folder: Path) -> dict[str, str]:
+    try:
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    except FormatError as error:
+        raise ToolError(str(error)) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ToolError(f"{folder / INDEX_FILE}: weight_map is missing or empty")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ToolError(f"{folder / INDEX_FILE}: places {name} in {shard!r}, which is no safetensors file name")
+    return weight_map
+
+
+def _read_header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return [(name, tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()]
+    except (SafetensorError, OSError) as error:
+        raise ToolError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None

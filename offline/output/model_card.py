@@ -1,0 +1,59 @@
+"""The model card of a checkpoint."""
+
+from offline.model.source import HUB_ID
+from offline.output.report import Report
+from offline.recipe import Recipe
+
+
+def model_card(name: str, recipe: Recipe, report: Report) -> str:
+    """README.md of the checkpoint folder: what it is, how to serve it, its figures and its recipe."""
+    return f"""---
+library_name: vllm
+pipeline_tag: text-generation
+tags:
+- infoquant
+- w4a4kv4
+{_base_model(report.source)}---
+# {name}
+
+{report.source} in {report.bits_per_weight:.2f} bits per weight of its linear layers, made by `infoquant quantize`
+with the recipe `{recipe.name}` (transform {recipe.transform}, rounding {recipe.rounding}, calibration
+`{report.calibration}`, seed {report.seed}).
+
+```
+pip install infoquant-vllm
+vllm serve PATH-OF-THIS-FOLDER
+```
+
+| | source | this checkpoint | ratio |
+|---|---|---|---|
+| linear layers, MB | {_row(report.source_linear_bytes, report.linear_bytes)} |
+| all tensors, MB | {_row(report.source_bytes, report.total_bytes)} |
+| KV cache, bytes per token | {_row(report.source_kv_bytes_per_token, report.kv_bytes_per_token, 1)} |
+
+{_errors(report)}
+The whole recipe is in `infoquant_recipe.yaml`, the errors of each layer are in `infoquant_report.json`.
+The licence of the source model applies.
+"""
+
+
+def _base_model(source: str) -> str:
+    """A line of metadata, where the source has a name on the hub: of others the hub refuses it."""
+    return f"base_model: {source}\nbase_model_relation: quantized\n" if HUB_ID.match(source) else ""
+
+
+def _errors(report: Report) -> str:
+    """What rounding lost, where it was measured."""
+    if not report.errors:
+        return ""
+    worst = max(report.errors, key=lambda name: report.errors[name])
+    mean = sum(report.errors.values()) / len(report.errors)
+    return (
+        f"On {report.calibration_tokens} calibration tokens the rounding of weights loses {mean:.2%} of the linears'"
+        f" output energy,\n{report.errors[worst]:.2%} in the worst of them (`{worst}`).\n"
+    )
+
+
+def _row(before: int, after: int, unit: float = 1e6) -> str:
+    digits = 0 if unit == 1 else 1
+    return f"{before / unit:.{digits}f} | {after / unit:.{digits}f} | {after / before:.3f}"

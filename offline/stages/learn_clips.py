@@ -1,0 +1,66 @@
+"""Learned activation clipping (InfoQuant, arXiv 2605.26175), one layer at a time.
+
+The clip factors of a quantised layer are trained so that it makes of unquantised hidden states what
+the unquantised layer makes of them.
+"""
+
+import math
+
+import torch
+
+from infoquant_vllm.format import ModelShape
+from offline.model.hidden_states import Stream
+from offline.recipe import LearnedClips, Recipe
+from offline.training.fake_quant_layer import ClippedLayer
+
+WARM_UP_FROM = 0.01
+COSINE_TO = 1e-3
+SMALLEST_ERROR = 1e-30
+
+
+def learn_clips(
+    tensors: dict[str, torch.Tensor],
+    stream: Stream,
+    before: torch.Tensor,
+    args: LearnedClips,
+    recipe: Recipe,
+    shape: ModelShape,
+) -> dict[str, torch.Tensor]:
+    """Learnt `input_clip` and `value_clip` tensors of a layer, by the names that `quantize_layer` gives them.
+
+    tensors: the layer's, from `quantize_layer`
+    stream: which just ran that layer
+    before: [sequences, length, hidden] float32, the first of the stream's hidden states before it did
+    """
+    layer, rotary = stream.copy_layer()
+    quantized = ClippedLayer(layer, tensors, recipe, shape).to(rotary[0].device)
+    train_clips(quantized, rotary, before, stream.hidden[: len(before)], args)
+    return quantized.clips()
+
+
+def train_clips(
+    quantized: ClippedLayer,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    args: LearnedClips,
+) -> None:
+    """Bring a layer's outputs for inputs [sequences, length, hidden] close to `targets`, by its clips."""
+    batches = list(zip(inputs.split(args.batch_sequences), targets.split(args.batch_sequences), strict=True))
+    parameters = [parameter for parameter in quantized.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(step, args.warmup_steps, args.epochs * len(batches))
+    )
+    for x, target in batches * args.epochs:
+        error = (quantized(x.to(rotary[0].device), rotary) - target.to(rotary[0].device)).square().mean()
+        optimizer.zero_grad()
+        (error / error.detach().clamp(min=SMALLEST_ERROR)).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def rate_factor(step: int, warmup_steps: int, steps: int) -> float:
+    """Share of the learning rate: up from 0.01 by line over the warm-up, times a cosine down to 0.001."""
+    warm_up = min(1.0, WARM_UP_FROM + (1 - WARM_UP_FROM) * step / warmup_steps)
+    return warm_up * (COSINE_TO + (1 - COSINE_TO) * 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -1,0 +1,1 @@
+"""Decoder layers and models whose quantizers pass gradients, for clips and distillation."""
