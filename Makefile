@@ -26,7 +26,7 @@ serve: $(STAMP)  ## the same, and the server stays up
 	$(BIN)/python -m benchmarks.demo --stay
 
 bench: $(STAMP)  ## speed, memory and time of everything, in short; writes benchmarks/results
-	$(BIN)/python -m benchmarks.ladder
+	$(BIN)/python -m benchmarks.speed.suite
 
 test: lint dist $(VLLM_SOURCES_FOLDER) $(TRITONS)  ## all that is checked, a file of tests at a time on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.models import DEMO, infoquant, language_reference, quantised, source_model
-from benchmarks.scores import Scores, score, standard_error
-from benchmarks.server import Server, ServerError, serve, stop_on_sigterm
+from benchmarks.accuracy.scores import Scores, score, standard_error
+from benchmarks.common.models import DEMO, infoquant, language_reference, quantised, source_model
+from benchmarks.common.server import Server, ServerError, serve, stop_on_sigterm
 from offline.text import text_windows
 
 QUESTION = "What can I do to sleep better?"

@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from benchmarks import page_plots as plots
-from benchmarks.models import ROOT
-from benchmarks.provenance import write_whole
+from benchmarks.common.models import ROOT
+from benchmarks.common.provenance import write_whole
 from offline.evaluate.page.plots import to_svg
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,7 +37,7 @@ SECTIONS = (
     Section(
         "Served",
         "serving*.json",
-        "python -m benchmarks.serving",
+        "python -m benchmarks.speed.serving",
         "vLLM's own `vllm bench serve`, all servers in turns: times as fast as the bf16 model in the same round.",
         plots.served,
         {
@@ -55,21 +55,21 @@ SECTIONS = (
     Section(
         "Latency against concurrency",
         "serving*.json",
-        "python -m benchmarks.serving --ladder",
+        "python -m benchmarks.speed.serving --ladder",
         "Time to the first token and from one token to the next, median; both axes are logarithmic.",
         plots.latency,
     ),
     Section(
         "Cost as work grows",
         "serving*.json",
-        "python -m benchmarks.serving --growth",
+        "python -m benchmarks.speed.serving --growth",
         "A line of slope 1 (dotted) is cost in proportion to the work.",
         plots.growth,
     ),
     Section(
         "Linear layers of real models",
         "linear.json",
-        "python -m benchmarks.linear",
+        "python -m benchmarks.speed.linear",
         "One thread, a decoder layer's linears together, inputs rotated and quantised in the time. At one token, four "
         "times as fast as bf16 (dashed) is what reading a quarter of the bytes can give.",
         plots.linears,
@@ -77,7 +77,7 @@ SECTIONS = (
     Section(
         "Kernels",
         "kernels.json",
-        "python -m benchmarks.kernels",
+        "python -m benchmarks.speed.kernels",
         "One thread; the ratio is of the first contender of each shape.",
         None,
         {
@@ -92,21 +92,21 @@ SECTIONS = (
     Section(
         "Attention over the 4-bit cache",
         "attention.json",
-        "python -m benchmarks.attention",
+        "python -m benchmarks.speed.attention",
         "Kernel against kernel; vLLM's bf16 attention is 1.",
         plots.attention,
     ),
     Section(
         "Accuracy against bytes",
         "accuracy.json",
-        "python -m benchmarks.accuracy",
+        "python -m benchmarks.accuracy.run",
         "KL to the bf16 model over the whole vocabulary, against bits per weight, scales and matrices included.",
         plots.accuracy,
     ),
     Section(
         "Memory",
         "memory.json",
-        "python -m benchmarks.memory",
+        "python -m benchmarks.speed.memory",
         "What a worker holds after loading.",
         None,
         {
@@ -121,7 +121,7 @@ SECTIONS = (
     Section(
         "Quantising",
         "quantize.json",
-        "python -m benchmarks.quantize",
+        "python -m benchmarks.speed.quantize",
         "Time and peak memory of the tool against the model's size.",
         plots.quantising,
     ),

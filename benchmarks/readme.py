@@ -54,7 +54,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def accuracy(rows: Rows) -> str:
-    """The columns that matter most of benchmarks.accuracy."""
+    """The columns that matter most of benchmarks.accuracy.run."""
     quarot = next(row["simulated_kl"] for row in rows if row["model"] == "smollm2-quarot")
     heads = ("preset", "perplexity", "KL to bf16", "below quarot", "top-1 agreement", "mean of six tasks")
     lines = []

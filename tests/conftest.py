@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.models import language_reference, quantised, source_model
-from benchmarks.server import Server
+from benchmarks.common.models import language_reference, quantised, source_model
+from benchmarks.common.server import Server
 from offline.text import text_windows
 from tests.engine import Engine, running_engine
 

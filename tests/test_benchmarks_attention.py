@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from benchmarks.attention import BASELINE, FALLBACK, NATIVE, Case, measure, table
+from benchmarks.speed.attention import BASELINE, FALLBACK, NATIVE, Case, measure, table
 
 
 @pytest.mark.parametrize("queries", [1, 96])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.costs import MultiplyAdds, costs, multiply_adds, per_feature
+from benchmarks.speed.costs import MultiplyAdds, costs, multiply_adds, per_feature
 from infoquant_vllm.format import InputTransform, ModelShape, parse_config
 from tests.checkpoints import hf_config, quantization_config, write_random
 from tests.tiny import write_source

@@ -14,12 +14,12 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.common.models import ROOT
+from benchmarks.common.server import ServerError
 from benchmarks.gpu import cache_attention, engines, run, served, smoke, tune, vllm_layers
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.steps import STAGES, Plan, Step
-from benchmarks.models import ROOT
-from benchmarks.server import ServerError
-from benchmarks.serving import Case
+from benchmarks.speed.serving import Case
 from tests.checkpoints import write_random
 from tests.interpreted import (
     configurations,

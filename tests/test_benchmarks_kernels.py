@@ -1,6 +1,6 @@
 """Benchmark of kernels: how contenders take turns, and what a row tells."""
 
-from benchmarks.turns import MIN_ROUNDS, table, take_turns
+from benchmarks.common.interleaved import MIN_ROUNDS, table, take_turns
 
 
 def test_contenders_take_turns_on_ever_other_weights_and_are_told_over_the_first() -> None:

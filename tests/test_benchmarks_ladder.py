@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from benchmarks import linear, page, peers, shapes
-from benchmarks.memory import compare
-from benchmarks.memory_worker import held_bytes
-from benchmarks.models import ROOT
-from benchmarks.serving import Case, case, spread, turn_order
+from benchmarks import page, shapes
+from benchmarks.common.models import ROOT
 from benchmarks.shapes import write
+from benchmarks.speed import baselines as peers
+from benchmarks.speed import linear
+from benchmarks.speed.memory import compare
+from benchmarks.speed.memory_worker import held_bytes
+from benchmarks.speed.serving import Case, case, spread, turn_order
 from infoquant_vllm.format import ModelShape, expected_tensors, parse_config
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import provenance
+from benchmarks.common import provenance
 
 
 @pytest.fixture

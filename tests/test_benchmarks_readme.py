@@ -1,6 +1,6 @@
 """The figures of README.md and docs/speed.md are those of the result files."""
 
-from benchmarks.models import ROOT
+from benchmarks.common.models import ROOT
 from benchmarks.page import RESULTS
 from benchmarks.readme import tables
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks import tasks
-from benchmarks.tasks import Answer, Item, bits_per_byte, encode, is_right, read_task
+from benchmarks.accuracy.run import tasks
+from benchmarks.accuracy.tasks import Answer, Item, bits_per_byte, encode, is_right, read_task
 from offline.errors import ToolError
 from offline.model.source import read_tokenizer
 from tests.tiny import write_source

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.scores import Scores, kl_divergence
+from benchmarks.accuracy.scores import Scores, kl_divergence
 from offline import PRESETS, quantize
 from offline.evaluate.simulate import load_simulated
 from offline.progress import silent

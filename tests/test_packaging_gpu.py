@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.models import ROOT
+from benchmarks.common.models import ROOT
 
 sys.path.insert(0, str(ROOT / "packaging" / "gpu"))
 

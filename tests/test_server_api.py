@@ -9,7 +9,7 @@ import openai
 import psutil
 import pytest
 
-from benchmarks.server import GRACE_SECONDS, Server, serve
+from benchmarks.common.server import GRACE_SECONDS, Server, serve
 
 PROMPT = "Once upon a time, in a small village by the sea, there lived"
 MAX_MODEL_LEN = 512

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.scores import Scores, kl_divergence, score
-from benchmarks.server import Server, serve
+from benchmarks.accuracy.scores import Scores, kl_divergence, score
+from benchmarks.common.server import Server, serve
 from offline.evaluate.simulate import load_simulated
 
 STEP_TOKENS = 768  # of which 4 windows of 512 make two and a half steps

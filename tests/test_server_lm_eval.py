@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lm_eval_check import TOLERANCE, compare
-from benchmarks.models import language_reference
-from benchmarks.tasks import read_task
+from benchmarks.accuracy.lm_eval_check import TOLERANCE, compare
+from benchmarks.accuracy.tasks import read_task
+from benchmarks.common.models import language_reference
 from offline.model.source import read_tokenizer
 
 pytest.importorskip("lm_eval")

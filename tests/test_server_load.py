@@ -1,4 +1,4 @@
-"""A short `benchmarks.load`: preempted, abandoned and refused requests beside others, which do not notice; a kill."""
+"""A short `benchmarks.speed.load`: preempted, aborted and refused requests beside others, which go on; a kill."""
 
 import time
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from benchmarks.load import SERVED, SMALL_CACHE, load, make_requests
-from benchmarks.server import Server, serve
+from benchmarks.common.server import Server, serve
+from benchmarks.speed.load import SERVED, SMALL_CACHE, load, make_requests
 from offline import PRESETS, quantize
 from offline.progress import silent
 from tests.test_offline_architectures import SMALL

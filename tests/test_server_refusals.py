@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.server import start
+from benchmarks.common.server import start
 from tests.checkpoints import hf_config, quantization_config, random_tensors, write_checkpoint
 
 SHARD = "model-00001-of-00001.safetensors"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import offline
-from benchmarks.scores import Scores, score
-from benchmarks.server import serve
+from benchmarks.accuracy.scores import Scores, score
+from benchmarks.common.server import serve
 from infoquant_vllm.ops.table import FORCE
 from tests.test_server_equality import next_nll
 from tests.tiny import VOCAB_SIZE, write_source

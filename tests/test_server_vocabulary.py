@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import offline
-from benchmarks.scores import score
-from benchmarks.server import Server, serve
+from benchmarks.accuracy.scores import score
+from benchmarks.common.server import Server, serve
 from infoquant_vllm.ops.table import served_by
 from offline.evaluate.simulate import load_simulated
 from tests.tiny import VOCAB_SIZE, write_source

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.server import Server, free_port, vllm_environment, wait_until_healthy
+from benchmarks.common.server import Server, free_port, vllm_environment, wait_until_healthy
 from hatch_build import TARGETS
 from tests.checkpoints import write_random
 

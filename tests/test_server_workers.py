@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.server import Server, serve
+from benchmarks.common.server import Server, serve
 from offline import PRESETS, quantize
 from offline.progress import silent
 from tests.engine import Engine

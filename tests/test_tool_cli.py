@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from benchmarks.programs import INFOQUANT
+from benchmarks.common.programs import INFOQUANT
 from offline.cli.main import app
 from tests.tiny import write_source
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.accuracy.scores import score
+from benchmarks.common.models import ROOT
+from benchmarks.common.server import Server
 from benchmarks.demo import QUESTION
 from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.engines import Engines
-from benchmarks.models import ROOT
-from benchmarks.scores import score
-from benchmarks.server import Server
 from offline.text import text_windows
 
 WINDOWS, WINDOW = 4, 500

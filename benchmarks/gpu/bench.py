@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import gpu_provenance
+from benchmarks.common.provenance import gpu_provenance
 
 MARGIN_SECONDS = 5
 

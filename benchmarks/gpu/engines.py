@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from benchmarks.common.server import Server, ServerError, serve
 from benchmarks.gpu.bench import Bench
-from benchmarks.server import Server, ServerError, serve
 
 START_SECONDS = 150
 FALLBACKS: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (

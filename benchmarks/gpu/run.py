@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 
+from benchmarks.common.models import ROOT
 from benchmarks.gpu.bench import MARGIN_SECONDS, Bench
 from benchmarks.gpu.steps import SECONDS, STAGES, Plan, Step
-from benchmarks.models import ROOT
 
 BUDGET_SECONDS = 480
 LEAST_SECONDS = 10

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.models import ROOT
+from benchmarks.common.server import Server
 from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.engines import Engines
-from benchmarks.models import ROOT
-from benchmarks.peers import FORMATS
-from benchmarks.server import Server
-from benchmarks.serving import FIGURES, Case, client_arguments
+from benchmarks.speed.baselines import FORMATS
+from benchmarks.speed.serving import FIGURES, Case, client_arguments
 
 SHAPE = "llama-3-8b"
 CASES = (

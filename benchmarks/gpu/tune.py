@@ -15,10 +15,10 @@ import triton
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from benchmarks.common.provenance import write_whole
 from benchmarks.gpu.sites import MODULES, sizes
 from benchmarks.gpu.smoke import TOLERANCE
 from benchmarks.gpu.timing import copies, microseconds
-from benchmarks.provenance import write_whole
 from infoquant_vllm.format import Checkpoint
 from infoquant_vllm.kernels.triton.codes import Codes
 from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS, Measured, Tile, architecture, linear_tile

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.sites import MODULES, sizes
 from benchmarks.gpu.timing import copies, microseconds
-from benchmarks.peers import FLOAT8, FORMATS
+from benchmarks.speed.baselines import FLOAT8, FORMATS
 from infoquant_vllm import register
 from infoquant_vllm.format import ModelShape
 from offline import PRESETS

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.provenance import write_rows, write_whole
+from benchmarks.common.provenance import write_rows, write_whole
 from benchmarks.static.bars import broken
 from benchmarks.static.cases import MODELS
 from benchmarks.static.choose import choose

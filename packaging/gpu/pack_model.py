@@ -7,7 +7,7 @@ import argparse
 import subprocess
 from pathlib import Path
 
-from benchmarks.models import quantised
+from benchmarks.common.models import quantised
 
 RECIPE = Path(__file__).with_name("model.yaml")
 

@@ -9,9 +9,9 @@ from pydoc_data import topics
 
 from filelock import FileLock
 
-from benchmarks.programs import INFOQUANT
+from benchmarks.common.programs import INFOQUANT
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / ".demo"
 
 

@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.scores import prompt_logprobs
-from benchmarks.server import Server
+from benchmarks.accuracy.scores import prompt_logprobs
+from benchmarks.common.server import Server
 from infoquant_vllm.format import FormatError
 from offline.errors import ToolError
 

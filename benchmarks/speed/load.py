@@ -20,8 +20,8 @@ import openai
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import provenance, write_rows
-from benchmarks.server import Server, serve, stop_on_sigterm
+from benchmarks.common.provenance import provenance, write_rows
+from benchmarks.common.server import Server, serve, stop_on_sigterm
 
 LENGTHS = (4, 16, 64, 200)  # of prompts, tokens; about as many of each
 ANSWERS = (1, 8, 24, 64)
@@ -73,7 +73,7 @@ class Result:
 
 def main() -> None:
     """Run, print a table and write --json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.load", description=__doc__)
     parser.add_argument("model", type=Path, help="folder of a checkpoint")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrent", type=int, default=32)

@@ -3,7 +3,7 @@
 import torch
 from vllm import _custom_ops
 
-from benchmarks.turns import Contender, copies
+from benchmarks.common.interleaved import Contender, copies
 from infoquant_vllm.kernels.cpu.library import operations
 from infoquant_vllm.kernels.cpu.quantized_linear import prepare_grid, prepare_weight, quantized_linear
 

@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.programs import VLLM
-from benchmarks.provenance import provenance, write_rows
-from benchmarks.server import Server, serve, stop_on_sigterm, vllm_environment
+from benchmarks.common.programs import VLLM
+from benchmarks.common.provenance import provenance, write_rows
+from benchmarks.common.server import Server, serve, stop_on_sigterm, vllm_environment
 
 CASES = ("64:64:1", "64:64:8", "1024:1:1")
 LADDER = ("64:64:1", "64:64:2", "64:64:4", "64:64:8", "64:64:16", "64:64:32")
@@ -58,7 +58,7 @@ class Case:
 
 def main() -> None:
     """Measure, print a table and write --json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.serving", description=__doc__)
     parser.add_argument(
         "models", type=Path, nargs="+", help="folders of models; the others are compared with the first"
     )

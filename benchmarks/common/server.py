@@ -18,7 +18,7 @@ from types import MappingProxyType
 import psutil
 from openai import OpenAI
 
-from benchmarks.programs import VLLM
+from benchmarks.common.programs import VLLM
 
 START_SECONDS = 600
 GRACE_SECONDS = 45  # a server that is compiling honours SIGTERM late

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from vllm import _custom_ops
 
-from benchmarks.products import bf16_handlers, int8_handlers, w4a8_weights
-from benchmarks.provenance import provenance, write_rows
-from benchmarks.turns import Contender, copies, take_turns
+from benchmarks.common.interleaved import Contender, copies, take_turns
+from benchmarks.common.provenance import provenance, write_rows
+from benchmarks.speed.products import bf16_handlers, int8_handlers, w4a8_weights
 from infoquant_vllm.kernels.cpu.library import library
 from infoquant_vllm.kernels.cpu.linear import linear, prepare_matrices
 from infoquant_vllm.kernels.cpu.quantized_linear import prepare_grid, prepare_weight
@@ -56,7 +56,7 @@ OURS = MappingProxyType(
 
 def main() -> None:
     """Measure, print a table and write --json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.linear", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender, site and number of tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights and inputs")

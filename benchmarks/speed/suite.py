@@ -1,8 +1,8 @@
 """`make bench`: a short version of every benchmark of speed and size, one after the other, and the page.
 
 The model is SmolLM2-135M-Instruct: as it is, at W4A4KV4 (`fast`), and the same with an 8-bit vocabulary matrix
-(`speed.yaml`, rounded to nearest: its answers are bad, its speed is not); memory also in vLLM's other integer
-formats, which `benchmarks.serving` serves as well, where there is time to compile them. Accuracy needs texts and
+(`random_weights.yaml`, rounded to nearest: its answers are bad, its speed is not); memory also in vLLM's other integer
+formats, which `benchmarks.speed.serving` serves as well, where there is time to compile them. Accuracy needs texts and
 tasks that are not in the repository; its file is drawn as it is.
 """
 
@@ -15,21 +15,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import peers
-from benchmarks.models import DEMO, ROOT, quantised, source_model
+from benchmarks.common.models import DEMO, ROOT, quantised, source_model
 from benchmarks.page import RESULTS
+from benchmarks.speed import baselines as peers
 
 console = Console(highlight=False)
 
 
 def main() -> None:
     """Run everything; stops at the first benchmark that fails."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ladder", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.suite", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the result files and the page")
     options = parser.parse_args()
     began = time.monotonic()
     models = [source_model(), quantised("fast", "--preset", "fast")]
-    models += [quantised("speed", "--recipe", ROOT / "benchmarks" / "speed.yaml")]
+    models += [quantised("speed", "--recipe", ROOT / "benchmarks" / "speed" / "random_weights.yaml")]
     others = [_peer(name) for name in peers.ON_CPUS]
     benchmarks: dict[str, list[str | Path]] = {
         "kernels": ["--operations", "int4_linear", "--seconds", "1"],

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.kernels_rotate import rotate_rows
-from benchmarks.products import int4_linear, read_weights, torch_bf16, torch_int8, vllm_bf16, vllm_int8, vllm_w4a8
-from benchmarks.provenance import provenance, write_rows
-from benchmarks.turns import SECONDS, table, take_turns
+from benchmarks.common.interleaved import SECONDS, table, take_turns
+from benchmarks.common.provenance import provenance, write_rows
+from benchmarks.speed.kernels_rotate import rotate_rows
+from benchmarks.speed.products import int4_linear, read_weights, torch_bf16, torch_int8, vllm_bf16, vllm_int8, vllm_w4a8
 from infoquant_vllm.kernels.cpu.library import library
 
 LINEAR_SHAPES = ((1, 4096, 4096), (16, 4096, 4096), (256, 4096, 4096))  # tokens, features, channels
@@ -20,7 +20,7 @@ LINEAR_SHAPES = ((1, 4096, 4096), (16, 4096, 4096), (256, 4096, 4096))  # tokens
 
 def main() -> None:
     """Measure, print a table and write --json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.kernels", description=__doc__)
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each contender and shape")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights and inputs")

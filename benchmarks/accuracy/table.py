@@ -1,4 +1,4 @@
-"""Result rows of `benchmarks.accuracy` as one Markdown table, and as tables for a terminal."""
+"""Result rows of `benchmarks.accuracy.run` as one Markdown table, and as tables for a terminal."""
 
 from typing import Any
 

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.accuracy_figures import task_figures, text_figures
-from benchmarks.accuracy_plot import draw
-from benchmarks.accuracy_table import markdown, terminal_tables
-from benchmarks.costs import costs
-from benchmarks.provenance import provenance, write_rows, write_whole
-from benchmarks.scores import Scores, score
-from benchmarks.server import serve, stop_on_sigterm
-from benchmarks.simulation import WholeVocabulary
-from benchmarks.tasks import Answer, Task, answer, read_task
+from benchmarks.accuracy.figures import task_figures, text_figures
+from benchmarks.accuracy.plot import draw
+from benchmarks.accuracy.scores import Scores, score
+from benchmarks.accuracy.simulation import WholeVocabulary
+from benchmarks.accuracy.table import markdown, terminal_tables
+from benchmarks.accuracy.tasks import Answer, Task, answer, read_task
+from benchmarks.common.provenance import provenance, write_rows, write_whole
+from benchmarks.common.server import serve, stop_on_sigterm
+from benchmarks.speed.costs import costs
 from offline.model.source import Source
 from offline.output.report import Stopwatch
 from offline.text import text_windows
@@ -131,7 +131,7 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.run", description=__doc__)
     parser.add_argument("reference", type=Path, help="folder of the unquantised model")
     parser.add_argument("checkpoints", type=Path, nargs="+", help="folders of InfoQuant checkpoints")
     parser.add_argument("--text", required=True, help="text or JSONL file to measure on, never calibrated on")

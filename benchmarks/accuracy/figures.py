@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.scores import Scores, kl_divergence, same_first, standard_error
-from benchmarks.tasks import Answer, Task, bits, right
+from benchmarks.accuracy.scores import Scores, kl_divergence, same_first, standard_error
+from benchmarks.accuracy.tasks import Answer, Task, bits, right
 
 
 def text_figures(reference: Scores | None, scores: Scores) -> dict[str, float]:

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from benchmarks.programs import INFOQUANT
-from benchmarks.provenance import provenance, write_rows
+from benchmarks.common.programs import INFOQUANT
+from benchmarks.common.provenance import provenance, write_rows
 from benchmarks.shapes import write
 
 LAYERS = 6
@@ -27,7 +27,7 @@ VOCABULARY = 4096
 
 def main() -> None:
     """Measure, print a table and write --json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantize", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.quantize", description=__doc__)
     parser.add_argument("--presets", nargs="+", default=["quarot", "fast"])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="hidden sizes")
     parser.add_argument("--json", type=Path, help="file to write the rows to")

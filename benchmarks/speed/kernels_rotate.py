@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.products import int4_linear
-from benchmarks.turns import Contender, take_turns
+from benchmarks.common.interleaved import Contender, take_turns
+from benchmarks.speed.products import int4_linear
 from infoquant_vllm.kernels.cpu import rotate_quantize as native
 from infoquant_vllm.kernels.torch import rotate_quantize as plain
 

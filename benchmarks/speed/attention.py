@@ -20,7 +20,7 @@ from rich.table import Table
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from benchmarks.provenance import provenance, write_rows
+from benchmarks.common.provenance import provenance, write_rows
 from infoquant_vllm.format import cell_bytes
 from infoquant_vllm.kernels.cpu import kv_cache as native_kernels
 from infoquant_vllm.kernels.torch import kv_cache as torch_kernels
@@ -50,7 +50,7 @@ class Case:
 
 def main() -> None:
     """Measure, print a table and write --json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.attention", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3.0, help="how long a case is measured, more or less")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the rows to")

@@ -25,7 +25,7 @@ ON_CPUS = ("w8a8", "w4a16")
 
 def main() -> None:
     """Write one checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.baselines", description=__doc__)
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument("model", type=Path, help="folder of a bf16 model")
     parser.add_argument("output", type=Path, help="folder to make")

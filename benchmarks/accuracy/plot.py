@@ -1,4 +1,4 @@
-"""Result rows of `benchmarks.accuracy` as a picture."""
+"""Result rows of `benchmarks.accuracy.run` as a picture."""
 
 from pathlib import Path
 from typing import Any

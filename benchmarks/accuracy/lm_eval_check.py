@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server import serve, stop_on_sigterm
-from benchmarks.tasks import Answer, Task, answer, is_right, read_task
+from benchmarks.accuracy.tasks import Answer, Task, answer, is_right, read_task
+from benchmarks.common.server import serve, stop_on_sigterm
 from offline.model.source import read_tokenizer
 
 TOLERANCE = 0.01
@@ -39,7 +39,7 @@ class Comparison:
 
 def main() -> None:
     """Compare, print a line per task, exit with 1 where one disagrees."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lm_eval_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.lm_eval_check", description=__doc__)
     parser.add_argument("model", type=Path, help="folder of an unquantised model")
     parser.add_argument("tasks", type=Path, nargs="+", help="JSONL files: context, choices, label")
     parser.add_argument("--items", type=int, default=50, help="how many items of each task")

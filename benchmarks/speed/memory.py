@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import provenance, write_rows
-from benchmarks.server import vllm_environment
+from benchmarks.common.provenance import provenance, write_rows
+from benchmarks.common.server import vllm_environment
 
 KV_GIB = 1
 PROMPT_TOKENS = 512
@@ -23,7 +23,7 @@ PROMPT_TOKENS = 512
 
 def main() -> None:
     """Measure, print a table and write --json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.memory", description=__doc__)
     parser.add_argument(
         "models", type=Path, nargs="+", help="folders of models; the others are compared with the first"
     )
@@ -38,7 +38,7 @@ def main() -> None:
 def measure(model: Path) -> dict[str, Any]:
     """The figures of one model, from a process of its own."""
     environment = vllm_environment(KV_GIB) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-m", "benchmarks.memory_worker", str(model)]
+    command = [sys.executable, "-m", "benchmarks.speed.memory_worker", str(model)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{model} was not loaded, exit code {done.returncode}:\n{done.stderr[-4000:]}")

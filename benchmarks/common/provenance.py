@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.models import ROOT
+from benchmarks.common.models import ROOT
 from infoquant_vllm.kernels.cpu.library import runnable
 from offline.output.writer import atomic_file
 

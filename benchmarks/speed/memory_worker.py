@@ -1,4 +1,4 @@
-"""The process that `benchmarks.memory` starts for a model: loads it, reads a prompt, prints what it holds as JSON."""
+"""Load a model, read a prompt, and print as JSON what the process holds: started by `benchmarks.speed.memory`."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm._custom_ops import CPUDNNLGEMMHandler
 
-from benchmarks.memory import PROMPT_TOKENS
+from benchmarks.speed.memory import PROMPT_TOKENS
 
 
 def main() -> None:

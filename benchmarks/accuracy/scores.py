@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.server import Server
+from benchmarks.common.server import Server
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Models, servers, interleaved timing and provenance that the benchmarks share."""

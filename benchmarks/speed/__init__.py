@@ -1,0 +1,1 @@
+"""Time kernels, layers and servers against baselines, interleaved, and measure memory."""
