@@ -32,7 +32,7 @@ test: lint dist $(VLLM_SOURCES_FOLDER) $(TRITONS)  ## all that is checked, a fil
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(STAMP)  ## ten minutes of spoilt checkpoints, at random; `make test` has a few seconds of the same ones
-	FUZZ_SECONDS=200 $(BIN)/python -m pytest tests/test_format_fuzz.py
+	FUZZ_SECONDS=200 $(BIN)/python -m pytest tests/format/test_fuzz.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

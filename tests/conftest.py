@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from pathlib import Path
 
-import tests.interpreted  # isort: skip # noqa: F401 (before anything else imports triton)
+import tests.common.interpreted  # isort: skip # noqa: F401 (before anything else imports triton)
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from benchmarks.common.models import language_reference, quantised, source_model
 from benchmarks.common.server import Server
 from offline.text import text_windows
-from tests.engine import Engine, running_engine
+from tests.common.engine import Engine, running_engine
 
 LOG_TAIL = 3000
 
@@ -64,7 +64,7 @@ def engine() -> Generator[Engine]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the tests that take minutes and those that start servers last."""
-    items.sort(key=lambda item: ("test_server" in item.nodeid, "test_offline_memory" in item.nodeid))
+    items.sort(key=lambda item: ("tests/server/" in item.nodeid, "offline/test_memory" in item.nodeid))
 
 
 @pytest.hookimpl(wrapper=True)

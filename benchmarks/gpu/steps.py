@@ -11,8 +11,8 @@ STAGES = ("smoke", "tests", "kernels", "sanitize", "answer", "served", "profile"
 WORKERS = 12
 TEST_SECONDS = 60
 """For one test."""
-TESTS = "tests/test_kernels_triton_*.py"
-DRY_TEST = "tests/test_kernels_triton_store.py"
+TESTS = "tests/kernels/triton/test_*.py"
+DRY_TEST = "tests/kernels/triton/test_kv_store.py"
 KERNELS = {"linears": 110, "attention": 70, "layer": 40, "vllm_layers": 80}
 """Seconds by module."""
 SANITIZERS = ("memcheck", "racecheck")

@@ -1,0 +1,193 @@
+"""Figures of the accuracy table are their definitions, and the table holds them all, failures too."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.accuracy import run as accuracy
+from benchmarks.accuracy.figures import task_figures, text_figures
+from benchmarks.accuracy.scores import Scores
+from benchmarks.accuracy.simulation import WholeVocabulary
+from benchmarks.accuracy.table import markdown, terminal_tables
+from benchmarks.accuracy.tasks import Answer, Item, Prompt, Task
+from benchmarks.common.server import ServerError
+from offline.evaluate.metrics import compare
+from offline.model.source import Source
+from tests.benchmarks.test_tasks import write_items
+from tests.common.tiny import VOCAB_SIZE, write_source
+
+YES, NO = Answer([-1.0, -2.0], [True, False]), Answer([-2.0, -1.0], [False, True])
+
+
+def two_choices(name: str, items: int) -> Task:
+    return Task(
+        name, "acc", [Item(context="a", choices=[" b", " c"], label=0)] * items, [[Prompt([1, 2], 1)] * 2] * items
+    )
+
+
+def text_scores(nll: list[list[float]], likeliest: dict[int, float]) -> Scores:
+    return Scores(torch.tensor(nll, dtype=torch.float64), [[likeliest] * len(window) for window in nll])
+
+
+def test_task_figures_are_means_over_items_with_paired_differences() -> None:
+    tasks = [two_choices("first", 4), two_choices("second", 2)]
+    ours = {"first": [YES, NO, NO, NO], "second": [YES, NO]}
+    reference = {"first": [YES, YES, NO, NO], "second": [YES, YES]}
+    found = task_figures(tasks, ours, reference)
+    first, second = found["tasks"]["first"], found["tasks"]["second"]
+    assert (first["score"], second["score"]) == (0.25, 0.5)
+    assert first["score_se"] == pytest.approx(0.25)  # sqrt(3 / 16 * 4 / 3 / 4)
+    assert second["score_se"] == pytest.approx(0.5)  # sqrt(1 / 4 * 2 / 2)
+    assert first["difference"] == -0.25
+    assert first["difference_se"] == pytest.approx(0.25)  # of 0, -1, 0, 0
+    assert first["bits_per_byte"] == pytest.approx((1 + 3 * 2) / 4 / math.log(2) / 2)
+    mean = found["task_mean"]
+    assert (mean["score"], mean["difference"]) == (0.375, -0.375)
+    assert mean["score_se"] == pytest.approx(math.sqrt(0.25**2 + 0.5**2) / 2)
+
+
+def test_a_reference_has_no_distance_to_itself() -> None:
+    scores = text_scores([[1.0, 3.0], [2.0, 4.0]], {0: -0.1})
+    found = text_figures(None, scores)
+    assert found == {"perplexity": pytest.approx(math.exp(2.5)), "perplexity_se": pytest.approx(math.exp(2.5) / 2)}
+    assert "difference" not in task_figures([two_choices("one", 2)], {"one": [YES, NO]}, None)["task_mean"]
+
+
+def test_text_figures_of_two_models() -> None:
+    """Both list two tokens of which one is shared; the rest is one event."""
+    reference = text_scores([[1.0], [1.0]], {0: math.log(0.5), 1: math.log(0.25)})
+    ours = text_scores([[1.0], [1.0]], {0: math.log(0.25), 2: math.log(0.5)})
+    found = text_figures(reference, ours)
+    assert found["kl_lower_bound"] == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75))
+    assert found["top1_agreement"] == 0.0
+
+
+@torch.inference_mode()
+def test_whole_vocabulary_is_what_comparing_the_models_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, since the second time the reference answers from memory."""
+    folders = [write_source(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    reference, *others = (Source.open(folder).model(torch.float32) for folder in folders)
+    monkeypatch.setattr("benchmarks.accuracy.simulation.load_simulated", lambda folder, _: others[int(folder.name) - 1])
+    windows = torch.randint(3, VOCAB_SIZE, (3, 16), generator=torch.Generator().manual_seed(0))
+    whole = WholeVocabulary(folders[0], windows)
+    for folder, other in zip(folders[1:], others, strict=True):
+        assert whole.kl(folder) == compare(list(windows), other, reference)["kl"]
+
+
+def test_one_failing_checkpoint_leaves_the_others_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With servers that always give the same, or do not start: a folder named "broken" does not."""
+    pytest.importorskip("matplotlib")
+    reference = write_source(tmp_path / "reference")
+    items = write_items(tmp_path / "sciq.jsonl")
+    text = tmp_path / "text.txt"
+    text.write_text("some words of a text. " * 50)
+    for name in ("good", "broken", "better"):
+        (tmp_path / name).symlink_to(reference)
+
+    def ask(folder: Path, inputs: accuracy.Inputs) -> accuracy.Served:
+        if folder.name == "broken":
+            raise ServerError(f"vllm serve {folder} exited with code 1")
+        scores = text_scores([[1.0, 2.0], [2.0, 3.0]], {0: -0.5})
+        return accuracy.Served(scores, {"sciq": [YES, NO] * (len(inputs.tasks[0].items) // 2)})
+
+    monkeypatch.setattr(accuracy, "ask", ask)
+    other = Source.open(write_source(tmp_path / "other", seed=1)).model(torch.float32)
+    monkeypatch.setattr("benchmarks.accuracy.simulation.load_simulated", lambda folder, dtype: other)
+    checkpoints = [str(tmp_path / name) for name in ("good", "broken", "better")]
+    measured = ["--text", str(text), "--tokens", "64", "--window", "32", "--tasks", str(items), "--items", "10"]
+    output = tmp_path / "results"
+    monkeypatch.setattr(sys, "argv", ["accuracy", str(reference), *checkpoints, *measured, "--output", str(output)])
+    with pytest.raises(SystemExit, match="1"):
+        accuracy.main()
+    assert "broken: vllm serve" in capsys.readouterr().err
+    lines = (output / "accuracy.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == [
+        "reference",
+        "good",
+        "broken (failed: ServerError)",
+        "better",
+    ]
+    assert sorted(file.name for file in output.iterdir()) == ["accuracy.json", "accuracy.md", "accuracy.png"]
+    for file in ("accuracy.json", "accuracy.md"):
+        assert str(tmp_path) not in (output / file).read_text()
+
+
+def a_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        "model": "w4",
+        "perplexity": 6728.5,
+        "perplexity_se": 1396.6,
+        "top1_agreement": 0.6448,
+        "top1_agreement_se": 0.0055,
+        "kl_lower_bound": 0.4643,
+        "kl_lower_bound_se": 0.013,
+        "simulated_kl": 0.5509,
+        "simulated_kl_se": 0.0185,
+        "tasks": {
+            "lambada": {
+                "metric": "greedy",
+                "score": 0.29,
+                "score_se": 0.02,
+                "bits_per_byte": 1.234,
+                "bits_per_byte_se": 0.1,
+            }
+        },
+        "task_mean": {"score": 0.29, "score_se": 0.02, "difference": -0.04, "difference_se": 0.01},
+        "bits_per_weight": 4.047,
+        "multiply_adds": 1_000_000,
+        "multiply_adds_added": 12_345,
+        "quantising_seconds": 196.4,
+        "peak_memory_bytes": None,
+        "text": "wikipedia.txt",
+        "tokens": 16384,
+        "window": 512,
+        "top": 256,
+        "items": {"lambada": 100},
+        "commit": "abc",
+        "device": "a machine",
+        "date": "2026-01-01T00:00:00+00:00",
+        "seed": 0,
+    }
+    return row | changes
+
+
+def test_markdown_is_one_table_that_says_what_was_served_and_what_simulated() -> None:
+    head, rule, line, *_ = markdown([a_row()]).splitlines()
+    cells = dict(zip(head.split("|")[1:-1], line.split("|")[1:-1], strict=True))
+    assert len(cells) == rule.count("---")
+    assert {heading.strip(): cell.strip() for heading, cell in cells.items()} == {
+        "model": "w4",
+        "perplexity, served": "6728 ± 1397",
+        "top-1 agreement, served": "0.645 ± 0.005",
+        "KL ≥, served, 256 likeliest tokens": "0.464 ± 0.013",
+        "KL, simulated, whole vocabulary": "0.551 ± 0.018",
+        "KL below that of w4": "-",
+        "lambada, greedy": "0.290 ± 0.020",
+        "lambada, bits per byte": "1.23 ± 0.10",
+        "mean of the tasks": "0.290 ± 0.020",
+        "less the reference's": "-0.040 ± 0.010",
+        "bits per weight": "4.05",
+        "multiply-adds added per token": "12,345 (1.2%)",
+        "quantising, s": "196",
+        "peak memory, GiB": "-",
+    }
+
+
+def test_kl_is_held_against_that_of_the_first_checkpoint() -> None:
+    reference = {name: value for name, value in a_row(model="bf16").items() if not name.startswith("simulated_kl")}
+    rows = [reference, a_row(model="base", simulated_kl=0.6), a_row(model="better", simulated_kl=0.45)]
+    head, _, *lines = markdown(rows).splitlines()
+    place = head.split(" | ").index("KL below that of base")
+    assert [line.split(" | ")[place] for line in lines[:3]] == ["-", "-", "25.0%"]
+
+
+def test_terminal_has_no_table_of_tasks_where_none_were_asked() -> None:
+    rows = [a_row(tasks={}, task_mean={}, items={})]
+    del rows[0]["tasks"]
+    assert [table.title for table in terminal_tables(rows)] == ["distance to the reference", "costs"]

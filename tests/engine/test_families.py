@@ -1,0 +1,57 @@
+"""Every model class of the table, run by vLLM, says what the simulation says, of prompts and of what it generates.
+
+On tiny random models in float32; see server/test_equality.py. Prompts come in chunks, while which a sliding window
+gives blocks of the cache back. Between them they have the codes of `fast` and of `best`, and caches with several pairs
+of bits for keys and values. A last bit may flip a code that was all but a tie, and so change the rest of a window: most
+positions must be equal, and the few behind such a code near.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.accuracy.scores import Scores, kl_divergence
+from offline import PRESETS, quantize
+from offline.evaluate.simulate import load_simulated
+from offline.progress import silent
+from offline.recipe import CalibrationSize, Distillation, Psot, Recipe
+from tests.common.engine import Engine
+from tests.common.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
+from tests.server.test_equality import scores_of
+
+CHUNKS = {"block_size": 32, "max_num_batched_tokens": 64}
+SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}
+ROUNDED_AS = {"mistral": ("best", 4, 4), "qwen2": ("fast", 8, 4), "qwen3": ("best", 4, 8)}
+"""By family: preset, bits of keys, of values; else those of `fast`."""
+
+
+def recipe_for(family: str) -> Recipe:
+    preset, key_bits, value_bits = ROUNDED_AS.get(family, ("fast", 4, 4))
+    recipe = PRESETS[preset]
+    assert recipe.kv_cache is not None
+    cache = recipe.kv_cache.model_copy(update={"key_bits": key_bits, "value_bits": value_bits})
+    steps = None if recipe.distillation is None else Distillation(steps=2)
+    return recipe.model_copy(update=SMALL | {"kv_cache": cache, "distillation": steps})
+
+
+@pytest.mark.parametrize("size", FAMILIES)
+def test_served_is_what_the_simulation_computes(size: str, engine: Engine, tmp_path: Path) -> None:
+    checkpoint, recipe = tmp_path / "checkpoint", recipe_for(size)
+    quantize(write_source(tmp_path / "source", **SIZES[size]), checkpoint, recipe=recipe, progress=silent)
+    prompts = torch.randint(3, VOCAB_SIZE - 13, (4, 240), generator=torch.Generator().manual_seed(3)).tolist()
+    (answers,) = engine.run(checkpoint, prompts, max_tokens=16, top=VOCAB_SIZE, **CHUNKS).answers
+    served = Scores(
+        -torch.tensor([answer.prompt + answer.logprobs for answer in answers], dtype=torch.float64),
+        [answer.likeliest for answer in answers],
+    )
+    windows = torch.tensor([prompt + answer.tokens for prompt, answer in zip(prompts, answers, strict=True)])
+    model = load_simulated(checkpoint, torch.float32)
+    with torch.no_grad():
+        simulated = scores_of(model(windows[:, :-1]).logits.double(), windows)
+    difference = (simulated.nll - served.nll).abs()
+    divergence = float(kl_divergence(simulated, served).mean())
+    print(f"|difference of NLL| median {difference.median():.1e}, mean {difference.mean():.5f}, KL {divergence:.5f}")
+    assert difference.median() <= 1e-4
+    assert difference.mean() <= 0.05
+    assert divergence <= 0.01

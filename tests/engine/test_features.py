@@ -1,0 +1,100 @@
+"""What vLLM does beside plain decoding leaves answers as they are, or is refused by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offline import PRESETS, quantize
+from offline.progress import silent
+from tests.common.engine import Answer, Engine, EngineError, Run, running_engine
+from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
+from tests.offline.model.test_architectures import SMALL
+
+GENERATOR = torch.Generator().manual_seed(0)
+PROMPTS = torch.randint(3, VOCAB_SIZE - 13, (4, 24), generator=GENERATOR).repeat(1, 5).tolist()
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+
+def quantised(folder: Path, size: str, seed: int = 0) -> Path:
+    recipe = PRESETS["fast"].model_copy(update=SMALL | {"vocabulary_bits": 8})
+    source = write_source(folder / "source", seed=seed, **SIZES[size])
+    quantize(source, folder / "checkpoint", recipe=recipe, progress=silent)
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied model, whose vocabulary has 8 bits."""
+    return quantised(tmp_path_factory.mktemp("tied"), "tied")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same class and sizes, other weights."""
+    return quantised(tmp_path_factory.mktemp("other"), "tied", seed=1)
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a sliding window of 24 tokens."""
+    return quantised(tmp_path_factory.mktemp("windowed"), "mistral-window")
+
+
+@pytest.fixture(scope="module")
+def plain(engine: Engine, checkpoint: Path) -> list[Answer]:
+    return run(engine, checkpoint, PROMPTS).answers[0]
+
+
+def run(engine: Engine, checkpoint: Path, *batches: list[list[int]], **options: Any) -> Run:
+    return engine.run(checkpoint, *batches, max_tokens=24, enable_prefix_caching=False, **options)
+
+
+def assert_equal(found: list[Answer], expected: list[Answer]) -> None:
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
+    values = [torch.tensor([answer.prompt + answer.logprobs for answer in answers]) for answers in (found, expected)]
+    torch.testing.assert_close(*values, rtol=0, atol=1e-4)
+
+
+def test_drafts_out_of_the_prompt_change_no_answer(checkpoint: Path, plain: list[Answer]) -> None:
+    with running_engine() as own:  # what vLLM imports for drafts keeps it from starting again in the same process
+        drafted = run(own, checkpoint, PROMPTS, speculative_config=SPECULATION)
+    accepted, drafts = (drafted.counters[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("accepted", "draft"))
+    assert 0 < accepted < drafts
+    assert_equal(drafted.answers[0], plain)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "windowed"])
+def test_a_cached_prefix_changes_no_answer(engine: Engine, kind: str, request: pytest.FixtureRequest) -> None:
+    options = {"enable_prefix_caching": True, "block_size": 32, "of_prompts": False, "max_tokens": 24}
+    first, second = engine.run(request.getfixturevalue(kind), PROMPTS, PROMPTS, **options).answers
+    assert not any(answer.cached for answer in first)
+    assert all(answer.cached >= 64 for answer in second)
+    assert_equal(second, first)
+
+
+def test_reloaded_weights_answer_as_those_that_were_loaded_at_first(
+    engine: Engine, checkpoint: Path, other: Path, plain: list[Answer]
+) -> None:
+    before, after = run(
+        engine, other, PROMPTS, PROMPTS, calls=[("reload_weights", {"weights_path": str(checkpoint)})]
+    ).answers
+    assert [answer.prompt for answer in before] != [answer.prompt for answer in plain]
+    assert_equal(after, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_lora": True}, "LoRA adapters are not served on a quantised model.*merge the adapter"),
+        ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
+        ({"model_impl": "transformers"}, "--model-impl transformers is not served: .*leave --model-impl at auto"),
+        ({"kv_cache_dtype": "fp8"}, "kv cache dtype fp8: not served with a quantised KV cache"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(
+    engine: Engine, checkpoint: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        run(engine, checkpoint, PROMPTS, **options)

@@ -1,0 +1,38 @@
+"""Several workers say what one says, also where they are more than a model has kv-heads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offline import PRESETS, quantize
+from offline.progress import silent
+from tests.common.engine import Engine
+from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
+from tests.offline.model.test_architectures import SMALL
+
+PROMPTS = torch.randint(3, VOCAB_SIZE - 13, (4, 128), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`fast` for two workers, of a tied model with one kv-head and an 8-bit vocabulary."""
+    folder = tmp_path_factory.mktemp("workers")
+    recipe = PRESETS["fast"].model_copy(update=SMALL | {"vocabulary_bits": 8})
+    source = write_source(folder / "source", **SIZES["one-kv-head"])
+    quantize(source, folder / "checkpoint", recipe=recipe, max_tp=2, progress=silent)
+    return folder / "checkpoint"
+
+
+def logprobs(engine: Engine, checkpoint: Path, workers: int) -> torch.Tensor:
+    """Of the prompts' tokens and of the 8 generated after each."""
+    (answers,) = engine.run(checkpoint, PROMPTS, max_tokens=8, tensor_parallel_size=workers).answers
+    return torch.tensor([answer.prompt + answer.logprobs for answer in answers])
+
+
+def test_two_workers_say_what_one_says(engine: Engine, checkpoint: Path) -> None:
+    alone, together = (logprobs(engine, checkpoint, workers) for workers in (1, 2))
+    difference = (together - alone).abs()
+    print(f"|difference of log-probabilities| {difference.mean():.1e} on average, {difference.max():.1e} at most")
+    assert alone.std() > 0.5
+    assert difference.mean() <= 1e-3

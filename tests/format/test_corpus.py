@@ -1,0 +1,43 @@
+"""Every checkpoint of the corpus is refused: by name, at once, and with no other error than ours."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from infoquant_vllm.format import Checkpoint, FormatError
+from offline.verify import verify
+from tests.common.corpus import TENSORS, cases, write_sound
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sound(tmp_path_factory.mktemp("corpus") / "sound")
+
+
+def read(folder: Path) -> int:
+    """All that a server or `infoquant verify` reads."""
+    checkpoint = Checkpoint(folder)
+    return sum(checkpoint.tensor(name).numel() for name in checkpoint.weight_map)
+
+
+def test_the_sound_one_is_read_and_has_every_kind_of_tensor(sound: Path) -> None:
+    assert read(sound) > 0
+    assert set(TENSORS.values()) <= Checkpoint(sound).weight_map.keys()
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_broken_one_is_refused(name: str, sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "broken")
+    CASES[name].spoil(folder)
+    started = time.monotonic()
+    with pytest.raises(FormatError) as refused:
+        read(folder)
+    assert time.monotonic() - started < 5
+    for words in (str(folder), *CASES[name].says):
+        assert words in str(refused.value)
+    assert not verify(folder).passed

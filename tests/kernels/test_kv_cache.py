@@ -1,0 +1,210 @@
+"""The kernels of the quantised KV cache, compiled and in torch: bit by bit those of the reference."""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from infoquant_vllm.format import cell_bytes
+from infoquant_vllm.kernels.cpu import kv_cache as native
+from infoquant_vllm.kernels.reference import kv_cache as reference
+from infoquant_vllm.kernels.torch import kv_cache as cpu
+from tests.common.libraries import RUNNABLE, library
+
+BATCHES = {
+    "decode": ([1] * 6, [1, 15, 16, 17, 128, 300]),
+    "long decode": ([1], [1000]),
+    "fresh prefill": ([150], [150]),
+    "chunk continuation": ([7], [140]),
+    "mixed": ([1, 37, 5, 1], [20, 37, 138, 3]),
+    "with an idle row": ([1, 0, 4], [9, 0, 20]),
+}
+BITS = [(4, 4), (8, 8), (8, 4), (4, 8)]
+"""Of keys and of values."""
+
+
+@pytest.fixture(scope="module", params=["torch", *RUNNABLE])
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Those in torch, and of each library in turn."""
+    if request.param == "torch":
+        yield cpu
+        return
+    with library(request.param):
+        yield native
+
+
+class Batch:
+    """Keys, values and queries of some sequences, with their places in a cache of shuffled blocks."""
+
+    def __init__(
+        self,
+        counts: list[int],
+        lens: list[int],
+        heads: int = 4,
+        kv_heads: int = 2,
+        size: int = 64,
+        num_bits: tuple[int, int] = (4, 4),
+        block: int = 16,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        generator = torch.Generator().manual_seed(1)
+        self.num_bits, self.block, tokens = num_bits, block, sum(lens)
+        self.query_starts = torch.tensor([0, *counts]).cumsum(0).int()
+        self.lens = torch.tensor(lens, dtype=torch.int32)
+        self.query = (2 * torch.randn(sum(counts), heads, size, generator=generator)).to(dtype)
+        self.key = (2 * torch.randn(tokens, kv_heads, size, generator=generator) + 0.5).to(dtype)
+        self.value = torch.randn(tokens, kv_heads, size, generator=generator).to(dtype)
+        self.clips = tuple(0.8 + 0.2 * torch.rand(2, kv_heads, 2, generator=generator))
+        self.key_offset = torch.randn(kv_heads, size, generator=torch.Generator().manual_seed(2))
+        used = [-(-length // block) for length in lens]
+        self.blocks = torch.randperm(sum(used) + 2, generator=generator)
+        self.block_table = torch.zeros(len(lens), max(used) + 1, dtype=torch.int32)
+        slots, first = [], 0
+        for row, length in enumerate(lens):
+            self.block_table[row, : used[row]] = self.blocks[first : first + used[row]]
+            slots += [int(self.block_table[row, t // block]) * block + t % block for t in range(length)]
+            first += used[row]
+        self.slots = torch.tensor(slots)
+
+    def empty_cache(self) -> torch.Tensor:
+        """A cache [blocks, kv_heads, block, bytes] of what used to be there: NaN as parameters."""
+        _, kv_heads, size = self.key.shape
+        shape = (len(self.blocks), kv_heads, self.block, cell_bytes(size, self.num_bits))
+        return torch.full(shape, 255, dtype=torch.uint8)
+
+    def store(self, kernels: ModuleType, hadamard: bool = True, offset: bool = True) -> torch.Tensor:
+        """The cache after all tokens are stored."""
+        cache, ranges = self.empty_cache(), (*self.clips, self.key_offset if offset else None)
+        kernels.kv_store(self.key, self.value, cache, self.slots, *ranges, hadamard, self.num_bits)
+        return cache
+
+    def attend(
+        self,
+        kernels: ModuleType,
+        cache: torch.Tensor,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        **other: Any,
+    ) -> torch.Tensor:
+        """Attention of the batch, or of one that differs from it."""
+        batch = {"query": self.query, "starts": self.query_starts, "lens": self.lens, "table": self.block_table} | other
+        out = torch.empty_like(batch["query"])
+        scale = self.query.shape[2] ** -0.5
+        rest = (batch["starts"], batch["lens"], batch["table"], True, scale, window, self.num_bits, out)
+        kernels.kv_attention(batch["query"], cache, *rest, **({"soft_cap": soft_cap} if soft_cap else {}))
+        return out
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_bits", BITS)
+@pytest.mark.parametrize("size", [64, 80, 96, 120, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 45])
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("offset", [False, True])
+def test_stored_cells_are_those_of_the_reference(
+    kernels: ModuleType, num_bits: tuple[int, int], size: int, tokens: int, hadamard: bool, offset: bool
+) -> None:
+    batch = Batch([1], [tokens], 3, 3, size, num_bits)
+    batch.slots[::4] = -1
+    found = batch.store(kernels, hadamard, offset)
+    assert torch.equal(found, batch.store(reference, hadamard, offset))
+    assert tokens == 1 or not torch.equal(found, batch.store(kernels, hadamard, not offset))
+    assert torch.equal(found, batch.empty_cache()) == (tokens == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_a_wider_tensor_are_stored_where_they_are(kernels: ModuleType, dtype: torch.dtype) -> None:
+    batch = Batch([1], [40], 2, 2, 64, dtype=dtype)
+    expected = batch.store(reference)
+    joined = torch.cat((batch.key, batch.value), 1)
+    batch.key, batch.value = joined[:, :2], joined[:, 2:]
+    assert not batch.key.is_contiguous()
+    assert torch.equal(batch.store(kernels), expected)
+
+
+def test_keys_are_stored_alone_as_in_a_batch(kernels: ModuleType) -> None:
+    batch = Batch([1], [70], 3, 3)
+    alone = batch.empty_cache()
+    for t in range(70):
+        one = slice(t, t + 1)
+        kernels.kv_store(
+            batch.key[one], batch.value[one], alone, batch.slots[one], *batch.clips, batch.key_offset, True, (4, 4)
+        )
+    assert torch.equal(batch.store(kernels), alone)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("num_bits", BITS)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (7, 1, 80)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_is_that_of_the_reference(
+    kernels: ModuleType, name: str, num_bits: tuple[int, int], heads: int, kv_heads: int, size: int, window: int | None
+) -> None:
+    batch = Batch(*BATCHES[name], heads, kv_heads, size, num_bits)
+    cache = batch.store(cpu)
+    assert torch.equal(batch.attend(kernels, cache, window), batch.attend(reference, cache, window))
+
+
+@pytest.mark.parametrize(("size", "block"), [(96, 32), (120, 16), (128, 128), (256, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_head_sizes_blocks_and_dtypes_are_those_of_the_reference(
+    kernels: ModuleType, size: int, block: int, dtype: torch.dtype
+) -> None:
+    batch = Batch([1, 30, 1], [300, 30, 17], 4, 2, size, block=block, dtype=dtype)
+    cache = batch.store(cpu)
+    assert torch.equal(batch.attend(kernels, cache), batch.attend(reference, cache))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("window", [None, 150])
+def test_a_row_does_not_depend_on_chunks_the_batch_or_the_split(
+    kernels: ModuleType, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch([600, 1], [600, 333], 9, 3)
+    cache = batch.store(kernels)
+    whole = batch.attend(kernels, cache, window)
+    monkeypatch.setattr(cpu, "SCORE_ELEMENTS", 9 * 640 * 7)  # seven queries at a time
+    assert torch.equal(batch.attend(kernels, cache, window), whole)
+    ends = [1, 130, 257, 258, 599, 600]
+    for first, last in zip([0, *ends], ends, strict=False):
+        starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, last - first], [last]))
+        part = {"query": batch.query[first:last], "starts": starts, "lens": lens, "table": batch.block_table[:1]}
+        assert torch.equal(batch.attend(kernels, cache, window, **part), whole[first:last])
+
+
+def test_huge_scores_and_queries_of_zeros_are_those_of_the_reference(kernels: ModuleType) -> None:
+    batch = Batch([3, 1], [140, 300])
+    batch.query[0], batch.query[1] = 0, batch.query[1] * 1000
+    cache = batch.store(cpu)
+    found = batch.attend(kernels, cache)
+    assert torch.equal(found, batch.attend(reference, cache))
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("sink", [0.0, 6.0, 12.0])
+def test_rounding_to_whole_numbers_costs_nothing_beside_the_codes(sink: float) -> None:
+    """Against float64 over the same codes; with a sink, most of the weight is on the first token, as in real models."""
+    batch = Batch([4], [4096], 2, 1, 128, dtype=torch.float32)
+    batch.key[0], batch.value[0] = sink * batch.query[0, 0] / batch.query[0, 0].norm(), batch.value[0] / 16
+    batch.query[:] = batch.query[0, 0]
+    cache = batch.store(cpu, hadamard=False, offset=False)
+    keys, values, params = reference.kv_read(cache, batch.block_table[0], 128, (4, 4))
+    keys, values = (
+        (codes[0, :4096] * params[i, 0, :4096, None].double() + params[i + 1, 0, :4096, None].double())
+        for i, codes in ((0, keys), (2, values))
+    )
+    weights = (batch.query[3, 0].double() @ keys.T * 128**-0.5).softmax(-1)
+    out = torch.empty_like(batch.query)
+    rest = (batch.query_starts, batch.lens, batch.block_table, False, 128**-0.5, None, (4, 4), out)
+    cpu.kv_attention(batch.query, cache, *rest)
+    expected = weights @ values
+    assert (out[3, 0] - expected).norm() / expected.norm() < 1e-3  # that of the codes is 0.1

@@ -1,0 +1,183 @@
+"""The compiled input transform and activation quantiser give the reference's bits."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from infoquant_vllm.kernels.cpu.rotate_quantize import rotate, rotate_quantize, rotate_quantize_wide
+from infoquant_vllm.kernels.cpu.rotate_rows import rotate_rows
+from infoquant_vllm.kernels.reference.rotate_quantize import rotate as reference_rotate
+from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference
+from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows as reference_rows
+from infoquant_vllm.kernels.reference.weight_only_linear import wide_codes
+from infoquant_vllm.kernels.torch.rotate_rows import rotate_rows as torch_rows
+from infoquant_vllm.kernels.triton.rotate_rows import rotate_rows as gpu_rows
+from tests.common.libraries import RUNNABLE, library
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRANSFORMS = {  # features, and what they go through: ("hadamard", size), ("blocks", size), ("kronecker", a, b)
+    "none": (576, ()),
+    "none, odd": (77, ()),
+    "hadamard 12 x 128": (1536, ("hadamard", 1536)),
+    "hadamard 28 x 64": (1792, ("hadamard", 1792)),
+    "hadamard 4096": (4096, ("hadamard", 4096)),
+    "hadamard 28 x 512": (14336, ("hadamard", 14336)),
+    "hadamard 43 x 4": (344, ("hadamard", 172)),
+    "hadamard 12 x 1": (24, ("hadamard", 12)),
+    "hadamard of heads": (576, ("hadamard", 64)),
+    "blocks of 288": (576, ("blocks", 288)),
+    "blocks of 64": (576, ("blocks", 64)),
+    "blocks of 7": (35, ("blocks", 7)),
+    "kronecker 12 x 128": (1536, ("kronecker", 12, 128)),
+    "kronecker 5 x 7": (35, ("kronecker", 5, 7)),
+    "kronecker 64 x 64": (4096, ("kronecker", 64, 64)),
+}
+
+
+@pytest.fixture(autouse=True, scope="module", params=RUNNABLE)
+def _library(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each library in turn."""
+    with library(request.param):
+        yield
+
+
+def _transform(kind: tuple, features: int) -> tuple[list[torch.Tensor], int]:
+    """Matrices, and the size of a Hadamard."""
+    if not kind or kind[0] == "hadamard":
+        return [], kind[1] if kind else 0
+    if kind[0] == "blocks":
+        return [torch.randn(features // kind[1], kind[1], kind[1])], 0
+    return [torch.randn(size, size) for size in kind[1:]], 0
+
+
+def _assert_wide_equal(x: torch.Tensor, *transform) -> None:
+    expected = wide_codes(reference_rotate(x.float(), *transform))
+    for found, right in zip(rotate_quantize_wide(x, *transform), expected, strict=True):
+        assert found.dtype == right.dtype
+        assert torch.equal(found, right)
+
+
+def _assert_equal(x: torch.Tensor, *args) -> None:
+    for found, expected in zip(rotate_quantize(x, *args), reference(x, *args), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_are_the_references(name: str, tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens)
+    features, kind = TRANSFORMS[name]
+    transform, x = _transform(kind, features), (3 * torch.randn(tokens, features)).to(dtype)
+    _assert_equal(x, *transform, 0.7 + 0.3 * torch.rand(1, 2), 4, False)
+    _assert_wide_equal(x, *transform)
+    assert torch.equal(rotate(x, *transform), reference_rotate(x.float(), *transform))
+
+
+@pytest.mark.parametrize("group_size", [1, 12, 16, 64, 128, 1536])
+@pytest.mark.parametrize(("num_bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
+def test_groups_and_bits_are_the_references(group_size: int, num_bits: int, symmetric: bool) -> None:
+    torch.manual_seed(0)
+    clip = 0.7 + 0.3 * torch.rand(1536 // group_size, 2)
+    for transform in (([], 0), ([], 1536)):
+        _assert_equal(torch.randn(5, 1536).bfloat16(), *transform, clip, num_bits, symmetric)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("hadamard", [0, 96])
+def test_extremes_are_the_references(num_bits: int, symmetric: bool, hadamard: int) -> None:
+    torch.manual_seed(0)
+    outlier = torch.randn(96)
+    outlier[17] = 1e6
+    halves = torch.arange(96) / 2  # values half way between codes: ties
+    rows = [torch.zeros(96), torch.full((96,), 1e30), torch.full((96,), -3.0), torch.rand(96) * 1e-20, outlier, halves]
+    for clip in (1.0, 0.5, 0.0):
+        _assert_equal(torch.stack(rows), [], hadamard, torch.full((1, 2), clip), num_bits, symmetric)
+    _assert_wide_equal(torch.stack(rows), [], hadamard)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 13])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [35, 192, 576])
+def test_rows_in_the_residual_basis_are_the_references(tokens: int, dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(tokens)
+    rows, rotation, gain = torch.randn(tokens, size).to(dtype), torch.randn(size, size), torch.randn(size)
+    for factors in (None, gain):
+        found = rotate_rows(rows, rotation, factors)
+        assert found.dtype == dtype
+        assert torch.equal(found, reference_rows(rows, rotation, factors))
+
+
+def test_a_row_in_the_residual_basis_is_the_same_bits_in_any_batch_and_by_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    rows, rotation, gain = torch.randn(600, 96), torch.randn(96, 96), torch.randn(96)
+    expected = reference_rows(rows, rotation, gain)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for tokens in (1, 2, 7, 12, 13, 64, 600):
+                assert torch.equal(rotate_rows(rows[:tokens], rotation, gain), expected[:tokens])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kernel", [torch_rows, gpu_rows])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torchs_rows_in_the_residual_basis_differ_from_the_references_by_last_bits(
+    kernel: Callable[..., torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Sums of 576 products in another order differ by some 1e-6, and near a tie by the dtype's last bit."""
+    torch.manual_seed(0)
+    rows, gain = torch.randn(13, 576).to(dtype), 1 + torch.rand(576)
+    rotation = torch.linalg.qr(torch.randn(576, 576))[0]
+    for factors in (None, gain):
+        found, expected = kernel(rows, rotation, factors), reference_rows(rows, rotation, factors)
+        assert found.dtype == dtype
+        bound = 1e-5 + torch.finfo(dtype).eps * expected.float().abs()
+        assert ((found.float() - expected.float()).abs() <= bound).all()
+        if dtype != torch.float32:
+            assert (found == expected).float().mean() >= 0.98
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_shorter_products_that_vllm_allows_leave_the_residual_basis_alone(precision: str) -> None:
+    torch.manual_seed(0)
+    rows, rotation = torch.randn(64, 576), torch.randn(576, 576)
+    expected = gpu_rows(rows, rotation, None)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert torch.equal(gpu_rows(rows, rotation, None), expected)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("name", ["hadamard 12 x 128", "blocks of 288", "kronecker 12 x 128"])
+def test_a_row_is_the_same_bits_in_any_batch_and_by_any_number_of_threads(name: str) -> None:
+    torch.manual_seed(0)
+    features, kind = TRANSFORMS[name]
+    transform, x = _transform(kind, features), torch.randn(123, features).bfloat16()
+    args = (*transform, torch.ones(features // 64, 2), 4, False)
+    before = torch.get_num_threads()
+    whole = rotate_quantize(x, *args)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for rows in (1, 2, 7, 64, 123):
+                for found, expected in zip(rotate_quantize(x[:rows], *args), whole, strict=True):
+                    assert torch.equal(found, expected[:rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(7, 256).bfloat16()
+    found = rotate_quantize(x[:, 64:192], [], 128, torch.ones(1, 2), 4, False)
+    expected = rotate_quantize(x[:, 64:192].contiguous(), [], 128, torch.ones(1, 2), 4, False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,88 @@
+"""Balanced scales keep the function and lower the noise that they are chosen against."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offline.algorithms.equalize import balance_down, balance_layer
+from offline.algorithms.fold import fold_layer
+from offline.model.architectures import CausalLM, rules_for
+from offline.model.hidden_states import Statistics, Stream
+from offline.model.source import Source
+from offline.recipe import SITES
+from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_balanced_model_gives_the_sources_logits(tmp_path: Path, size: str) -> None:
+    source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
+    tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
+    stream = Stream(source, tokens, None, [torch.device("cpu")])
+    model = source.model(torch.float32)
+    expected = model(tokens).logits
+    for number, layer in enumerate(model.model.layers):
+        state, statistics = fold_layer(source, number, None), Statistics()
+        before = state["mlp.down_proj.weight"]
+        stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe)
+        balance_layer(state, statistics.hessians(), statistics, source.shape)
+        assert not torch.allclose(state["mlp.down_proj.weight"], before, rtol=0.01)
+        layer.load_state_dict(state)
+    found = model(tokens).logits
+    assert ((found - expected).abs().max() / expected.abs().max()).item() < 1e-4
+
+
+def test_down_input_times_weight_norm_is_smallest_where_balanced() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(64, generator=generator).exp()
+    x = torch.randn(500, 64, generator=generator) * spread
+    state = {
+        "mlp.down_proj.weight": torch.randn(32, 64, generator=generator) * spread.flip(0),
+        "mlp.up_proj.weight": torch.eye(64),
+    }
+    before = x.norm() * state["mlp.down_proj.weight"].norm()
+    scaled = x * balance_down(state, x.square().sum(0))
+    torch.testing.assert_close(scaled, x @ state["mlp.up_proj.weight"].T)
+    after = scaled.norm() * state["mlp.down_proj.weight"].norm()
+    assert after < 0.8 * before
+    best = (x.norm(dim=0) * (state["mlp.down_proj.weight"] * state["mlp.up_proj.weight"].diagonal()).norm(dim=0)).sum()
+    torch.testing.assert_close(after, best)
+
+
+@torch.no_grad()
+def energies(model: CausalLM, modules: tuple[str, str], head_dim: int, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Of what two modules of the first layer give, [heads, pairs that RoPE turns]."""
+    found: list[torch.Tensor] = []
+    handles = [
+        model.model.layers[0]
+        .get_submodule(name)
+        .register_forward_hook(lambda _, __, out: found.append(out.reshape(tokens.numel(), -1, 2, head_dim // 2)))
+        for name in modules
+    ]
+    model(tokens)
+    for handle in handles:
+        handle.remove()
+    return [out.square().sum((0, 2)) for out in found]
+
+
+@pytest.mark.parametrize("size", ["tied", "biases", "qwen2", "qwen3"])
+def test_keys_and_queries_have_like_energies_in_every_pair_where_balanced(tmp_path: Path, size: str) -> None:
+    source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
+    shape, rules, model = source.shape, rules_for(source.shape), source.model(torch.float32)
+    state, statistics = fold_layer(source, 0, None), Statistics()
+    for name in state:
+        if rules.keys in name:  # keys of uneven sizes, and biases that matter
+            uneven = torch.linspace(0.1, 3, len(state[name]))
+            state[name] = state[name] * uneven.view(-1, *[1] * (state[name].dim() - 1)) * (20 if "bias" in name else 1)
+    tokens = torch.randint(3, VOCAB_SIZE, (8, 64), generator=torch.Generator().manual_seed(2))
+    Stream(source, tokens, None, [torch.device("cpu")]).advance(
+        state, [linears[0] for linears in SITES.values()], statistics.observe
+    )
+    balance_layer(state, statistics.hessians(), statistics, shape)
+    model.model.layers[0].load_state_dict(state)
+    queries, keys = energies(model, (rules.queries, rules.keys), shape.head_dim, tokens)
+    heads = 1 if rules.keys == "self_attn.k_norm" else shape.num_key_value_heads
+    ratio = (x.reshape(heads, -1, shape.head_dim // 2).sum(1) for x in (queries, keys))
+    logarithm = torch.log(next(ratio) / next(ratio))
+    spread = (logarithm - logarithm.mean(1, keepdim=True)).abs().max().item()
+    assert spread < (0.1 if size == "qwen3" else 1e-3)  # a head's tokens are not quite alike before its norm

@@ -1,0 +1,256 @@
+"""The simulation computes what the reference kernels compute, for every scheme the format has."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import offline
+from infoquant_vllm.format import (
+    ActivationArgs,
+    InputTransform,
+    KVCacheArgs,
+    LinearScheme,
+    WeightArgs,
+    cell_bytes,
+    linear_tensors,
+)
+from infoquant_vllm.kernels.reference.kv_cache import kv_attention, kv_read, kv_store
+from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear
+from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize
+from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
+from offline.errors import ToolError
+from offline.evaluate.simulate import load_simulated
+from offline.evaluate.simulated import SimulatedCache, SimulatedLinear, quantize_input, store_and_load, transform_input
+from offline.model.source import Source
+from offline.recipe import Recipe
+from tests.common.checkpoints import write_random
+from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
+
+K, N, TOKENS = 192, 40, 23
+WEIGHTS = {
+    "w4": WeightArgs(num_bits=4),
+    "w4-zeros": WeightArgs(num_bits=4, symmetric=False),
+    "w4-groups": WeightArgs(num_bits=4, strategy="group", group_size=32),
+    "w8": WeightArgs(num_bits=8),
+    "w8-zeros-groups": WeightArgs(num_bits=8, symmetric=False, strategy="group", group_size=64),
+}
+ACTIVATIONS = {
+    "a4": ActivationArgs(num_bits=4),
+    "a4-symmetric": ActivationArgs(num_bits=4, symmetric=True),
+    "a4-heads": ActivationArgs(num_bits=4, strategy="head", group_size=64),
+    "a8-groups": ActivationArgs(num_bits=8, strategy="group", group_size=32),
+    "a8": ActivationArgs(num_bits=8),
+}
+TRANSFORMS = {
+    "none": InputTransform(),
+    "hadamard": InputTransform(type="hadamard", block_size=192),
+    "hadamard-blocks": InputTransform(type="hadamard", block_size=48),
+    "blocks": InputTransform(type="blocks", block_size=64),
+    "kronecker": InputTransform(type="kronecker", factors=(12, 16)),
+}
+
+
+def random_tensors(scheme: LinearScheme, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, spec in linear_tensors(scheme, N, K).items():
+        if spec.dtype == "U8":
+            high = 2**scheme.weights.num_bits if name == "weight_zero_point" else 256
+            tensors[name] = torch.randint(0, high, spec.shape, generator=generator, dtype=torch.uint8)
+        elif name == "input_clip":
+            tensors[name] = 0.7 + 0.3 * torch.rand(spec.shape, generator=generator)
+        elif name == "weight_scale":
+            tensors[name] = 0.1 + torch.rand(spec.shape, generator=generator)
+        else:
+            tensors[name] = torch.randn(spec.shape, generator=generator)
+    return tensors
+
+
+def matrices(transform: InputTransform, tensors: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """The transform as the reference kernel takes it: matrices, and the size of a Hadamard."""
+    if transform.type == "hadamard":
+        assert transform.block_size is not None
+        return [], transform.block_size
+    return [tensors[name] for name in ("input_blocks", "input_left", "input_right") if name in tensors], 0
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_linear_equals_the_reference_bit_by_bit_where_nothing_is_rotated(weights: str, activations: str) -> None:
+    scheme = LinearScheme(weights=WEIGHTS[weights], input_activations=ACTIVATIONS[activations])
+    generator = torch.Generator().manual_seed(0)
+    tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator)
+    bias = torch.randn(N, generator=generator)
+    args = scheme.input_activations
+    codes, scale, zero = rotate_quantize(x, [], 0, tensors["input_clip"], args.num_bits, args.symmetric)
+    found = quantize_input(x, args, tensors["input_clip"])
+    per_feature = zero.repeat_interleave(K // zero.shape[1], 1)
+    assert torch.equal(found[0], (codes.int() - per_feature).float())
+    assert torch.equal(found[1], scale)
+    packed, zeros = tensors["weight_packed"], tensors.get("weight_zero_point")
+    expected = quantized_linear(codes, scale, zero, packed, tensors["weight_scale"], zeros, bias, torch.float32)
+    assert torch.equal(SimulatedLinear(scheme, tensors | {"bias": bias})(x), expected)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_codes_equal_the_references_after_every_transform(transform: str, activations: str) -> None:
+    scheme = LinearScheme(
+        weights=WEIGHTS["w4"], input_activations=ACTIVATIONS[activations], input_transform=TRANSFORMS[transform]
+    )
+    generator = torch.Generator().manual_seed(1)
+    tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator)
+    args = scheme.input_activations
+    codes, _, zero = rotate_quantize(
+        x, *matrices(scheme.input_transform, tensors), tensors["input_clip"], args.num_bits, args.symmetric
+    )
+    found, _ = quantize_input(transform_input(x, scheme.input_transform, tensors), args, tensors["input_clip"])
+    assert torch.equal(found, (codes.int() - zero.repeat_interleave(K // zero.shape[1], 1)).float())
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_only_linear_equals_the_reference_bit_by_bit(weights: str, dtype: torch.dtype) -> None:
+    scheme = LinearScheme(weights=WEIGHTS[weights], input_activations=ActivationArgs(num_bits=16))
+    generator = torch.Generator().manual_seed(2)
+    tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator).to(dtype)
+    bias = torch.randn(N, generator=generator)
+    packed, scale, zeros = tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point")
+    expected = weight_only_linear(x, [], 0, packed, scale, zeros, bias)
+    assert torch.equal(SimulatedLinear(scheme, tensors | {"bias": bias})(x), expected)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_weight_only_linear_equals_the_reference_after_every_transform(transform: str) -> None:
+    scheme = LinearScheme(
+        weights=WEIGHTS["w4"],
+        input_activations=ActivationArgs(num_bits=16),
+        input_transform=TRANSFORMS[transform],
+    )
+    generator = torch.Generator().manual_seed(2)
+    tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator)
+    rotation = matrices(scheme.input_transform, tensors)
+    expected = weight_only_linear(x, *rotation, tensors["weight_packed"], tensors["weight_scale"], None, None)
+    assert torch.equal(SimulatedLinear(scheme, tensors)(x), expected)
+
+
+@pytest.mark.parametrize("num_bits", [(4, 4), (8, 8), (8, 4), (4, 8)])
+def test_what_is_read_back_is_what_the_reference_reads(num_bits: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    key, value = torch.randn(2, TOKENS, 2, 64, generator=generator)
+    clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
+    cells = torch.zeros(1, 2, 32, cell_bytes(64, num_bits), dtype=torch.uint8)
+    kv_store(key, value, cells, torch.arange(TOKENS), *clips, None, False, num_bits)
+    keys, values, params = kv_read(cells, torch.tensor([0]), 64, num_bits)
+    for x, bits, clip, codes, scale, zero in (
+        (key, num_bits[0], clips[0], keys, params[0], params[1]),
+        (value, num_bits[1], clips[1], values, params[2], params[3]),
+    ):
+        expected = codes * scale.float()[..., None] + zero.float()[..., None]
+        assert torch.equal(store_and_load(x.transpose(0, 1), bits, clip), expected[:, :TOKENS])
+
+
+@pytest.mark.parametrize("num_bits", [(4, 4), (8, 8), (8, 4), (4, 8)])
+@pytest.mark.parametrize("rotate", [True, False])
+def test_attention_equals_the_reference_bit_by_bit(num_bits: tuple[int, int], rotate: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(2, 4, 5, 64, generator=generator)
+    key, value = torch.randn(2, 2, 2, TOKENS, 64, generator=generator)
+    clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
+    offset = torch.randn(2, 64, generator=generator)
+    args = KVCacheArgs(
+        key_bits=num_bits[0], value_bits=num_bits[1], key_transform="hadamard" if rotate else "none", key_offset=True
+    )
+    tensors = {"key_clip": clips[0], "value_clip": clips[1], "key_offset": offset}
+    found = SimulatedCache(args, tensors).attend(query, key, value, 0.125)
+    for i in range(2):
+        cells = torch.zeros(1, 2, 32, cell_bytes(64, num_bits), dtype=torch.uint8)
+        rows = key[i].transpose(0, 1), value[i].transpose(0, 1)
+        kv_store(*rows, cells, torch.arange(TOKENS), *clips, offset, rotate, num_bits)
+        expected = _attention(query[i].transpose(0, 1), cells, rotate, num_bits)
+        assert torch.equal(found[i], expected)
+
+
+def _attention(query: torch.Tensor, cells: torch.Tensor, rotate: bool, num_bits: tuple[int, int]) -> torch.Tensor:
+    """The reference's attention of a sequence's last tokens [tokens, heads, head_size]; its cells are block 0."""
+    starts, lens, table = (torch.tensor(x, dtype=torch.int32) for x in ([0, len(query)], [TOKENS], [[0]]))
+    out = torch.empty_like(query)
+    kv_attention(query, cells, starts, lens, table, rotate, 0.125, None, num_bits, out)
+    return out
+
+
+def test_cache_survives_values_beyond_half_precision() -> None:
+    huge = torch.full((1, 1, 64), 1e6)
+    assert torch.isfinite(store_and_load(torch.cat((huge, -huge, 0 * huge), 1), 4, torch.ones(1, 2))).all()
+
+
+def test_a_models_attention_is_the_references(tmp_path: Path) -> None:
+    model = load_simulated(write_random(tmp_path / "checkpoint"), torch.float32)
+    attention = model.model.layers[0].self_attn
+    recorded: list[torch.Tensor] = []
+    attention.o_proj.register_forward_pre_hook(lambda _, args: recorded.append(args[0]))
+    rows: dict[str, torch.Tensor] = {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        attention.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: rows.update({name: out[0]}))
+    tokens = torch.randint(3, 500, (1, TOKENS), generator=torch.Generator().manual_seed(4))
+    model(tokens)
+    query, key = rows["q_proj"].view(TOKENS, 4, 64), rows["k_proj"].view(TOKENS, 2, 64)
+    cos, sin = model.model.rotary_emb.rotary(query, torch.arange(TOKENS)[None])
+    query, key = apply_rotary_pos_emb(query, key, cos[0], sin[0])
+    cells = torch.zeros(1, 2, 32, 72, dtype=torch.uint8)
+    cache, value = attention.attn, rows["v_proj"].view(TOKENS, 2, 64)
+    kv_store(key, value, cells, torch.arange(TOKENS), cache.key_clip, cache.value_clip, None, True, (4, 4))
+    expected = _attention(query, cells, True, (4, 4))
+    found = recorded[0][0].view(TOKENS, 4, 64)
+    assert (found - expected).norm() / expected.norm() < 2e-3
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
+def test_eight_bit_checkpoint_computes_nearly_what_its_source_computes(
+    tmp_path: Path, size: str, transform: str
+) -> None:
+    source = write_source(tmp_path / "source", **SIZES[size])
+    site: dict[str, Any] = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}, "clip": 1.0}
+    recipe = Recipe.model_validate(
+        {
+            "name": "eight",
+            "transform": transform,
+            "rounding": "rtn",
+            "sites": dict.fromkeys(("qkv", "o", "gate_up", "down"), site),
+            "kv_cache": {"key_bits": 8, "value_bits": 8, "key_clip": 1.0, "value_clip": 1.0},
+        }
+    )
+    offline.quantize(source, tmp_path / "out", recipe=recipe, progress=lambda *_: None)
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 32), generator=torch.Generator().manual_seed(5))
+    expected = Source.open(source).model(torch.float32)(tokens).logits
+    found = load_simulated(tmp_path / "out", torch.float32)(tokens).logits
+    assert (found - expected).norm() / expected.norm() < 0.15  # a rotation left out anywhere gives more than 1
+
+
+def test_token_does_not_depend_on_those_after_it_or_beside_it(tmp_path: Path) -> None:
+    model = load_simulated(write_random(tmp_path / "checkpoint", tie_word_embeddings=True), torch.float32)
+    tokens = torch.randint(3, 500, (3, 40), generator=torch.Generator().manual_seed(6))
+    together, alone = model(tokens).logits[1, :17], model(tokens[1:2, :17]).logits[0]
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+
+
+WINDOW = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5}
+
+
+@pytest.mark.parametrize("changes", [{}, WINDOW], ids=["all tokens", "a window"])
+def test_decoding_with_transformers_cache_equals_one_pass(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = load_simulated(write_random(tmp_path / "checkpoint", **changes), torch.float32)
+    tokens = torch.randint(3, 500, (1, 12), generator=torch.Generator().manual_seed(7))
+    first = model(tokens[:, :8], use_cache=True)
+    rest = model(tokens[:, 8:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.logits, model(tokens).logits[:, 8:], rtol=1e-3, atol=1e-3)
+
+
+def test_broken_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = write_random(tmp_path / "checkpoint")
+    next(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(ToolError, match="the shard is missing"):
+        load_simulated(folder)

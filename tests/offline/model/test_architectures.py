@@ -1,0 +1,55 @@
+"""Every class in the table is quantised into a checkpoint that still behaves like its source."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from infoquant_vllm.format import ARCHITECTURES
+from offline import PRESETS, quantize
+from offline.algorithms.fold import fold_layer
+from offline.evaluate.metrics import compare
+from offline.evaluate.simulate import load_simulated
+from offline.model.architectures import RULES
+from offline.model.hidden_states import Stream
+from offline.model.source import Source
+from offline.progress import silent
+from offline.recipe import CalibrationSize, Psot
+from tests.common.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
+
+SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}
+TEXT = "".join(f"The number {n} is followed by {n + 1}, and its square is {n * n}.\n\n" for n in range(300))
+LARGEST_KL = {"rtn": 1.0, "quarot": 0.5, "fast": 0.5}
+"""Nats; predictions of another position are at 0.9 to 1.5."""
+
+
+def test_format_and_tool_know_the_same_classes() -> None:
+    assert list(ARCHITECTURES) == list(RULES)
+    assert all(name == rules.model.__name__ for name, rules in RULES.items())
+
+
+def test_every_class_is_among_the_tiny_models() -> None:
+    assert {SIZES[size].get("architecture", "LlamaForCausalLM") for size in FAMILIES} == set(RULES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", FAMILIES)
+def test_layers_one_by_one_compute_what_the_model_does(tmp_path: Path, size: str) -> None:
+    source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(1))
+    stream, model = Stream(source, tokens, None, [torch.device("cpu")]), source.model(torch.float32).model
+    for layer in range(source.shape.num_hidden_layers):
+        stream.advance(fold_layer(source, layer, None), [], lambda *_: None)
+    torch.testing.assert_close(model.norm(stream.hidden), model(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", LARGEST_KL)
+@pytest.mark.parametrize("size", FAMILIES)
+def test_quantised_model_behaves_like_its_source(tmp_path: Path, size: str, preset: str) -> None:
+    source, text = write_source(tmp_path / "source", **SIZES[size]), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    recipe = PRESETS[preset].model_copy(update=SMALL)
+    quantize(source, tmp_path / "out", recipe=recipe, calibration=str(text), progress=silent)
+    windows = torch.randint(3, VOCAB_SIZE, (4, 64), generator=torch.Generator().manual_seed(1))
+    model, reference = load_simulated(tmp_path / "out", torch.float32), Source.open(source).model(torch.float32)
+    assert compare(list(windows), model, reference)["kl"].mean < LARGEST_KL[preset]

@@ -1,0 +1,106 @@
+"""Keys quantised less what all of a head's have in common: the same attention, smaller ranges."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from infoquant_vllm.format import WeightArgs
+from offline import Recipe, quantize
+from offline.algorithms.fold import fold_layer
+from offline.evaluate.metrics import compare
+from offline.evaluate.simulate import load_simulated
+from offline.model.architectures import rules_for
+from offline.model.hidden_states import Statistics, Stream
+from offline.model.source import Source
+from offline.progress import silent
+from offline.recipe import SITES, CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
+from tests.common.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
+
+EIGHT = WeightArgs(num_bits=8)
+TEXT = "".join(f"The number {n} is followed by {n + 1}, and its square is {n * n}.\n\n" for n in range(300))
+MODULES = [linears[0] for linears in SITES.values()]
+
+
+def recipe(positions: int | None, num_bits: int = 8) -> Recipe:
+    site = Site(weights=EIGHT, input_activations=SiteActivations(num_bits=8), clip=1.0)
+    return Recipe(
+        name="test",
+        transform="psot-shared",
+        rounding="gptq",
+        balance=True,
+        sites=Sites(qkv=site, o=site, gate_up=site, down=site),
+        kv_cache=KVCache(key_bits=num_bits, value_bits=num_bits, value_clip=1.0, key_offset_positions=positions),
+        calibration=CalibrationSize(sequences=4, sequence_length=64),
+        psot=Psot(steps=3),
+    )
+
+
+def divergence(source: Path, folder: Path, chosen: Recipe, text: Path) -> float:
+    """Mean KL from the source to its checkpoint, simulated in float32."""
+    quantize(source, folder, recipe=chosen, calibration=str(text), progress=silent)
+    windows = torch.randint(3, VOCAB_SIZE, (4, 64), generator=torch.Generator().manual_seed(5))
+    return compare(list(windows), load_simulated(folder, torch.float32), Source.open(source).model(torch.float32))[
+        "kl"
+    ].mean
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.mark.parametrize("size", ["tied", "untied-biases", *FAMILIES])
+def test_checkpoint_of_centred_keys_in_eight_bits_predicts_as_its_source(tmp_path: Path, text: Path, size: str) -> None:
+    source = write_source(tmp_path / "source", **SIZES[size])
+    plain, centred = (divergence(source, tmp_path / str(n), recipe(n), text) for n in (None, 128))
+    assert centred < 1.5 * plain < 0.005
+
+
+@pytest.mark.parametrize("size", ["tied", "llama3-rope", "qwen3"])
+def test_key_offset_is_the_mean_of_a_constant_key_at_all_positions(tmp_path: Path, size: str) -> None:
+    source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(2))
+    stream = Stream(source, tokens, None, [torch.device("cpu")])
+    heads, size_of_head = source.shape.num_key_value_heads, source.shape.head_dim
+    key = torch.randn(heads, size_of_head, generator=torch.Generator().manual_seed(3))
+    rotary = source.model(torch.float32).model.rotary_emb
+    cos, sin = rotary(key, torch.arange(100)[None])
+    turned, _ = apply_rotary_pos_emb(key[None, :, None].expand(-1, -1, 100, -1), key[None, :, None], cos, sin)
+    torch.testing.assert_close(stream.turn_mean(key, 100), turned[0].mean(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["tied", "qwen2", "qwen3"])
+def test_keys_are_observed_as_rope_turns_them(tmp_path: Path, size: str) -> None:
+    source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(2))
+    stream, statistics, keys = (
+        Stream(source, tokens, None, [torch.device("cpu")]),
+        Statistics(),
+        rules_for(source.shape).keys,
+    )
+    stream.advance(fold_layer(source, 0, None), MODULES, statistics.observe, (keys,))
+    expected: list[torch.Tensor] = []
+    model = source.model(torch.float32)
+    model.model.layers[0].get_submodule(keys).register_forward_hook(lambda _, __, out: expected.append(out))
+    with torch.no_grad():
+        model(tokens)
+    torch.testing.assert_close(statistics.sums[keys], expected[0].reshape(32, -1).sum(0), rtol=1e-4, atol=1e-3)
+
+
+def test_centred_key_leaves_the_cache_less_noise(tmp_path: Path, text: Path) -> None:
+    """Biases make keys of one sign; their four bits are then for what differs."""
+    source = write_source(tmp_path / "source", architecture="Qwen2ForCausalLM")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("k_proj.bias"):
+            half = len(tensors[name]) // 2
+            tensors[name] = torch.where(torch.arange(2 * half) % 64 % 32 > 24, 8.0, 0.0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    plain, centred = (divergence(source, tmp_path / str(n), recipe(n, 4), text) for n in (None, 128))
+    assert centred < 0.5 * plain

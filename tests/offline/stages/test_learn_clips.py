@@ -1,0 +1,103 @@
+"""The layer whose clips are learnt is the simulated one, and learning lowers its error."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from infoquant_vllm.format import Checkpoint
+from offline import PRESETS, quantize
+from offline.algorithms.fold import fold_layer
+from offline.evaluate.simulate import load_simulated
+from offline.model.hidden_states import Stream
+from offline.model.source import Source
+from offline.progress import silent
+from offline.recipe import CalibrationSize, LearnedClips, PsotLayer, Recipe, Site, SiteActivations, Sites
+from offline.stages.learn_clips import rate_factor, train_clips
+from offline.training.fake_quant_layer import ClippedLayer
+from tests.common.tiny import VOCAB_SIZE, write_source
+from tests.offline.test_pipeline import TEXT
+
+CPU = torch.device("cpu")
+GROUPS = Site(input_activations=SiteActivations(strategy="group", group_size=64), clip=0.95)
+HEADS = Site(input_activations=SiteActivations(strategy="head"), clip=0.95)
+CLIP = Site(clip=0.95)
+SITES = {
+    "tokens": Sites(qkv=CLIP, o=HEADS, gate_up=CLIP, down=CLIP),
+    "groups": Sites(qkv=GROUPS, o=HEADS, gate_up=GROUPS, down=Site(input_activations=SiteActivations(num_bits=16))),
+}
+
+
+def checkpoint_of(tmp_path: Path, sites: str) -> tuple[Source, Recipe, dict[str, torch.Tensor]]:
+    """A model quantised with clips as they are before learning, the recipe, and its first layer's tensors."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    update = {
+        "calibration": CalibrationSize(sequences=4, sequence_length=64),
+        "psot_layer": PsotLayer(epochs=1),
+        "learned_clips": None,
+        "sites": SITES[sites],
+    }
+    recipe = PRESETS["paper"].model_copy(update=update)
+    source = write_source(tmp_path / "source", attention_bias=True)
+    quantize(source, tmp_path / "out", recipe=recipe, calibration=str(tmp_path / "text.txt"), progress=silent)
+    checkpoint, prefix = Checkpoint(tmp_path / "out"), "model.layers.0."
+    names = [name for name in checkpoint.weight_map if name.startswith(prefix)]
+    return Source.open(source), recipe, {name.removeprefix(prefix): checkpoint.tensor(name) for name in names}
+
+
+def stream_of(source: Source) -> tuple[Stream, torch.Tensor]:
+    """A stream behind the first layer, and the hidden states before it."""
+    tokens = torch.randint(3, VOCAB_SIZE, (4, 64), generator=torch.Generator().manual_seed(0))
+    stream = Stream(source, tokens, None, [CPU])
+    before = stream.hidden.clone()
+    stream.advance(fold_layer(source, 0, None), [], lambda *_: None)
+    return stream, before
+
+
+@pytest.mark.parametrize("sites", SITES)
+def test_layer_before_learning_computes_what_the_simulation_computes(tmp_path: Path, sites: str) -> None:
+    source, recipe, tensors = checkpoint_of(tmp_path, sites)
+    stream, before = stream_of(source)
+    layer, rotary = stream.copy_layer()
+    found = ClippedLayer(layer, tensors, recipe, source.shape)(before, rotary).detach()
+    model = load_simulated(tmp_path / "out", torch.float32)
+    model.model.layers[0].register_forward_hook(lambda _, __, output: outputs.append(output))
+    outputs: list[torch.Tensor] = []
+    model(inputs_embeds=before)
+    exact = stream.hidden
+    assert (outputs[0] - exact).norm() > 0.02 * exact.norm()
+    assert (found - outputs[0]).norm() < 0.1 * (exact - outputs[0]).norm()
+
+
+def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -> None:
+    source, recipe, tensors = checkpoint_of(tmp_path, "tokens")
+    stream, before = stream_of(source)
+    layer, rotary = stream.copy_layer()
+    quantized = ClippedLayer(layer, tensors, recipe, source.shape)
+    for parameter in quantized.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(-2.0)  # factors of 0.56, which cut off far too much
+
+    def error() -> float:
+        with torch.no_grad():
+            return (quantized(before, rotary) - stream.hidden).square().mean().item()
+
+    start, clips = error(), quantized.clips()
+    assert {name: clip.shape for name, clip in clips.items()} == {
+        name: tensor.shape for name, tensor in tensors.items() if name.endswith(("input_clip", "value_clip"))
+    }
+    train_clips(quantized, rotary, before, stream.hidden, LearnedClips(epochs=10, learning_rate=0.3))
+    assert error() < 0.7 * start
+    for name, clip in quantized.clips().items():
+        assert (clip > 0.5).all(), name
+        assert (clip <= 1).all(), name
+        assert (clip != clips[name]).all(), name
+    assert quantized.clips()["mlp.gate_proj.input_clip"].min() > 0.7
+
+
+def test_rate_warms_up_and_ends_at_a_thousandth() -> None:
+    factors = [rate_factor(step, 16, 160) for step in range(161)]
+    assert factors[0] == pytest.approx(0.01)
+    assert factors[16] == pytest.approx(1.0, abs=0.03)
+    assert factors[160] == pytest.approx(1e-3)
+    assert factors[16:] == sorted(factors[16:], reverse=True)

@@ -1,0 +1,129 @@
+"""Memory stays within a decoder layer's, whatever the number of layers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from offline import PRESETS, ToolError, quantize
+from offline.model.hidden_states import TOKENS_PER_BATCH
+from offline.model.scratch import Scratch
+from offline.progress import silent
+from offline.recipe import CalibrationSize, KVCache, LearnedClips, Psot, PsotLayer, Recipe
+from tests.common.big import LAYER, LAYER_BYTES, write_llama_3_8b_layers
+from tests.common.tiny import write_source
+
+QUANTIZE = """
+import sys
+from offline import quantize
+from offline.progress import silent
+source, output, recipe, calibration = sys.argv[1:]
+options = {"recipe": recipe, "calibration": calibration, "progress": silent}
+print(quantize(source, output, dry_run=True, **options).plan.memory_bytes)
+print(quantize(source, output, **options).peak_memory_bytes)
+"""
+TOKENS = 1024
+"""Of calibration, in one batch of the tool's."""
+TEXT = "".join(f"The number {n} is followed by {n + 1}.\n" for n in range(2000))
+
+
+def peak_of_a_run(source: Path, recipe: Recipe) -> tuple[int, int]:
+    """Bytes of memory that a dry run foretold, and the most that a process of its own held while it quantised."""
+    text, file = source.with_name("text.txt"), source.with_name("recipe.yaml")
+    text.write_text(TEXT)
+    file.write_text(recipe.dump())
+    output = source.with_name(f"{source.name}-{recipe.name}")
+    command = [sys.executable, "-c", QUANTIZE, source, output, file, text]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # tensors that are freed leave the process
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=850, env=environment)
+    foretold, peak = map(int, done.stdout.split())
+    return foretold, peak
+
+
+def test_peak_is_within_one_layer_and_one_batch_of_llama_3_8b(tmp_path: Path) -> None:
+    recipe = Recipe(
+        name="everything-of-fast-but-its-steps",
+        transform="hadamard",
+        rounding="gptq",
+        balance=True,
+        kv_cache=KVCache(key_offset_positions=2048),
+        calibration=CalibrationSize(sequences=TOKENS // 256, sequence_length=256),
+    )
+    foretold, peak = peak_of_a_run(write_llama_3_8b_layers(tmp_path / "source", 1), recipe)
+    features = sum(rows for rows, _ in LAYER.values()) + 4096 + 4096 + 14336  # outputs; the inputs of qkv, o and down
+    activations = 4 * min(TOKENS, TOKENS_PER_BATCH) * features
+    assert peak <= 1.5 * (LAYER_BYTES + activations) + 2 * 2**30
+    assert foretold / 1.5 < peak < 1.5 * foretold
+
+
+@pytest.mark.parametrize("transform", ["psot-shared", "psot-layer"])
+def test_peak_does_not_grow_with_the_layers(tmp_path: Path, transform: str) -> None:
+    recipe = Recipe(
+        name=transform,
+        transform=transform,
+        rounding="gptq",
+        calibration=CalibrationSize(sequences=8, sequence_length=64),
+        psot=Psot(steps=1, pool_tokens=2000),
+        psot_layer=PsotLayer(epochs=1),
+        learned_clips=LearnedClips(sequences=2, epochs=1) if transform == "psot-layer" else None,
+    )
+    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 16, "dtype": torch.bfloat16}
+    few, many = (
+        peak_of_a_run(write_source(tmp_path / f"{layers}", num_hidden_layers=layers, **sizes), recipe)[1]
+        for layers in (2, 8)
+    )
+    layer = 4 * (2 * 1024 * 1024 + 2 * 128 * 1024 + 3 * 1024 * 1024)
+    assert many - few < 1.5 * layer
+
+
+def test_scratch_too_large_for_the_free_memory_is_a_file_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = Scratch(tmp_path).empty(8, 4)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=400))
+    mapped = Scratch(tmp_path).empty(8, 4)
+    assert list(tmp_path.iterdir()) == []
+    maps = Path("/proc/self/maps").read_text()
+    assert f"{tmp_path}" in maps
+    assert "(deleted)" in maps
+    for tensor in (small, mapped):
+        tensor.copy_(torch.arange(32.0).view(8, 4))
+        assert tensor.sum() == 31 * 16
+
+
+@pytest.mark.parametrize(("preset", "calibration", "named"), [
+    ("fast", "self", "sampling calibration text from the model holds all of it"),
+    ("best", "text.txt", "recipe 'best' distils, which holds the whole model twice"),
+])  # fmt: skip
+def test_steps_that_hold_the_whole_model_say_what_they_need_before_they_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, calibration: str, named: str
+) -> None:
+    source = write_source(tmp_path / "source")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    with pytest.raises(ToolError, match=f"{named}.* and 0 GB are free"):
+        quantize(source, tmp_path / "out", recipe=PRESETS[preset], calibration=calibration, progress=silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_hidden_states_on_disk_give_the_bytes_of_those_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = write_source(tmp_path / "source"), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    update = {"calibration": CalibrationSize(sequences=4, sequence_length=64), "psot": Psot(steps=2)}
+    for name in ("memory", "disk"):
+        quantize(
+            source,
+            tmp_path / name,
+            recipe=PRESETS["fast"].model_copy(update=update),
+            calibration=str(text),
+            progress=silent,
+        )
+        monkeypatch.setattr("offline.model.scratch.MEMORY_SHARE", 0.0)
+    shard = "model-00001-of-00001.safetensors"
+    assert (tmp_path / "memory" / shard).read_bytes() == (tmp_path / "disk" / shard).read_bytes()
