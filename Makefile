@@ -19,7 +19,7 @@ export NO_TORCH
 
 .PHONY: demo serve bench test fuzz lint dist lock gpu-pack gpu-pack-model clean
 
-demo: $(STAMP)  ## quantise a real model, serve it, ask it something, print what it costs and gains
+demo: $(STAMP)  ## quantize a real model, serve it, ask it something, print what it costs and gains
 	$(BIN)/python -m benchmarks.demo
 
 serve: $(STAMP)  ## the same, and the server stays up
@@ -31,7 +31,7 @@ bench: $(STAMP)  ## speed, memory and time of everything, in short; writes bench
 test: lint dist $(VLLM_SOURCES_FOLDER) $(TRITONS)  ## all that is checked, a file of tests at a time on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-fuzz: $(STAMP)  ## ten minutes of spoilt checkpoints, at random; `make test` has a few seconds of the same ones
+fuzz: $(STAMP)  ## ten minutes of corrupted checkpoints, at random; `make test` has a few seconds of the same ones
 	FUZZ_SECONDS=200 $(BIN)/python -m pytest tests/format/test_fuzz.py
 
 lint: $(STAMP)

@@ -1,4 +1,4 @@
-"""`make demo`: quantise a real model to W4A4KV4, serve it, ask it something, print what it costs and gains."""
+"""`make demo`: quantize a real model to W4A4KV4, serve it, ask it something, print what it costs and gains."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy.scores import Scores, score, standard_error
-from benchmarks.common.models import DEMO, infoquant, language_reference, quantised, source_model
+from benchmarks.common.models import DEMO, infoquant, language_reference, quantized, source_model
 from benchmarks.common.server import Server, ServerError, serve, stop_on_sigterm
 from offline.text import text_windows
 
@@ -50,10 +50,10 @@ def main() -> None:
 
 def run(stay: bool) -> None:
     """Every step in turn, each announced before it runs."""
-    step("A real model, bf16: SmolLM2-135M-Instruct, dequantised from the GGUF file in a Python package")
+    step("A real model, bf16: SmolLM2-135M-Instruct, dequantized from the GGUF file in a Python package")
     source = source_model()
-    step("Quantise it to 4-bit weights, activations and KV cache")
-    checkpoint = quantised("fast", "--preset", "fast")
+    step("Quantize it to 4-bit weights, activations and KV cache")
+    checkpoint = quantized("fast", "--preset", "fast")
     step("Verify the checkpoint")
     infoquant("verify", checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -132,7 +132,7 @@ def sources(reference: Measured, ours: Measured) -> str:
     """Where the table's figures come from."""
     loss = standard_error(ours.scores.nll - reference.scores.nll)
     return (
-        "Linear layers: from the quantiser's report. Whole checkpoint: the safetensors files.\n"
+        "Linear layers: from the quantizer's report. Whole checkpoint: the safetensors files.\n"
         "KV-cache tokens: what each of the two servers wrote into its log.\n"
         f"Perplexity: {ours.scores.nll.numel():,} tokens of Python's language reference in windows of {WINDOW}, from\n"
         f"the two servers' prompt log-probabilities (standard error of the log of the ratio: {loss:.3f}).\n"

@@ -70,7 +70,7 @@ SECTIONS = (
         "Linear layers of real models",
         "linear.json",
         "python -m benchmarks.speed.linear",
-        "One thread, a decoder layer's linears together, inputs rotated and quantised in the time. At one token, four "
+        "One thread, a decoder layer's linears together, inputs rotated and quantized in the time. At one token, four "
         "times as fast as bf16 (dashed) is what reading a quarter of the bytes can give.",
         plots.linears,
     ),
@@ -119,11 +119,11 @@ SECTIONS = (
         },
     ),
     Section(
-        "Quantising",
+        "Quantizing",
         "quantize.json",
         "python -m benchmarks.speed.quantize",
         "Time and peak memory of the tool against the model's size.",
-        plots.quantising,
+        plots.quantizing,
     ),
 )
 

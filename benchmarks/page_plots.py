@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from offline.evaluate.page.plots import STYLE
 
 COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Of Okabe and Ito, grey first: the one that all are compared with."""
+"""Of Okabe and Ito, gray first: the one that all are compared with."""
 IDEAL = 4.0  # 16 bits over 4
 
 Rows = list[dict[str, Any]]
@@ -34,8 +34,8 @@ def served(rows: Rows) -> Figure | None:
             ticks.append((height + (len(own) - 1) / 2, f"{case[0]}: {case[1]} in, {case[2]} out, {case[3]} at a time"))
             for row in own:
                 ends = [[row["times_as_fast"] - row["lowest"]], [row["highest"] - row["times_as_fast"]]]
-                colour = COLOURS[1 + models.index(row["model"]) % (len(COLOURS) - 1)]
-                axes.barh(height, row["times_as_fast"], xerr=ends, color=colour, capsize=2)
+                color = COLOURS[1 + models.index(row["model"]) % (len(COLOURS) - 1)]
+                axes.barh(height, row["times_as_fast"], xerr=ends, color=color, capsize=2)
                 axes.annotate(
                     f"{row['model']} {row['times_as_fast']:.2f}", (0.02, height), va="center", color="white", fontsize=7
                 )
@@ -129,7 +129,7 @@ def accuracy(rows: Rows) -> Figure:
     return figure
 
 
-def quantising(rows: Rows) -> Figure:
+def quantizing(rows: Rows) -> Figure:
     """Seconds and peak memory over millions of weights."""
     rows = [row | {"millions": row["weights"] / 1e6, "peak_mb": row["peak_bytes"] / 1e6} for row in rows]
     with _panels(1, 2, 3.2) as (figure, panels):

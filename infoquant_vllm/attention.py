@@ -1,4 +1,4 @@
-"""The attention backend over the quantised KV cache: spec, metadata and implementation."""
+"""The attention backend over the quantized KV cache: spec, metadata and implementation."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec, KVQuantMode
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from infoquant_vllm.format import cell_bytes
+from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.ops.table import has_kernel, kernel
 
 
@@ -69,7 +69,7 @@ class KV4Backend(AttentionBackend):
         if spec.state_content_bytes is not None:
             return spec
         mode = KVQuantMode.INT4_PER_TOKEN_HEAD if cls.num_bits == (4, 4) else KVQuantMode.INT8_PER_TOKEN_HEAD
-        content = cell_bytes(spec.head_size, cls.num_bits)
+        content = kv_bytes_per_token_head(spec.head_size, cls.num_bits)
         return replace(spec, dtype=torch.uint8, state_content_bytes=content, kv_quant_mode=mode)
 
 
@@ -189,7 +189,7 @@ class KVImpl(AttentionImpl[KVMetadata]):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.num_bits, self.hadamard = num_bits, key_transform == "hadamard"
-        self.cell_bytes = cell_bytes(head_size, num_bits)
+        self.kv_bytes_per_token_head = kv_bytes_per_token_head(head_size, num_bits)
         self.decoding = _decoding() if has_kernel("kv_decode", current_platform.device_type) else None
         self.scratch_shapes: tuple[tuple[int, ...], ...] | None = None
 
@@ -205,7 +205,7 @@ class KVImpl(AttentionImpl[KVMetadata]):
         if kv_cache.numel() == 0:  # the run that measures memory has no cache yet
             return
         store = kernel("kv_store", key.device.type)
-        ranges = layer.key_clip, layer.value_clip, getattr(layer, "key_offset", None)
+        ranges = layer.key_clip_ratio, layer.value_clip_ratio, getattr(layer, "key_mean", None)
         store(key, value, kv_cache, slot_mapping, *ranges, self.hadamard, self.num_bits)
 
     def forward(  # type: ignore[override]
@@ -222,7 +222,7 @@ class KVImpl(AttentionImpl[KVMetadata]):
     ) -> torch.Tensor:
         """Attend with query [tokens, heads, head_size] and write output of the same shape."""
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("infoquant: a quantised attention output is not served")
+            raise NotImplementedError("infoquant: a quantized attention output is not served")
         if attn_metadata is None:  # the run that measures memory
             if self.decoding is not None:
                 self._scratch(query.device)

@@ -1,4 +1,4 @@
-"""Which method serves which layer of a quantised model."""
+"""Which method serves which layer of a quantized model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ class InfoQuantConfig(QuantizationConfig):
         forced_family()  # refuses a word that names none, before any layer is built
         if data is None:  # vLLM found no quantization_config, but --quantization infoquant was given
             raise FormatError(
-                "the model is not quantised: its config.json has no quantization_config; "
+                "the model is not quantized: its config.json has no quantization_config; "
                 "run `infoquant quantize MODEL OUTPUT` first and serve OUTPUT"
             )
         self.data = data
@@ -141,9 +141,9 @@ class InfoQuantConfig(QuantizationConfig):
     def _vocabulary_method(self, is_head: bool, prefix: str) -> QuantizeMethodBase | None:
         from infoquant_vllm.embedding import VocabularyMethod
 
-        rotated, model = self.data.tied_residual_rotation, get_current_vllm_config().model_config
+        rotated, model = self.data.online_r1, get_current_vllm_config().model_config
         tied = rotated or (model is not None and getattr(model.hf_text_config, "tie_word_embeddings", False))
-        quantized = self.data.vocabulary_bits is not None and (is_head or tied)
+        quantized = self.data.lm_head_bits is not None and (is_head or tied)
         return VocabularyMethod(self, prefix, rotated, quantized) if rotated or quantized else None
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
@@ -162,8 +162,8 @@ class InfoQuantConfig(QuantizationConfig):
 def _refuse_adapters(prefix: str) -> None:
     if get_current_vllm_config().lora_config is not None:
         raise FormatError(
-            f"{prefix}: LoRA adapters are not served on a quantised model, whose weights are in a rotated basis that "
-            "adapters were not trained in; merge the adapter into the source model and quantise that"
+            f"{prefix}: LoRA adapters are not served on a quantized model, whose weights are in a rotated basis that "
+            "adapters were not trained in; merge the adapter into the source model and quantize that"
         )
 
 
@@ -171,6 +171,6 @@ def _refuse_other_classes() -> None:
     model = get_current_vllm_config().model_config
     if model is not None and model.using_transformers_backend():
         raise FormatError(
-            "--model-impl transformers is not served: a quantised model needs vLLM's own model classes, whose fused "
+            "--model-impl transformers is not served: a quantized model needs vLLM's own model classes, whose fused "
             "linears its tensors are made for; leave --model-impl at auto"
         )

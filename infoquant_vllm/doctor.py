@@ -62,7 +62,7 @@ def plugin() -> Finding:
     elif allowed is not None and ENTRY_POINT not in allowed.split(","):
         found, advice = f"VLLM_PLUGINS={allowed} leaves it out", f"unset VLLM_PLUGINS, or add {ENTRY_POINT}"
     else:
-        found, advice = f"quantisation method {ENTRY_POINT}", ""
+        found, advice = f"quantization method {ENTRY_POINT}", ""
     return Finding(subject="plugin", in_order=not advice, found=found, advice=advice)
 
 

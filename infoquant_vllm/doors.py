@@ -55,8 +55,8 @@ def _check_pooling(data: QuantizationConfigData, model: "ModelConfig") -> None:
             f"{asked} ({', '.join(model.architectures)}) is not served, the checkpoint holds no head for it "
             f"and hidden states may be in a rotated basis; {INSTEAD}"
         )
-    if data.tied_residual_rotation or data.vocabulary_bits is not None:
-        kind = "rotated and tied to lm_head" if data.tied_residual_rotation else "of 8 bits"
+    if data.online_r1 or data.lm_head_bits is not None:
+        kind = "rotated and tied to lm_head" if data.online_r1 else "of 8 bits"
         raise FormatError(
             f"{asked} with classifier_from_token is not served, vLLM takes rows out of a vocabulary matrix that is "
             f"{kind}; score by the tokens' log-probabilities (logprobs of max_tokens 1), or {INSTEAD}"

@@ -4,9 +4,9 @@ import zlib
 
 import torch
 
-ONES = ("input_clip", "key_clip", "value_clip", "final_norm_weight")
-ZEROS = ("key_offset",)
-IDENTITIES = ("input_blocks", "input_left", "input_right", "residual_rotation")
+ONES = ("input_clip_ratio", "key_clip_ratio", "value_clip_ratio", "final_norm_weight")
+ZEROS = ("key_mean",)
+IDENTITIES = ("input_blocks", "input_left", "input_right", "r1")
 
 
 @torch.no_grad()

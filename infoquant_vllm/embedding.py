@@ -29,11 +29,11 @@ class VocabularyMethod(QuantizeMethodBase):
     rotated: E is in its original basis. The embedding rotates the looked-up rows into the residual
     basis (E[ids] @ Q); lm_head rotates the few rows that reach it back and applies the final
     norm's gain before it multiplies with E.
-    quantized: E stays in 8-bit codes with a scale per row, which a lookup dequantises into the
+    quantized: E stays in 8-bit codes with a scale per row, which a lookup dequantizes into the
     model's dtype; the logits are a product with an input of 16 bits.
 
     Logits of a dtype of their own (head_dtype) are refused: vLLM goes past `apply` for them. For the
-    same reason this is no subclass of vLLM's unquantised method. Pooling models have no logits: vLLM
+    same reason this is no subclass of vLLM's unquantized method. Pooling models have no logits: vLLM
     drops their lm_head, whose tensors are on device meta then.
     """
 
@@ -81,7 +81,7 @@ class VocabularyMethod(QuantizeMethodBase):
         else:
             tensors["weight"] = torch.empty(rows, hidden, dtype=dtype)
         if self.rotated:
-            tensors["residual_rotation"] = torch.empty(hidden, hidden, dtype=torch.float32)
+            tensors["r1"] = torch.empty(hidden, hidden, dtype=torch.float32)
             tensors["final_norm_weight"] = torch.empty(hidden, dtype=torch.float32)
         return tensors
 
@@ -99,10 +99,10 @@ class VocabularyMethod(QuantizeMethodBase):
             if self.quantized:
                 self.config.summary.dropped()
             return
-        layer.infoquant_tracker.finish(layer, self.config.data.vocabulary_bits)
+        layer.infoquant_tracker.finish(layer, self.config.data.lm_head_bits)
         self.config.rotation_back = None
         if self.rotated:
-            self._check_rotation(layer.residual_rotation.double())
+            self._check_rotation(layer.r1.double())
         if self.quantized:
             packed = layer.weight_packed
             bf16 = 2 * packed.numel()
@@ -116,8 +116,8 @@ class VocabularyMethod(QuantizeMethodBase):
         error = (rotation @ rotation.t() - torch.eye(len(rotation)).to(rotation)).abs().max().item()
         if error > MAX_ROTATION_ERROR:
             raise FormatError(
-                f"{self.prefix}.residual_rotation is not orthogonal: |Q Q^T - I| is {error:.3g}, "
-                f"expected at most {MAX_ROTATION_ERROR:g}; quantise the model again"
+                f"{self.prefix}.r1 is not orthogonal: |Q Q^T - I| is {error:.3g}, "
+                f"expected at most {MAX_ROTATION_ERROR:g}; quantize the model again"
             )
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ class VocabularyMethod(QuantizeMethodBase):
             rows = (codes * F.embedding(input_, layer.weight_scale)).to(layer.infoquant_dtype)
         else:
             rows = F.embedding(input_, layer.weight)
-        return rotate_rows(rows, layer.residual_rotation, None) if self.rotated else rows
+        return rotate_rows(rows, layer.r1, None) if self.rotated else rows
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [rows, H], without the final norm's gain where rotated, to logits [rows, vocab]."""
@@ -140,5 +140,5 @@ class VocabularyMethod(QuantizeMethodBase):
     def _back(self, layer: Any) -> torch.Tensor:
         """The rotation out of the residual basis; made at the first logits, since an embedding alone never needs it."""
         if self.config.rotation_back is None:
-            self.config.rotation_back = layer.residual_rotation.t().contiguous()
+            self.config.rotation_back = layer.r1.t().contiguous()
         return self.config.rotation_back

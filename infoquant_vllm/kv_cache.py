@@ -1,4 +1,4 @@
-"""The method that gives an attention layer the quantised KV cache."""
+"""The method that gives an attention layer the quantized KV cache."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,9 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
             )
         self._check_kernel(layer)
         layer.infoquant_tracker = LoadTracker({None: layer.layer_name})
-        sizes = {"key_clip": 2, "value_clip": 2} | ({"key_offset": layer.head_size} if self.args.key_offset else {})
+        sizes = {"key_clip_ratio": 2, "value_clip_ratio": 2} | (
+            {"key_mean": layer.head_size} if self.args.key_mean else {}
+        )
         for name, size in sizes.items():
             data = torch.empty(layer.num_kv_heads, size, dtype=torch.float32)
             param = torch.nn.Parameter(data, requires_grad=False)
@@ -79,8 +81,8 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         layer.infoquant_tracker.finish(layer)
         keys, values = self.args.num_bits
         codes = f"KV{keys}" if keys == values else f"K{keys}V{values}"
-        kernels = served_by("kv_store", "kv_attention", device=layer.key_clip.device.type)
-        self.summary.cache(f"{codes} ({kernels})", layer.impl.cell_bytes, 4 * layer.head_size)
+        kernels = served_by("kv_store", "kv_attention", device=layer.key_clip_ratio.device.type)
+        self.summary.cache(f"{codes} ({kernels})", layer.impl.kv_bytes_per_token_head, 4 * layer.head_size)
 
 
 def _load_kv_heads(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
@@ -103,4 +105,4 @@ def _refuse_what_is_not_served(layer: Any) -> None:
     }
     for feature, present in refused.items():
         if present:
-            raise FormatError(f"{layer.layer_name}: {feature}: not served with a quantised KV cache")
+            raise FormatError(f"{layer.layer_name}: {feature}: not served with a quantized KV cache")

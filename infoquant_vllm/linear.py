@@ -14,7 +14,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
-from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, check_share
+from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, check_tp_divisible
 from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_matrices, prepare_weight
 from infoquant_vllm.ops.table import require, served_by
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from infoquant_vllm.config import InfoQuantConfig
 
 GRIDS = ("weight_scale", "weight_zero_point")
-INPUT_TENSORS = ("input_clip", "input_blocks", "input_left", "input_right")
+INPUT_TENSORS = ("input_clip_ratio", "input_blocks", "input_left", "input_right")
 
 
 @register_weight_loader_v2_supported_method
 class InfoQuantLinearMethod(LinearMethodBase):
-    """Rotate and quantise the input, then multiply it with the 4-bit or 8-bit weights exactly.
+    """Rotate and quantize the input, then multiply it with the 4-bit or 8-bit weights exactly.
 
     An input of 16 bits has no clips. Under tensor parallelism a row-parallel layer computes from its share of
-    the features what one worker computes of them, or is refused (see `check_share`).
+    the features what one worker computes of them, or is refused (see `check_tp_divisible`).
     """
 
     def __init__(self, config: "InfoQuantConfig", scheme: LinearScheme, prefix: str):
@@ -87,10 +87,10 @@ class InfoQuantLinearMethod(LinearMethodBase):
 
     def _create_input(self, layer: Any, tracker: LoadTracker, loader: Callable[..., None], features: int) -> None:
         activations, transform = self.scheme.input_activations, self.scheme.input_transform
-        sharded = {"input_clip": activations.group_size is not None, "input_blocks": True}
+        sharded = {"input_clip_ratio": activations.group_size is not None, "input_blocks": True}
         shapes: dict[str, tuple[int, ...]] = {}
         if activations.num_bits != 16:
-            shapes["input_clip"] = (activation_groups(activations, features), 2)
+            shapes["input_clip_ratio"] = (activation_groups(activations, features), 2)
         if transform.type == "blocks" and transform.block_size is not None:
             shapes["input_blocks"] = (features // transform.block_size, transform.block_size, transform.block_size)
         if transform.factors is not None:
@@ -113,7 +113,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
 
     def _check_sizes(self, features: int, all_features: int) -> None:
         try:
-            check_share(self.scheme, all_features, workers=all_features // features)
+            check_tp_divisible(self.scheme, all_features, workers=all_features // features)
         except FormatError as error:
             raise FormatError(f"{self.prefix}: {error}") from None
         activations = self.scheme.input_activations
@@ -141,7 +141,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
         matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
         layer.infoquant_matrices = prepare_matrices(matrices, self._hadamard(), packed.device.type)
         inputs = self.scheme.input_activations.num_bits
-        groups = max(1 if inputs == 16 else len(layer.input_clip), layer.weight_scale.shape[1])
+        groups = max(1 if inputs == 16 else len(layer.input_clip_ratio), layer.weight_scale.shape[1])
         layer.weight_packed = _frozen(prepare_weight(packed, weights.num_bits, weights.symmetric, groups))
         for name in (*GRIDS, *INPUT_TENSORS):
             if hasattr(layer, name):
@@ -158,7 +158,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
             x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
             layer.infoquant_matrices,
             self._hadamard(),
-            None if args.num_bits == 16 else layer.input_clip,
+            None if args.num_bits == 16 else layer.input_clip_ratio,
             args.num_bits,
             args.symmetric,
             layer.weight_packed,

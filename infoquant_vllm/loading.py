@@ -99,5 +99,5 @@ class LoadTracker:
             name, shard = missing[0]
             raise FormatError(
                 f"tensor {self.sources[shard]}.{name} is missing from the checkpoint "
-                f"({len(missing)} of {len(self.expected)} of this layer); quantise or copy the model again"
+                f"({len(missing)} of {len(self.expected)} of this layer); quantize or copy the model again"
             )

@@ -16,14 +16,14 @@ MIB = 2**20
 
 @dataclass
 class Summary:
-    """Counts a model's quantised layers as they are created and finished; logs after the last."""
+    """Counts a model's quantized layers as they are created and finished; logs after the last."""
 
     pending: int = 0
     linears: Counter[str] = field(default_factory=Counter)
     caches: Counter[str] = field(default_factory=Counter)
     held_bytes: int = 0
     bf16_bytes: int = 0
-    cell_bytes: int = 0
+    kv_bytes_per_token_head: int = 0
     cell_bf16_bytes: int = 0
     vocabulary_kind: str = ""
     vocabulary_bytes: int = 0
@@ -47,7 +47,7 @@ class Summary:
     def cache(self, kind: str, cell: int, bf16: int) -> None:
         """A finished attention layer: its kind ("KV4 (torch)"), bytes per token and kv-head and those in bf16."""
         self.caches[kind] += 1
-        self.cell_bytes, self.cell_bf16_bytes = cell, bf16
+        self.kv_bytes_per_token_head, self.cell_bf16_bytes = cell, bf16
         self._finish()
 
     def vocabulary(self, kind: str, held: int, bf16: int) -> None:
@@ -71,8 +71,11 @@ class Summary:
             held, bf16 = self.vocabulary_bytes / MIB, self.vocabulary_bf16_bytes / MIB
             parts.append(f"vocabulary {self.vocabulary_kind} holds {held:.1f} MiB, {bf16:.1f} MiB in bf16")
         if self.caches:
-            gain = self.cell_bf16_bytes / self.cell_bytes
-            parts.append(f"{self.cell_bytes} bytes per token and kv-head of the cache, {gain:.2f} x the tokens of bf16")
+            gain = self.cell_bf16_bytes / self.kv_bytes_per_token_head
+            parts.append(
+                f"{self.kv_bytes_per_token_head} bytes per token and kv-head of the cache, "
+                f"{gain:.2f} x the tokens of bf16"
+            )
         if forced_family() is not None:
             parts.append(f"kernels as {FORCE}={forced_family()} has them")
         elif library().problem and current_platform.is_cpu():

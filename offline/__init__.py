@@ -1,4 +1,4 @@
-"""The quantisation tool: a model in, a checkpoint that `vllm serve` loads out. It never imports vllm."""
+"""The quantization tool: a model in, a checkpoint that `vllm serve` loads out. It never imports vllm."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -20,7 +20,7 @@ COPIES_TO_SAMPLE = 2
 COPIES_TO_DISTIL = 2
 """Of the weights: the student's, and the source's."""
 ACTIVATIONS_KEPT = 14
-"""Tensors of hidden size, and half as many of intermediate size, that gradients need of a layer and its quantisers."""
+"""Tensors of hidden size, and half as many of intermediate size, that gradients need of a layer and its quantizers."""
 
 
 def sampling_bytes(source: Source, size: CalibrationSize) -> int:

@@ -48,7 +48,7 @@ def quantize(
     recipe: Recipe | str | Path | None = None,
     calibration: str = "self",
     seed: int = 0,
-    max_tp: int | None = None,
+    max_tp_size: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
@@ -57,16 +57,16 @@ def quantize(
     log: str | Path | None = None,
     progress: ProgressReport | None = None,
 ) -> Report:
-    """Quantise a model of a known class into a checkpoint folder that `vllm serve` loads.
+    """Quantize a model of a known class into a checkpoint folder that `vllm serve` loads.
 
     Args:
-        source: folder or hub id of the unquantised model.
+        source: folder or hub id of the unquantized model.
         output: the folder to make; whole or not there at all, whatever interrupts the run.
         preset: name of a built-in recipe, used where `recipe` is None.
         recipe: a `Recipe`, or the path of a YAML file that holds one.
         calibration: "self", a text or JSONL file, or a data set name (see `calibration_tokens`).
         seed: same seed, source and calibration: same bytes, on the same machine.
-        max_tp: how many workers of tensor parallelism may serve the checkpoint; None: what the recipe says, mostly 1.
+        max_tp_size: largest tensor-parallel size that may serve the checkpoint; None: that of the recipe, mostly 1.
         device: "cpu", "cuda", or "auto" for all visible CUDA devices where there are any.
         overwrite: replace an output that this tool wrote earlier.
         resume: keep what is done in `OUTPUT.resume` beside the output and go on from what an earlier run, ended
@@ -81,10 +81,10 @@ def quantize(
     """
     chosen = preset_named(preset) if recipe is None else recipe
     chosen = chosen if isinstance(chosen, Recipe) else load_recipe(chosen)
-    if max_tp is not None:
-        if max_tp < 1:
-            raise ToolError(f"max_tp is {max_tp}, expected a number of workers from 1 on")
-        chosen = chosen.model_copy(update={"max_tp": max_tp})
+    if max_tp_size is not None:
+        if max_tp_size < 1:
+            raise ToolError(f"max_tp_size is {max_tp_size}, expected a number of workers from 1 on")
+        chosen = chosen.model_copy(update={"max_tp_size": max_tp_size})
     model, devices = Source.open(source, headers_only=dry_run), _devices(device)
     marks = fingerprint(model, chosen, calibration, seed, devices[0]) if resume else {}
     if resume and finished_before(Path(output), marks):
@@ -176,14 +176,14 @@ def _calibration(run: Run, spec: str) -> torch.Tensor:
 
 
 def _transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
-    """The model's rotations; learnt ones of the residual stream are kept, those of layers keep themselves."""
+    """The model's rotations; learned ones of the residual stream are kept, those of layers keep themselves."""
     if run.work.holds(ROTATION):
         kept = run.work.tensors(ROTATION)
         return Transforms(kept["residual"], kept["heads"])
     with run.watch("rotation"):
         transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.devices, run.progress, run.work)
     if run.work.keeps and run.recipe.transform == "psot-shared" and transforms is not None:
-        assert transforms.residual is not None  # that is what was learnt
+        assert transforms.residual is not None  # that is what was learned
         assert transforms.heads is not None
         run.work.save(ROTATION, {"residual": transforms.residual, "heads": transforms.heads})
     return transforms

@@ -20,7 +20,7 @@ WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=6
 
 FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip="search")
 EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip="search")
-CENTRED_KEYS = KVCache(key_offset_positions=2048)
+CENTERED_KEYS = KVCache(key_mean_positions=2048)
 SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
 
 
@@ -29,11 +29,11 @@ def _distilled(name: str, sites: Sites) -> Recipe:
     return Recipe(
         name=name,
         transform="psot-shared",
-        balance=True,
+        equalize=True,
         rounding="gptq",
         gptq=Gptq(refinements=2),
         sites=sites,
-        kv_cache=CENTRED_KEYS,
+        kv_cache=CENTERED_KEYS,
         calibration=CalibrationSize(sequences=96),
         psot=Psot(steps=1000),
         distillation=Distillation(),
@@ -46,7 +46,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="rtn", transform="none", rounding="rtn"),
         Recipe(name="quarot", transform="hadamard", rounding="gptq"),
         Recipe(name="paper", transform="psot-layer", rounding="gptq", learned_clips=LearnedClips()),
-        Recipe(name="fast", transform="psot-shared", balance=True, rounding="gptq", kv_cache=CENTRED_KEYS),
+        Recipe(name="fast", transform="psot-shared", equalize=True, rounding="gptq", kv_cache=CENTERED_KEYS),
         _distilled("best", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=FOUR)),
         _distilled("balanced", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=EIGHT)),
         _distilled("w4a8kv4", Sites(qkv=EIGHT, o=EIGHT, gate_up=EIGHT, down=EIGHT)),

@@ -3,15 +3,15 @@
 OWN_TEXT = "the project's own passages"
 PASSAGES = (
     "The tide had gone out further than anyone in the village could remember. Where boats had floated the evening "
-    "before, there was now a plain of grey mud, ribbed like a washboard, and beyond it a line of white water. "
+    "before, there was now a plain of gray mud, ribbed like a washboard, and beyond it a line of white water. "
     "Children ran out to look for shells. Their grandmothers, who had been told stories about such mornings by "
     "grandmothers of their own, called them back and began to pack.",
     "To divide one fraction by another, multiply the first by the reciprocal of the second. For example, three "
     "quarters divided by two fifths is three quarters times five halves, which is fifteen eighths, or one and seven "
     "eighths. The rule works because dividing by a number undoes multiplying by it.",
     "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    "
-    "return total / len(values)\n\n\ndef variance(values):\n    centre = mean(values)\n    "
-    "return mean([(value - centre) ** 2 for value in values])\n",
+    "return total / len(values)\n\n\ndef variance(values):\n    center = mean(values)\n    "
+    "return mean([(value - center) ** 2 for value in values])\n",
     "A heat pump moves heat instead of making it. A liquid that boils at a low temperature takes up warmth from the "
     "air or the ground outside, is compressed until it is hot, gives its warmth to the water of the house, and "
     "expands again. For every unit of electricity it uses, it can deliver three or four units of heat.",

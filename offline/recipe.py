@@ -16,10 +16,10 @@ from infoquant_vllm.format import (
     ModelShape,
     QuantizationConfigData,
     WeightArgs,
-    check_share,
+    check_tp_divisible,
 )
 from offline.errors import ToolError
-from offline.tensor_parallel import common_share, worker_counts
+from offline.tensor_parallel import common_share, tp_sizes
 
 SITES: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -28,7 +28,7 @@ SITES: dict[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 """Linears of a decoder layer that share an input, by the name of that input."""
-CUT_SITES = ("o", "down")
+ROW_PARALLEL_SITES = ("o", "down")
 """Those whose features tensor parallelism shares out among its workers; the others every worker has whole."""
 
 Clip = Annotated[float, Field(gt=0, le=1)]
@@ -83,15 +83,15 @@ class Sites(_Strict):
 class KVCache(_Strict):
     """Bits of keys and values in the cache, and the factors that shrink their ranges.
 
-    key_offset_positions: keys are quantised less their mean over that many positions (see
+    key_mean_positions: keys are quantized less their mean over that many positions (see
         `offline/stages/key_mean.py`), which RoPE turns from one to the next; None leaves them as they are
     """
 
     key_bits: Literal[4, 8] = 4
     value_bits: Literal[4, 8] = 4
-    key_clip: Clip = 1.0
-    value_clip: Clip = 0.95
-    key_offset_positions: Annotated[int, Field(ge=1, le=131_072)] | None = None
+    key_clip_ratio: Clip = 1.0
+    value_clip_ratio: Clip = 0.95
+    key_mean_positions: Annotated[int, Field(ge=1, le=131_072)] | None = None
 
 
 class CalibrationSize(_Strict):
@@ -104,16 +104,16 @@ class CalibrationSize(_Strict):
 class Gptq(_Strict):
     """Rounding of the weights.
 
-    damping: as a share of the Hessian's mean diagonal
+    dampening_frac: as a share of the Hessian's mean diagonal
     refinements: passes over codes and scales behind it (see `offline/algorithms/refine.py`)
     """
 
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     refinements: Annotated[int, Field(ge=0, le=100)] = 0
 
 
 class Psot(_Strict):
-    """The optimisation of the shared rotation: Adam with a cosine schedule."""
+    """The optimization of the shared rotation: Adam with a cosine schedule."""
 
     steps: Count = 500
     batch_tokens: Count = 1024
@@ -122,7 +122,7 @@ class Psot(_Strict):
 
 
 class PsotLayer(_Strict):
-    """The optimisation of each layer's own rotations: gradient descent over orthogonal matrices.
+    """The optimization of each layer's own rotations: gradient descent over orthogonal matrices.
 
     As published: 15 epochs over 128 sequences of 2048 tokens, which wants a GPU.
 
@@ -142,7 +142,7 @@ class PsotLayer(_Strict):
 
 
 class LearnedClips(_Strict):
-    """The optimisation of clip factors in place of the sites' fixed ones, layer by layer: AdamW.
+    """The optimization of clip factors in place of the sites' fixed ones, layer by layer: AdamW.
 
     As published: 128 sequences, 4 at a time.
 
@@ -175,10 +175,10 @@ class Recipe(_Strict):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     transform: Literal["none", "hadamard", "psot-shared", "psot-layer"]
     rounding: Literal["rtn", "gptq"]
-    balance: bool = False
+    equalize: bool = False
     sites: Sites = Sites()
     kv_cache: KVCache | None = KVCache()
-    vocabulary_bits: Literal[8] | None = None
+    lm_head_bits: Literal[8] | None = None
     """Of the matrix that makes the logits, in a tied model the embedding too; None leaves it as it is."""
     calibration: CalibrationSize = CalibrationSize()
     gptq: Gptq = Gptq()
@@ -186,15 +186,15 @@ class Recipe(_Strict):
     psot_layer: PsotLayer = PsotLayer()
     learned_clips: LearnedClips | None = None
     distillation: Distillation | None = None
-    max_tp: Annotated[int, Field(ge=1, le=1024)] = 1
+    max_tp_size: Annotated[int, Field(ge=1, le=1024)] = 1
     """How many workers of tensor parallelism may serve it: rotations and ranges keep to a worker's share."""
 
     @model_validator(mode="after")
     def _what_reads_statistics_goes_with_gptq(self) -> "Recipe":
         asked = {
-            "balance": self.balance,
+            "equalize": self.equalize,
             "gptq.refinements": self.gptq.refinements > 0,
-            "kv_cache.key_offset_positions": self.kv_cache is not None and self.kv_cache.key_offset_positions,
+            "kv_cache.key_mean_positions": self.kv_cache is not None and self.kv_cache.key_mean_positions,
             "learned_clips": self.learned_clips is not None,
         } | {f"sites.{name}.clip 'search'": getattr(self.sites, name).clip == "search" for name in SITES}
         for name, wanted in asked.items():
@@ -210,7 +210,7 @@ class Recipe(_Strict):
     def input_transform(self, site: str, shape: ModelShape) -> InputTransform:
         """What the inputs of that site (see SITES) are multiplied by at run time."""
         if site == "down" and self.transform != "none":
-            block = common_share(shape.intermediate_size, shape, self.max_tp)
+            block = common_share(shape.intermediate_size, shape, self.max_tp_size)
             return InputTransform(type="hadamard", block_size=block)
         if site in ("qkv", "gate_up") and self.transform == "psot-layer":
             blocks = self.psot_layer.blocks
@@ -222,16 +222,16 @@ class Recipe(_Strict):
     def input_activations(self, site: str, shape: ModelShape) -> ActivationArgs:
         """The codes of that site's inputs; a range per token becomes one per worker where they are cut."""
         args = getattr(self.sites, site).input_activations.for_model(shape)
-        if site not in CUT_SITES or args.strategy != "token" or args.num_bits == 16:
+        if site not in ROW_PARALLEL_SITES or args.strategy != "token" or args.num_bits == 16:
             return args
         _, features = shape.linears()[f"model.layers.0.{SITES[site][0]}"]
-        share = common_share(features, shape, self.max_tp)
+        share = common_share(features, shape, self.max_tp_size)
         return args if share == features else args.model_copy(update={"strategy": "group", "group_size": share})
 
     def quantization_config(self, shape: ModelShape) -> QuantizationConfigData:
         """`quantization_config` of the checkpoint that this recipe makes of a model of that shape.
 
-        Raises FormatError where the sizes of blocks or groups do not suit the model, or `max_tp` workers.
+        Raises FormatError where the sizes of blocks or groups do not suit the model, or `max_tp_size` workers.
         """
         rotated, rotated_stream = self.transform != "none", self.transform in ("hadamard", "psot-shared")
         groups = {
@@ -251,28 +251,28 @@ class Recipe(_Strict):
                 key_bits=self.kv_cache.key_bits,
                 value_bits=self.kv_cache.value_bits,
                 key_transform="hadamard" if rotated else "none",
-                key_offset=self.kv_cache.key_offset_positions is not None,
+                key_mean=self.kv_cache.key_mean_positions is not None,
             )
         return QuantizationConfigData(
             quant_method="infoquant",
             format_version=FORMAT_VERSION,
             config_groups=groups,
-            ignore=["lm_head"] if self.vocabulary_bits is None else [],
+            ignore=["lm_head"] if self.lm_head_bits is None else [],
             kv_cache=kv_cache,
             rotated_hidden_states=rotated_stream,
-            tied_residual_rotation=rotated_stream and shape.tie_word_embeddings,
-            vocabulary_bits=self.vocabulary_bits,
+            online_r1=rotated_stream and shape.tie_word_embeddings,
+            lm_head_bits=self.lm_head_bits,
         )
 
     def _check_shares(self, groups: dict[str, ConfigGroup], shape: ModelShape) -> None:
         linears = shape.linears()
-        for name in CUT_SITES:
+        for name in ROW_PARALLEL_SITES:
             module = SITES[name][0]
-            for workers in worker_counts(shape, self.max_tp)[1:]:
+            for workers in tp_sizes(shape, self.max_tp_size)[1:]:
                 try:
-                    check_share(groups[name], linears[f"model.layers.0.{module}"][1], workers)
+                    check_tp_divisible(groups[name], linears[f"model.layers.0.{module}"][1], workers)
                 except FormatError as error:
-                    raise FormatError(f"{module} with max_tp {self.max_tp}: {error}") from None
+                    raise FormatError(f"{module} with max_tp_size {self.max_tp_size}: {error}") from None
 
     def dump(self) -> str:
         """The recipe as YAML; `load_recipe` reads it back."""

@@ -5,7 +5,7 @@ import math
 from infoquant_vllm.format import ModelShape
 
 
-def worker_counts(shape: ModelShape, most: int) -> list[int]:
+def tp_sizes(shape: ModelShape, most: int) -> list[int]:
     """The numbers of workers up to `most` among which vLLM can share out the heads and the MLP of a model."""
     kv_heads = shape.num_key_value_heads
     return [
@@ -19,4 +19,4 @@ def worker_counts(shape: ModelShape, most: int) -> list[int]:
 
 def common_share(features: int, shape: ModelShape, most: int) -> int:
     """The largest run of an input's `features` that no number of workers up to `most` cuts."""
-    return features // math.lcm(*worker_counts(shape, most))
+    return features // math.lcm(*tp_sizes(shape, most))

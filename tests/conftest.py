@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.common.models import language_reference, quantised, source_model
+from benchmarks.common.models import language_reference, quantized, source_model
 from benchmarks.common.server import Server
 from offline.text import text_windows
 from tests.common.engine import Engine, running_engine
@@ -24,7 +24,7 @@ sites:
   o: {weights: {num_bits: 8}, input_activations: {num_bits: 8, strategy: head}, clip: 1.0}
   gate_up: *token
   down: *token
-kv_cache: {key_bits: 8, value_bits: 8, key_clip: 1.0, value_clip: 1.0}
+kv_cache: {key_bits: 8, value_bits: 8, key_clip_ratio: 1.0, value_clip_ratio: 1.0}
 """
 
 
@@ -37,7 +37,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def fast() -> Path:
     """SmolLM2 at W4A4KV4 with the preset `fast`, the one that the demo serves."""
-    return quantised("fast", "--preset", "fast")
+    return quantized("fast", "--preset", "fast")
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def eight_bits(smollm2: Path) -> Path:
     """SmolLM2 at W8A8KV8: the same code paths with codes that near-ties do not upset."""
     recipe = smollm2.with_name("control-8-bit.yaml")
     recipe.write_text(EIGHT_BITS)
-    return quantised("control-8-bit", "--recipe", recipe)
+    return quantized("control-8-bit", "--recipe", recipe)
 
 
 @pytest.fixture(scope="session")

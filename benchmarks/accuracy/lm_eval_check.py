@@ -40,7 +40,7 @@ class Comparison:
 def main() -> None:
     """Compare, print a line per task, exit with 1 where one disagrees."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.lm_eval_check", description=__doc__)
-    parser.add_argument("model", type=Path, help="folder of an unquantised model")
+    parser.add_argument("model", type=Path, help="folder of an unquantized model")
     parser.add_argument("tasks", type=Path, nargs="+", help="JSONL files: context, choices, label")
     parser.add_argument("--items", type=int, default=50, help="how many items of each task")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of items")

@@ -132,7 +132,7 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.run", description=__doc__)
-    parser.add_argument("reference", type=Path, help="folder of the unquantised model")
+    parser.add_argument("reference", type=Path, help="folder of the unquantized model")
     parser.add_argument("checkpoints", type=Path, nargs="+", help="folders of InfoQuant checkpoints")
     parser.add_argument("--text", required=True, help="text or JSONL file to measure on, never calibrated on")
     parser.add_argument("--tokens", type=int, default=8192)

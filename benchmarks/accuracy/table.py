@@ -65,7 +65,7 @@ def cost_figures(rows: list[Row]) -> Columns:
     return {
         "bits per weight": [_number(row.get("bits_per_weight"), ".2f") for row in rows],
         "multiply-adds added per token": [_added(row) for row in rows],
-        "quantising, s": [_number(row.get("quantising_seconds"), ",.0f") for row in rows],
+        "quantizing, s": [_number(row.get("quantizing_seconds"), ",.0f") for row in rows],
         "peak memory, GiB": [_number(row.get("peak_memory_bytes"), ".2f", 2**30) for row in rows],
     }
 

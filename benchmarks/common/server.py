@@ -21,7 +21,7 @@ from openai import OpenAI
 from benchmarks.common.programs import VLLM
 
 START_SECONDS = 600
-GRACE_SECONDS = 45  # a server that is compiling honours SIGTERM late
+GRACE_SECONDS = 45  # a server that is compiling honors SIGTERM late
 LOG_TAIL = 4000
 
 

@@ -1,6 +1,6 @@
 """A W4A4KV4 checkpoint of a real model served with torch.compile and CUDA graphs: an answer, and a text scored.
 
-Run on a machine without a GPU too, it writes the rows to compare with. The text is this repository's licence: it is the
+Run on a machine without a GPU too, it writes the rows to compare with. The text is this repository's license: it is the
 same everywhere. A row's `nll` is the mean negative log-probability of its tokens, in nats.
 """
 

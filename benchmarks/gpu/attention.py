@@ -15,7 +15,7 @@ from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.cache_attention import BITS, BLOCK, FEW_QUERIES, Sequences, attention
 from benchmarks.gpu.sites import LLAMA_HEADS, SMALL_HEADS, Heads
 from benchmarks.gpu.timing import copies, microseconds
-from infoquant_vllm.format import cell_bytes
+from infoquant_vllm.format import kv_bytes_per_token_head
 
 FA3_BLOCK = 16
 LONGEST = 16_384
@@ -76,7 +76,7 @@ def kv4_cache(batch: Batch, heads: Heads, device: str) -> tuple[torch.Tensor, to
     used = -(-batch.context // BLOCK)
     pages = batch.sequences * used
     cells = torch.randint(
-        0, 256, (pages, heads.keys, BLOCK, cell_bytes(heads.size, BITS)), dtype=torch.uint8, device=device
+        0, 256, (pages, heads.keys, BLOCK, kv_bytes_per_token_head(heads.size, BITS)), dtype=torch.uint8, device=device
     )
     numbers = torch.rand(pages, heads.keys, 4 * BLOCK, device=device).half() / 8 + 0.01
     cells.view(pages, heads.keys, -1)[..., -8 * BLOCK :] = numbers.view(torch.uint8)  # scales and zeros come last

@@ -1,7 +1,7 @@
 """The linears of a LLaMA-3-8B layer on this GPU: W4A4 beside cuBLAS bf16, FP8, INT8 and a W4A16 kernel of PyTorch.
 
 A row is a site, a number of tokens and a kernel, with the microseconds of a call in a CUDA graph. FP8 and INT8 are
-products alone, of inputs quantised already, so that they bound what such formats can reach.
+products alone, of inputs quantized already, so that they bound what such formats can reach.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ def kernels(ours: QuantizedLinear, dense: torch.Tensor, x: torch.Tensor) -> Iter
     """Yield each kernel's name and what makes its calls on x [tokens, features], dense [copies, channels, features]."""
     tokens = len(x)
     yield "W4A4", partial(ours.calls, x)
-    yield "W4A4, quantiser alone", lambda: [partial(ours.quantize, x)]
+    yield "W4A4, quantizer alone", lambda: [partial(ours.quantize, x)]
     yield "W4A4, product alone", lambda: ours.products(ours.quantize(x))
     yield "bf16", lambda: [partial(torch.nn.functional.linear, x, weight) for weight in dense]
     if x.device.type == "cpu":

@@ -22,7 +22,7 @@ MODULES = MappingProxyType(
 
 
 class Site(NamedTuple):
-    """A linear as the preset `fast` serves it: input quantised in `groups`, through a Hadamard matrix (0: none)."""
+    """A linear as the preset `fast` serves it: input quantized in `groups`, through a Hadamard matrix (0: none)."""
 
     features: int
     channels: int
@@ -82,7 +82,7 @@ class QuantizedLinear:
         return [partial(linear, *quantizer, *pair, None, None) for pair in self.weights]
 
     def quantize(self, x: torch.Tensor) -> Codes:
-        """Run the quantiser alone."""
+        """Run the quantizer alone."""
         padded = layout(self.site.features, self.site.groups, 4).padded
         return rotate_quantize(x, self.matrices, self.site.hadamard, self.clip, 4, False, padded, 0)
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.cache_attention import BITS, BLOCK, FEW_QUERIES, Sequences, attention
-from infoquant_vllm.format import cell_bytes
+from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels.reference import linear as expected_linear
 from infoquant_vllm.kernels.torch import kv_cache as expected
 from infoquant_vllm.kernels.triton import kv4_store
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Product:
-    """A W4A4 linear whose input is quantised in so many groups, through a Hadamard of `hadamard` or (0) none."""
+    """A W4A4 linear whose input is quantized in so many groups, through a Hadamard of `hadamard` or (0) none."""
 
     tokens: int
     features: int
@@ -103,7 +103,7 @@ class Cache:
         places = torch.arange(case.context)
         self.slots = (self.table[:, places // BLOCK].long() * BLOCK + places % BLOCK).flatten()
         pages = self.table.numel(), case.kv_heads, BLOCK
-        self.cells = torch.zeros(*pages, cell_bytes(case.size, BITS), dtype=torch.uint8)
+        self.cells = torch.zeros(*pages, kv_bytes_per_token_head(case.size, BITS), dtype=torch.uint8)
         self.clip = torch.ones(case.kv_heads, 2)
 
     def store_arguments(self) -> list[Any]:
@@ -136,7 +136,7 @@ def check_attention(case: Case, device: str) -> dict[str, Any]:
 
 
 def check_linear(case: Product, device: str) -> dict[str, Any]:
-    """Hold a linear, its quantiser and its product, against the reference."""
+    """Hold a linear, its quantizer and its product, against the reference."""
     torch.manual_seed(0)
     x, clip = torch.randn(case.tokens, case.features).bfloat16(), torch.full((case.groups, 2), 0.9)
     packed = torch.randint(0, 256, (case.channels, case.features // 2), dtype=torch.uint8)

@@ -1,6 +1,6 @@
 """The linears of a decoder layer on this GPU, each as vLLM serves it: W4A4 (ours), FP8, W4A16 and vLLM's W4A4.
 
-Layers are vLLM's own, of random weights, so that vLLM chooses the kernel; quantising the input is in the time. A row
+Layers are vLLM's own, of random weights, so that vLLM chooses the kernel; quantizing the input is in the time. A row
 is a format, a site and a number of tokens, with the microseconds of a call in a CUDA graph.
 """
 

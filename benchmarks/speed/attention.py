@@ -21,7 +21,7 @@ from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.common.provenance import provenance, write_rows
-from infoquant_vllm.format import cell_bytes
+from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels.cpu import kv_cache as native_kernels
 from infoquant_vllm.kernels.torch import kv_cache as torch_kernels
 
@@ -115,7 +115,7 @@ def kernels(case: Case) -> dict[str, Callable[[], object]]:
     slots = blocks[places // BLOCK] * BLOCK + places % BLOCK
     starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, case.queries], [case.context]))
     batch = (starts, lens, blocks.int()[None])
-    codes = torch.zeros(len(blocks), kv_heads, BLOCK, cell_bytes(size, FOUR_BITS), dtype=torch.uint8)
+    codes = torch.zeros(len(blocks), kv_heads, BLOCK, kv_bytes_per_token_head(size, FOUR_BITS), dtype=torch.uint8)
     clip = torch.ones(kv_heads, 2)
     native_kernels.kv_store(key, value, codes, slots, clip, clip, None, True, FOUR_BITS)
 

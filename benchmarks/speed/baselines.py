@@ -35,26 +35,26 @@ def main() -> None:
 
 def convert(name: str, model: Path, output: Path) -> None:
     """Write `model` in the format `name` (see FORMATS) to the new folder `output`."""
-    quantise, config = FORMATS[name]
+    quantize, config = FORMATS[name]
     with atomic_folder(output) as folder:
         for file in model.iterdir():
             if file.suffix in (".json", ".txt", ".jinja", ".model") and not file.name.endswith(".index.json"):
                 shutil.copy(file, folder)
         for shard in sorted(model.glob("*.safetensors")):
-            save_file(_converted(shard, quantise), folder / shard.name, metadata={"format": "pt"})
+            save_file(_converted(shard, quantize), folder / shard.name, metadata={"format": "pt"})
         _write_index(folder)
         settings = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": config}, indent=2))
 
 
-def _converted(shard: Path, quantise: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _converted(shard: Path, quantize: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     with safe_open(shard, "pt") as opened:
         for name in opened.keys():  # noqa: SIM118 (not a mapping)
             tensor = opened.get_tensor(name)
             if name.endswith("_proj.weight"):
                 module = name.removesuffix(".weight")
-                tensors |= {f"{module}.{key}": value for key, value in quantise(tensor.float()).items()}
+                tensors |= {f"{module}.{key}": value for key, value in quantize(tensor.float()).items()}
             else:
                 tensors[name] = tensor
     return tensors

@@ -19,7 +19,7 @@ REPORT_FILE = "infoquant_report.json"
 
 @dataclass(frozen=True)
 class MultiplyAdds:
-    """Per token: `own` of the linears and lm_head of the unquantised model, `added` by transforms at run time."""
+    """Per token: `own` of the linears and lm_head of the unquantized model, `added` by transforms at run time."""
 
     own: int
     added: int
@@ -29,9 +29,9 @@ def multiply_adds(shape: ModelShape, config: QuantizationConfigData | None) -> M
     """Count the multiply-adds of a decoded token that do not depend on how long its context is.
 
     Added are, per layer, the input transforms, once for linears that share their input; the Hadamard
-    on queries and keys; and for a tied model with `tied_residual_rotation` two products with
+    on queries and keys; and for a tied model with `online_r1` two products with
     [hidden, hidden], after the embedding and before lm_head. Rotations folded into weights cost
-    nothing. Not counted are the element-wise work of the quantisers and, on both sides, attention itself.
+    nothing. Not counted are the element-wise work of the quantizers and, on both sides, attention itself.
     """
     linears = shape.linears()
     own = sum(rows * features for rows, features in linears.values()) + shape.vocab_size * shape.hidden_size
@@ -45,7 +45,7 @@ def multiply_adds(shape: ModelShape, config: QuantizationConfigData | None) -> M
     if config.kv_cache is not None and config.kv_cache.key_transform == "hadamard":
         heads = shape.num_attention_heads + shape.num_key_value_heads
         added += shape.num_hidden_layers * heads * shape.head_dim * hadamard_adds(shape.head_dim)
-    if config.tied_residual_rotation:
+    if config.online_r1:
         added += 2 * shape.hidden_size**2
     return MultiplyAdds(own, added)
 
@@ -68,8 +68,8 @@ def hadamard_adds(size: int) -> int:
 def costs(folder: Path) -> dict[str, Any]:
     """The cost fields of a result's row. None stands for what the folder does not tell.
 
-    Of an unquantised model's weights the bits are those of its dtype. Raises FormatError where
-    config.json is not one of a Llama-architecture model, quantised by InfoQuant or not at all.
+    Of an unquantized model's weights the bits are those of its dtype. Raises FormatError where
+    config.json is not one of a Llama-architecture model, quantized by InfoQuant or not at all.
     """
     hf_config = read_json(folder / "config.json")
     quantization = hf_config.get("quantization_config")
@@ -82,6 +82,6 @@ def costs(folder: Path) -> dict[str, Any]:
         "bits_per_weight": plain_bits if config is None else report.get("bits_per_weight"),
         "multiply_adds": counted.own,
         "multiply_adds_added": counted.added,
-        "quantising_seconds": sum(seconds.values()) if seconds else None,
+        "quantizing_seconds": sum(seconds.values()) if seconds else None,
         "peak_memory_bytes": report.get("peak_memory_bytes"),
     }

@@ -1,4 +1,4 @@
-"""What transforming and quantising an input costs beside the product that it is for."""
+"""What transforming and quantizing an input costs beside the product that it is for."""
 
 from collections.abc import Callable
 from typing import Any

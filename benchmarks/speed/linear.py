@@ -1,6 +1,6 @@
 """The linear layers of real models, a decoder layer's together: ours against bf16 and vLLM's other formats.
 
-One thread, contenders in turns; ours quantise (and rotate) their input too, as in the server, and so do
+One thread, contenders in turns; ours quantize (and rotate) their input too, as in the server, and so do
 vLLM's. A row is a model, a number of tokens and a contender; its times are sums over qkv, o, gate_up and down.
 """
 
@@ -162,7 +162,7 @@ def _w4a16(features: int, channels: int) -> Maker:
 
 
 def _w4a8(features: int, channels: int) -> Maker:
-    """What vLLM runs of those layers where there is AMX, unless VLLM_CPU_INT4_W4A8=0; quantises its input itself."""
+    """What vLLM runs of those layers where there is AMX, unless VLLM_CPU_INT4_W4A8=0; quantizes its input itself."""
     weights = w4a8_weights(features, channels, GROUP)
     return lambda x: lambda i: _custom_ops.int4_scaled_mm_cpu(x, *weights[i % len(weights)], None)
 

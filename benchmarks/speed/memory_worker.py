@@ -45,7 +45,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 def onednn_bytes(model: LLM) -> int:
     """Bytes of the weights that oneDNN has in a layout of its own, outside of torch: a linear's own are gone then.
 
-    int8 where vLLM quantises to 8 bits, but for lm_head; else bf16.
+    int8 where vLLM quantizes to 8 bits, but for lm_head; else bf16.
     """
     config = model.llm_engine.vllm_config
     gc.unfreeze()  # vLLM has put what it loaded out of the collector's sight

@@ -36,7 +36,7 @@ def torch_int8(tokens: int, features: int, channels: int) -> Contender:
 
 
 def vllm_int8(tokens: int, features: int, channels: int) -> Contender:
-    """The oneDNN product of vLLM's W8A8, of an input that is quantised already."""
+    """The oneDNN product of vLLM's W8A8, of an input that is quantized already."""
     handlers, out = int8_handlers(features, channels), torch.empty(tokens, channels, dtype=torch.bfloat16)
     x, scale = _int8(tokens, features), torch.rand(tokens, 1)
     return lambda i: _custom_ops.onednn_scaled_mm(handlers[i % len(handlers)], x, out, scale, None, None, None)
@@ -58,7 +58,7 @@ def torch_bf16(tokens: int, features: int, channels: int) -> Contender:
 
 
 def vllm_bf16(tokens: int, features: int, channels: int) -> Contender:
-    """The oneDNN product behind vLLM's unquantised linears."""
+    """The oneDNN product behind vLLM's unquantized linears."""
     handlers, x = bf16_handlers(features, channels), torch.randn(tokens, features, dtype=torch.bfloat16)
     return lambda i: _custom_ops.onednn_mm(handlers[i % len(handlers)], x, None)
 
@@ -70,7 +70,7 @@ def bf16_handlers(features: int, channels: int) -> list[_custom_ops.CPUDNNLGEMMH
 
 
 def vllm_w4a8(tokens: int, features: int, channels: int) -> Contender:
-    """vLLM's W4A8, for processors with AMX; quantises its bf16 input itself."""
+    """vLLM's W4A8, for processors with AMX; quantizes its bf16 input itself."""
     weights, x = w4a8_weights(features, channels, 128), torch.randn(tokens, features, dtype=torch.bfloat16)
     return lambda i: _custom_ops.int4_scaled_mm_cpu(x, *weights[i % len(weights)], None)
 

@@ -1,6 +1,6 @@
 """Time and peak memory of `infoquant quantize` against the size of the model: random models, one text.
 
-A row is one model; each is quantised in a process of its own, from a text, so that the time is that of
+A row is one model; each is quantized in a process of its own, from a text, so that the time is that of
 the method. The peak is the whole process's, torch and transformers included.
 """
 

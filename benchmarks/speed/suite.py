@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.common.models import DEMO, ROOT, quantised, source_model
+from benchmarks.common.models import DEMO, ROOT, quantized, source_model
 from benchmarks.page import RESULTS
 from benchmarks.speed import baselines as peers
 
@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the result files and the page")
     options = parser.parse_args()
     began = time.monotonic()
-    models = [source_model(), quantised("fast", "--preset", "fast")]
-    models += [quantised("speed", "--recipe", ROOT / "benchmarks" / "speed" / "random_weights.yaml")]
+    models = [source_model(), quantized("fast", "--preset", "fast")]
+    models += [quantized("speed", "--recipe", ROOT / "benchmarks" / "speed" / "random_weights.yaml")]
     others = [_peer(name) for name in peers.ON_CPUS]
     benchmarks: dict[str, list[str | Path]] = {
         "kernels": ["--operations", "int4_linear", "--seconds", "1"],

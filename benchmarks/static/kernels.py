@@ -116,7 +116,7 @@ def reduce_moved(launch: Launch) -> int:
 
 
 def rotate_cases(model: Model) -> Iterator[Case]:
-    """Quantisers as `fast` needs them; of the first model other transforms too."""
+    """Quantizers as `fast` needs them; of the first model other transforms too."""
     for layer, (features, _) in model.linears.items():
         groups = features // model.head_size if layer == "o" else 1
         hadamard = features if layer == "down" else 0
@@ -157,7 +157,7 @@ def rotate_call(
     matrices: list[torch.Tensor] | None = None,
     num_bits: int = 4,
 ) -> Callable[[], Any]:
-    """A quantiser's call as `linear` makes it."""
+    """A quantizer's call as `linear` makes it."""
     given = [matrix.to("meta") for matrix in prepare_matrices(list(matrices or []), hadamard)]
     x = torch.empty(tokens, features, dtype=torch.bfloat16, device="meta")
     clip = torch.empty(groups, 2, device="meta")

@@ -1,4 +1,4 @@
-"""The kernels of the quantised KV cache: their calls for a model, and how much of them there is to do."""
+"""The kernels of the quantized KV cache: their calls for a model, and how much of them there is to do."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import triton
 
 from benchmarks.static.cases import MODELS, Case, Entry, Model
 from benchmarks.static.launches import Launch
-from infoquant_vllm.format import cell_bytes
+from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels.triton.kv4_attention import kv_attention
 from infoquant_vllm.kernels.triton.kv4_decode import decode_scratch, kv_decode
 from infoquant_vllm.kernels.triton.kv4_store import kv_store
@@ -42,7 +42,12 @@ class Cache:
 
     def cells(self, tokens: int) -> torch.Tensor:
         """Of so many tokens, [blocks, kv_heads, block, bytes]."""
-        shape = (triton.cdiv(tokens, self.block), self.kv_heads, self.block, cell_bytes(self.size, self.num_bits))
+        shape = (
+            triton.cdiv(tokens, self.block),
+            self.kv_heads,
+            self.block,
+            kv_bytes_per_token_head(self.size, self.num_bits),
+        )
         return torch.empty(shape, dtype=torch.uint8, device="meta")
 
 

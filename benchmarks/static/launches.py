@@ -39,9 +39,9 @@ class Launch:
         return sum(value.nbytes for value in self.arguments.values() if isinstance(value, torch.Tensor))
 
     def source(self) -> ASTSource:
-        """As Triton specialises it: addresses and numbers of multiples of 16, ones and None as constants.
+        """As Triton specializes it: addresses and numbers of multiples of 16, ones and None as constants.
 
-        Addresses are taken for multiples, as torch's are; of what is not to be specialised nothing is known.
+        Addresses are taken for multiples, as torch's are; of what is not to be specialized nothing is known.
         """
         signature, constants, attributes = {}, {}, {}
         for index, param in enumerate(self.kernel.params):

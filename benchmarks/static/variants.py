@@ -54,15 +54,15 @@ def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
     """A LLaMA-3-8B of some presets with up to 8192 tokens: its linears, an lm_head of 8 bits, and its cache."""
     model = MODELS[0]
     for name in presets:
-        config = PRESETS[name].model_copy(update={"vocabulary_bits": 8}).quantization_config(LLAMA)
-        assert config.vocabulary_scheme is not None
+        config = PRESETS[name].model_copy(update={"lm_head_bits": 8}).quantization_config(LLAMA)
+        assert config.lm_head_scheme is not None
         assert config.kv_cache is not None
         for tokens, (site, (features, channels)) in product(TOKENS, model.linears.items()):
             yield linear_call(config.config_groups[site], tokens, features, channels)
         rotated = config.kv_cache.key_transform == "hadamard"
-        layer = Cache(model.heads, model.kv_heads, hadamard=rotated, offset=config.kv_cache.key_offset)
+        layer = Cache(model.heads, model.kv_heads, hadamard=rotated, offset=config.kv_cache.key_mean)
         for tokens in TOKENS:
-            yield linear_call(config.vocabulary_scheme, tokens, LLAMA.hidden_size, LLAMA.vocab_size)
+            yield linear_call(config.lm_head_scheme, tokens, LLAMA.hidden_size, LLAMA.vocab_size)
             yield store_call(layer, tokens)
             yield attention_call(layer, tokens, 1, CONTEXT)
             yield attention_call(layer, 1, tokens, CONTEXT)
@@ -149,7 +149,7 @@ def linear_call(
     own = [tensors[name] for name in ("input_blocks", "input_left", "input_right") if name in tensors]
     x = torch.empty(tokens, features, dtype=dtype, device="meta")
     given = torch.empty(channels, dtype=dtype, device="meta") if bias else None
-    quantizer = own or _matrices(hadamard), hadamard, tensors.get("input_clip"), inputs.num_bits, inputs.symmetric
+    quantizer = own or _matrices(hadamard), hadamard, tensors.get("input_clip_ratio"), inputs.num_bits, inputs.symmetric
     grids = tensors["weight_scale"], tensors.get("weight_zero_point")
     return lambda: linear(x, *quantizer, tensors["weight_packed"], *grids, given)
 
@@ -165,7 +165,9 @@ def _tensors(scheme: LinearScheme, channels: int, features: int) -> dict[str, An
         name: torch.empty(spec.shape, dtype=DTYPES[str(spec.dtype)], device="meta")
         for name, spec in linear_tensors(scheme, channels, features).items()
     }
-    groups = max(1 if "input_clip" not in given else len(given["input_clip"]), given["weight_scale"].shape[1])
+    groups = max(
+        1 if "input_clip_ratio" not in given else len(given["input_clip_ratio"]), given["weight_scale"].shape[1]
+    )
     packed = given["weight_packed"]
     given["weight_packed"] = prepare_weight(packed, scheme.weights.num_bits, scheme.weights.symmetric, groups)
     for name in given.keys() & {"weight_scale", "weight_zero_point"}:

@@ -1,4 +1,4 @@
-"""The InfoQuant checkpoint format, version 1: what `config.json` and the safetensors files must say.
+"""The InfoQuant checkpoint format, version 2: what `config.json` and the safetensors files must say.
 
 Both halves of the project read this package and nothing else of each other. It imports neither
 vllm nor triton. Everything that comes from a checkpoint is hostile input: numbers are bounded
@@ -33,14 +33,14 @@ from infoquant_vllm.format.schema import (
     WeightArgs,
     parse_config,
 )
-from infoquant_vllm.format.tensor_parallel import check_share
+from infoquant_vllm.format.tensor_parallel import check_tp_divisible
 from infoquant_vllm.format.tensors import (
     ModelShape,
     TensorSpec,
     activation_groups,
     cache_tensors,
-    cell_bytes,
     expected_tensors,
+    kv_bytes_per_token_head,
     linear_tensors,
 )
 
@@ -68,13 +68,13 @@ __all__ = [
     "activation_groups",
     "apply_hadamard",
     "cache_tensors",
-    "cell_bytes",
-    "check_share",
+    "check_tp_divisible",
     "check_values",
     "expected_tensors",
     "files_of",
     "hadamard",
     "hadamard_dense",
+    "kv_bytes_per_token_head",
     "linear_tensors",
     "pack_codes",
     "parse_config",

@@ -17,7 +17,7 @@ MAX_JSON_BYTES = 64 * 2**20
 VALUES_AT_A_TIME = 2**22
 """That are checked together, so that checking takes little memory beside the tensor."""
 Rule = Callable[[torch.Tensor], torch.Tensor]
-NEVER_ZERO = ("residual_rotation", "final_norm_weight", "input_blocks", "input_left", "input_right")
+NEVER_ZERO = ("r1", "final_norm_weight", "input_blocks", "input_left", "input_right")
 
 
 class Checkpoint:
@@ -69,7 +69,7 @@ class Checkpoint:
         except FileNotFoundError:
             raise FormatError(f"{file}: the shard is missing, but {INDEX_FILE} lists it") from None
         except (SafetensorError, OSError) as error:
-            raise FormatError(f"{file}: not a whole safetensors file ({error}); copy or quantise it again") from None
+            raise FormatError(f"{file}: not a whole safetensors file ({error}); copy or quantize it again") from None
         stray = sorted(name for name, _ in found if self.weight_map.get(name) != shard)
         if stray:
             raise FormatError(
@@ -129,7 +129,7 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def check_values(tensor: torch.Tensor, name: str, source: str, largest_code: int | None = None) -> None:
-    """Refuse values no quantiser writes.
+    """Refuse values no quantizer writes.
 
     These are NaN and Inf anywhere, scales <= 0, clips outside (0, 1], nothing but zeros in norms, embeddings and
     transforms, and zero points above `largest_code`.
@@ -156,7 +156,7 @@ def _rule(tensor: torch.Tensor, name: str, largest_code: int | None) -> tuple[Ru
     kind = name.rsplit(".", 1)[-1]
     if kind == "weight_scale":
         return lambda x: ~torch.isfinite(x) | (x <= 0), "scales above 0"
-    if kind in ("input_clip", "key_clip", "value_clip"):
+    if kind in ("input_clip_ratio", "key_clip_ratio", "value_clip_ratio"):
         return lambda x: ~torch.isfinite(x) | (x <= 0) | (x > 1), "factors in (0, 1]"
     if kind in NEVER_ZERO or name.endswith(("norm.weight", "embed_tokens.weight")):
         if not tensor.any():

@@ -25,7 +25,7 @@ def hadamard(size: int) -> torch.Tensor:
 
 @cache
 def hadamard_dense(size: int) -> torch.Tensor:
-    """The factor of `hadamard(size)` that takes more than butterflies, [order, order] float64, not normalised.
+    """The factor of `hadamard(size)` that takes more than butterflies, [order, order] float64, not normalized.
 
     [[1]] where `size` is a power of two. Else Paley's Hadamard matrix (Paley, J. Math. Phys. 12,
     1933) of the smallest fitting order up to MAX_PALEY_ORDER, entries +-1, its order a multiple of
@@ -73,7 +73,7 @@ def _transform_rows(x: torch.Tensor) -> torch.Tensor:
     y = x.view(len(x), len(factor), size // len(factor)).permute(1, 2, 0).contiguous()  # [order, n, rows]
     for _ in range((size // len(factor)).bit_length() - 1):
         # Neighbours meet, sums go to the first half and differences to the second: what was twice as
-        # far apart are neighbours now, and after the last step everything is back in its place.
+        # far apart are neighbors now, and after the last step everything is back in its place.
         a, b = y[:, 0::2], y[:, 1::2]
         y = torch.cat((a + b, a - b), 1)
     if len(factor) > 1:

@@ -1,4 +1,4 @@
-"""`quantization_config` of config.json: what is quantised how, validated once at the edge."""
+"""`quantization_config` of config.json: what is quantized how, validated once at the edge."""
 
 from collections import Counter
 from functools import cached_property
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from infoquant_vllm.format.errors import FormatError
 
 QUANT_METHOD = "infoquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Bits = Literal[4, 8]
 Size = Annotated[int, Field(ge=1, le=2**17)]
@@ -37,8 +37,8 @@ class WeightArgs(_Strict):
 class ActivationArgs(_Strict):
     """Dynamic activation codes, one (scale, zero) per token or per group of a token's features.
 
-    The range is clipped by `input_clip` [activation groups, 2]: factors on (min, max). With
-    16 bits a token's largest magnitude is 32767 steps; there are no zero, groups and `input_clip` then.
+    The range is clipped by `input_clip_ratio` [activation groups, 2]: factors on (min, max). With
+    16 bits a token's largest magnitude is 32767 steps; there are no zero, groups and `input_clip_ratio` then.
     """
 
     num_bits: Literal[4, 8, 16]
@@ -53,7 +53,7 @@ class ActivationArgs(_Strict):
 
 
 class InputTransform(_Strict):
-    """What a linear's input is multiplied by before it is quantised: y = x @ R.
+    """What a linear's input is multiplied by before it is quantized: y = x @ R.
 
     - hadamard: R = blocks of `hadamard(block_size)`, each of `block_size` features
     - blocks: R = blocks `input_blocks` [K / block_size, block_size, block_size]
@@ -74,7 +74,7 @@ class InputTransform(_Strict):
 
 
 class LinearScheme(_Strict):
-    """How one linear layer is quantised."""
+    """How one linear layer is quantized."""
 
     weights: WeightArgs
     input_activations: ActivationArgs
@@ -90,15 +90,15 @@ class ConfigGroup(LinearScheme):
 class KVCacheArgs(_Strict):
     """The KV cache: asymmetric codes per token and kv-head, keys optionally through a Hadamard.
 
-    `self_attn.attn.key_clip` and `.value_clip` [num_kv_heads, 2] hold the factors on (min, max). With
-    `key_offset`, `self_attn.attn.key_offset` [num_kv_heads, head_dim] is subtracted from every key behind
+    `self_attn.attn.key_clip_ratio` and `.value_clip_ratio` [num_kv_heads, 2] hold the factors on (min, max). With
+    `key_mean`, `self_attn.attn.key_mean` [num_kv_heads, head_dim] is subtracted from every key behind
     RoPE and before the Hadamard; all scores of a query change by the same, so attention does not.
     """
 
     key_bits: Bits
     value_bits: Bits
     key_transform: Literal["none", "hadamard"] = "none"
-    key_offset: bool = False
+    key_mean: bool = False
 
     @property
     def num_bits(self) -> tuple[int, int]:
@@ -109,8 +109,8 @@ class KVCacheArgs(_Strict):
 class QuantizationConfigData(_Strict):
     """`quantization_config` of config.json.
 
-    `vocabulary_bits` is for the matrix that makes the logits, which in a tied model is the
-    embedding too: `vocabulary_scheme` says how it is stored. `rotated_hidden_states`: the residual stream is in
+    `lm_head_bits` is for the matrix that makes the logits, which in a tied model is the
+    embedding too: `lm_head_scheme` says how it is stored. `rotated_hidden_states`: the residual stream is in
     another basis than the source's and the final norm's gain is not in it, which `projection.py` undoes; assumed
     where a checkpoint does not say.
     """
@@ -121,8 +121,8 @@ class QuantizationConfigData(_Strict):
     ignore: Annotated[list[Name], Field(max_length=100_000)] = []
     kv_cache: KVCacheArgs | None = None
     rotated_hidden_states: bool = True
-    tied_residual_rotation: bool = False
-    vocabulary_bits: Literal[8] | None = None
+    online_r1: bool = False
+    lm_head_bits: Literal[8] | None = None
 
     @model_validator(mode="after")
     def _each_target_is_named_once(self) -> "QuantizationConfigData":
@@ -130,22 +130,22 @@ class QuantizationConfigData(_Strict):
         twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise ValueError(f"{twice[0]} is named by more than one group, or by a group and ignore")
-        if self.vocabulary_bits is not None and "lm_head" in names:
-            raise ValueError(f"vocabulary_bits {self.vocabulary_bits} quantises lm_head, which ignore or a group names")
+        if self.lm_head_bits is not None and "lm_head" in names:
+            raise ValueError(f"lm_head_bits {self.lm_head_bits} quantizes lm_head, which ignore or a group names")
         return self
 
     @model_validator(mode="after")
     def _a_rotated_embedding_rotates_the_stream(self) -> "QuantizationConfigData":
-        if self.tied_residual_rotation and not self.rotated_hidden_states:
-            raise ValueError("tied_residual_rotation is true but rotated_hidden_states is false")
+        if self.online_r1 and not self.rotated_hidden_states:
+            raise ValueError("online_r1 is true but rotated_hidden_states is false")
         return self
 
     @property
-    def vocabulary_scheme(self) -> LinearScheme | None:
-        """The vocabulary matrix as a linear of 16-bit inputs, one symmetric scale per row; None: unquantised."""
-        if self.vocabulary_bits is None:
+    def lm_head_scheme(self) -> LinearScheme | None:
+        """The vocabulary matrix as a linear of 16-bit inputs, one symmetric scale per row; None: unquantized."""
+        if self.lm_head_bits is None:
             return None
-        weights, inputs = WeightArgs(num_bits=self.vocabulary_bits), ActivationArgs(num_bits=16)
+        weights, inputs = WeightArgs(num_bits=self.lm_head_bits), ActivationArgs(num_bits=16)
         return LinearScheme(weights=weights, input_activations=inputs)
 
     def scheme(self, module: str) -> LinearScheme | None:
@@ -183,7 +183,7 @@ def parse_config(data: Any, source: str = "quantization_config") -> Quantization
     if version != FORMAT_VERSION:
         raise FormatError(
             f"{source}: format_version is {version!r}, this release reads {FORMAT_VERSION}; "
-            "install a release of infoquant-vllm that knows it, or quantise the model again"
+            "install a release of infoquant-vllm that knows it, or quantize the model again"
         )
     try:
         return QuantizationConfigData.model_validate(data)

@@ -4,7 +4,7 @@ from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.schema import LinearScheme
 
 
-def check_share(scheme: LinearScheme, features: int, workers: int = 1) -> None:
+def check_tp_divisible(scheme: LinearScheme, features: int, workers: int = 1) -> None:
     """Raise FormatError where `workers` cannot each have an equal share of a linear's input [features].
 
     Whatever is computed of several features together must be of one worker: bytes of codes, groups of weights,
@@ -30,5 +30,5 @@ def _shares(features: int, workers: int) -> str:
         return f"its {features} input features"
     return (
         f"the {features // workers} of {features} input features that each of {workers} tensor-parallel workers has; "
-        f"serve it with --tensor-parallel-size 1, or quantise it again with `infoquant quantize --max-tp {workers}`"
+        f"serve it with --tensor-parallel-size 1, or quantize it with `infoquant quantize --max-tp-size {workers}`"
     )

@@ -10,7 +10,7 @@ from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import hadamard_dense
 from infoquant_vllm.format.model_config import architecture_name
 from infoquant_vllm.format.schema import ActivationArgs, KVCacheArgs, LinearScheme, QuantizationConfigData, Size
-from infoquant_vllm.format.tensor_parallel import check_share
+from infoquant_vllm.format.tensor_parallel import check_tp_divisible
 
 
 class TensorSpec(BaseModel):
@@ -65,7 +65,7 @@ class ModelShape(BaseModel):
             raise FormatError.from_validation(source, error) from None
 
     @property
-    def vocabulary_module(self) -> str:
+    def lm_head_module(self) -> str:
         """The module whose matrix [vocab_size, hidden_size] makes the logits; a tied model has no other."""
         return "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
 
@@ -115,9 +115,9 @@ def activation_groups(args: ActivationArgs, in_features: int) -> int:
 
 
 def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-    """Tensors of one quantised linear by their local names; raises FormatError for sizes that do not divide."""
+    """Tensors of one quantized linear by their local names; raises FormatError for sizes that do not divide."""
     weights, activations, transform = scheme.weights, scheme.input_activations, scheme.input_transform
-    check_share(scheme, in_features)
+    check_tp_divisible(scheme, in_features)
     if transform.type == "hadamard" and transform.block_size is not None:
         hadamard_dense(transform.block_size)
     if transform.factors is not None and math.prod(transform.factors) != in_features:
@@ -130,7 +130,7 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
     if not weights.symmetric:
         tensors["weight_zero_point"] = TensorSpec(shape=(out_features, groups), dtype="U8")
     if activations.num_bits != 16:
-        tensors["input_clip"] = TensorSpec(shape=(activation_groups(activations, in_features), 2), dtype="F32")
+        tensors["input_clip_ratio"] = TensorSpec(shape=(activation_groups(activations, in_features), 2), dtype="F32")
     if transform.type == "blocks" and transform.block_size is not None:
         block = transform.block_size
         tensors["input_blocks"] = TensorSpec(shape=(in_features // block, block, block), dtype="F32")
@@ -141,7 +141,7 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
     return tensors
 
 
-def cell_bytes(head_size: int, num_bits: tuple[int, int]) -> int:
+def kv_bytes_per_token_head(head_size: int, num_bits: tuple[int, int]) -> int:
     """Bytes of the KV cache per token and kv-head: codes, and float16 scale and zero of key and value.
 
     num_bits: of keys and of values
@@ -152,26 +152,26 @@ def cell_bytes(head_size: int, num_bits: tuple[int, int]) -> int:
 def cache_tensors(args: KVCacheArgs, shape: ModelShape) -> dict[str, TensorSpec]:
     """Tensors of one layer's KV cache by their local names."""
     heads = shape.num_key_value_heads
-    tensors = {name: TensorSpec(shape=(heads, 2), dtype="F32") for name in ("key_clip", "value_clip")}
-    if args.key_offset:
-        tensors["key_offset"] = TensorSpec(shape=(heads, shape.head_dim), dtype="F32")
+    tensors = {name: TensorSpec(shape=(heads, 2), dtype="F32") for name in ("key_clip_ratio", "value_clip_ratio")}
+    if args.key_mean:
+        tensors["key_mean"] = TensorSpec(shape=(heads, shape.head_dim), dtype="F32")
     return tensors
 
 
 def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[str, TensorSpec]:
     """Every tensor that a checkpoint of this config must hold, and no others."""
     hidden, vocab = shape.hidden_size, shape.vocab_size
-    ends, scheme = ("model.embed_tokens", shape.vocabulary_module), config.vocabulary_scheme
+    ends, scheme = ("model.embed_tokens", shape.lm_head_module), config.lm_head_scheme
     tensors = {f"{norm}.weight": TensorSpec(shape=(size,)) for norm, size in shape.norms().items()}
     tensors |= {f"{module}.weight": TensorSpec(shape=(vocab, hidden)) for module in ends}
     if scheme is not None:
-        del tensors[f"{shape.vocabulary_module}.weight"]
+        del tensors[f"{shape.lm_head_module}.weight"]
         local = linear_tensors(scheme, vocab, hidden)
-        tensors |= {f"{shape.vocabulary_module}.{name}": spec for name, spec in local.items()}
-    if config.tied_residual_rotation:
+        tensors |= {f"{shape.lm_head_module}.{name}": spec for name, spec in local.items()}
+    if config.online_r1:
         if not shape.tie_word_embeddings:
-            raise FormatError("tied_residual_rotation is true but tie_word_embeddings is false")
-        tensors["model.embed_tokens.residual_rotation"] = TensorSpec(shape=(hidden, hidden), dtype="F32")
+            raise FormatError("online_r1 is true but tie_word_embeddings is false")
+        tensors["model.embed_tokens.r1"] = TensorSpec(shape=(hidden, hidden), dtype="F32")
         tensors["model.embed_tokens.final_norm_weight"] = TensorSpec(shape=(hidden,), dtype="F32")
     if config.kv_cache is not None:
         for layer in range(shape.num_hidden_layers):

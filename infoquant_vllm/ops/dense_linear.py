@@ -1,4 +1,4 @@
-"""Operation: product with an unquantised matrix, the vocabulary's."""
+"""Operation: product with an unquantized matrix, the vocabulary's."""
 
 import torch
 

@@ -17,7 +17,7 @@ SMALLEST = 1e-6
 """Of norms, as a share of the largest: features that are never used need no scale to match."""
 
 
-def balance_layer(
+def equalize_layer(
     state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: Statistics, shape: ModelShape
 ) -> None:
     """Balance a layer's weights in place, and what was measured of keys and down_proj; see `fold_layer`."""
@@ -25,16 +25,16 @@ def balance_layer(
         output_energies(state, module, hessians[QKV], statistics.sums[QKV], statistics.tokens[QKV])
         for module in (QKV, "self_attn.k_proj")
     )
-    scale, keys_module = balance_keys(state, queries, keys, shape), rules_for(shape).keys
+    scale, keys_module = equalize_keys(state, queries, keys, shape), rules_for(shape).keys
     if keys_module in statistics.sums:
         statistics.sums[keys_module] *= scale
-    scale = balance_down(state, statistics.energies["mlp.down_proj"])
+    scale = equalize_down(state, statistics.energies["mlp.down_proj"])
     for row, factor in zip(hessians["mlp.down_proj"], scale, strict=True):
         row.mul_(scale * factor)
     statistics.rescale("mlp.down_proj", scale)
 
 
-def balance_keys(
+def equalize_keys(
     state: dict[str, torch.Tensor], queries: torch.Tensor, keys: torch.Tensor, shape: ModelShape
 ) -> torch.Tensor:
     """Scale keys up and queries down, or the reverse, in place; returns the factors of keys [kv_heads * head_dim].
@@ -55,7 +55,7 @@ def balance_keys(
     return scale.expand(shape.num_key_value_heads, -1).flatten()
 
 
-def balance_down(state: dict[str, torch.Tensor], energy: torch.Tensor) -> torch.Tensor:
+def equalize_down(state: dict[str, torch.Tensor], energy: torch.Tensor) -> torch.Tensor:
     """Scale the rows of up_proj against the columns of down_proj in place; returns the factors of down_proj's inputs.
 
     energy: [intermediate], of each input feature of down_proj, every token counting the same

@@ -1,4 +1,4 @@
-"""The quantisers of `simulated`, differentiable: rounding passes gradients as if it did nothing.
+"""The quantizers of `simulated`, differentiable: rounding passes gradients as if it did nothing.
 
 Straight-through estimation (Bengio et al., arXiv 1308.3432), with the gradient of the step, as in LSQ
 (Esser et al., arXiv 1902.08153): a step is a clipped range / levels, so it depends on the clip

@@ -11,7 +11,7 @@ from offline.model.source import Source
 
 
 def stored_dtype(source: Source) -> torch.dtype:
-    """The dtype that the source keeps its norms in, and whatever else is not quantised."""
+    """The dtype that the source keeps its norms in, and whatever else is not quantized."""
     return source.dtype("model.norm.weight")
 
 
@@ -62,7 +62,7 @@ def fold_ends(source: Source, transforms: Transforms | None) -> Iterator[tuple[s
             head = source.tensor(name)
             yield name, head if residual is None else _rotate_rows(head, norm.double()[:, None] * residual)
     if residual is not None and tied:
-        yield "model.embed_tokens.residual_rotation", residual.float()
+        yield "model.embed_tokens.r1", residual.float()
         yield "model.embed_tokens.final_norm_weight", norm.float()
 
 

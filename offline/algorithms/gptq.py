@@ -17,14 +17,14 @@ ROWS_SEEN = 2048
 """Of a weight at most, where its error is told: all of them would take as long as rounding them."""
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, damping: float) -> QuantizedWeight:
-    """Quantise weight [N, K] float32 for inputs x with sum of x^T x = hessian [K, K].
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, dampening_frac: float) -> QuantizedWeight:
+    """Quantize weight [N, K] float32 for inputs x with sum of x^T x = hessian [K, K].
 
     Scales come from a clip search on the weights: over whole rows before anything is rounded, or,
     with groups, over each group when its turn comes.
     """
     rest = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]: what is rounded together lies together
-    factor, end = unit_factor(hessian, damping), len(rest)
+    factor, end = unit_factor(hessian, dampening_frac), len(rest)
     group = args.group_size or end
     found: list[Scales] = []
     for first in range(0, end, group):
@@ -70,10 +70,10 @@ def _round_block(
     return codes, errors
 
 
-def unit_factor(hessian: torch.Tensor, damping: float) -> list[torch.Tensor]:
-    """U of H + damping * mean(diag H) I = U D U^T, upper triangular with ones on its diagonal; D is diagonal.
+def unit_factor(hessian: torch.Tensor, dampening_frac: float) -> list[torch.Tensor]:
+    """U of H + dampening_frac * mean(diag H) I = U D U^T, upper triangular with ones on its diagonal; D is diagonal.
 
-    The damping keeps D positive where inputs are never used or fewer tokens than inputs were seen.
+    The dampening_frac keeps D positive where inputs are never used or fewer tokens than inputs were seen.
     Computed in float64, from the last block of columns to the first, in half of a matrix: U comes as
     blocks of FACTOR_BLOCK columns float32, each down to the diagonal, `U[:stop, start:stop]`.
     """
@@ -81,7 +81,7 @@ def unit_factor(hessian: torch.Tensor, damping: float) -> list[torch.Tensor]:
     mean = diagonal.mean()
     found = [hessian[: block.stop, block].to(torch.float64, copy=True) for block in blocks]
     for block, columns in reversed(list(zip(blocks, found, strict=True))):
-        columns[block].diagonal().add_(damping * mean if mean > 0 else 1.0)
+        columns[block].diagonal().add_(dampening_frac * mean if mean > 0 else 1.0)
         upper = torch.linalg.cholesky(columns[block].flip(0, 1)).flip(0, 1)
         columns[block] = upper
         for other in _blocks(block.start):

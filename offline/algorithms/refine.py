@@ -14,7 +14,7 @@ BLOCK = 32
 ROWS_AT_A_TIME = 8192
 SYSTEM_ELEMENTS = 2**24
 """Of the systems of equations that are solved together: a row with G groups has G^2."""
-REGULARISATION = 1e-4
+REGULARIZATION = 1e-4
 """Share of the Hessian's mean diagonal that is added to it: inputs that hardly occur stay near their weights."""
 SMALLEST_CHANGE = 0.5
 """Of a scale, as a factor: solutions below it, or above its inverse, come from groups that hardly matter."""
@@ -28,7 +28,7 @@ def refine(
     if passes == 0 or diagonal <= 0:
         return rounded
     hessian = hessian.clone()
-    hessian.diagonal().add_(REGULARISATION * diagonal)
+    hessian.diagonal().add_(REGULARIZATION * diagonal)
     rows, parts = weight.split(ROWS_AT_A_TIME), []
     for own, part in zip(rows, rounded.split([len(own) for own in rows]), strict=True):
         for _ in range(passes):
@@ -73,7 +73,7 @@ def _descend_block(
 
 
 def refit_scales(weight: torch.Tensor, rounded: QuantizedWeight, hessian: torch.Tensor) -> QuantizedWeight:
-    """The scales [N, G] that minimise the error with codes and zero points as they are.
+    """The scales [N, G] that minimize the error with codes and zero points as they are.
 
     With C_g the codes less zeros of group g and 0 elsewhere: sum_h (C_g H C_h^T) s_h = C_g H w^T.
     """

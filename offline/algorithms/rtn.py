@@ -75,7 +75,7 @@ def _search_rows(weight: torch.Tensor, args: WeightArgs) -> Scales:
 
 
 def round_to_nearest(weight: torch.Tensor, args: WeightArgs) -> QuantizedWeight:
-    """Quantise weight [N, K] float32 without looking at its inputs."""
+    """Quantize weight [N, K] float32 without looking at its inputs."""
     size = args.group_size or weight.shape[1]
     parts = []
     for columns in weight.split(size, dim=1):

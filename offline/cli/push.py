@@ -6,9 +6,9 @@ from huggingface_hub import HfApi
 from pydantic import BaseModel, ConfigDict
 
 from offline.errors import ToolError, first_line
+from offline.evaluate.verify import verify
 from offline.model.source import HUB_ID
 from offline.progress import ProgressReport, silent
-from offline.verify import verify
 
 MESSAGE = "Checkpoint by infoquant"
 
@@ -36,7 +36,7 @@ def push(
 
     Args:
         folder: what `quantize` wrote; every file of it goes, and nothing that is hidden.
-        repository: ORGANISATION/NAME.
+        repository: ORGANIZATION/NAME.
         private: of a repository that is made now.
         api: the hub; None takes the token and address that huggingface_hub is set up with.
         progress: of the checks.
@@ -44,7 +44,7 @@ def push(
     Raises ToolError, before anything is sent, for a folder that `verify` fails; and where the hub refuses.
     """
     if not HUB_ID.match(repository):
-        raise ToolError(f"{repository!r}: a repository like organisation/model was expected")
+        raise ToolError(f"{repository!r}: a repository like organization/model was expected")
     found = verify(folder, progress=progress)
     failed = next((check for check in found.checks if not check.passed), None)
     if failed is not None:

@@ -9,8 +9,8 @@ from offline.dry_run import Plan
 from offline.evaluate.inspect import Inspection, scheme_words
 from offline.evaluate.metrics import Evaluation, Figure
 from offline.evaluate.page.summary import Summary
+from offline.evaluate.verify import Verification
 from offline.output.report import Report
-from offline.verify import Verification
 
 
 def print_report(report: Report, output: Path) -> None:
@@ -95,7 +95,7 @@ def print_inspection(found: Inspection) -> None:
     kept = "as the model"
     if cache is not None:
         kept = f"keys {cache.key_bits} bits through {cache.key_transform}, values {cache.value_bits} bits"
-    vocabulary = "as the model" if found.vocabulary_bits is None else f"{found.vocabulary_bits} bits"
+    vocabulary = "as the model" if found.lm_head_bits is None else f"{found.lm_head_bits} bits"
     console.print(f"KV cache: {kept}; residual basis: {rotation}; vocabulary: {vocabulary}")
     sizes = {part: (size.bytes, size.bf16_bytes) for part, size in found.sizes.items()}
     sizes["KV cache per token"] = (found.kv_bytes_per_token, found.kv_bf16_bytes_per_token)
@@ -128,11 +128,11 @@ def print_evaluation(found: Evaluation) -> None:
 def print_page(found: Summary) -> None:
     """Where the page is, and the worst places on it."""
     console = Console()
-    for what, worst in (("quantised input", found.worst_input), ("rounded weight", found.worst_weight)):
+    for what, worst in (("quantized input", found.worst_input), ("rounded weight", found.worst_weight)):
         if worst is not None:
             console.print(f"worst {what}: layer {worst.layer}, {worst.place}, {worst.error:.2%} of its energy is noise")
     if found.before is None:
-        console.print("without --source SOURCE the page lacks the figures before quantising")
+        console.print("without --source SOURCE the page lacks the figures before quantizing")
     console.print(found.page, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -141,7 +141,7 @@ def _error(figure: Figure) -> str:
 
 
 def _sizes_table(title: str, sizes: dict[str, tuple[int, int]]) -> Table:
-    table = Table("", "bytes", "unquantised", "ratio", title=title)
+    table = Table("", "bytes", "unquantized", "ratio", title=title)
     for name, (ours, theirs) in sizes.items():
         table.add_row(name, f"{ours:,}", f"{theirs:,}", f"{ours / theirs:.3f}" if theirs else "-")
     return table

@@ -113,11 +113,11 @@ class Comparison:
         return torch.linalg.lstsq(*self._moments).solution
 
     def _stored_basis(self) -> torch.Tensor:
-        if self._checkpoint.config.tied_residual_rotation:
-            return self._checkpoint.tensor("model.embed_tokens.residual_rotation").double()
+        if self._checkpoint.config.online_r1:
+            return self._checkpoint.tensor("model.embed_tokens.r1").double()
         return torch.eye(self._source.shape.hidden_size).double()
 
-    def behaviour(self, layer_errors: dict[str, float]) -> str:
+    def behavior(self, layer_errors: dict[str, float]) -> str:
         """Compare predictions on the project's own passages; fills `layer_errors`, mean over tokens."""
         windows = encode_texts(PASSAGES, self._source.tokenizer(), self._source.shape.vocab_size, OWN_TEXT)
         reference = self._reference

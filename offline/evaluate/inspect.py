@@ -8,7 +8,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 
-from infoquant_vllm.format import Checkpoint, FormatError, KVCacheArgs, LinearScheme, ModelShape, cell_bytes, read_json
+from infoquant_vllm.format import (
+    Checkpoint,
+    FormatError,
+    KVCacheArgs,
+    LinearScheme,
+    ModelShape,
+    kv_bytes_per_token_head,
+    read_json,
+)
 from offline.errors import ToolError
 
 DTYPE_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
@@ -33,11 +41,11 @@ class Inspection(BaseModel):
     format_version: int
     shape: ModelShape
     schemes: dict[str, LinearScheme | None]
-    """By the linear's name inside its layer, or by full name where layers differ; None: unquantised."""
+    """By the linear's name inside its layer, or by full name where layers differ; None: unquantized."""
     kv_cache: KVCacheArgs | None
     rotated_residual: bool
-    vocabulary_bits: int | None
-    """Of lm_head and, in a tied model, of the embeddings; None: unquantised."""
+    lm_head_bits: int | None
+    """Of lm_head and, in a tied model, of the embeddings; None: unquantized."""
     sizes: dict[str, Size]
     bits_per_weight: float
     """Bits on disk per weight of the decoder's linears, scales and transforms included."""
@@ -66,11 +74,13 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         shape=shape,
         schemes=_schemes(checkpoint),
         kv_cache=cache,
-        rotated_residual=checkpoint.config.tied_residual_rotation,
-        vocabulary_bits=checkpoint.config.vocabulary_bits,
+        rotated_residual=checkpoint.config.online_r1,
+        lm_head_bits=checkpoint.config.lm_head_bits,
         sizes=sizes,
         bits_per_weight=8 * sizes["linears"].bytes / weights,
-        kv_bytes_per_token=plain_kv if cache is None else heads * cell_bytes(shape.head_dim, cache.num_bits),
+        kv_bytes_per_token=plain_kv
+        if cache is None
+        else heads * kv_bytes_per_token_head(shape.head_dim, cache.num_bits),
         kv_bf16_bytes_per_token=plain_kv,
         recipe=_recipe(checkpoint.folder / "infoquant_recipe.yaml"),
         report=found,
@@ -80,7 +90,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
 def scheme_words(scheme: LinearScheme | None) -> tuple[str, str, str]:
     """Weights, inputs and input transform of a linear in words."""
     if scheme is None:
-        return "unquantised", "unquantised", "none"
+        return "unquantized", "unquantized", "none"
     weights, inputs, transform = scheme.weights, scheme.input_activations, scheme.input_transform
     shape = transform.block_size or transform.factors or ""
     words = [
@@ -111,15 +121,15 @@ def _part(name: str, linears: dict[str, tuple[int, int]]) -> str:
     module, _, kind = name.rpartition(".")
     if module in linears:
         return "linears"
-    if kind in ("key_clip", "value_clip", "key_offset"):
+    if kind in ("key_clip_ratio", "value_clip_ratio", "key_mean"):
         return "cache clips"
-    if kind in ("residual_rotation", "final_norm_weight"):
+    if kind in ("r1", "final_norm_weight"):
         return "residual rotation"
     return "norms" if "norm" in module else "embeddings"
 
 
 def _plain_bytes(name: str, shape: list[int], linears: dict[str, tuple[int, int]]) -> int:
-    """Bytes of the bfloat16 tensor that stands in this one's place in the unquantised model."""
+    """Bytes of the bfloat16 tensor that stands in this one's place in the unquantized model."""
     module, _, kind = name.rpartition(".")
     if kind == "weight_packed":
         return (math.prod(linears[module]) if module in linears else math.prod(shape)) * BF16_BYTES

@@ -61,8 +61,8 @@ def evaluate(
     """Perplexity of a model and, with a reference, KL(reference || model) and top-1 agreement.
 
     Args:
-        model: an InfoQuant checkpoint, which is simulated, or an unquantised model.
-        reference: folder or hub id of an unquantised model with the same tokenizer.
+        model: an InfoQuant checkpoint, which is simulated, or an unquantized model.
+        reference: folder or hub id of an unquantized model with the same tokenizer.
         corpus: see `text_windows`; None samples the text from the reference, else from the model.
         tokens: how many tokens to read; cut down to whole windows.
         window: tokens that are predicted together, each from those before it in the window; None: 512, or all
@@ -112,7 +112,7 @@ def compare(
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder's config says that it is quantised by this tool."""
+    """Whether the folder's config says that it is quantized by this tool."""
     try:
         found = read_json(folder / "config.json").get("quantization_config")
     except FormatError:

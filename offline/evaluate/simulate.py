@@ -29,7 +29,7 @@ def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> C
     """The checkpoint as a model in eval mode whose linears, KV cache and ends follow the format.
 
     Everything between them (RoPE, residual stream, lm_head) runs in `dtype`, as in the server; norms
-    and activations are rounded to it, rotations and quantisers run in float32, attention and the
+    and activations are rounded to it, rotations and quantizers run in float32, attention and the
     residual rotation in the server's own kernels. In float32 the codes are the server's; in bf16 its
     roundings differ in places.
 
@@ -87,16 +87,16 @@ def _replace_attention(model: CausalLM, checkpoint: Checkpoint) -> None:
 
 def _replace_ends(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """An 8-bit vocabulary, and the rotations into and out of the residual basis of a tied model."""
-    shape, scheme = checkpoint.shape, checkpoint.config.vocabulary_scheme
+    shape, scheme = checkpoint.shape, checkpoint.config.lm_head_scheme
     if scheme is not None:
         names = linear_tensors(scheme, shape.vocab_size, shape.hidden_size)
-        tensors = {name: checkpoint.tensor(f"{shape.vocabulary_module}.{name}") for name in names}
+        tensors = {name: checkpoint.tensor(f"{shape.lm_head_module}.{name}") for name in names}
         model.lm_head = SimulatedLinear(scheme, tensors)
         if shape.tie_word_embeddings:
             model.model.embed_tokens.weight = nn.Parameter(vocabulary_rows(checkpoint).to(dtype), requires_grad=False)
-    if not checkpoint.config.tied_residual_rotation:
+    if not checkpoint.config.online_r1:
         return
-    rotation = checkpoint.tensor("model.embed_tokens.residual_rotation")
+    rotation = checkpoint.tensor("model.embed_tokens.r1")
     final_norm = checkpoint.tensor("model.embed_tokens.final_norm_weight")
     model.model.embed_tokens = RotatedEmbedding(model.model.embed_tokens.weight, rotation)
     model.lm_head = RotatedHead(model.lm_head, rotation, final_norm)

@@ -13,7 +13,7 @@ from infoquant_vllm.format import (
     LinearScheme,
     WeightArgs,
     apply_hadamard,
-    cell_bytes,
+    kv_bytes_per_token_head,
     unpack_codes,
 )
 from infoquant_vllm.kernels.reference.kv_cache import TILE
@@ -64,11 +64,11 @@ def integer_weights(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch
     if args.symmetric:
         return codes
     zeros = tensors["weight_zero_point"].to(torch.int16)
-    centred = (codes.to(torch.int16).unflatten(1, (zeros.shape[1], -1)) - zeros[:, :, None]).flatten(1)
-    return centred if args.num_bits == 8 else centred.to(torch.int8)
+    centered = (codes.to(torch.int16).unflatten(1, (zeros.shape[1], -1)) - zeros[:, :, None]).flatten(1)
+    return centered if args.num_bits == 8 else centered.to(torch.int8)
 
 
-def dequantised_weight(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:
+def dequantized_weight(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:
     """What a linear's codes stand for, [N, K] float32."""
     scale = tensors["weight_scale"]
     codes = integer_weights(tensors, args).unflatten(1, (scale.shape[1], -1))
@@ -76,7 +76,7 @@ def dequantised_weight(tensors: dict[str, torch.Tensor], args: WeightArgs) -> to
 
 
 class SimulatedLinear(nn.Module):
-    """A quantised linear: input transform, activation codes, exact integer product, scales."""
+    """A quantized linear: input transform, activation codes, exact integer product, scales."""
 
     def __init__(self, scheme: LinearScheme, tensors: dict[str, torch.Tensor]):
         super().__init__()
@@ -94,7 +94,7 @@ class SimulatedLinear(nn.Module):
             high, low, scale = wide_input(y)
             out = self._product(high, 256 * scale) + self._product(low, scale)
         else:
-            out = self._product(*quantize_input(y, args, self.get_buffer("input_clip")))
+            out = self._product(*quantize_input(y, args, self.get_buffer("input_clip_ratio")))
         bias = dict(self.named_buffers()).get("bias")
         out = out if bias is None else out + bias.float()
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
@@ -191,12 +191,12 @@ class SimulatedCache(nn.Module):
         return apply_hadamard(x.float()) if self.rotate_keys else x.float()
 
     def prepared(self, keys: torch.Tensor) -> torch.Tensor:
-        """Keys [..., kv_heads, tokens, head_size] as they are quantised: less their offset, and rotated."""
-        return self.rotate(keys if self._key_offset is None else keys.float() - self._key_offset[:, None])
+        """Keys [..., kv_heads, tokens, head_size] as they are quantized: less their offset, and rotated."""
+        return self.rotate(keys if self._key_mean is None else keys.float() - self._key_mean[:, None])
 
     @property
-    def _key_offset(self) -> torch.Tensor | None:
-        return dict(self.named_buffers()).get("key_offset")
+    def _key_mean(self) -> torch.Tensor | None:
+        return dict(self.named_buffers()).get("key_mean")
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
@@ -209,10 +209,10 @@ class SimulatedCache(nn.Module):
         batch, heads, queries, size = query.shape
         length = key.shape[2]
         block = -(-length // TILE) * TILE  # a sequence is a block
-        cells = torch.empty(batch, key.shape[1], block, cell_bytes(size, self.num_bits), dtype=torch.uint8)
+        cells = torch.empty(batch, key.shape[1], block, kv_bytes_per_token_head(size, self.num_bits), dtype=torch.uint8)
         slots = (torch.arange(batch)[:, None] * block + torch.arange(length)).flatten()
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        ranges = self.get_buffer("key_clip"), self.get_buffer("value_clip"), self._key_offset
+        ranges = self.get_buffer("key_clip_ratio"), self.get_buffer("value_clip_ratio"), self._key_mean
         kernel("kv_store", "cpu")(*rows[1:], cells, slots, *ranges, self.rotate_keys, self.num_bits)
         starts = torch.arange(batch + 1, dtype=torch.int32) * queries
         lengths, table = (
@@ -277,7 +277,7 @@ def cached_attention(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface over a quantised cache, `module.attn`: a `SimulatedCache`.
+    """Transformers' attention interface over a quantized cache, `module.attn`: a `SimulatedCache`.
 
     Queries and keys come without their rotary embedding, which `module.rotary` applies here.
 

@@ -26,7 +26,7 @@ Observer = Callable[[str, torch.Tensor], None]
 
 
 class Stream:
-    """Unquantised hidden states [sequences, length, hidden] float32, as they enter the next layer.
+    """Unquantized hidden states [sequences, length, hidden] float32, as they enter the next layer.
 
     devices: each gets a copy of the layer and takes its turn at the batches; on the first is what is seen
     """

@@ -1,4 +1,4 @@
-"""The model to quantise: a local folder or a hub id, checked before anything is computed."""
+"""The model to quantize: a local folder or a hub id, checked before anything is computed."""
 
 import re
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ Headers = dict[str, tuple[Path, tuple[int, ...], str]]
 
 @dataclass(frozen=True)
 class Source:
-    """An unquantised model of a known class whose headers agree with its config.
+    """An unquantized model of a known class whose headers agree with its config.
 
     `weight_map` places every tensor the architecture needs, and no others, in its shard. Where config.json
     says that embedding and head are tied but the files hold a head of other values, `hf_config` and `shape`
@@ -103,7 +103,7 @@ class Source:
         return read_tokenizer(self.folder)
 
     def model(self, dtype: torch.dtype) -> CausalLM:
-        """The model in eval mode, every weight read through `tensor` and none left as initialised."""
+        """The model in eval mode, every weight read through `tensor` and none left as initialized."""
         config = read_config(self.shape, self.hf_config, self.folder / "config.json")
         disable_progress_bar()
         state = {name: self.tensor(name).to(dtype) for name in self.names}
@@ -126,7 +126,7 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
     if folder.exists():
         raise ToolError(f"{folder}: a model folder was expected, this is a file")
     if isinstance(path_or_hub_id, Path) or not HUB_ID.match(path_or_hub_id):
-        raise ToolError(f"{folder}: no such folder, and not a hub id like organisation/model")
+        raise ToolError(f"{folder}: no such folder, and not a hub id like organization/model")
     from huggingface_hub import snapshot_download
 
     try:
@@ -145,12 +145,12 @@ def _refuse_quantized(hf_config: dict[str, Any], file: Path) -> None:
     if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise ToolError(
-            f"{file}: the model is already quantised (quant_method {method!r}); give the unquantised original"
+            f"{file}: the model is already quantized (quant_method {method!r}); give the unquantized original"
         )
 
 
 def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an unquantised model of that shape."""
+    """Every tensor of an unquantized model of that shape."""
     hidden = shape.hidden_size
     tensors: dict[str, tuple[int, ...]] = {f"{norm}.weight": (size,) for norm, size in shape.norms().items()}
     tensors[EMBEDDING] = (shape.vocab_size, hidden)

@@ -1,4 +1,4 @@
-"""The files of a source folder that a checkpoint keeps as they are: tokenizer, templates, licence and the like.
+"""The files of a source folder that a checkpoint keeps as they are: tokenizer, templates, license and the like.
 
 A folder from elsewhere is hostile input: names decide what is kept, never contents, and nothing that runs or unpickles.
 """

@@ -33,7 +33,7 @@ vllm serve PATH-OF-THIS-FOLDER
 
 {_errors(report)}
 The whole recipe is in `infoquant_recipe.yaml`, the errors of each layer are in `infoquant_report.json`.
-The licence of the source model applies.
+The license of the source model applies.
 """
 
 

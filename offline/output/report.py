@@ -1,4 +1,4 @@
-"""What a quantisation run tells about itself: `infoquant_report.json`."""
+"""What a quantization run tells about itself: `infoquant_report.json`."""
 
 import math
 import resource
@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from infoquant_vllm.format import QuantizationConfigData, TensorSpec, cell_bytes
+from infoquant_vllm.format import QuantizationConfigData, TensorSpec, kv_bytes_per_token_head
 from offline.algorithms.fold import stored_dtype
 from offline.dry_run import Plan
 from offline.model.source import Source
@@ -90,7 +90,7 @@ def checkpoint_sizes(source: Source, config: QuantizationConfigData, specs: dict
     quantized = cached * width
     if config.kv_cache is not None:
         heads = shape.num_hidden_layers * shape.num_key_value_heads
-        quantized = heads * cell_bytes(shape.head_dim, config.kv_cache.num_bits)
+        quantized = heads * kv_bytes_per_token_head(shape.head_dim, config.kv_cache.num_bits)
     return {
         "source_linear_bytes": (weights + biases) * width,
         "linear_bytes": linear_bytes,

@@ -91,9 +91,9 @@ def check_projection(checkpoint: Checkpoint, source: Source | None) -> str:
     found = read_projection(files_of(checkpoint.folder), checkpoint.shape.hidden_size, str(checkpoint.folder))
     if found is None:
         return "in a rotated basis with no projection out of it, embeddings are not served"
-    weight, tied = found.double(), checkpoint.config.tied_residual_rotation
+    weight, tied = found.double(), checkpoint.config.online_r1
     if tied:
-        rotation = checkpoint.tensor("model.embed_tokens.residual_rotation").double()
+        rotation = checkpoint.tensor("model.embed_tokens.r1").double()
         gain = checkpoint.tensor("model.embed_tokens.final_norm_weight").double()
         _compare(weight, gain[:, None] * rotation)
     if source is not None:

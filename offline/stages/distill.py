@@ -1,6 +1,6 @@
-"""End-to-end distillation: the quantised model's parameters trained to predict as the source does.
+"""End-to-end distillation: the quantized model's parameters trained to predict as the source does.
 
-The loss is KL(source || quantised) over the whole vocabulary at every position of the calibration
+The loss is KL(source || quantized) over the whole vocabulary at every position of the calibration
 tokens, as in LLM-QAT (Liu et al., arXiv 2305.17888, section 3.2); the parameters are a factor for
 each row of weights, and the clips. Codes stay as they were rounded.
 """

@@ -1,4 +1,4 @@
-"""What all keys of a head have in common, taken away before they are quantised.
+"""What all keys of a head have in common, taken away before they are quantized.
 
 A constant less in every key changes all scores of a query alike, which softmax does not see
 (SageAttention, arXiv 2410.02367, section 4.2); what is left spans a smaller range. There the mean is
@@ -12,7 +12,7 @@ from offline.model.architectures import rules_for
 from offline.model.hidden_states import Statistics, Stream
 
 
-def key_offset(statistics: Statistics, stream: Stream, positions: int, shape: ModelShape) -> torch.Tensor:
+def key_mean(statistics: Statistics, stream: Stream, positions: int, shape: ModelShape) -> torch.Tensor:
     """The mean key of each head [kv_heads, head_dim], RoPE's turning of it averaged over the first positions.
 
     What RoPE turns round within them comes out as zero: no constant is common to it.

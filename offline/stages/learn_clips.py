@@ -1,7 +1,7 @@
 """Learned activation clipping (InfoQuant, arXiv 2605.26175), one layer at a time.
 
-The clip factors of a quantised layer are trained so that it makes of unquantised hidden states what
-the unquantised layer makes of them.
+The clip factors of a quantized layer are trained so that it makes of unquantized hidden states what
+the unquantized layer makes of them.
 """
 
 import math
@@ -26,7 +26,7 @@ def learn_clips(
     recipe: Recipe,
     shape: ModelShape,
 ) -> dict[str, torch.Tensor]:
-    """Learnt `input_clip` and `value_clip` tensors of a layer, by the names that `quantize_layer` gives them.
+    """Learn `input_clip_ratio` and `value_clip_ratio` of a layer, named as by `quantize_layer`.
 
     tensors: the layer's, from `quantize_layer`
     stream: which just ran that layer

@@ -16,8 +16,8 @@ def quantize_end(
     A row's largest value gets the largest code: a search over clipped ranges lowers the error of
     SmolLM2's rows by 0.03%.
     """
-    scheme = config.vocabulary_scheme
-    if scheme is None or name != f"{shape.vocabulary_module}.weight":
+    scheme = config.lm_head_scheme
+    if scheme is None or name != f"{shape.lm_head_module}.weight":
         return {name: tensor}
     largest = 2 ** (scheme.weights.num_bits - 1) - 1
     codes, scales = [], []
@@ -30,6 +30,6 @@ def quantize_end(
 
 def vocabulary_rows(checkpoint: Checkpoint) -> torch.Tensor:
     """The rows that an 8-bit vocabulary stands for, [vocab_size, hidden_size] float32."""
-    module = checkpoint.shape.vocabulary_module
+    module = checkpoint.shape.lm_head_module
     codes = unpack_codes(checkpoint.tensor(f"{module}.weight_packed"), 8, signed=True)
     return codes * checkpoint.tensor(f"{module}.weight_scale")

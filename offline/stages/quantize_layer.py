@@ -31,7 +31,7 @@ def quantize_layer(
     samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
     inputs: tensors of the sites' input transforms, by site; each linear gets a copy
     keys: their offset [kv_heads, head_dim], where the recipe has one
-    dtype: of the norms and biases, which stay unquantised
+    dtype: of the norms and biases, which stay unquantized
     """
     tensors = {name: tensor.to(dtype) for name, tensor in state.items() if not name.endswith("_proj.weight")}
     errors: dict[str, float] = {}
@@ -62,7 +62,7 @@ def _quantize_site(
     if hessian is not None:
         hessian = transform_hessian(hessian, transform, inputs)
     args = recipe.input_activations(name, shape)
-    clip = _input_clip(site.clip, args, weight.shape[1], sample, transform, inputs)
+    clip = _input_clip_ratio(site.clip, args, weight.shape[1], sample, transform, inputs)
     parts = _round(weight, hessian, site, recipe).split(rows)
     for linear, part, rounded in zip(linears, weight.split(rows), parts, strict=True):
         tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site).items()}
@@ -73,14 +73,14 @@ def _quantize_site(
 
 
 def _round(weight: torch.Tensor, hessian: torch.Tensor | None, site: Site, recipe: Recipe) -> QuantizedWeight:
-    """Quantise the rows of linears that share an input in one go."""
+    """Quantize the rows of linears that share an input in one go."""
     if hessian is None:
         return round_to_nearest(weight, site.weights)
-    rounded = gptq(weight, hessian, site.weights, recipe.gptq.damping)
+    rounded = gptq(weight, hessian, site.weights, recipe.gptq.dampening_frac)
     return refine(weight, rounded, hessian, site.weights, recipe.gptq.refinements)
 
 
-def _input_clip(
+def _input_clip_ratio(
     clip: float | str,
     args: ActivationArgs,
     features: int,
@@ -93,9 +93,9 @@ def _input_clip(
         return {}
     groups = activation_groups(args, features)
     if not isinstance(clip, str):
-        return {"input_clip": torch.full((groups, 2), clip)}
+        return {"input_clip_ratio": torch.full((groups, 2), clip)}
     assert sample is not None  # such recipes need calibration
-    return {"input_clip": search_clips(transform_input(sample, transform, tensors), args, groups)}
+    return {"input_clip_ratio": search_clips(transform_input(sample, transform, tensors), args, groups)}
 
 
 def _linear_tensors(weight: QuantizedWeight, site: Site) -> dict[str, torch.Tensor]:
@@ -114,10 +114,10 @@ def _cache_tensors(recipe: Recipe, keys: torch.Tensor | None, shape: ModelShape)
         return {}
     size = (shape.num_key_value_heads, 2)
     tensors = {
-        "self_attn.attn.key_clip": torch.full(size, recipe.kv_cache.key_clip),
-        "self_attn.attn.value_clip": torch.full(size, recipe.kv_cache.value_clip),
+        "self_attn.attn.key_clip_ratio": torch.full(size, recipe.kv_cache.key_clip_ratio),
+        "self_attn.attn.value_clip_ratio": torch.full(size, recipe.kv_cache.value_clip_ratio),
     }
-    return tensors if keys is None else tensors | {"self_attn.attn.key_offset": keys}
+    return tensors if keys is None else tensors | {"self_attn.attn.key_mean": keys}
 
 
 def local_tensors(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:

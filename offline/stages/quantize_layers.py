@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from offline.algorithms.equalize import balance_layer
+from offline.algorithms.equalize import equalize_layer
 from offline.algorithms.fold import fold_layer, stored_dtype
 from offline.algorithms.rotations import Transforms
 from offline.model.architectures import rules_for
@@ -13,7 +13,7 @@ from offline.model.hidden_states import Statistics, Stream
 from offline.progress import held_bytes
 from offline.recipe import SITES
 from offline.run import Run
-from offline.stages.key_mean import key_offset
+from offline.stages.key_mean import key_mean
 from offline.stages.learn_clips import learn_clips
 from offline.stages.quantize_layer import quantize_layer
 from offline.training.student import Layer
@@ -73,7 +73,7 @@ def _quantized_layer(
     run: Run, stream: Stream | None, layer: int, transforms: Transforms | None
 ) -> tuple[Layer, dict[str, float]]:
     shape, learned, before, keys, hessians = run.source.shape, run.recipe.learned_clips, None, None, None
-    positions = None if run.recipe.kv_cache is None else run.recipe.kv_cache.key_offset_positions
+    positions = None if run.recipe.kv_cache is None else run.recipe.kv_cache.key_mean_positions
     statistics = Statistics()
     state = {name: tensor.to(run.devices[0]) for name, tensor in fold_layer(run.source, layer, transforms).items()}
     if stream is not None:
@@ -84,10 +84,10 @@ def _quantized_layer(
             outputs = () if positions is None else (rules_for(shape).keys,)
             stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe, outputs)
             hessians = statistics.hessians()
-            if run.recipe.balance:
-                balance_layer(state, hessians, statistics, shape)
+            if run.recipe.equalize:
+                equalize_layer(state, hessians, statistics, shape)
             if positions is not None:
-                keys = key_offset(statistics, stream, positions, shape)
+                keys = key_mean(statistics, stream, positions, shape)
     with run.watch("weights"):
         inputs = transforms.inputs[layer] if transforms is not None and transforms.inputs else {}
         dtype = stored_dtype(run.source)

@@ -1,4 +1,4 @@
-"""InfoQuant's own rotations (arXiv 2605.26175), one per layer and input, learnt to press down peaks.
+"""InfoQuant's own rotations (arXiv 2605.26175), one per layer and input, learned to press down peaks.
 
 Each acts on the input of its linears at run time, so the residual stream stays in the source's
 basis; only those of the values fold into the weights.
@@ -20,7 +20,7 @@ from offline.progress import ProgressReport
 from offline.recipe import PsotLayer
 
 NEXT = "next-rotations"
-"""What the next layer's rotations are learnt from is kept under that name."""
+"""What the next layer's rotations are learned from is kept under that name."""
 LAYERS_WITHOUT_OUTLIERS = 2
 """The first layers, whose tokens all weigh the same."""
 
@@ -134,7 +134,7 @@ def input_loss(x: torch.Tensor, weights: torch.Tensor, temperature: float, devic
 
     def loss(rotations: torch.Tensor, sequences: slice) -> torch.Tensor:
         rotated = rotate(x[sequences].to(device), rotations)
-        return peak_norm(centre(rotated).flatten(2), weights[sequences].to(device), temperature)
+        return peak_norm(center(rotated).flatten(2), weights[sequences].to(device), temperature)
 
     return loss
 
@@ -153,7 +153,7 @@ def head_loss(
     def loss(rotations: torch.Tensor, sequences: slice) -> torch.Tensor:
         first, second = (
             peak_norm(
-                centre(rotate(x[sequences].to(device), rotations)),
+                center(rotate(x[sequences].to(device), rotations)),
                 weights[sequences, :, None, None].to(device),
                 temperature,
             )
@@ -169,7 +169,7 @@ def rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     return torch.einsum("...krd,kde->...kre", x, rotations)
 
 
-def centre(x: torch.Tensor) -> torch.Tensor:
+def center(x: torch.Tensor) -> torch.Tensor:
     """x less its mean over the last axis."""
     return x - x.mean(-1, keepdim=True)
 
@@ -192,7 +192,7 @@ def _learn(
     generator: torch.Generator,
     device: torch.device,
 ) -> tuple[torch.Tensor, float]:
-    """Rotations [matrices, size, size] float64, learnt from `start`; and the share of the loss that is left.
+    """Rotations [matrices, size, size] float64, learned from `start`; and the share of the loss that is left.
 
     Inputs that are all zero have no peaks: their loss is 0, and the rotations stay as they are.
     """

@@ -1,4 +1,4 @@
-"""A model's rotations; that of the residual stream learnt so that rotated activations span a small range.
+"""A model's rotations; that of the residual stream learned so that rotated activations span a small range.
 
 One orthogonal matrix for all layers instead of InfoQuant's one per input (arXiv 2605.26175), with
 the squared range as objective: it then folds into the weights and costs nothing at run time.
@@ -53,7 +53,7 @@ def make_transforms(
 def collect_inputs(
     source: Source, tokens: torch.Tensor, args: Psot, devices: list[torch.device], progress: ProgressReport, work: Work
 ) -> torch.Tensor:
-    """Normalised inputs of all layers' attention and MLP, norms' gains left out, [rows, hidden] float32.
+    """Normalized inputs of all layers' attention and MLP, norms' gains left out, [rows, hidden] float32.
 
     Every site gives the same evenly spaced tokens of the first sequences, `pool_tokens` rows in all.
     """
@@ -90,12 +90,12 @@ def learn_rotation(
     progress: ProgressReport,
     work: Work | None = None,
 ) -> torch.Tensor:
-    """An orthogonal matrix [hidden, hidden] float64, start @ Cayley(P - P^T), P learnt from 0.
+    """An orthogonal matrix [hidden, hidden] float64, start @ Cayley(P - P^T), P learned from 0.
 
-    inputs: [tokens, hidden] float32 or bfloat16, normalised inputs of all layers without the norms' gains
+    inputs: [tokens, hidden] float32 or bfloat16, normalized inputs of all layers without the norms' gains
     start: [hidden, hidden] float64, a random Hadamard
-    groups: how many ranges a token is quantised with
-    work: where the optimisation is kept every STEPS_KEPT steps, and gone on from
+    groups: how many ranges a token is quantized with
+    work: where the optimization is kept every STEPS_KEPT steps, and gone on from
     """
     hidden = len(start)
     base = start.to(inputs.device, torch.float32)
@@ -140,5 +140,5 @@ def cayley(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def squared_range(y: torch.Tensor) -> torch.Tensor:
-    """Mean over ranges of (max(y, 0) - min(y, 0))^2, y [..., values], which quantisers' errors are proportional to."""
+    """Mean over ranges of (max(y, 0) - min(y, 0))^2, y [..., values], which quantizers' errors are proportional to."""
     return (y.amax(-1).clamp(min=0) - y.amin(-1).clamp(max=0)).square().mean()

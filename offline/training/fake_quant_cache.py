@@ -17,9 +17,9 @@ ATTENTION = "infoquant_trained_cache"
 class TrainedCache(nn.Module):
     """Keys and values of one layer through the codes of the KV cache."""
 
-    def __init__(self, num_bits: tuple[int, int], rotate_keys: bool, key_offset: torch.Tensor | None):
+    def __init__(self, num_bits: tuple[int, int], rotate_keys: bool, key_mean: torch.Tensor | None):
         super().__init__()
-        self._num_bits, self._rotate_keys, self._key_offset = num_bits, rotate_keys, key_offset
+        self._num_bits, self._rotate_keys, self._key_mean = num_bits, rotate_keys, key_mean
 
     def clips(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip factors [kv_heads, 2] of keys and of values."""
@@ -31,10 +31,10 @@ class TrainedCache(nn.Module):
 
     def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[sequences, kv_heads, tokens, head_size] each, as read back from the cache."""
-        key_clip, value_clip = self.clips()
-        key = key if self._key_offset is None else key - self._key_offset[:, None]
+        key_clip_ratio, value_clip_ratio = self.clips()
+        key = key if self._key_mean is None else key - self._key_mean[:, None]
         key_bits, value_bits = self._num_bits
-        return fake_store(self.rotate(key), key_clip, key_bits), fake_store(value, value_clip, value_bits)
+        return fake_store(self.rotate(key), key_clip_ratio, key_bits), fake_store(value, value_clip_ratio, value_bits)
 
 
 def register_attention() -> None:

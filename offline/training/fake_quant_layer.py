@@ -9,7 +9,7 @@ from torch import nn
 from infoquant_vllm.format import ActivationArgs, InputTransform, ModelShape, WeightArgs, activation_groups
 from offline.algorithms.fake_quantize import fake_quantize
 from offline.algorithms.rotations import InputTensors, hadamard_product, transform_input
-from offline.evaluate.simulated import dequantised_weight
+from offline.evaluate.simulated import dequantized_weight
 from offline.recipe import SITES, KVCache, Recipe
 from offline.stages.quantize_layer import local_tensors
 from offline.training.fake_quant_cache import ATTENTION, TrainedCache, register_attention
@@ -41,9 +41,9 @@ class ClippedLayer(nn.Module):
             order = (found, self._inputs[name]) if name in SHARED else (self._inputs[name], found)
             layer.set_submodule(place, nn.Sequential(*order))
         if recipe.kv_cache is not None:
-            key_offset = tensors.get("self_attn.attn.key_offset")
+            key_mean = tensors.get("self_attn.attn.key_mean")
             heads = shape.num_key_value_heads
-            self._cache = ClippedCache(recipe.kv_cache, recipe.transform != "none", key_offset, heads)
+            self._cache = ClippedCache(recipe.kv_cache, recipe.transform != "none", key_mean, heads)
             attention: Any = layer.get_submodule("self_attn")
             attention.attn = self._cache
             register_attention()
@@ -59,9 +59,9 @@ class ClippedLayer(nn.Module):
         for name, linears in SITES.items():
             clip = self._inputs[name].clip
             if clip is not None:
-                clips |= {f"{linear}.input_clip": clip().detach().cpu() for linear in linears}
+                clips |= {f"{linear}.input_clip_ratio": clip().detach().cpu() for linear in linears}
         if self._cache is not None:
-            clips["self_attn.attn.value_clip"] = self._cache.clip().detach().cpu()
+            clips["self_attn.attn.value_clip_ratio"] = self._cache.clip().detach().cpu()
         return clips
 
 
@@ -78,7 +78,7 @@ class Clip(nn.Module):
 
 
 class ClippedInput(nn.Module):
-    """A site's input transform and activation quantiser; without clip factors where inputs keep 16 bits."""
+    """A site's input transform and activation quantizer; without clip factors where inputs keep 16 bits."""
 
     def __init__(self, transform: InputTransform, tensors: InputTensors, args: ActivationArgs, features: int):
         super().__init__()
@@ -86,7 +86,7 @@ class ClippedInput(nn.Module):
         self.clip = None if args.num_bits == 16 else Clip(activation_groups(args, features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] float32, transformed and quantised."""
+        """x [..., K] float32, transformed and quantized."""
         y = transform_input(x.flatten(0, -2), self._transform, self._tensors, hadamard_product).view(x.shape)
         return y if self.clip is None else fake_quantize(y, self.clip(), self._args.num_bits, self._args.symmetric)
 
@@ -94,14 +94,14 @@ class ClippedInput(nn.Module):
 class ClippedCache(TrainedCache):
     """A layer's KV cache; the clip of the keys stays the recipe's."""
 
-    def __init__(self, args: KVCache, rotate_keys: bool, key_offset: torch.Tensor | None, heads: int):
-        super().__init__((args.key_bits, args.value_bits), rotate_keys, key_offset)
-        self.register_buffer("_key_clip", torch.full((heads, 2), args.key_clip))
+    def __init__(self, args: KVCache, rotate_keys: bool, key_mean: torch.Tensor | None, heads: int):
+        super().__init__((args.key_bits, args.value_bits), rotate_keys, key_mean)
+        self.register_buffer("_key_clip_ratio", torch.full((heads, 2), args.key_clip_ratio))
         self.clip = Clip(heads)
 
     def clips(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip factors [kv_heads, 2] of keys and of values."""
-        return self.get_buffer("_key_clip"), self.clip()
+        return self.get_buffer("_key_clip_ratio"), self.clip()
 
 
 def _state(tensors: dict[str, torch.Tensor], recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -110,5 +110,5 @@ def _state(tensors: dict[str, torch.Tensor], recipe: Recipe) -> dict[str, torch.
     for name, linears in SITES.items():
         args: WeightArgs = getattr(recipe.sites, name).weights
         for linear in linears:
-            state[f"{linear}.weight"] = dequantised_weight(local_tensors(tensors, linear), args)
+            state[f"{linear}.weight"] = dequantized_weight(local_tensors(tensors, linear), args)
     return state

@@ -1,7 +1,7 @@
-"""A quantised model that can be trained: a factor per row of weights and clips as parameters, codes as they are.
+"""A quantized model that can be trained: a factor per row of weights and clips as parameters, codes as they are.
 
 Built from the tensors of a checkpoint, by layer, on the source's own transformers model. Everything
-but the quantised parts stays fixed; it runs in float32, in the rotated basis of the residual stream.
+but the quantized parts stays fixed; it runs in float32, in the rotated basis of the residual stream.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional
 from infoquant_vllm.format import KVCacheArgs, LinearScheme, QuantizationConfigData
 from offline.algorithms.fake_quantize import fake_quantize
 from offline.algorithms.rotations import Transforms, hadamard_product, transform_input
-from offline.evaluate.simulated import dequantised_weight
+from offline.evaluate.simulated import dequantized_weight
 from offline.model.source import Source
 from offline.recipe import SITES
 from offline.stages.quantize_layer import local_tensors
@@ -23,7 +23,7 @@ Layer = dict[str, torch.Tensor]
 
 
 class Student(nn.Module):
-    """The source model with every decoder layer's linears and KV cache quantised as `layers` say.
+    """The source model with every decoder layer's linears and KV cache quantized as `layers` say.
 
     layers: by decoder layer, the checkpoint's tensors by their names inside the layer
     """
@@ -41,18 +41,18 @@ class Student(nn.Module):
         self._final_norm = model.model.norm.weight.clone()
         model.model.norm.weight.fill_(1.0)
         for index, tensors in enumerate(layers):
-            self._quantise(model.model.layers[index], config, tensors)
+            self._quantize(model.model.layers[index], config, tensors)
         if config.kv_cache is not None:
             model.set_attn_implementation(ATTENTION)
         self.decoder = model.model
 
-    def _quantise(self, layer: nn.Module, config: QuantizationConfigData, tensors: Layer) -> None:
+    def _quantize(self, layer: nn.Module, config: QuantizationConfigData, tensors: Layer) -> None:
         for name, tensor in tensors.items():
             if name in dict(layer.named_parameters()) and not name.endswith("_proj.weight"):
                 layer.get_parameter(name).copy_(tensor)
         for linears in SITES.values():
             scheme = config.scheme(linears[0])
-            assert scheme is not None  # every linear of a decoder layer is quantised
+            assert scheme is not None  # every linear of a decoder layer is quantized
             local = [local_tensors(tensors, linear) for linear in linears]
             site = StudentInput(scheme, local[0])
             for linear, own in zip(linears, local, strict=True):
@@ -77,7 +77,7 @@ class Student(nn.Module):
 
     def clips(self) -> list[nn.Parameter]:
         """Clip factors of all inputs, keys and values."""
-        return [p for name, p in self.named_parameters() if name.endswith("clip")]
+        return [p for name, p in self.named_parameters() if name.endswith("clip_ratio")]
 
     @torch.no_grad()
     def bound(self) -> None:
@@ -96,22 +96,22 @@ class Student(nn.Module):
 
 
 class StudentInput(nn.Module):
-    """Transform and quantiser of an input that several linears share."""
+    """Transform and quantizer of an input that several linears share."""
 
     def __init__(self, scheme: LinearScheme, tensors: Layer):
         super().__init__()
         self.scheme = scheme
         self._matrices = {name: tensors[name] for name in tensors if name.startswith("input_")}
-        self.clip = nn.Parameter(self._matrices.pop("input_clip")) if "input_clip" in tensors else None
+        self.clip = nn.Parameter(self._matrices.pop("input_clip_ratio")) if "input_clip_ratio" in tensors else None
         self._seen: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] as the product sees it; computed once for the linears that come with the same tensor."""
         if self._seen is not x:
-            self._seen, self._quantised = x, self._quantise(x)
-        return self._quantised
+            self._seen, self._quantized = x, self._quantize(x)
+        return self._quantized
 
-    def _quantise(self, x: torch.Tensor) -> torch.Tensor:
+    def _quantize(self, x: torch.Tensor) -> torch.Tensor:
         transform = self.scheme.input_transform
         y = transform_input(x.flatten(0, -2), transform, self._matrices, hadamard_product).view(x.shape)
         args = self.scheme.input_activations
@@ -129,7 +129,7 @@ class StudentLinear(nn.Module):
         super().__init__()
         self.site = [site]  # a list: several linears share the module
         self._scale = tensors["weight_scale"]
-        self._weight = dequantised_weight(tensors, scheme.weights)
+        self._weight = dequantized_weight(tensors, scheme.weights)
         self.log_scale = nn.Parameter(torch.zeros(len(self._scale)))
         self._bias = tensors.get("bias")
 
@@ -141,20 +141,25 @@ class StudentLinear(nn.Module):
     def tensors(self) -> Layer:
         """Scales and clips as the checkpoint holds them."""
         found, clip = {"weight_scale": self._scale * self.log_scale.exp()[:, None]}, self.site[0].clip
-        return found if clip is None else found | {"input_clip": clip.detach().clone()}
+        return found if clip is None else found | {"input_clip_ratio": clip.detach().clone()}
 
 
 class StudentCache(TrainedCache):
     """A layer's KV cache with the clips of keys and values as parameters."""
 
     def __init__(self, args: KVCacheArgs, tensors: Layer):
-        super().__init__(args.num_bits, args.key_transform == "hadamard", tensors.get("key_offset"))
-        self.key_clip, self.value_clip = (nn.Parameter(tensors[f"{name}_clip"].clone()) for name in ("key", "value"))
+        super().__init__(args.num_bits, args.key_transform == "hadamard", tensors.get("key_mean"))
+        self.key_clip_ratio, self.value_clip_ratio = (
+            nn.Parameter(tensors[f"{name}_clip_ratio"].clone()) for name in ("key", "value")
+        )
 
     def clips(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip factors [kv_heads, 2] of keys and of values."""
-        return self.key_clip, self.value_clip
+        return self.key_clip_ratio, self.value_clip_ratio
 
     def tensors(self) -> Layer:
         """The clips as the checkpoint holds them."""
-        return {"key_clip": self.key_clip.detach().clone(), "value_clip": self.value_clip.detach().clone()}
+        return {
+            "key_clip_ratio": self.key_clip_ratio.detach().clone(),
+            "value_clip_ratio": self.value_clip_ratio.detach().clone(),
+        }

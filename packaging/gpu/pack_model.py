@@ -7,7 +7,7 @@ import argparse
 import subprocess
 from pathlib import Path
 
-from benchmarks.common.models import quantised
+from benchmarks.common.models import quantized
 
 RECIPE = Path(__file__).with_name("model.yaml")
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the parts")
     parser.add_argument("--part-mb", type=float, default=58.0, help="the largest part, 10^6 bytes")
     options = parser.parse_args()
-    checkpoint = quantised("gpu", "--recipe", RECIPE)
+    checkpoint = quantized("gpu", "--recipe", RECIPE)
     options.output.mkdir(parents=True, exist_ok=True)
     for file in options.output.glob("model.*of*"):
         file.unlink()

@@ -142,7 +142,7 @@ def a_row(**changes: Any) -> dict[str, Any]:
         "bits_per_weight": 4.047,
         "multiply_adds": 1_000_000,
         "multiply_adds_added": 12_345,
-        "quantising_seconds": 196.4,
+        "quantizing_seconds": 196.4,
         "peak_memory_bytes": None,
         "text": "wikipedia.txt",
         "tokens": 16384,
@@ -174,7 +174,7 @@ def test_markdown_is_one_table_that_says_what_was_served_and_what_simulated() ->
         "less the reference's": "-0.040 ± 0.010",
         "bits per weight": "4.05",
         "multiply-adds added per token": "12,345 (1.2%)",
-        "quantising, s": "196",
+        "quantizing, s": "196",
         "peak memory, GiB": "-",
     }
 

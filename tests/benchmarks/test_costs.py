@@ -52,7 +52,7 @@ def test_linears_that_share_an_input_share_its_transform() -> None:
     assert found.added == 2 * 32 * (256 + 256 + 256 + 384)  # qkv, o, gate and up, down
 
 
-def test_unquantised_linears_and_models_add_nothing() -> None:
+def test_unquantized_linears_and_models_add_nothing() -> None:
     assert multiply_adds(ModelShape.from_hf(hf_config()), None) == MultiplyAdds(OWN, 0)
     ignored = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     assert count({"config_groups": {}, "ignore": ignored, "kv_cache": None}).added == 0
@@ -61,18 +61,18 @@ def test_unquantised_linears_and_models_add_nothing() -> None:
 def test_costs_come_from_the_report(tmp_path: Path) -> None:
     folder = write_random(tmp_path / "checkpoint")
     found = costs(folder)
-    assert (found["bits_per_weight"], found["quantising_seconds"], found["peak_memory_bytes"]) == (None, None, None)
+    assert (found["bits_per_weight"], found["quantizing_seconds"], found["peak_memory_bytes"]) == (None, None, None)
     report = {"bits_per_weight": 4.05, "seconds": {"calibration": 20.5, "weights": 30.0}, "peak_memory_bytes": 2**31}
     (folder / "infoquant_report.json").write_text(json.dumps(report))
     assert costs(folder) == {
         "bits_per_weight": 4.05,
         "multiply_adds": OWN,
         "multiply_adds_added": 2 * (DOWN + QUERIES_AND_KEYS),
-        "quantising_seconds": 50.5,
+        "quantizing_seconds": 50.5,
         "peak_memory_bytes": 2**31,
     }
 
 
-def test_an_unquantised_model_has_the_bits_of_its_dtype(tmp_path: Path) -> None:
+def test_an_unquantized_model_has_the_bits_of_its_dtype(tmp_path: Path) -> None:
     found = costs(write_source(tmp_path / "source"))  # float32
     assert (found["bits_per_weight"], found["multiply_adds_added"]) == (32, 0)

@@ -62,7 +62,7 @@ def tiny_source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def test_a_random_models_tokeniser_writes_any_token_down(tiny_source: Path) -> None:
+def test_a_random_models_tokenizer_writes_any_token_down(tiny_source: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_source)
     ids = [3, 63, 17, 2]
     assert tokenizer(tokenizer.decode(ids), add_special_tokens=False).input_ids == ids
@@ -76,7 +76,7 @@ def test_a_shape_without_weights_is_written_without_transformers() -> None:
 
 @pytest.mark.parametrize("preset", ["none", "fast"])
 @pytest.mark.parametrize("name", ["llama-3-70b", "qwen2-1.5b"])
-def test_a_shape_is_a_config_and_a_tokeniser_without_weights(
+def test_a_shape_is_a_config_and_a_tokenizer_without_weights(
     name: str, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["shapes", name, str(tmp_path / "shape"), "--preset", preset])
@@ -96,7 +96,7 @@ def test_a_shape_is_a_config_and_a_tokeniser_without_weights(
         assert "quantization_config" not in config
     else:
         tensors = expected_tensors(parse_config(config["quantization_config"]), shape)
-        rotated = "model.embed_tokens.residual_rotation" in tensors
+        rotated = "model.embed_tokens.r1" in tensors
         assert rotated == shape.tie_word_embeddings
 
 

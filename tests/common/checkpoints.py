@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from infoquant_vllm.format import ARCHITECTURES, INDEX_FILE, ModelShape, TensorSpec, expected_tensors, parse_config
+from infoquant_vllm.format import (
+    ARCHITECTURES,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    ModelShape,
+    TensorSpec,
+    expected_tensors,
+    parse_config,
+)
 
 DTYPES = {"U8": torch.uint8, "F32": torch.float32, None: torch.bfloat16}
 
@@ -43,7 +51,7 @@ def quantization_config(config: dict[str, Any], **changes: Any) -> dict[str, Any
     weights = {"num_bits": 4}
     data = {
         "quant_method": "infoquant",
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "config_groups": {
             "residual": {
                 "targets": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
@@ -64,7 +72,7 @@ def quantization_config(config: dict[str, Any], **changes: Any) -> dict[str, Any
         },
         "ignore": ["lm_head"],
         "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard"},
-        "tied_residual_rotation": config["tie_word_embeddings"],
+        "online_r1": config["tie_word_embeddings"],
     }
     return data | changes
 
@@ -76,14 +84,19 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     expected = expected_tensors(parse_config(config["quantization_config"]), shape)
     tensors = {name: _random(name, spec, generator) for name, spec in sorted(expected.items())}
     for module, (_, in_features) in shape.linears().items():
-        for name in (f"{module}.input_clip", f"{module}.input_blocks", f"{module}.input_left", f"{module}.input_right"):
+        for name in (
+            f"{module}.input_clip_ratio",
+            f"{module}.input_blocks",
+            f"{module}.input_left",
+            f"{module}.input_right",
+        ):
             if name in tensors:  # linears that vLLM fuses share their input
                 first = module.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
                 tensors[name] = tensors[first + name.removeprefix(module)].clone()
         if f"{module}.weight_scale" in tensors:
             tensors[f"{module}.weight_scale"] *= 0.2 / in_features**0.5
-    if f"{shape.vocabulary_module}.weight_scale" in tensors:
-        tensors[f"{shape.vocabulary_module}.weight_scale"] /= 74.0  # the standard deviation of 8-bit codes
+    if f"{shape.lm_head_module}.weight_scale" in tensors:
+        tensors[f"{shape.lm_head_module}.weight_scale"] /= 74.0  # the standard deviation of 8-bit codes
     return tensors
 
 
@@ -109,11 +122,11 @@ def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> torch.Te
     if kind in ("weight_packed", "weight_zero_point"):
         high = 16 if kind == "weight_zero_point" else 256
         return torch.randint(0, high, shape, generator=generator, dtype=torch.uint8)
-    if kind.endswith("clip"):
+    if kind.endswith("clip_ratio"):
         return 0.8 + 0.2 * torch.rand(shape, generator=generator)
     if kind == "weight_scale":
         return 0.5 + torch.rand(shape, generator=generator)
-    if kind in ("residual_rotation", "input_blocks", "input_left", "input_right"):
+    if kind in ("r1", "input_blocks", "input_left", "input_right"):
         return torch.linalg.qr(torch.randn(shape, generator=generator))[0].contiguous()
     if "norm" in name:
         return torch.ones(shape, dtype=DTYPES[spec.dtype])

@@ -154,18 +154,18 @@ def test_kernels_of_the_cache_are_within_the_bars(arch: int, cache: str) -> None
 
 
 def test_a_cache_that_is_read_twice_is_told(rows: list[dict[str, Any]]) -> None:
-    spoilt = rows[1] | {
+    corrupted = rows[1] | {
         "kernel": "kv4_decode",
         "scheme": "4 bits, context of 16384",
         "must_read": rows[1]["bytes"] // 2,
     }
-    spoilt |= {"stack": 8, "bound": "issue"}
-    assert len(broken([spoilt])) == 3
+    corrupted |= {"stack": 8, "bound": "issue"}
+    assert len(broken([corrupted])) == 3
 
 
 def test_broken_bars_are_told(rows: list[dict[str, Any]]) -> None:
-    spoilt = rows[0] | {"spills": 3, "shared": 10**6, "issue_per_mma": 0.7, "mma": "mma.sync.f16"}
-    assert len(broken([spoilt])) == 4
+    corrupted = rows[0] | {"spills": 3, "shared": 10**6, "issue_per_mma": 0.7, "mma": "mma.sync.f16"}
+    assert len(broken([corrupted])) == 4
 
 
 def test_no_tokens_of_a_layer_take_more_than_their_share_of_time() -> None:

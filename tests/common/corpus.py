@@ -33,8 +33,8 @@ QUANTIZATION = {
         "hadamard": SCHEME | {"targets": ["down_proj"], "input_transform": {"type": "hadamard", "block_size": 384}},
     },
     "ignore": [],
-    "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard", "key_offset": True},
-    "vocabulary_bits": 8,
+    "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard", "key_mean": True},
+    "lm_head_bits": 8,
 }
 """With it a checkpoint has tensors of every kind."""
 
@@ -42,18 +42,18 @@ TENSORS = {  # one of each kind
     "packed": f"{LAYER}mlp.up_proj.weight_packed",
     "scale": f"{LAYER}mlp.up_proj.weight_scale",
     "zero point": f"{LAYER}mlp.up_proj.weight_zero_point",
-    "clip": f"{LAYER}mlp.down_proj.input_clip",
+    "clip": f"{LAYER}mlp.down_proj.input_clip_ratio",
     "blocks": f"{LAYER}self_attn.q_proj.input_blocks",
     "left factor": f"{LAYER}self_attn.o_proj.input_left",
     "right factor": f"{LAYER}self_attn.o_proj.input_right",
-    "key clip": f"{LAYER}self_attn.attn.key_clip",
-    "value clip": f"{LAYER}self_attn.attn.value_clip",
-    "key offset": f"{LAYER}self_attn.attn.key_offset",
+    "key clip": f"{LAYER}self_attn.attn.key_clip_ratio",
+    "value clip": f"{LAYER}self_attn.attn.value_clip_ratio",
+    "key offset": f"{LAYER}self_attn.attn.key_mean",
     "norm": f"{LAYER}input_layernorm.weight",
     "last norm": "model.norm.weight",
     "vocabulary": "model.embed_tokens.weight_packed",
     "vocabulary scale": "model.embed_tokens.weight_scale",
-    "rotation": "model.embed_tokens.residual_rotation",
+    "rotation": "model.embed_tokens.r1",
     "last norm's gain": "model.embed_tokens.final_norm_weight",
 }
 MAY_BE_ZERO = ("packed", "zero point", "key offset", "vocabulary")
@@ -63,7 +63,7 @@ Change = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """How a sound folder is spoilt, and what the refusal must say (a part of it each)."""
+    """How a sound folder is corrupted, and what the refusal must say (a part of it each)."""
 
     spoil: Callable[[Path], object]
     says: tuple[str, ...]
@@ -153,9 +153,9 @@ FIELDS = (
     ("kv_cache", "key_bits"),
     ("kv_cache", "value_bits"),
     ("kv_cache", "key_transform"),
-    ("kv_cache", "key_offset"),
-    ("tied_residual_rotation",),
-    ("vocabulary_bits",),
+    ("kv_cache", "key_mean"),
+    ("online_r1",),
+    ("lm_head_bits",),
     ("ignore",),
 )
 SERVED_WITHOUT = (("kv_cache", "key_transform"), ("ignore",))  # their defaults make another model, but a sound one

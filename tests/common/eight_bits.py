@@ -18,7 +18,9 @@ EIGHT_BITS = PRESETS["fast"].model_copy(
     update={
         "name": "eight-bits",
         "sites": Sites(qkv=SITE, o=SITE, gate_up=SITE, down=SITE),
-        "kv_cache": KVCache(key_bits=8, value_bits=8, key_clip=1.0, value_clip=1.0, key_offset_positions=2048),
+        "kv_cache": KVCache(
+            key_bits=8, value_bits=8, key_clip_ratio=1.0, value_clip_ratio=1.0, key_mean_positions=2048
+        ),
         "calibration": CalibrationSize(sequences=4, sequence_length=32),
         "psot": Psot(steps=3, batch_tokens=64, pool_tokens=256),
     }

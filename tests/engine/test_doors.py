@@ -22,7 +22,7 @@ LARGEST_SCORE_ERROR = 0.2  # relative; scores in another basis have 1.4
 HIGH = Site(weights=WeightArgs(num_bits=8), input_activations=SiteActivations(num_bits=16))
 PRECISE = {
     "sites": Sites(qkv=HIGH, o=HIGH, gate_up=HIGH, down=HIGH),
-    "kv_cache": KVCache(key_bits=8, value_bits=8, key_clip=1.0, value_clip=1.0),
+    "kv_cache": KVCache(key_bits=8, value_bits=8, key_clip_ratio=1.0, value_clip_ratio=1.0),
 }
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -55,7 +55,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source and its checkpoint, whose vocabulary has 8 bits."""
     folder = tmp_path_factory.mktemp("tied")
-    recipe = PRESETS["fast"].model_copy(update=SMALL | PRECISE | {"vocabulary_bits": 8})
+    recipe = PRESETS["fast"].model_copy(update=SMALL | PRECISE | {"lm_head_bits": 8})
     quantize(write_source(folder / "source", **SIZES["tied"]), folder / "checkpoint", recipe=recipe, progress=silent)
     return folder
 

@@ -14,7 +14,7 @@ from tests.common.engine import Engine, EngineError
 VOCAB = 64
 RECIPES = {
     "fast, 80 layers": PRESETS["fast"],
-    "best, 8-bit vocabulary": PRESETS["best"].model_copy(update={"vocabulary_bits": 8}),
+    "best, 8-bit vocabulary": PRESETS["best"].model_copy(update={"lm_head_bits": 8}),
     "paper": PRESETS["paper"],
 }
 

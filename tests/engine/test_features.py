@@ -17,8 +17,8 @@ PROMPTS = torch.randint(3, VOCAB_SIZE - 13, (4, 24), generator=GENERATOR).repeat
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
-def quantised(folder: Path, size: str, seed: int = 0) -> Path:
-    recipe = PRESETS["fast"].model_copy(update=SMALL | {"vocabulary_bits": 8})
+def quantized(folder: Path, size: str, seed: int = 0) -> Path:
+    recipe = PRESETS["fast"].model_copy(update=SMALL | {"lm_head_bits": 8})
     source = write_source(folder / "source", seed=seed, **SIZES[size])
     quantize(source, folder / "checkpoint", recipe=recipe, progress=silent)
     return folder / "checkpoint"
@@ -27,19 +27,19 @@ def quantised(folder: Path, size: str, seed: int = 0) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied model, whose vocabulary has 8 bits."""
-    return quantised(tmp_path_factory.mktemp("tied"), "tied")
+    return quantized(tmp_path_factory.mktemp("tied"), "tied")
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same class and sizes, other weights."""
-    return quantised(tmp_path_factory.mktemp("other"), "tied", seed=1)
+    return quantized(tmp_path_factory.mktemp("other"), "tied", seed=1)
 
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a sliding window of 24 tokens."""
-    return quantised(tmp_path_factory.mktemp("windowed"), "mistral-window")
+    return quantized(tmp_path_factory.mktemp("windowed"), "mistral-window")
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,10 @@ def test_reloaded_weights_answer_as_those_that_were_loaded_at_first(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_lora": True}, "LoRA adapters are not served on a quantised model.*merge the adapter"),
+        ({"enable_lora": True}, "LoRA adapters are not served on a quantized model.*merge the adapter"),
         ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
         ({"model_impl": "transformers"}, "--model-impl transformers is not served: .*leave --model-impl at auto"),
-        ({"kv_cache_dtype": "fp8"}, "kv cache dtype fp8: not served with a quantised KV cache"),
+        ({"kv_cache_dtype": "fp8"}, "kv cache dtype fp8: not served with a quantized KV cache"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(

@@ -18,9 +18,9 @@ PROMPTS = torch.randint(3, VOCAB_SIZE - 13, (4, 128), generator=torch.Generator(
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`fast` for two workers, of a tied model with one kv-head and an 8-bit vocabulary."""
     folder = tmp_path_factory.mktemp("workers")
-    recipe = PRESETS["fast"].model_copy(update=SMALL | {"vocabulary_bits": 8})
+    recipe = PRESETS["fast"].model_copy(update=SMALL | {"lm_head_bits": 8})
     source = write_source(folder / "source", **SIZES["one-kv-head"])
-    quantize(source, folder / "checkpoint", recipe=recipe, max_tp=2, progress=silent)
+    quantize(source, folder / "checkpoint", recipe=recipe, max_tp_size=2, progress=silent)
     return folder / "checkpoint"
 
 

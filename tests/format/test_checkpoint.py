@@ -89,14 +89,14 @@ def test_wrong_dtype_is_named(folder: Path) -> None:
 
 def test_promised_rotation_that_is_not_there_is_named(tmp_path: Path) -> None:
     folder = write_random(tmp_path / "tied", tie_word_embeddings=True)
-    edit(folder, {"model.embed_tokens.residual_rotation": None})
-    with pytest.raises(FormatError, match=r"model\.embed_tokens\.residual_rotation \[256, 256\] is missing"):
+    edit(folder, {"model.embed_tokens.r1": None})
+    with pytest.raises(FormatError, match=r"model\.embed_tokens\.r1 \[256, 256\] is missing"):
         Checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", ["weight_packed", "weight_scale"])
 def test_8_bit_vocabulary_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
-    quantization = {"vocabulary_bits": 8, "ignore": []}
+    quantization = {"lm_head_bits": 8, "ignore": []}
     folder = write_random(tmp_path / "tied", quantization, tie_word_embeddings=True)
     edit(folder, {f"model.embed_tokens.{name}": None})
     with pytest.raises(FormatError, match=rf"model\.embed_tokens\.{name} \[512, \d+\] is missing"):
@@ -104,7 +104,7 @@ def test_8_bit_vocabulary_that_is_not_there_is_named(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
-def test_scale_that_no_quantiser_writes_is_named_with_its_place(folder: Path, value: float) -> None:
+def test_scale_that_no_quantizer_writes_is_named_with_its_place(folder: Path, value: float) -> None:
     scale = torch.ones(256, 1)
     scale[17] = value
     edit(folder, {SCALE: scale})
@@ -116,7 +116,7 @@ def test_scale_that_no_quantiser_writes_is_named_with_its_place(folder: Path, va
 
 @pytest.mark.parametrize("value", [0.0, 1.5, float("nan")])
 def test_clip_out_of_range_is_named(folder: Path, value: float) -> None:
-    name = "model.layers.0.self_attn.attn.key_clip"
+    name = "model.layers.0.self_attn.attn.key_clip_ratio"
     edit(folder, {name: torch.full((2, 2), value)})
     with pytest.raises(FormatError, match=rf"{name}\[0, 0\] is {value:g}, expected factors in"):
         Checkpoint(folder).tensor(name)

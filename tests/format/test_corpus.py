@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infoquant_vllm.format import Checkpoint, FormatError
-from offline.verify import verify
+from offline.evaluate.verify import verify
 from tests.common.corpus import TENSORS, cases, write_sound
 
 CASES = cases()

@@ -20,7 +20,7 @@ def group(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version is 2, this release reads 1"),
+        ({"format_version": 1}, "format_version is 1, this release reads 2"),
         ({"format_version": None}, "format_version is None"),
         ({"quant_method": "gptq"}, "quant_method is 'gptq', expected 'infoquant'"),
         ({"surprise": 1}, "surprise"),
@@ -34,8 +34,8 @@ def group(**changes: Any) -> dict[str, Any]:
         (group(targets=[]), "targets"),
         ({"ignore": ["q_proj"]}, "q_proj is named by more than one group, or by a group and ignore"),
         ({"kv_cache": {"key_bits": 4, "value_bits": 2}}, "kv_cache.value_bits.*found 2"),
-        ({"vocabulary_bits": 4, "ignore": []}, "vocabulary_bits.*found 4"),
-        ({"vocabulary_bits": 8}, "vocabulary_bits 8 quantises lm_head, which ignore or a group names"),
+        ({"lm_head_bits": 4, "ignore": []}, "lm_head_bits.*found 4"),
+        ({"lm_head_bits": 8}, "lm_head_bits 8 quantizes lm_head, which ignore or a group names"),
     ],
 )
 def test_wrong_field_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -58,9 +58,7 @@ def test_longest_ending_of_a_name_decides() -> None:
 @pytest.mark.parametrize(("tied", "module"), [(True, "model.embed_tokens"), (False, "lm_head")])
 def test_8_bit_vocabulary_is_the_matrix_that_makes_the_logits(tied: bool, module: str) -> None:
     shape = ModelShape.from_hf(hf_config(tie_word_embeddings=tied))
-    plain, eight = (
-        expected_tensors(parse_config(config(**c)), shape) for c in ({}, {"vocabulary_bits": 8, "ignore": []})
-    )
+    plain, eight = (expected_tensors(parse_config(config(**c)), shape) for c in ({}, {"lm_head_bits": 8, "ignore": []}))
     gone, new = plain.keys() - eight.keys(), eight.keys() - plain.keys()
     assert gone == {f"{module}.weight"}
     assert new == {f"{module}.weight_packed", f"{module}.weight_scale"}

@@ -1,4 +1,4 @@
-"""The compiled quantised linear against the reference, bit by bit, of every library that this CPU can run."""
+"""The compiled quantized linear against the reference, bit by bit, of every library that this CPU can run."""
 
 from collections.abc import Iterator
 

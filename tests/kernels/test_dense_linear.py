@@ -1,4 +1,4 @@
-"""The compiled product with an unquantised matrix: right to the dtype's rounding, the same in any batch."""
+"""The compiled product with an unquantized matrix: right to the dtype's rounding, the same in any batch."""
 
 from collections.abc import Iterator
 

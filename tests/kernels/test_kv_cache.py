@@ -1,4 +1,4 @@
-"""The kernels of the quantised KV cache, compiled and in torch: bit by bit those of the reference."""
+"""The kernels of the quantized KV cache, compiled and in torch: bit by bit those of the reference."""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from infoquant_vllm.format import cell_bytes
+from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels.cpu import kv_cache as native
 from infoquant_vllm.kernels.reference import kv_cache as reference
 from infoquant_vllm.kernels.torch import kv_cache as cpu
@@ -57,7 +57,7 @@ class Batch:
         self.key = (2 * torch.randn(tokens, kv_heads, size, generator=generator) + 0.5).to(dtype)
         self.value = torch.randn(tokens, kv_heads, size, generator=generator).to(dtype)
         self.clips = tuple(0.8 + 0.2 * torch.rand(2, kv_heads, 2, generator=generator))
-        self.key_offset = torch.randn(kv_heads, size, generator=torch.Generator().manual_seed(2))
+        self.key_mean = torch.randn(kv_heads, size, generator=torch.Generator().manual_seed(2))
         used = [-(-length // block) for length in lens]
         self.blocks = torch.randperm(sum(used) + 2, generator=generator)
         self.block_table = torch.zeros(len(lens), max(used) + 1, dtype=torch.int32)
@@ -71,12 +71,12 @@ class Batch:
     def empty_cache(self) -> torch.Tensor:
         """A cache [blocks, kv_heads, block, bytes] of what used to be there: NaN as parameters."""
         _, kv_heads, size = self.key.shape
-        shape = (len(self.blocks), kv_heads, self.block, cell_bytes(size, self.num_bits))
+        shape = (len(self.blocks), kv_heads, self.block, kv_bytes_per_token_head(size, self.num_bits))
         return torch.full(shape, 255, dtype=torch.uint8)
 
     def store(self, kernels: ModuleType, hadamard: bool = True, offset: bool = True) -> torch.Tensor:
         """The cache after all tokens are stored."""
-        cache, ranges = self.empty_cache(), (*self.clips, self.key_offset if offset else None)
+        cache, ranges = self.empty_cache(), (*self.clips, self.key_mean if offset else None)
         kernels.kv_store(self.key, self.value, cache, self.slots, *ranges, hadamard, self.num_bits)
         return cache
 
@@ -137,7 +137,7 @@ def test_keys_are_stored_alone_as_in_a_batch(kernels: ModuleType) -> None:
     for t in range(70):
         one = slice(t, t + 1)
         kernels.kv_store(
-            batch.key[one], batch.value[one], alone, batch.slots[one], *batch.clips, batch.key_offset, True, (4, 4)
+            batch.key[one], batch.value[one], alone, batch.slots[one], *batch.clips, batch.key_mean, True, (4, 4)
         )
     assert torch.equal(batch.store(kernels), alone)
 

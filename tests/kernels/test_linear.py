@@ -51,7 +51,7 @@ def test_a_rotated_row_is_right_and_the_same_bits_in_any_batch(kind: str, featur
 @pytest.mark.parametrize(("num_bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
 @pytest.mark.parametrize("groups", [1, 9])
 @pytest.mark.parametrize("kind", ["none", "hadamard", "blocks", "kronecker"])
-def test_quantised_activations_are_those_of_the_reference(
+def test_quantized_activations_are_those_of_the_reference(
     rows: int, num_bits: int, symmetric: bool, groups: int, kind: str
 ) -> None:
     torch.manual_seed(rows)
@@ -62,7 +62,7 @@ def test_quantised_activations_are_those_of_the_reference(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_an_all_zero_row_and_a_one_sided_row_are_quantised() -> None:
+def test_an_all_zero_row_and_a_one_sided_row_are_quantized() -> None:
     x = torch.stack((torch.zeros(64), torch.rand(64) + 1, -torch.rand(64) - 1))
     codes, scale, zero = cpu_quantize(x, [], 0, torch.ones(1, 2), 4, False)
     assert zero.flatten().tolist() == [0, 0, 15]

@@ -1,4 +1,4 @@
-"""The compiled input transform and activation quantiser give the reference's bits."""
+"""The compiled input transform and activation quantizer give the reference's bits."""
 
 from collections.abc import Callable, Iterator
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from infoquant_vllm.format import Checkpoint
 from offline import PRESETS, Recipe, Report, ToolError, quantize
+from offline.evaluate.verify import check_all_values
 from offline.progress import silent
 from offline.recipe import (
     CalibrationSize,
@@ -20,7 +21,6 @@ from offline.recipe import (
 )
 from offline.stages.calibrate import save_tokens
 from offline.stages.rotate_per_layer import head_loss, input_loss
-from offline.verify import check_all_values
 from tests.common.eight_bits import EIGHT_BITS, LARGEST_KL, PADDING, divergence
 from tests.common.tiny import VOCAB_SIZE, write_source
 

@@ -33,7 +33,7 @@ TEXT = "".join(f"The number {n} is followed by {n + 1}.\n" for n in range(2000))
 
 
 def peak_of_a_run(source: Path, recipe: Recipe) -> tuple[int, int]:
-    """Bytes of memory that a dry run foretold, and the most that a process of its own held while it quantised."""
+    """Bytes of memory that a dry run foretold, and the most that a process of its own held while it quantized."""
     text, file = source.with_name("text.txt"), source.with_name("recipe.yaml")
     text.write_text(TEXT)
     file.write_text(recipe.dump())
@@ -50,8 +50,8 @@ def test_peak_is_within_one_layer_and_one_batch_of_llama_3_8b(tmp_path: Path) ->
         name="everything-of-fast-but-its-steps",
         transform="hadamard",
         rounding="gptq",
-        balance=True,
-        kv_cache=KVCache(key_offset_positions=2048),
+        equalize=True,
+        kv_cache=KVCache(key_mean_positions=2048),
         calibration=CalibrationSize(sequences=TOKENS // 256, sequence_length=256),
     )
     foretold, peak = peak_of_a_run(write_llama_3_8b_layers(tmp_path / "source", 1), recipe)

@@ -65,7 +65,7 @@ def test_every_preset_writes_a_whole_checkpoint(tmp_path: Path, text: str, prese
 
 
 @pytest.mark.parametrize("preset", ["rtn", "quarot", "paper", "fast"])
-def test_sizes_that_are_no_powers_of_two_are_quantised(tmp_path: Path, text: str, preset: str) -> None:
+def test_sizes_that_are_no_powers_of_two_are_quantized(tmp_path: Path, text: str, preset: str) -> None:
     source = write_source(tmp_path / "source", **SIZES["odd"])
     quantize(source, tmp_path / "out", recipe=small(preset), calibration=text, progress=silent)
     assert Checkpoint(tmp_path / "out").shape.intermediate_size == 1376
@@ -103,7 +103,7 @@ def test_codes_in_the_file_use_their_bits_and_stay_within_them(tmp_path: Path, t
     assert set(codes.unique().tolist()) == set(range(-8, 8) if symmetric else range(16))
 
 
-def test_groups_8_bits_and_unquantised_inputs_are_written_as_the_recipe_says(tmp_path: Path, text: str) -> None:
+def test_groups_8_bits_and_unquantized_inputs_are_written_as_the_recipe_says(tmp_path: Path, text: str) -> None:
     groups = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=64)
     sites = Sites(
         qkv=Site(weights=groups, input_activations=SiteActivations(strategy="group", group_size=64)),
@@ -113,10 +113,10 @@ def test_groups_8_bits_and_unquantised_inputs_are_written_as_the_recipe_says(tmp
     quantize(write_source(tmp_path / "source"), tmp_path / "out", recipe=recipe, calibration=text, progress=silent)
     checkpoint = Checkpoint(tmp_path / "out")
     assert checkpoint.tensor("model.layers.0.self_attn.q_proj.weight_zero_point").shape == (256, 4)
-    assert checkpoint.tensor("model.layers.0.self_attn.q_proj.input_clip").shape == (4, 2)
+    assert checkpoint.tensor("model.layers.0.self_attn.q_proj.input_clip_ratio").shape == (4, 2)
     assert checkpoint.tensor("model.layers.0.mlp.up_proj.weight_packed").shape == (320, 256)
-    assert "model.layers.0.mlp.up_proj.input_clip" not in checkpoint.weight_map
-    assert "model.layers.0.self_attn.attn.key_clip" not in checkpoint.weight_map
+    assert "model.layers.0.mlp.up_proj.input_clip_ratio" not in checkpoint.weight_map
+    assert "model.layers.0.self_attn.attn.key_clip_ratio" not in checkpoint.weight_map
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])
@@ -143,7 +143,7 @@ def test_tied_model_stays_tied_and_keeps_its_embeddings(tmp_path: Path, text: st
     source = write_source(tmp_path / "source", dtype=torch.bfloat16)
     quantize(source, tmp_path / "out", recipe=small("quarot"), calibration=text, progress=silent)
     checkpoint = Checkpoint(tmp_path / "out")
-    assert checkpoint.config.tied_residual_rotation
+    assert checkpoint.config.online_r1
     assert "lm_head.weight" not in checkpoint.weight_map
     assert checkpoint.tensor("model.embed_tokens.weight").dtype == torch.bfloat16
 
@@ -185,7 +185,7 @@ def test_published_setting_is_a_recipe(tmp_path: Path) -> None:
         ("name: x\ntransform: spin\nrounding: rtn\n", "transform"),
         ("name: x\ntransform: none\nrounding: rtn\nbits: 4\n", "bits"),
         ("name: x\ntransform: none\nrounding: rtn\nsites: {o: {clip: 1.5}}\n", "sites.o.clip"),
-        ("name: x\ntransform: none\nrounding: rtn\nbalance: true\n", "balance reads the statistics of GPTQ"),
+        ("name: x\ntransform: none\nrounding: rtn\nequalize: true\n", "equalize reads the statistics of GPTQ"),
         ("name: x\ntransform: none\nrounding: rtn\ngptq: {refinements: 1}\n", "gptq.refinements reads"),
         ("name: x\ntransform: none\nrounding: rtn\nsites: {qkv: {clip: search}}\n", "sites.qkv.clip 'search' reads"),
         ("[1, 2]\n", "mapping"),
@@ -204,13 +204,13 @@ def test_paper_leaves_the_residual_stream_in_the_sources_basis(tmp_path: Path, t
     source = write_source(tmp_path / "source", dtype=torch.bfloat16)
     quantize(source, tmp_path / "out", recipe=small("paper"), calibration=text, progress=silent)
     checkpoint, opened = Checkpoint(tmp_path / "out"), Source.open(source)
-    assert not checkpoint.config.tied_residual_rotation
+    assert not checkpoint.config.online_r1
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         assert torch.equal(checkpoint.tensor(name), opened.tensor(name))
     blocks = [checkpoint.tensor(f"model.layers.{layer}.mlp.up_proj.input_blocks") for layer in (0, 1)]
     assert blocks[0].shape == (2, 128, 128)
     assert not torch.equal(*blocks)
-    clip = checkpoint.tensor("model.layers.1.self_attn.o_proj.input_clip")
+    clip = checkpoint.tensor("model.layers.1.self_attn.o_proj.input_clip_ratio")
     assert clip.shape == (4, 2)
     assert len(clip.unique()) == 8
 

@@ -1,4 +1,4 @@
-"""What `max_tp` makes of a recipe: nothing that is computed together crosses from one worker's share to another's."""
+"""`max_tp_size` keeps what is computed together within the share of one tensor-parallel rank."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from infoquant_vllm.format import ModelShape, check_share
+from infoquant_vllm.format import ModelShape, check_tp_divisible
 from offline import PRESETS, ToolError, quantize
 from offline.model.source import Source
 from offline.progress import silent
-from offline.recipe import CUT_SITES, SITES, Recipe, Site, Sites
-from offline.tensor_parallel import common_share, worker_counts
+from offline.recipe import ROW_PARALLEL_SITES, SITES, Recipe, Site, Sites
+from offline.tensor_parallel import common_share, tp_sizes
 from tests.common.tiny import VOCAB_SIZE, write_source
 from tests.offline.algorithms.test_equivalence import LARGEST_RELATIVE_ERROR, recipe_for, relative_error, transforms_for
 
@@ -27,9 +27,9 @@ SMOLLM2, LLAMA_8B = shape(9, 3, 1536), shape(32, 8, 14336, 128)
 
 
 def test_workers_share_out_heads_and_features_evenly() -> None:
-    assert worker_counts(SMOLLM2, 4) == [1, 3]
-    assert worker_counts(LLAMA_8B, 16) == [1, 2, 4, 8, 16]
-    assert worker_counts(shape(6, 2, 768), 6) == [1, 2, 6]
+    assert tp_sizes(SMOLLM2, 4) == [1, 3]
+    assert tp_sizes(LLAMA_8B, 16) == [1, 2, 4, 8, 16]
+    assert tp_sizes(shape(6, 2, 768), 6) == [1, 2, 6]
 
 
 @pytest.mark.parametrize(("model", "most", "share"), [(SMOLLM2, 4, 512), (LLAMA_8B, 8, 1792), (LLAMA_8B, 1, 14336)])
@@ -39,36 +39,36 @@ def test_the_common_share_is_cut_by_no_number_of_workers(model: ModelShape, most
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_can_be_made_for_four_workers(preset: str) -> None:
-    groups = PRESETS[preset].model_copy(update={"max_tp": 4}).quantization_config(LLAMA_8B).config_groups
-    for site in CUT_SITES:
+    groups = PRESETS[preset].model_copy(update={"max_tp_size": 4}).quantization_config(LLAMA_8B).config_groups
+    for site in ROW_PARALLEL_SITES:
         _, features = LLAMA_8B.linears()[f"model.layers.0.{SITES[site][0]}"]
         for workers in (1, 2, 4):
-            check_share(groups[site], features, workers)
+            check_tp_divisible(groups[site], features, workers)
     transform = groups["down"].input_transform
     assert transform.block_size == (3584 if transform.type == "hadamard" else None)
 
 
 def test_a_range_per_token_becomes_one_per_share_where_features_are_cut() -> None:
     token = Site()
-    recipe = Recipe(name="t", transform="none", rounding="rtn", sites=Sites(o=token, down=token), max_tp=2)
+    recipe = Recipe(name="t", transform="none", rounding="rtn", sites=Sites(o=token, down=token), max_tp_size=2)
     assert [recipe.input_activations(site, LLAMA_8B).group_size for site in SITES] == [None, 2048, None, 7168]
 
 
 def test_a_model_rotated_for_two_workers_computes_what_its_source_does(tmp_path: Path) -> None:
     source = Source.open(write_source(tmp_path / "source"))
     tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
-    recipe = recipe_for("hadamard").model_copy(update={"max_tp": 2})
+    recipe = recipe_for("hadamard").model_copy(update={"max_tp_size": 2})
     assert recipe.input_transform("down", source.shape).block_size == source.shape.intermediate_size // 2
     assert relative_error(source, transforms_for(source, recipe, tokens), recipe, tokens) < LARGEST_RELATIVE_ERROR
 
 
 def test_no_workers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="max_tp is 0"):
-        quantize(tmp_path, tmp_path / "out", max_tp=0, progress=silent)
+    with pytest.raises(ToolError, match="max_tp_size is 0"):
+        quantize(tmp_path, tmp_path / "out", max_tp_size=0, progress=silent)
 
 
 def test_groups_that_workers_would_cut_are_refused_before_anything_runs(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", intermediate_size=320)
-    message = r"down_proj with max_tp 2: weight group_size 64 does not divide the 160 of 320 input features"
+    message = r"down_proj with max_tp_size 2: weight group_size 64 does not divide the 160 of 320 input features"
     with pytest.raises(ToolError, match=message):
-        quantize(source, tmp_path / "out", preset="best", max_tp=2, dry_run=True, progress=silent)
+        quantize(source, tmp_path / "out", preset="best", max_tp_size=2, dry_run=True, progress=silent)

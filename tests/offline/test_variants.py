@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from offline.verify import verify
+from offline.evaluate.verify import verify
 from tests.common.eight_bits import LARGEST_KL, eight_bit_kl
 from tests.common.tiny import write_source
 

@@ -130,7 +130,7 @@ def test_a_model_in_parts_is_unpacked_as_it_was(tmp_path: Path, monkeypatch: pyt
     checkpoint.mkdir()
     weights = random.Random(0).randbytes(11_000)
     (checkpoint / "model.safetensors").write_bytes(weights)
-    monkeypatch.setattr(pack_model, "quantised", lambda *_: checkpoint)
+    monkeypatch.setattr(pack_model, "quantized", lambda *_: checkpoint)
     monkeypatch.setattr("sys.argv", ["pack_model", str(tmp_path / ".gpu-model"), "--part-mb", "0.001"])
     pack_model.main()
     assert len(list((tmp_path / ".gpu-model").iterdir())) >= 11

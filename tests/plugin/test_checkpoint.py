@@ -71,14 +71,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _change_tensors(f, lambda t: t["model.norm.weight"].fill_(float("inf"))),
         rf"{SHARD}: model\.norm\.weight\[0\] is inf, expected finite numbers \(256 of 256",
     ),
-    "unknown version": (_config(lambda q: q.update(format_version=9)), r"format_version is 9, this release reads 1"),
+    "unknown version": (_config(lambda q: q.update(format_version=9)), r"format_version is 9, this release reads 2"),
     "unknown field": (_config(lambda q: q.update(sparsity=2)), r"sparsity"),
     "promised rotation": (
         lambda f: (
-            _config(lambda q: q.update(tied_residual_rotation=True))(f),
+            _config(lambda q: q.update(online_r1=True))(f),
             _change_json(f / "config.json", lambda c: c.update(tie_word_embeddings=True)),
         ),
-        r"residual_rotation \[256, 256\] is missing",
+        r"r1 \[256, 256\] is missing",
     ),
     "promised biases": (_as_qwen2, r"self_attn\.[qkv]_proj\.bias \[\d+\] is missing"),
     "unnamed linear": (_config(lambda q: q["config_groups"].pop("down")), r"down_proj: no target of config_groups"),
@@ -100,8 +100,8 @@ def test_a_damaged_checkpoint_is_refused_before_it_is_loaded(name: str, tmp_path
         _start(folder)
 
 
-def test_the_flag_on_an_unquantised_model_says_what_to_run(tmp_path: Path) -> None:
+def test_the_flag_on_an_unquantized_model_says_what_to_run(tmp_path: Path) -> None:
     folder = write_random(tmp_path)
     _change_json(folder / "config.json", lambda data: data.pop("quantization_config"))
-    with pytest.raises(ValueError, match=r"not quantised.*run `infoquant quantize"):
+    with pytest.raises(ValueError, match=r"not quantized.*run `infoquant quantize"):
         _start(folder, quantization="infoquant")

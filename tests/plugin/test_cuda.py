@@ -90,7 +90,7 @@ def test_spec_builder_and_kernels_serve_a_batch(config: VllmConfig, counts: list
     metadata = builder(config).build(0, common(batch))
     impl = make_impl(config)
     layer, cache = torch.nn.Module(), batch.empty_cache()
-    layer.key_clip, layer.value_clip, layer.key_offset = (*batch.clips, batch.key_offset)
+    layer.key_clip_ratio, layer.value_clip_ratio, layer.key_mean = (*batch.clips, batch.key_mean)
     impl.do_kv_cache_update(layer, batch.key, batch.value, cache, batch.slots)
     assert torch.equal(cache, batch.store(cpu))
     out = attend(impl, batch, metadata, cache, padding=3)

@@ -62,7 +62,7 @@ def test_outputs_of_a_linear_are_about_as_large_as_its_inputs(name: str, quantiz
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_tied_vocabulary_has_a_rotation_and_one_matrix(tmp_path: Path, quantized: bool) -> None:
     register()
-    quantization = {"vocabulary_bits": 8, "ignore": []} if quantized else {}
+    quantization = {"lm_head_bits": 8, "ignore": []} if quantized else {}
     changes = {"tie_word_embeddings": True, "vocab_size": VOCAB}
     vllm = ModelConfig(str(write_random(tmp_path, quantization, **changes)), skip_tokenizer_init=True, dtype="float32")
     with _dummy(vllm):
@@ -71,7 +71,7 @@ def test_a_tied_vocabulary_has_a_rotation_and_one_matrix(tmp_path: Path, quantiz
         head = vllm_embedding.ParallelLMHead(VOCAB, HIDDEN, prefix="lm_head", **arguments).tie_weights(embed)
         rows = _finish(_initialize(embed))(torch.arange(VOCAB))
         logits = _finish(head).quant_method.apply(head, torch.randn(5, HIDDEN))
-    rotation = embed.residual_rotation
+    rotation = embed.r1
     assert torch.equal(rotation @ rotation.T, torch.eye(HIDDEN))
     assert torch.isfinite(rows).all()
     assert rows.std() > 0
@@ -81,13 +81,13 @@ def test_a_tied_vocabulary_has_a_rotation_and_one_matrix(tmp_path: Path, quantiz
 
 def test_a_cache_has_clips_and_offsets(tmp_path: Path) -> None:
     register()
-    model = Model({"kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard", "key_offset": True}})
+    model = Model({"kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard", "key_mean": True}})
     with _dummy(ModelConfig(str(write_random(tmp_path)), skip_tokenizer_init=True)):
         attention = Attention(4, 64, 0.125, 2, quant_config=model.config, prefix=f"{LAYER}.self_attn.attn")
         _finish(_initialize(attention))
-    for name in ("key_clip", "value_clip", "key_offset"):
+    for name in ("key_clip_ratio", "value_clip_ratio", "key_mean"):
         check_values(getattr(attention, name).data, name, "made up")
-    assert not attention.key_offset.any()
+    assert not attention.key_mean.any()
 
 
 def test_codes_are_uniform_and_the_same_for_a_name() -> None:

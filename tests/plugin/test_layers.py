@@ -128,7 +128,7 @@ WIDE = {"hidden_size": 768, "intermediate_size": 384, "num_attention_heads": 12,
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])
 @pytest.mark.parametrize("name", ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"])
-@pytest.mark.parametrize("quantization", [SHARDABLE, WEIGHT_ONLY], ids=["quantised inputs", "weight-only"])
+@pytest.mark.parametrize("quantization", [SHARDABLE, WEIGHT_ONLY], ids=["quantized inputs", "weight-only"])
 def test_ranks_together_compute_what_one_does(ranks: int, name: str, quantization: dict[str, Any]) -> None:
     model = Model(quantization, **(WIDE | {"num_key_value_heads": 6 if ranks == 2 else 3}))
     torch.manual_seed(0)
@@ -159,20 +159,24 @@ def test_ranks_together_compute_what_one_does(ranks: int, name: str, quantizatio
 @pytest.mark.parametrize(("ranks", "rank", "heads"), [(1, 0, [0, 1]), (2, 1, [1]), (4, 3, [1]), (4, 1, [0])])
 def test_kv_clips_follow_their_heads(ranks: int, rank: int, heads: list[int], model_config: ModelConfig) -> None:
     model = Model()
-    clip = model.tensors[f"{LAYER}.self_attn.attn.key_clip"]
+    clip = model.tensors[f"{LAYER}.self_attn.attn.key_clip_ratio"]
     with _rank(rank, ranks, model_config):
         attention = Attention(
             4 // ranks, 64, 0.125, len(heads), quant_config=model.config, prefix=f"{LAYER}.self_attn.attn"
         )
-        attention.key_clip.weight_loader(attention.key_clip, clip)
-        assert torch.equal(attention.key_clip.data, clip[heads])
-        with pytest.raises(FormatError, match=r"self_attn\.attn\.value_clip is missing"):
+        attention.key_clip_ratio.weight_loader(attention.key_clip_ratio, clip)
+        assert torch.equal(attention.key_clip_ratio.data, clip[heads])
+        with pytest.raises(FormatError, match=r"self_attn\.attn\.value_clip_ratio is missing"):
             attention.quant_method.process_weights_after_loading(attention)
 
 
 @pytest.mark.parametrize(
     ("name", "tensor"),
-    [("mlp.down_proj", "weight_scale"), ("self_attn.qkv_proj", "k_proj.weight_packed"), ("mlp.gate_up_proj", "clip")],
+    [
+        ("mlp.down_proj", "weight_scale"),
+        ("self_attn.qkv_proj", "k_proj.weight_packed"),
+        ("mlp.gate_up_proj", "input_clip_ratio"),
+    ],
 )
 def test_a_missing_tensor_is_refused_by_name(name: str, tensor: str) -> None:
     model = Model()
@@ -184,8 +188,8 @@ def test_a_missing_tensor_is_refused_by_name(name: str, tensor: str) -> None:
 
 def test_fused_linears_with_different_clips_are_refused() -> None:
     model = Model()
-    model.tensors[f"{LAYER}.self_attn.v_proj.input_clip"] *= 0.9
-    with _rank(0, 1), pytest.raises(FormatError, match=r"v_proj\.input_clip differs from that of .*q_proj"):
+    model.tensors[f"{LAYER}.self_attn.v_proj.input_clip_ratio"] *= 0.9
+    with _rank(0, 1), pytest.raises(FormatError, match=r"v_proj\.input_clip_ratio differs from that of .*q_proj"):
         model.load(model.create("self_attn.qkv_proj"), "self_attn.qkv_proj")
 
 
@@ -200,7 +204,7 @@ def test_impossible_scales_are_refused_by_place(value: float, said: str) -> None
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_block_that_tensor_parallelism_cuts_is_refused_with_numbers(ranks: int) -> None:
     share = f"the {384 // ranks} of 384 input features that each of {ranks} tensor-parallel workers has"
-    message = rf"down_proj: hadamard block_size 384 does not divide {share}; .*--max-tp {ranks}"
+    message = rf"down_proj: hadamard block_size 384 does not divide {share}; .*--max-tp-size {ranks}"
     with _rank(0, ranks), pytest.raises(FormatError, match=message):
         Model().create("mlp.down_proj")
 
@@ -241,7 +245,7 @@ def test_a_weight_only_linear_multiplies_its_input_as_it_comes(transform: dict[s
     with _rank(0, 1):
         layer = model.served("mlp.down_proj")
         found = layer(x)[0]
-    assert not hasattr(layer, "input_clip")
+    assert not hasattr(layer, "input_clip_ratio")
     packed, scale = (model.tensors[f"{LAYER}.mlp.down_proj.{name}"] for name in ("weight_packed", "weight_scale"))
     assert torch.equal(found, weight_only_linear(x, [], transform.get("block_size", 0), packed, scale, None, None))
     assert model.config.summary.linears == {f"W4A16 ({served_by('linear')})": 1}
@@ -286,14 +290,14 @@ def test_a_tied_model_has_one_vocabulary_matrix_and_both_ends_undo_each_other() 
         assert head.weight.data_ptr() == embed.weight.data_ptr()
         ids = torch.tensor([3, 500, 7])
         rows = embed(ids)
-        torch.testing.assert_close(rows, matrix[ids] @ model.tensors["model.embed_tokens.residual_rotation"])
+        torch.testing.assert_close(rows, matrix[ids] @ model.tensors["model.embed_tokens.r1"])
         gain = model.tensors["model.embed_tokens.final_norm_weight"]
         torch.testing.assert_close(
             head.quant_method.apply(head, rows), (matrix[ids] * gain) @ matrix.T, rtol=1e-4, atol=1e-3
         )
 
 
-@pytest.mark.parametrize("leave_out", ["residual_rotation", "final_norm_weight"])
+@pytest.mark.parametrize("leave_out", ["r1", "final_norm_weight"])
 def test_a_promised_rotation_that_the_file_lacks_is_refused(leave_out: str) -> None:
     model = Model(tie_word_embeddings=True)
     with _rank(0, 1):
@@ -316,12 +320,12 @@ def test_logits_of_another_dtype_are_refused_where_the_embedding_is_rotated(mode
 
 def test_a_rotation_that_is_none_is_refused() -> None:
     model = Model(tie_word_embeddings=True)
-    model.tensors["model.embed_tokens.residual_rotation"][0, 0] += 0.1
+    model.tensors["model.embed_tokens.r1"][0, 0] += 0.1
     with _rank(0, 1):
         embed, _ = _embedding(model)
         for name, param in embed.named_parameters():
             param.weight_loader(param, model.tensors[f"model.embed_tokens.{name}"])
-        with pytest.raises(FormatError, match=r"residual_rotation is not orthogonal"):
+        with pytest.raises(FormatError, match=r"r1 is not orthogonal"):
             embed.quant_method.process_weights_after_loading(embed)
 
 

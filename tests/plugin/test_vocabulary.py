@@ -19,7 +19,7 @@ from tests.common.checkpoints import write_random
 from tests.plugin.test_layers import Model, _rank
 
 VOCAB, HIDDEN = 500, 256  # vLLM pads it to 512 rows
-QUANTIZATION: dict[str, Any] = {"vocabulary_bits": 8, "ignore": []}
+QUANTIZATION: dict[str, Any] = {"lm_head_bits": 8, "ignore": []}
 KINDS = {
     "tied, rotated": {"tie_word_embeddings": True},
     "tied": {"tie_word_embeddings": True, "rotated": False},
@@ -32,7 +32,7 @@ class Vocabulary:
 
     def __init__(self, folder: Path, tie_word_embeddings: bool, rotated: bool | None = None):
         register()
-        quantization = QUANTIZATION if rotated is None else QUANTIZATION | {"tied_residual_rotation": rotated}
+        quantization = QUANTIZATION if rotated is None else QUANTIZATION | {"online_r1": rotated}
         changes = {"tie_word_embeddings": tie_word_embeddings, "vocab_size": VOCAB}
         checkpoint = write_random(folder, quantization, **changes)
         self.vllm = ModelConfig(str(checkpoint), skip_tokenizer_init=True, dtype="float32")
@@ -40,7 +40,7 @@ class Vocabulary:
         self.module = "model.embed_tokens" if tie_word_embeddings else "lm_head"
         tensors = self.model.tensors
         self.packed, self.scale = (tensors[f"{self.module}.{name}"] for name in ("weight_packed", "weight_scale"))
-        self.rotation = tensors.get("model.embed_tokens.residual_rotation")
+        self.rotation = tensors.get("model.embed_tokens.r1")
         self.gain = tensors.get("model.embed_tokens.final_norm_weight")
 
     def served(self, leave_out: str = "") -> tuple[Any, Any]:
@@ -93,7 +93,7 @@ def test_ranks_together_look_up_and_score_what_the_reference_does(vocabulary: Vo
     assert torch.equal(torch.cat(logits, 1)[:, :VOCAB], vocabulary.logits(hidden))
 
 
-def test_no_unquantised_copy_is_kept_and_a_tied_model_has_one_matrix(vocabulary: Vocabulary) -> None:
+def test_no_unquantized_copy_is_kept_and_a_tied_model_has_one_matrix(vocabulary: Vocabulary) -> None:
     with _rank(0, 1, vocabulary.vllm):
         embed, head = vocabulary.served()
     held = {name: param.nbytes for name, param in head.named_parameters() if name.startswith("weight")}

@@ -23,7 +23,7 @@ def server(fast: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def complete(server: Server, prompt: str = PROMPT, **options: object) -> openai.types.Completion:
-    """Greedy, and not shorter than asked for: how soon a model stops depends on how it was quantised."""
+    """Greedy, and not shorter than asked for: how soon a model stops depends on how it was quantized."""
     defaults: dict[str, object] = {"max_tokens": 16, "temperature": 0, "extra_body": {"ignore_eos": True}}
     return server.client().completions.create(model=str(server.model), prompt=prompt, **(defaults | options))  # type: ignore[call-overload]
 

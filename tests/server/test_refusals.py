@@ -13,12 +13,12 @@ from tests.common.checkpoints import hf_config, quantization_config, random_tens
 
 SHARD = "model-00001-of-00001.safetensors"
 SCALE = "model.layers.1.mlp.down_proj.weight_scale"
-ROTATION = "model.embed_tokens.residual_rotation"
+ROTATION = "model.embed_tokens.r1"
 
 
 @dataclass
 class Case:
-    """How a sound checkpoint is spoilt, and what the server must say."""
+    """How a sound checkpoint is corrupted, and what the server must say."""
 
     spoil: Callable[[Path, dict[str, Any], dict[str, torch.Tensor]], None]
     says: tuple[str, ...]
@@ -50,7 +50,7 @@ def not_a_number(folder: Path, config: dict[str, Any], tensors: dict[str, torch.
     write_checkpoint(folder, config, tensors)
 
 
-def unquantised(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def unquantized(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     del config["quantization_config"]
     write_checkpoint(folder, config, tensors)
 
@@ -63,12 +63,12 @@ CASES = {
     "truncated shard": Case(truncate, (SHARD, "not a whole safetensors file")),
     "missing tensor": Case(without(SCALE), (SCALE, "missing")),
     "missing rotation": Case(without(ROTATION), (ROTATION, "missing")),
-    "unknown format version": Case(from_the_future, ("format_version is 99", "reads 1")),
+    "unknown format version": Case(from_the_future, ("format_version is 99", "reads 2")),
     "NaN scale": Case(not_a_number, (SCALE, "nan", "scales above 0")),
-    "unquantised model": Case(unquantised, ("infoquant quantize",), ("--quantization", "infoquant")),
+    "unquantized model": Case(unquantized, ("infoquant quantize",), ("--quantization", "infoquant")),
     "tensor parallelism through a block": Case(
         sound,
-        ("down_proj", "384", "192", "--max-tp 2"),
+        ("down_proj", "384", "192", "--max-tp-size 2"),
         ("--tensor-parallel-size", "2"),
         (("VLLM_CPU_OMP_THREADS_BIND", "0|1"),),  # vLLM shares out NUMA nodes by itself, but not the cores of one
     ),

@@ -19,7 +19,7 @@ RECIPE = {
     "transform": "hadamard",
     "rounding": "rtn",
     "sites": {"qkv": SITE, "o": SITE, "gate_up": SITE, "down": SITE},
-    "vocabulary_bits": 8,
+    "lm_head_bits": 8,
 }
 
 

@@ -1,4 +1,4 @@
-"""Product with an unquantised matrix: of a few rows by the compiled library, of more by torch."""
+"""Product with an unquantized matrix: of a few rows by the compiled library, of more by torch."""
 
 import torch
 import torch.nn.functional as F

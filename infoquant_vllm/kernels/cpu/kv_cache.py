@@ -13,18 +13,18 @@ def kv_store(
     value: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
-    key_clip: torch.Tensor,
-    value_clip: torch.Tensor,
-    key_offset: torch.Tensor | None,
+    key_clip_ratio: torch.Tensor,
+    value_clip_ratio: torch.Tensor,
+    key_mean: torch.Tensor | None,
     hadamard: bool,
     num_bits: tuple[int, int],
 ) -> None:
     """As the reference, of [tokens, kv_heads, head_size] with any distance between tokens."""
     tokens = len(slots)
     if hadamard and not _butterflies(key.shape[2]):
-        key = key[:tokens].float() if key_offset is None else key[:tokens].float() - key_offset
-        key, key_offset, hadamard = apply_hadamard(key), None, False
-    operations().kv_store(key, value, cache, slots, key_clip, value_clip, key_offset, hadamard, *num_bits)
+        key = key[:tokens].float() if key_mean is None else key[:tokens].float() - key_mean
+        key, key_mean, hadamard = apply_hadamard(key), None, False
+    operations().kv_store(key, value, cache, slots, key_clip_ratio, value_clip_ratio, key_mean, hadamard, *num_bits)
 
 
 def kv_attention(

@@ -1,4 +1,4 @@
-"""Quantised linear of the compiled library: weights stay packed in memory and are unpacked in registers."""
+"""Quantized linear of the compiled library: weights stay packed in memory and are unpacked in registers."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Input transform and activation quantiser of the compiled library; semantics: kernels/reference."""
+"""Input transform and activation quantizer of the compiled library; semantics: kernels/reference."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Product with an unquantised matrix."""
+"""Product with an unquantized matrix."""
 
 import torch
 

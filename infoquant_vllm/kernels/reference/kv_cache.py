@@ -1,4 +1,4 @@
-"""The quantised KV cache: what is stored for a token, and attention over it.
+"""The quantized KV cache: what is stored for a token, and attention over it.
 
 The cache is [blocks, kv_heads, block, bytes] uint8, a block being a multiple of 16 tokens. Sixteen
 tokens of a block and kv-head are a tile of 16 * bytes, in which features and tokens stand as
@@ -33,16 +33,16 @@ def kv_store(
     value: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
-    key_clip: torch.Tensor,
-    value_clip: torch.Tensor,
-    key_offset: torch.Tensor | None,
+    key_clip_ratio: torch.Tensor,
+    value_clip_ratio: torch.Tensor,
+    key_mean: torch.Tensor | None,
     hadamard: bool,
     num_bits: tuple[int, int],
 ) -> None:
     """Write key, value [tokens, kv_heads, head_size] into the cache.
 
     Slot s is place s % block of block s // block; tokens with a negative slot are skipped.
-    key_clip, value_clip [kv_heads, 2]; key_offset [kv_heads, head_size] is subtracted from keys, which then
+    key_clip_ratio, value_clip_ratio [kv_heads, 2]; key_mean [kv_heads, head_size] is subtracted from keys, which then
     go through `apply_hadamard` where `hadamard` says so.
     """
     block, size = cache.shape[2], key.shape[2]
@@ -50,14 +50,14 @@ def kv_store(
         if slot < 0:
             continue
         k, v = key[token].float(), value[token].float()
-        k = k if key_offset is None else k - key_offset
+        k = k if key_mean is None else k - key_mean
         tiles = cache[slot // block].view(cache.shape[1], block // TILE, -1)[:, slot % block // TILE]
         keys, values, params = tile_parts(tiles, size, num_bits)
         lane = slot % TILE
-        k_codes, params[:, 0, lane], params[:, 1, lane] = quantise(
-            apply_hadamard(k) if hadamard else k, key_clip, num_bits[0]
+        k_codes, params[:, 0, lane], params[:, 1, lane] = quantize(
+            apply_hadamard(k) if hadamard else k, key_clip_ratio, num_bits[0]
         )
-        v_codes, params[:, 2, lane], params[:, 3, lane] = quantise(v, value_clip, num_bits[1])
+        v_codes, params[:, 2, lane], params[:, 3, lane] = quantize(v, value_clip_ratio, num_bits[1])
         if num_bits[0] == 4:
             k_codes = k_codes.unflatten(-1, (-1, 2, 4))
             k_codes = k_codes[:, :, 0] | (k_codes[:, :, 1] << 4)
@@ -77,7 +77,7 @@ def tile_parts(
     return keys, values, tiles[..., key_bytes + value_bytes :].view(torch.float16).unflatten(-1, (4, TILE))
 
 
-def quantise(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes uint8 of x [..., kv_heads, head_size] float32, their scales and zeros float16 [..., kv_heads]."""
     largest = 2**num_bits - 1
     low = x.amin(-1).clamp(max=0) * clip[:, 0]

@@ -1,4 +1,4 @@
-"""A linear layer: input transform, quantiser and product."""
+"""A linear layer: input transform, quantizer and product."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Product of quantised activations with quantised weights."""
+"""Product of quantized activations with quantized weights."""
 
 import torch
 
@@ -28,12 +28,12 @@ def quantized_linear(
     weight = unpack_codes(weight_packed, num_bits, signed=weight_zero is None).long()
     if weight_zero is not None:
         weight = weight - weight_zero.long().repeat_interleave(features // weight_zero.shape[1], 1)
-    centred = codes.long() - zero.long().repeat_interleave(features // zero.shape[1], 1)
+    centered = codes.long() - zero.long().repeat_interleave(features // zero.shape[1], 1)
     groups = max(scale.shape[1], weight_scale.shape[1])
     out = torch.zeros(len(codes), len(weight))
     for g in range(groups):
         part = slice(g * features // groups, (g + 1) * features // groups)
-        exact = centred[:, part] @ weight[:, part].T
+        exact = centered[:, part] @ weight[:, part].T
         a, w = g * scale.shape[1] // groups, g * weight_scale.shape[1] // groups
         term = exact.float() if weight_scale.shape[1] == 1 else exact.float() * weight_scale[:, w]
         out += term * scale[:, a, None]

@@ -1,4 +1,4 @@
-"""Input transform and activation quantiser, as the checkpoint format defines them."""
+"""Input transform and activation quantizer, as the checkpoint format defines them."""
 
 import torch
 
@@ -8,7 +8,7 @@ from infoquant_vllm.format import apply_hadamard
 def rotate_quantize(
     x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, clip: torch.Tensor, num_bits: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Transform x [tokens, K] (see `rotate`), then quantise each of the G groups that clip [G, 2] has.
+    """Transform x [tokens, K] (see `rotate`), then quantize each of the G groups that clip [G, 2] has.
 
     Returns codes [tokens, K] uint8, scale [tokens, G] float32, zero [tokens, G] int32. Everything is
     in float32 and every operation rounds: a last bit decides about codes, and a code about all that

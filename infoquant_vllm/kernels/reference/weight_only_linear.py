@@ -1,4 +1,4 @@
-"""Product of an input of 16 bits with quantised weights."""
+"""Product of an input of 16 bits with quantized weights."""
 
 import torch
 
@@ -32,7 +32,7 @@ def wide_codes(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     """Symmetric 16-bit codes of y [tokens, K] float32, a row of high bytes and one of low bytes for each token.
 
     Returns codes [2 * tokens, K] uint8, scale [2 * tokens, 1] float32, zero [2 * tokens, 1] int32, as an
-    8-bit quantiser would. A token's largest magnitude is 32767 steps: finer than bf16 holds it.
+    8-bit quantizer would. A token's largest magnitude is 32767 steps: finer than bf16 holds it.
     """
     step = (y.abs().amax(1, keepdim=True) / 32767).clamp(min=1e-12)
     codes = torch.round(y * (1 / step)).int() + 32768

@@ -1,1 +1,1 @@
-"""CPU kernels: int8 products of oneDNN through torch, vectorised torch around them."""
+"""CPU kernels: int8 products of oneDNN through torch, vectorized torch around them."""

@@ -1,4 +1,4 @@
-"""Product with an unquantised matrix, by torch."""
+"""Product with an unquantized matrix, by torch."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""KV cache on the CPU, in vectorised torch; semantics: kernels/reference/kv_cache.py.
+"""KV cache on the CPU, in vectorized torch; semantics: kernels/reference/kv_cache.py.
 
 Products of whole numbers run in float64, which holds their sums exactly.
 """
@@ -16,7 +16,7 @@ from infoquant_vllm.kernels.reference.kv_cache import (
     POWER,
     TILE,
     TINY,
-    quantise,
+    quantize,
     sum_by_halves,
     tile_parts,
 )
@@ -31,9 +31,9 @@ def kv_store(
     value: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
-    key_clip: torch.Tensor,
-    value_clip: torch.Tensor,
-    key_offset: torch.Tensor | None,
+    key_clip_ratio: torch.Tensor,
+    value_clip_ratio: torch.Tensor,
+    key_mean: torch.Tensor | None,
     hadamard: bool,
     num_bits: tuple[int, int],
 ) -> None:
@@ -43,9 +43,9 @@ def kv_store(
     if len(places) == 0:
         return
     key, value = (x[: len(slots)][written].float() for x in (key, value))
-    key = key if key_offset is None else key - key_offset
-    k_codes, *k_params = quantise(apply_hadamard(key) if hadamard else key, key_clip, num_bits[0])
-    v_codes, *v_params = quantise(value, value_clip, num_bits[1])
+    key = key if key_mean is None else key - key_mean
+    k_codes, *k_params = quantize(apply_hadamard(key) if hadamard else key, key_clip_ratio, num_bits[0])
+    v_codes, *v_params = quantize(value, value_clip_ratio, num_bits[1])
     if num_bits[0] == 4:
         k_codes = k_codes.unflatten(-1, (-1, 2, 4))
         k_codes = k_codes[..., 0, :] | (k_codes[..., 1, :] << 4)

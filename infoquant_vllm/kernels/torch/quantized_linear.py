@@ -1,4 +1,4 @@
-"""Quantised linear on the CPU: weights stay packed, oneDNN multiplies int8 exactly into int32.
+"""Quantized linear on the CPU: weights stay packed, oneDNN multiplies int8 exactly into int32.
 
 4-bit weights are unpacked at every call into a scratch buffer that all layers share: one shift and
 one mask per byte, at the cost of reading half a byte per weight. They come out times 16 (a signed

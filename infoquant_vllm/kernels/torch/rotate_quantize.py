@@ -1,4 +1,4 @@
-"""Input transform and activation quantiser on the CPU; semantics: kernels/reference."""
+"""Input transform and activation quantizer on the CPU; semantics: kernels/reference."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Activations as the Triton kernels hold them between the quantiser and the product."""
+"""Activations as the Triton kernels hold them between the quantizer and the product."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Codes(NamedTuple):
-    """Quantised rows: value[t, k] = (values[t, k] - rest[g, t]) * scale[g, t].
+    """Quantized rows: value[t, k] = (values[t, k] - rest[g, t]) * scale[g, t].
 
     4-bit codes are stored less their zero point, which fits in an int8, so that no correction is left to the
     product; of 8-bit ones 128 is taken away there and the `rest` of the zero point behind it.

@@ -8,11 +8,11 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def butterflies(y, LINES: tl.constexpr, SIZE: tl.constexpr):
-    """y [LINES, SIZE] through SIZE's butterflies, not normalised; SIZE a power of two.
+    """y [LINES, SIZE] through SIZE's butterflies, not normalized; SIZE a power of two.
 
     Neighbours meet, sums go to the first half and differences to the second: what was twice as far apart are
-    neighbours then, and after the last step everything is back in its place. So every step looks the same to the
-    compiler, which exchanges through shared memory only where the neighbours are not in one thread.
+    neighbors then, and after the last step everything is back in its place. So every step looks the same to the
+    compiler, which exchanges through shared memory only where the neighbors are not in one thread.
     """
     size: tl.constexpr = SIZE
     for step in tl.static_range(16):

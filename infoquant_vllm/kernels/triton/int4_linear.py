@@ -251,7 +251,7 @@ def int4_linear(
     tile: Tile | None = None,
     pairs: bool = False,
 ) -> torch.Tensor:
-    """Quantised rows times a weight from `prepare_weight`: [tokens, N] in `dtype`.
+    """Quantized rows times a weight from `prepare_weight`: [tokens, N] in `dtype`.
 
     weight_scale [N, weight groups] float32 and weight_zero alike uint8 (None: signed codes) from `prepare_grid`; bias
     [N]. The result is the reference's bit by bit, but for the last bits of sums over groups where a few tokens'

@@ -1,4 +1,4 @@
-"""Attention over the quantised cache for prompts and their chunks; what a program does: `attend`, in kv4_attend."""
+"""Attention over the quantized cache for prompts and their chunks; what a program does: `attend`, in kv4_attend."""
 
 import torch
 import triton

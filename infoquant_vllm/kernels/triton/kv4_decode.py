@@ -1,4 +1,4 @@
-"""Attention over the quantised cache for sequences of a few queries; what a program does: `attend`, in kv4_attend.
+"""Attention over the quantized cache for sequences of a few queries; what a program does: `attend`, in kv4_attend.
 
 A context is cut into parts (Dao et al., Flash-Decoding, 2023). Where they begin depends on the layer and on a query's
 position alone, and they are added in their order, whether one program goes through them or many do: a row is the same

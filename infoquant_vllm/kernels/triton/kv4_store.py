@@ -1,4 +1,4 @@
-"""Keys and values into the quantised cache; semantics and layout: kernels/reference/kv_cache.py."""
+"""Keys and values into the quantized cache; semantics and layout: kernels/reference/kv_cache.py."""
 
 import math
 
@@ -14,7 +14,7 @@ MAGIC = tl.constexpr(1.5 * 2**23)  # added and taken away, it rounds to whole nu
 
 
 @triton.jit
-def quantise(low, high, clip_ptr, LARGEST: tl.constexpr):
+def quantize(low, high, clip_ptr, LARGEST: tl.constexpr):
     """Scale and zero, float16 [rows], of rows whose features lie between low <= 0 and high >= 0; NaN of such rows."""
     low, high = low * tl.load(clip_ptr), high * tl.load(clip_ptr + 1)
     scale = tl.div_rn(high - low, tl.full(low.shape, LARGEST, tl.float32))
@@ -85,7 +85,7 @@ def kv4_store_kernel(
     if HADAMARD:
         key = hadamard_rows(key, factor_ptr, norm, TOKENS, SIZE, ORDER, LOG_N)
     low, high = minimum(amin(key, 1), 0.0), maximum(amax(key, 1), 0.0)
-    key_scale, key_zero = quantise(low, high, key_clip_ptr + 2 * head, 2**KEY_BITS - 1)
+    key_scale, key_zero = quantize(low, high, key_clip_ptr + 2 * head, 2**KEY_BITS - 1)
     codes = to_codes(key, key_scale, key_zero, 2**KEY_BITS - 1)
     if KEY_BITS == 4:
         PAIRS: tl.constexpr = SIZE // 2
@@ -110,7 +110,7 @@ def kv4_store_kernel(
     if VALUE_BITS == 4:
         upper = tl.load(value_ptr + at + STORED, mask=there, other=0.0).to(tl.float32)
         low, high = minimum(low, amin(upper, 1)), maximum(high, amax(upper, 1))
-    value_scale, value_zero = quantise(low, high, value_clip_ptr + 2 * head, 2**VALUE_BITS - 1)
+    value_scale, value_zero = quantize(low, high, value_clip_ptr + 2 * head, 2**VALUE_BITS - 1)
     codes = to_codes(value, value_scale, value_zero, 2**VALUE_BITS - 1)
     if VALUE_BITS == 4:
         codes |= to_codes(upper, value_scale, value_zero, 2**VALUE_BITS - 1) << 4
@@ -129,9 +129,9 @@ def kv_store(
     value: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
-    key_clip: torch.Tensor,
-    value_clip: torch.Tensor,
-    key_offset: torch.Tensor | None,
+    key_clip_ratio: torch.Tensor,
+    value_clip_ratio: torch.Tensor,
+    key_mean: torch.Tensor | None,
     hadamard: bool,
     num_bits: tuple[int, int],
 ) -> None:
@@ -146,16 +146,16 @@ def kv_store(
         value,
         cache,
         slots,
-        key_clip,
-        value_clip,
-        key_offset,
+        key_clip_ratio,
+        value_clip_ratio,
+        key_mean,
         dense_factor(size, key.device) if hadamard else None,
         1 / math.sqrt(size),
         tokens,
         *key.stride()[:2],
         *value.stride()[:2],
         *cache.stride()[:2],
-        **store_constants(cache.shape[2], size, num_bits, key_offset is not None, hadamard),
+        **store_constants(cache.shape[2], size, num_bits, key_mean is not None, hadamard),
     )
 
 

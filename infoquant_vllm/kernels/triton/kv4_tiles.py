@@ -1,4 +1,4 @@
-"""What attention over the quantised cache is compiled for: tiles by architecture and head size, parts of contexts."""
+"""What attention over the quantized cache is compiled for: tiles by architecture and head size, parts of contexts."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""A linear layer on a GPU: two kernels, the quantiser's and the product's; semantics: kernels/reference/linear.py."""
+"""A linear layer on a GPU: two kernels, the quantizer's and the product's; semantics: kernels/reference/linear.py."""
 
 import torch
 

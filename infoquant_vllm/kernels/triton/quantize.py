@@ -1,4 +1,4 @@
-"""The activation quantiser on values in registers: formulas of kernels/reference/rotate_quantize.py, bit by bit."""
+"""The activation quantizer on values in registers: formulas of kernels/reference/rotate_quantize.py, bit by bit."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Learned blocks as an input transform, and the activation quantiser behind it.
+"""Learned blocks as an input transform, and the activation quantizer behind it.
 
 A program makes a group's codes of a few tokens. Where a group is wider than a tile of columns its range is found first
 and the product done again for the codes: twice the work on tensor cores instead of rotated rows in memory.
@@ -97,7 +97,7 @@ def _columns(
 def rotate_blocks(
     x: torch.Tensor, blocks: torch.Tensor, clip: torch.Tensor | None, codes: Codes, common: dict[str, int]
 ) -> None:
-    """Fill `codes` from x [tokens, K] and blocks [K / size, size, size]; common: the quantiser's constants."""
+    """Fill `codes` from x [tokens, K] and blocks [K / size, size, size]; common: the quantizer's constants."""
     tokens, features = x.shape
     size, group_size = blocks.shape[1], common["GROUP_SIZE"]
     columns = gcd(size, group_size, common["SUM_SIZE"], 64)

@@ -1,4 +1,4 @@
-"""Input transform and activation quantiser in one pass: rows are read once, and codes written once."""
+"""Input transform and activation quantizer in one pass: rows are read once, and codes written once."""
 
 from math import frexp, sqrt
 from typing import NamedTuple
@@ -211,7 +211,7 @@ def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.
 
 
 class Segment(NamedTuple):
-    """What a program transforms and quantises of a token: `blocks` blocks of outer * inner features."""
+    """What a program transforms and quantizes of a token: `blocks` blocks of outer * inner features."""
 
     blocks: int
     outer: int
@@ -269,7 +269,7 @@ def rotate_quantize(
     padded: int,
     sum_groups: int,
 ) -> Codes:
-    """x [tokens, K], rows any stride apart, transformed and quantised; arguments as the reference's.
+    """x [tokens, K], rows any stride apart, transformed and quantized; arguments as the reference's.
 
     clip None: 16 bits, one group. matrices: as `prepare_matrices` makes them. padded: features of a
     stored row, what is behind K stays as it is found; sum_groups: groups whose codes are summed, 0 for none.

@@ -1,4 +1,4 @@
-"""How values are distributed that share one quantisation scale, summed up as they come."""
+"""How values are distributed that share one quantization scale, summed up as they come."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ BINS = 2 * HISTOGRAM_LIMIT * BINS_PER_RMS
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a quantiser makes of groups of values: its values [groups, size], its outer levels [groups]."""
+    """What a quantizer makes of groups of values: its values [groups, size], its outer levels [groups]."""
 
     values: torch.Tensor
     lowest: torch.Tensor
@@ -22,7 +22,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class SiteFigures:
-    """What `Distribution` found; None where nothing was quantised.
+    """What `Distribution` found; None where nothing was quantized.
 
     The first two are the criteria of InfoQuant (arXiv 2605.26175): easy values have a small range
     and are well dispersed inside it. All are means over groups, every group counting the same.
@@ -35,7 +35,7 @@ class SiteFigures:
     error: float | None
     """|Q(x) - x|^2 / |x|^2, the share of the energy that rounding and clipping make noise of."""
     levels: tuple[float, float] | None
-    """The quantiser's lowest and highest level in units of the RMS."""
+    """The quantizer's lowest and highest level in units of the RMS."""
     density: torch.Tensor
     """[BINS] float64: share of the values per RMS, from -HISTOGRAM_LIMIT to HISTOGRAM_LIMIT."""
     occupancy: torch.Tensor

@@ -45,7 +45,7 @@ def make_page(
     Args:
         folder: the checkpoint.
         output: the file; None names it CHECKPOINT-report.html beside the checkpoint.
-        source: folder or hub id of the model it was made from, for the figures before quantising.
+        source: folder or hub id of the model it was made from, for the figures before quantizing.
         corpus: see `text_windows`; None reads the project's own passages.
         overwrite: replace a page written earlier.
         progress: called after every window.

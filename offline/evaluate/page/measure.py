@@ -1,4 +1,4 @@
-"""What a checkpoint's quantisers see while it reads a text, and what its source has in the same places."""
+"""What a checkpoint's quantizers see while it reads a text, and what its source has in the same places."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from offline.model.source import Source
 from offline.progress import ProgressReport
 from offline.recipe import SITES
 
-CACHE_CLIPS = {"k": "key_clip", "v": "value_clip"}
+CACHE_CLIPS = {"k": "key_clip_ratio", "v": "value_clip_ratio"}
 """Sites of the KV cache: keys after RoPE, and values."""
 
 BySite = dict[str, list[SiteFigures]]
@@ -28,7 +28,7 @@ BySite = dict[str, list[SiteFigures]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found. Before: the source's own values, through the same quantisers."""
+    """What `measure` found. Before: the source's own values, through the same quantizers."""
 
     tokens: int
     windows: int
@@ -67,9 +67,9 @@ def measure(
 def clips(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """By site the factors on (minimum, maximum) of every layer's groups, [layers, groups, 2] float32.
 
-    Sites that are quantised in some layers only are left out, as are those that are not at all.
+    Sites that are quantized in some layers only are left out, as are those that are not at all.
     """
-    ends = {site: f"{linears[0]}.input_clip" for site, linears in SITES.items()}
+    ends = {site: f"{linears[0]}.input_clip_ratio" for site, linears in SITES.items()}
     ends |= {site: f"self_attn.attn.{name}" for site, name in CACHE_CLIPS.items()}
     found = {}
     for site, end in ends.items():
@@ -80,7 +80,7 @@ def clips(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 View = Callable[[torch.Tensor, SimulatedLinear], torch.Tensor]
-"""From a linear's input [tokens, K] to the values that are to be quantised."""
+"""From a linear's input [tokens, K] to the values that are to be quantized."""
 
 
 def _as_it_is(x: torch.Tensor, linear: SimulatedLinear) -> torch.Tensor:
@@ -92,7 +92,7 @@ def _as_quantized(x: torch.Tensor, linear: SimulatedLinear) -> torch.Tensor:
 
 
 class _Observed:
-    """Distributions by site and layer that fill as `model` runs, quantised as `simulated` would."""
+    """Distributions by site and layer that fill as `model` runs, quantized as `simulated` would."""
 
     def __init__(self, model: CausalLM, simulated: CausalLM, view: View):
         self._layers, self._view = simulated.model.layers, view
@@ -120,7 +120,7 @@ class _Observed:
                 self._sites[site][layer].add(x, None)
                 return
             scheme = simulated.scheme.input_activations
-            clip = None if scheme.num_bits == 16 else simulated.get_buffer("input_clip")
+            clip = None if scheme.num_bits == 16 else simulated.get_buffer("input_clip_ratio")
             self._sites[site][layer].add(*_quantized_input(self._view(x, simulated), scheme, clip))
 
         module.register_forward_pre_hook(count)
@@ -139,7 +139,7 @@ class _Observed:
 def _quantized_input(
     y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor | None
 ) -> tuple[torch.Tensor, Quantized | None]:
-    """Values [tokens, K] as the groups that share a scale, and their quantised values."""
+    """Values [tokens, K] as the groups that share a scale, and their quantized values."""
     if clip is None:
         return y, None
     codes, scale = quantize_input(y, args, clip)

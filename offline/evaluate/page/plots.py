@@ -20,7 +20,7 @@ from offline.evaluate.page.measure import Measurement
 from offline.evaluate.page.summary import LABELS
 
 BEFORE, AFTER, LEVEL = "#D55E00", "#0072B2", "#555555"
-"""Vermillion and blue of Okabe and Ito, which the colour-blind can tell apart too."""
+"""Vermillion and blue of Okabe and Ito, which the color-blind can tell apart too."""
 LARGER = "after, larger"
 WIDTH = 11.0
 """Inches."""
@@ -73,11 +73,11 @@ def criteria(found: Measurement) -> Figure:
 def histograms(found: Measurement, site: str, layers: Sequence[int], bits: Sequence[int]) -> Figure:
     """Values of some layers of a site in units of their RMS, before above after, the levels drawn in.
 
-    `bits` are those of the site's codes by layer, 16 where it is not quantised. The axes are the
-    same; where that leaves little to see of what is quantised, it follows once more, larger.
+    `bits` are those of the site's codes by layer, 16 where it is not quantized. The axes are the
+    same; where that leaves little to see of what is quantized, it follows once more, larger.
     """
     views = [("before", found.before, BEFORE), ("after", found.after, AFTER)]
-    rows = [(word, [by_site[site][layer] for layer in layers], colour) for word, by_site, colour in views if by_site]
+    rows = [(word, [by_site[site][layer] for layer in layers], color) for word, by_site, color in views if by_site]
     reach = max(_reach(figures) for _, row, _ in rows for figures in row)
     closer = max(map(_reach, rows[-1][1]))
     limits = [reach] * len(rows)
@@ -85,14 +85,14 @@ def histograms(found: Measurement, site: str, layers: Sequence[int], bits: Seque
         rows.append((LARGER, rows[-1][1], AFTER))
         limits.append(closer)
     with _grid(len(rows), len(layers), 0.3 + 1.65 * len(rows), sharey=True) as (figure, grid):
-        for (word, row, colour), axes, limit in zip(rows, grid, limits, strict=True):
+        for (word, row, color), axes, limit in zip(rows, grid, limits, strict=True):
             axes[0].set_ylabel("share of values\nper RMS")
             for layer, figures, ax in zip(layers, row, axes, strict=True):
-                _histogram(ax, figures, limit, colour, bits[layer])
+                _histogram(ax, figures, limit, color, bits[layer])
                 ax.set_title(f"layer {layer}, {word}", loc="left")
                 if word != LARGER:
                     text = f"range {figures.range:.1f} RMS, {figures.entropy:.2f} bits"
-                    ax.set_title(text, loc="right", color=colour)
+                    ax.set_title(text, loc="right", color=color)
         for ax in grid[-1]:
             ax.set_xlabel("value / RMS of the values with its scale")
     return figure
@@ -115,7 +115,7 @@ def occupancy(found: Measurement) -> Figure:
 
 
 def error_maps(maps: dict[str, dict[str, list[float]]]) -> Figure:
-    """Maps over layers (across) and places (down) of shares of energy, one under the other; NaN stays grey."""
+    """Maps over layers (across) and places (down) of shares of energy, one under the other; NaN stays gray."""
     arrays = [np.array(list(rows.values()), dtype=float) for rows in maps.values()]
     heights, layers = [len(array) for array in arrays], arrays[0].shape[1]
     norm = _log_norm(np.concatenate(arrays))
@@ -144,10 +144,10 @@ def clip_factors(clips: dict[str, torch.Tensor]) -> Figure:
     with _grid(1, len(clips), 2.1, sharex=True, sharey=True) as (figure, grid):
         for (site, factors), ax in zip(clips.items(), grid[0], strict=True):
             layers, dot = range(len(factors)), "." if len(factors) == 1 else ""
-            for end, colour, line, word in ((0, BEFORE, "-", "on the minimum"), (1, AFTER, "--", "on the maximum")):
+            for end, color, line, word in ((0, BEFORE, "-", "on the minimum"), (1, AFTER, "--", "on the maximum")):
                 values = factors[:, :, end]
-                ax.fill_between(layers, values.amin(1), values.amax(1), color=colour, alpha=0.2, lw=0)
-                ax.plot(layers, values.mean(1), color=colour, ls=line, lw=1.4, marker=dot, label=word)
+                ax.fill_between(layers, values.amin(1), values.amax(1), color=color, alpha=0.2, lw=0)
+                ax.plot(layers, values.mean(1), color=color, ls=line, lw=1.4, marker=dot, label=word)
             ax.set_title(LABELS[site])
             ax.set_xlabel("layer")
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -173,14 +173,14 @@ def _series(found: Measurement, site: str) -> Iterator[tuple[list[SiteFigures], 
     line = {"lw": 1.4, "marker": "." if len(found.after[site]) == 1 else ""}
     if found.before is not None:
         yield found.before[site], line | {"color": BEFORE, "label": "before (the source)", "ls": "--"}
-    yield found.after[site], line | {"color": AFTER, "label": "after (what is quantised)"}
+    yield found.after[site], line | {"color": AFTER, "label": "after (what is quantized)"}
 
 
-def _histogram(ax: Axes, figures: SiteFigures, limit: float, colour: str, num_bits: int) -> None:
+def _histogram(ax: Axes, figures: SiteFigures, limit: float, color: str, num_bits: int) -> None:
     edges = np.linspace(-HISTOGRAM_LIMIT, HISTOGRAM_LIMIT, BINS + 1)
     first, last = np.searchsorted(edges, (-limit, limit))
     density = figures.density.numpy()[first - 1 : last].clip(min=SMALLEST_DENSITY)
-    ax.stairs(density, edges[first - 1 : last + 1], baseline=SMALLEST_DENSITY, fill=True, color=colour)
+    ax.stairs(density, edges[first - 1 : last + 1], baseline=SMALLEST_DENSITY, fill=True, color=color)
     ax.set_xlim(-limit, limit)
     if figures.levels is not None and num_bits == 4:
         for level in np.linspace(*figures.levels, 2**num_bits):
@@ -206,7 +206,7 @@ def _number(value: float | None) -> float:
 
 
 def _log_norm(values: np.ndarray) -> LogNorm:
-    """Colours from the largest value down to a fiftieth of it."""
+    """Colors from the largest value down to a fiftieth of it."""
     known = values[np.isfinite(values)]
     largest = max(known.max(), 1e-12) if len(known) else 1.0
     return LogNorm(largest / 50, largest)

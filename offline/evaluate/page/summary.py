@@ -93,11 +93,11 @@ def run_records(inspection: Inspection) -> Report | None:
 
 
 def site_words(checkpoint: Checkpoint, site: str) -> tuple[str, str, str]:
-    """How weights, inputs and their transform are quantised at a site, in all ways that its layers have."""
+    """How weights, inputs and their transform are quantized at a site, in all ways that its layers have."""
     if site not in SITES:
         cache = checkpoint.config.kv_cache
         assert cache is not None
-        steps = ["centred"] * cache.key_offset + [cache.key_transform] if site == "k" else ["none"]
+        steps = ["centered"] * cache.key_mean + [cache.key_transform] if site == "k" else ["none"]
         return "", f"{_cache_bits(cache, site)} bits, asymmetric, per token and head", ", ".join(steps)
     modules = [f"model.layers.{layer}.{SITES[site][0]}" for layer in range(checkpoint.shape.num_hidden_layers)]
     ways = dict.fromkeys(scheme_words(checkpoint.config.scheme(module)) for module in modules)
@@ -106,7 +106,7 @@ def site_words(checkpoint: Checkpoint, site: str) -> tuple[str, str, str]:
 
 
 def site_bits(checkpoint: Checkpoint, site: str) -> list[int]:
-    """Bits of the codes at a site by layer; 16 where it is not quantised."""
+    """Bits of the codes at a site by layer; 16 where it is not quantized."""
     layers = range(checkpoint.shape.num_hidden_layers)
     if site not in SITES:
         cache = checkpoint.config.kv_cache

@@ -93,7 +93,7 @@ def test_a_tile_has_rows_for_all_heads_of_a_kv_head(arch: int, group: int) -> No
 
 
 @pytest.mark.parametrize(
-    "spoilt",
+    "corrupted",
     [
         "[",
         '[{"arch": 90}]',
@@ -101,8 +101,8 @@ def test_a_tile_has_rows_for_all_heads_of_a_kv_head(arch: int, group: int) -> No
         json.dumps([ENTRY | {"tokens": 24}]),
     ],
 )
-def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path, spoilt: str) -> None:
+def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path, corrupted: str) -> None:
     file = tmp_path / "tiles.json"
-    file.write_text(spoilt)
+    file.write_text(corrupted)
     with pytest.raises(ValueError, match="INFOQUANT_TILES"):
         configurations.measured(str(file))

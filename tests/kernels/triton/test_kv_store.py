@@ -1,4 +1,4 @@
-"""The Triton kernels of the quantised KV cache under the interpreter, against the reference."""
+"""The Triton kernels of the quantized KV cache under the interpreter, against the reference."""
 
 import pytest
 import torch

@@ -54,10 +54,10 @@ class Case:
             return int4_linear.int4_linear(codes, features, weight, *grids, self.bias, dtype, tile, pairs)
 
     def stored(self) -> Any:
-        """The codes as the quantiser leaves them; whatever was there is behind them."""
+        """The codes as the quantizer leaves them; whatever was there is behind them."""
         (tokens, features), groups = self.codes.shape, max(self.groups)
-        centre = self.zero if self.bits[0] == 4 else torch.full_like(self.zero, 128)
-        codes = self.codes.int() - centre.repeat_interleave(features // self.groups[0], 1)
+        center = self.zero if self.bits[0] == 4 else torch.full_like(self.zero, 128)
+        codes = self.codes.int() - center.repeat_interleave(features // self.groups[0], 1)
         padded = weights.layout(features, groups, self.bits[1]).padded
         values = torch.randint(-128, 128, (tokens, padded), dtype=torch.int8)
         values[:, :features] = codes

@@ -1,4 +1,4 @@
-"""The Triton quantiser under Triton's interpreter: the reference's bits, and next to them behind matrices."""
+"""The Triton quantizer under Triton's interpreter: the reference's bits, and next to them behind matrices."""
 
 import pytest
 import torch
@@ -49,8 +49,8 @@ def check(
             x, prepared, hadamard, clip, num_bits, symmetric, features + 64, sum_groups
         )
     assert (found.values[:, features:] == SENTINEL).all()
-    centre = zero if num_bits == 4 else torch.full_like(zero, 128)
-    expected = codes.int() - centre.repeat_interleave(features // zero.shape[1], 1)
+    center = zero if num_bits == 4 else torch.full_like(zero, 128)
+    expected = codes.int() - center.repeat_interleave(features // zero.shape[1], 1)
     values = found.values[:, :features].int()
     wrong = values != expected
     if flips and num_bits == 16:  # a carry in the low byte

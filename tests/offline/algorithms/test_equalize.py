@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline.algorithms.equalize import balance_down, balance_layer
+from offline.algorithms.equalize import equalize_down, equalize_layer
 from offline.algorithms.fold import fold_layer
 from offline.model.architectures import CausalLM, rules_for
 from offline.model.hidden_states import Statistics, Stream
@@ -25,7 +25,7 @@ def test_balanced_model_gives_the_sources_logits(tmp_path: Path, size: str) -> N
         state, statistics = fold_layer(source, number, None), Statistics()
         before = state["mlp.down_proj.weight"]
         stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe)
-        balance_layer(state, statistics.hessians(), statistics, source.shape)
+        equalize_layer(state, statistics.hessians(), statistics, source.shape)
         assert not torch.allclose(state["mlp.down_proj.weight"], before, rtol=0.01)
         layer.load_state_dict(state)
     found = model(tokens).logits
@@ -41,7 +41,7 @@ def test_down_input_times_weight_norm_is_smallest_where_balanced() -> None:
         "mlp.up_proj.weight": torch.eye(64),
     }
     before = x.norm() * state["mlp.down_proj.weight"].norm()
-    scaled = x * balance_down(state, x.square().sum(0))
+    scaled = x * equalize_down(state, x.square().sum(0))
     torch.testing.assert_close(scaled, x @ state["mlp.up_proj.weight"].T)
     after = scaled.norm() * state["mlp.down_proj.weight"].norm()
     assert after < 0.8 * before
@@ -78,7 +78,7 @@ def test_keys_and_queries_have_like_energies_in_every_pair_where_balanced(tmp_pa
     Stream(source, tokens, None, [torch.device("cpu")]).advance(
         state, [linears[0] for linears in SITES.values()], statistics.observe
     )
-    balance_layer(state, statistics.hessians(), statistics, shape)
+    equalize_layer(state, statistics.hessians(), statistics, shape)
     model.model.layers[0].load_state_dict(state)
     queries, keys = energies(model, (rules.queries, rules.keys), shape.head_dim, tokens)
     heads = 1 if rules.keys == "self_attn.k_norm" else shape.num_key_value_heads

@@ -1,4 +1,4 @@
-"""A model that is transformed but not quantised computes what its source computes."""
+"""A model that is transformed but not quantized computes what its source computes."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def transformed_model(source: Source, transforms: Transforms | None, recipe: Rec
         model.model.embed_tokens.weight.data = ends["model.embed_tokens.weight"].float()
         model.lm_head.weight.data = ends["lm_head.weight"].float()
         return model
-    rotation = ends["model.embed_tokens.residual_rotation"]
+    rotation = ends["model.embed_tokens.r1"]
     gain = ends["model.embed_tokens.final_norm_weight"]
     model.model.embed_tokens.register_forward_hook(lambda _, __, rows: rows @ rotation)
     model.lm_head.register_forward_pre_hook(lambda _, args: ((args[0] @ rotation.T) * gain,))

@@ -1,4 +1,4 @@
-"""The differentiable quantisers give the simulation's values, and the gradients of the same formulae."""
+"""The differentiable quantizers give the simulation's values, and the gradients of the same formulae."""
 
 from collections.abc import Callable
 

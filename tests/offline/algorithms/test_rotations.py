@@ -1,4 +1,4 @@
-"""Rotations are orthogonal for any size, and the learnt one narrows what it was learnt on."""
+"""Rotations are orthogonal for any size, and the learned one narrows what it was learned on."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_learnt_rotation_is_orthogonal_seeded_and_narrows_the_range() -> None:
     inputs = torch.randn(512, 96, generator=generator) @ mixing
     start = random_hadamard(96, generator)
     args = Psot(steps=40, batch_tokens=128, learning_rate=0.02)
-    learnt = [learn_rotation(inputs, start, 1, args, torch.Generator().manual_seed(1), silent) for _ in range(2)]
-    assert torch.equal(learnt[0], learnt[1])
-    assert distance_from_orthogonal(learnt[0]) < 1e-10
-    assert squared_range(inputs @ learnt[0].float()) < 0.95 * squared_range(inputs @ start.float())
+    learned = [learn_rotation(inputs, start, 1, args, torch.Generator().manual_seed(1), silent) for _ in range(2)]
+    assert torch.equal(learned[0], learned[1])
+    assert distance_from_orthogonal(learned[0]) < 1e-10
+    assert squared_range(inputs @ learned[0].float()) < 0.95 * squared_range(inputs @ start.float())

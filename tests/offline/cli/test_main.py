@@ -189,7 +189,7 @@ def test_unknown_preset_is_refused_with_the_known_ones(source: Path, tmp_path: P
     refused("quarot", "quantize", source, tmp_path / "out", "--preset", "fastest")
 
 
-def test_unquantised_model_is_no_checkpoint(source: Path) -> None:
+def test_unquantized_model_is_no_checkpoint(source: Path) -> None:
     refused("no quantization_config; run `infoquant quantize`", "inspect", source)
 
 

@@ -26,7 +26,7 @@ class Hub:
 
     def upload_folder(self, **options: Any) -> SimpleNamespace:
         self.calls.append(("upload", options))
-        return SimpleNamespace(commit_url="https://hub/organisation/model/commit/1")
+        return SimpleNamespace(commit_url="https://hub/organization/model/commit/1")
 
 
 @pytest.fixture
@@ -42,12 +42,12 @@ def test_every_file_but_hidden_ones_goes_to_a_repository_that_need_not_exist(che
     visible = {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file()}
     (checkpoint / ".notes").write_text("mine")
     hub = Hub()
-    sent = push(checkpoint, "organisation/model", private=True, api=hub)  # type: ignore[arg-type]
+    sent = push(checkpoint, "organization/model", private=True, api=hub)  # type: ignore[arg-type]
     (repository, made), (_, uploaded) = hub.calls
-    assert (repository, made["exist_ok"], made["private"]) == ("organisation/model", True, True)
+    assert (repository, made["exist_ok"], made["private"]) == ("organization/model", True, True)
     assert set(uploaded["allow_patterns"]) == visible
     assert uploaded["folder_path"] == checkpoint
-    assert (sent.files, sent.url) == (len(visible), "https://hub/organisation/model/commit/1")
+    assert (sent.files, sent.url) == (len(visible), "https://hub/organization/model/commit/1")
 
 
 def test_nothing_is_sent_of_a_checkpoint_that_fails_its_checks(checkpoint: Path) -> None:
@@ -55,14 +55,14 @@ def test_nothing_is_sent_of_a_checkpoint_that_fails_its_checks(checkpoint: Path)
     shard.write_bytes(shard.read_bytes()[:-1])
     hub = Hub()
     with pytest.raises(ToolError, match=f"not sent, its check 'headers' failed: .*{shard.name}"):
-        push(checkpoint, "organisation/model", api=hub)  # type: ignore[arg-type]
+        push(checkpoint, "organization/model", api=hub)  # type: ignore[arg-type]
     assert hub.calls == []
 
 
 def test_wrong_name_and_a_hub_that_refuses_are_told(checkpoint: Path) -> None:
-    with pytest.raises(ToolError, match="a repository like organisation/model was expected"):
+    with pytest.raises(ToolError, match="a repository like organization/model was expected"):
         push(checkpoint, "model", api=Hub())  # type: ignore[arg-type]
     with pytest.raises(ToolError, match=r"the hub did not take .* \(401 Unauthorized\)"):
-        push(checkpoint, "organisation/model", api=Hub(OSError("401 Unauthorized\nmore")))  # type: ignore[arg-type]
+        push(checkpoint, "organization/model", api=Hub(OSError("401 Unauthorized\nmore")))  # type: ignore[arg-type]
     with pytest.raises(ToolError, match=r"the hub did not take .* \(TimeoutError\)"):
-        push(checkpoint, "organisation/model", api=Hub(TimeoutError()))  # type: ignore[arg-type]
+        push(checkpoint, "organization/model", api=Hub(TimeoutError()))  # type: ignore[arg-type]

@@ -135,7 +135,7 @@ def plain(source: Path) -> Path:
         "transform": "none",
         "rounding": "rtn",
         "sites": dict.fromkeys(("qkv", "o", "gate_up", "down"), site),
-        "kv_cache": {"key_bits": 8, "value_bits": 8, "key_clip": 1.0, "value_clip": 1.0},
+        "kv_cache": {"key_bits": 8, "value_bits": 8, "key_clip_ratio": 1.0, "value_clip_ratio": 1.0},
     }
     return _quantized(source, "eight", Recipe.model_validate(fields))
 
@@ -166,7 +166,7 @@ def tokens() -> list[torch.Tensor]:
     return list(torch.randint(3, VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3)))
 
 
-def test_what_is_measured_is_what_the_simulation_quantises(rotated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_is_what_the_simulation_quantizes(rotated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[tuple[str, str], list[torch.Tensor]] = {}
 
     def record(module: ModuleType, name: str) -> None:

@@ -14,7 +14,7 @@ from infoquant_vllm.format import (
     KVCacheArgs,
     LinearScheme,
     WeightArgs,
-    cell_bytes,
+    kv_bytes_per_token_head,
     linear_tensors,
 )
 from infoquant_vllm.kernels.reference.kv_cache import kv_attention, kv_read, kv_store
@@ -59,7 +59,7 @@ def random_tensors(scheme: LinearScheme, generator: torch.Generator) -> dict[str
         if spec.dtype == "U8":
             high = 2**scheme.weights.num_bits if name == "weight_zero_point" else 256
             tensors[name] = torch.randint(0, high, spec.shape, generator=generator, dtype=torch.uint8)
-        elif name == "input_clip":
+        elif name == "input_clip_ratio":
             tensors[name] = 0.7 + 0.3 * torch.rand(spec.shape, generator=generator)
         elif name == "weight_scale":
             tensors[name] = 0.1 + torch.rand(spec.shape, generator=generator)
@@ -84,8 +84,8 @@ def test_linear_equals_the_reference_bit_by_bit_where_nothing_is_rotated(weights
     tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator)
     bias = torch.randn(N, generator=generator)
     args = scheme.input_activations
-    codes, scale, zero = rotate_quantize(x, [], 0, tensors["input_clip"], args.num_bits, args.symmetric)
-    found = quantize_input(x, args, tensors["input_clip"])
+    codes, scale, zero = rotate_quantize(x, [], 0, tensors["input_clip_ratio"], args.num_bits, args.symmetric)
+    found = quantize_input(x, args, tensors["input_clip_ratio"])
     per_feature = zero.repeat_interleave(K // zero.shape[1], 1)
     assert torch.equal(found[0], (codes.int() - per_feature).float())
     assert torch.equal(found[1], scale)
@@ -104,9 +104,9 @@ def test_codes_equal_the_references_after_every_transform(transform: str, activa
     tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator)
     args = scheme.input_activations
     codes, _, zero = rotate_quantize(
-        x, *matrices(scheme.input_transform, tensors), tensors["input_clip"], args.num_bits, args.symmetric
+        x, *matrices(scheme.input_transform, tensors), tensors["input_clip_ratio"], args.num_bits, args.symmetric
     )
-    found, _ = quantize_input(transform_input(x, scheme.input_transform, tensors), args, tensors["input_clip"])
+    found, _ = quantize_input(transform_input(x, scheme.input_transform, tensors), args, tensors["input_clip_ratio"])
     assert torch.equal(found, (codes.int() - zero.repeat_interleave(K // zero.shape[1], 1)).float())
 
 
@@ -141,7 +141,7 @@ def test_what_is_read_back_is_what_the_reference_reads(num_bits: tuple[int, int]
     generator = torch.Generator().manual_seed(3)
     key, value = torch.randn(2, TOKENS, 2, 64, generator=generator)
     clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
-    cells = torch.zeros(1, 2, 32, cell_bytes(64, num_bits), dtype=torch.uint8)
+    cells = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
     kv_store(key, value, cells, torch.arange(TOKENS), *clips, None, False, num_bits)
     keys, values, params = kv_read(cells, torch.tensor([0]), 64, num_bits)
     for x, bits, clip, codes, scale, zero in (
@@ -161,12 +161,12 @@ def test_attention_equals_the_reference_bit_by_bit(num_bits: tuple[int, int], ro
     clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
     offset = torch.randn(2, 64, generator=generator)
     args = KVCacheArgs(
-        key_bits=num_bits[0], value_bits=num_bits[1], key_transform="hadamard" if rotate else "none", key_offset=True
+        key_bits=num_bits[0], value_bits=num_bits[1], key_transform="hadamard" if rotate else "none", key_mean=True
     )
-    tensors = {"key_clip": clips[0], "value_clip": clips[1], "key_offset": offset}
+    tensors = {"key_clip_ratio": clips[0], "value_clip_ratio": clips[1], "key_mean": offset}
     found = SimulatedCache(args, tensors).attend(query, key, value, 0.125)
     for i in range(2):
-        cells = torch.zeros(1, 2, 32, cell_bytes(64, num_bits), dtype=torch.uint8)
+        cells = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
         rows = key[i].transpose(0, 1), value[i].transpose(0, 1)
         kv_store(*rows, cells, torch.arange(TOKENS), *clips, offset, rotate, num_bits)
         expected = _attention(query[i].transpose(0, 1), cells, rotate, num_bits)
@@ -201,7 +201,7 @@ def test_a_models_attention_is_the_references(tmp_path: Path) -> None:
     query, key = apply_rotary_pos_emb(query, key, cos[0], sin[0])
     cells = torch.zeros(1, 2, 32, 72, dtype=torch.uint8)
     cache, value = attention.attn, rows["v_proj"].view(TOKENS, 2, 64)
-    kv_store(key, value, cells, torch.arange(TOKENS), cache.key_clip, cache.value_clip, None, True, (4, 4))
+    kv_store(key, value, cells, torch.arange(TOKENS), cache.key_clip_ratio, cache.value_clip_ratio, None, True, (4, 4))
     expected = _attention(query, cells, True, (4, 4))
     found = recorded[0][0].view(TOKENS, 4, 64)
     assert (found - expected).norm() / expected.norm() < 2e-3
@@ -220,7 +220,7 @@ def test_eight_bit_checkpoint_computes_nearly_what_its_source_computes(
             "transform": transform,
             "rounding": "rtn",
             "sites": dict.fromkeys(("qkv", "o", "gate_up", "down"), site),
-            "kv_cache": {"key_bits": 8, "value_bits": 8, "key_clip": 1.0, "value_clip": 1.0},
+            "kv_cache": {"key_bits": 8, "value_bits": 8, "key_clip_ratio": 1.0, "value_clip_ratio": 1.0},
         }
     )
     offline.quantize(source, tmp_path / "out", recipe=recipe, progress=lambda *_: None)

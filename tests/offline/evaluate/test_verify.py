@@ -1,4 +1,4 @@
-"""`verify` passes what `quantize` writes and finds what has been spoilt since, by check, layer and number."""
+"""`verify` passes what `quantize` writes and finds what has been corrupted since, by check, layer and number."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ import offline
 from infoquant_vllm.format import Checkpoint
 from offline.evaluate.compare_to_source import Comparison
 from offline.evaluate.inspect import inspect_checkpoint
+from offline.evaluate.verify import Verification, verify
 from offline.recipe import CalibrationSize
-from offline.verify import Verification, verify
 from tests.common.tiny import write_source
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -29,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path) -> Path:
-    folder = source.with_name("quantised")
+    folder = source.with_name("quantized")
     recipe = offline.Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn")
     offline.quantize(source, folder, recipe=recipe, progress=lambda *_: None)
     return folder
@@ -58,13 +58,13 @@ def test_whole_checkpoint_passes_every_check(whole: Path, source: Path) -> None:
     found = verify(whole, against=source)
     assert found.passed
     assert [check.name for check in found.checks] == [
-        "headers", "values", "codes", "rotations", "shared inputs", "same model", "hidden states", "behaviour",
+        "headers", "values", "codes", "rotations", "shared inputs", "same model", "hidden states", "behavior",
     ]  # fmt: skip
     assert list(found.layer_errors) == ["model.layers.0", "model.layers.1"]
     assert all(0 < error < 0.5 for error in found.layer_errors.values())
 
 
-def test_untied_model_is_recognised_in_its_rotated_basis(tmp_path: Path) -> None:
+def test_untied_model_is_recognized_in_its_rotated_basis(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", tie_word_embeddings=False, hidden_size=128, head_dim=32)
     recipe = offline.Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn")
     offline.quantize(source, tmp_path / "out", recipe=recipe, progress=lambda *_: None)
@@ -110,7 +110,7 @@ def test_dropped_head_fails_whatever_rule_the_tool_reads_by(
 def test_head_of_another_model_fails(tmp_path: Path, bits: int | None) -> None:
     sources = [write_source(tmp_path / f"{seed}", seed=seed, tie_word_embeddings=False) for seed in (0, 1)]
     tensors, other = (load_file(source / "model.safetensors") for source in sources)
-    recipe = offline.Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn", vocabulary_bits=bits)
+    recipe = offline.Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn", lm_head_bits=bits)
     offline.quantize(sources[0], tmp_path / "out", recipe=recipe, progress=lambda *_: None)
     assert verify(tmp_path / "out", against=sources[0]).passed
     tensors["lm_head.weight"] = other["lm_head.weight"]
@@ -199,18 +199,18 @@ def test_what_the_source_had_is_no_fault(
 
 
 def test_rotation_that_is_none_fails_with_its_error(folder: Path) -> None:
-    spoil(folder, "model.embed_tokens.residual_rotation", lambda t: t * 1.01)
+    spoil(folder, "model.embed_tokens.r1", lambda t: t * 1.01)
     check, detail = failure(verify(folder))
     assert check == "rotations"
-    assert "residual_rotation: |Q^T Q - I| is 0.02" in detail
+    assert "r1: |Q^T Q - I| is 0.02" in detail
 
 
 @pytest.mark.parametrize("linear", ["self_attn.v_proj", "mlp.up_proj"])
 def test_clips_that_differ_for_one_input_fail(folder: Path, linear: str) -> None:
-    spoil(folder, f"{LAYER}.{linear}.input_clip", lambda t: t - 0.1)
+    spoil(folder, f"{LAYER}.{linear}.input_clip_ratio", lambda t: t - 0.1)
     check, detail = failure(verify(folder))
     assert check == "shared inputs"
-    assert f"{LAYER}.{linear}.input_clip: differs from" in detail
+    assert f"{LAYER}.{linear}.input_clip_ratio: differs from" in detail
 
 
 def test_schemes_that_differ_for_one_input_fail(folder: Path) -> None:
@@ -224,7 +224,7 @@ def test_schemes_that_differ_for_one_input_fail(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     check, detail = failure(verify(folder))
     assert check == "shared inputs"
-    assert "model.layers.0.self_attn.k_proj: its input is quantised otherwise" in detail
+    assert "model.layers.0.self_attn.k_proj: its input is quantized otherwise" in detail
 
 
 def test_another_model_fails(whole: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_spoilt_layer_shows_in_its_error(folder: Path, source: Path, whole: Path
         layer_errors: dict[str, float] = {}
         comparison = Comparison(Checkpoint(checkpoint), source)
         comparison.same_ends()
-        comparison.behaviour(layer_errors)
+        comparison.behavior(layer_errors)
         errors.append(layer_errors)
     assert errors[1]["model.layers.0"] == errors[0]["model.layers.0"]
     assert errors[1][LAYER] > 1.5 * errors[0][LAYER]

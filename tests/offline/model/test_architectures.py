@@ -1,4 +1,4 @@
-"""Every class in the table is quantised into a checkpoint that still behaves like its source."""
+"""Every class in the table is quantized into a checkpoint that still behaves like its source."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_layers_one_by_one_compute_what_the_model_does(tmp_path: Path, size: str
 
 @pytest.mark.parametrize("preset", LARGEST_KL)
 @pytest.mark.parametrize("size", FAMILIES)
-def test_quantised_model_behaves_like_its_source(tmp_path: Path, size: str, preset: str) -> None:
+def test_quantized_model_behaves_like_its_source(tmp_path: Path, size: str, preset: str) -> None:
     source, text = write_source(tmp_path / "source", **SIZES[size]), tmp_path / "text.txt"
     text.write_text(TEXT)
     recipe = PRESETS[preset].model_copy(update=SMALL)

@@ -73,9 +73,9 @@ def test_unknown_architecture_is_refused_with_the_known_ones(folder: Path) -> No
     refused(folder, r"config\.json: architectures is \['MambaForCausalLM'\]; this release knows LlamaForCausalLM")
 
 
-def test_quantised_model_is_refused_with_its_method(folder: Path) -> None:
+def test_quantized_model_is_refused_with_its_method(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq"})
-    refused(folder, "already quantised \\(quant_method 'gptq'\\)")
+    refused(folder, "already quantized \\(quant_method 'gptq'\\)")
 
 
 def test_missing_shard_is_named(sharded: Path) -> None:

@@ -142,7 +142,7 @@ def test_what_changed_is_named_and_nothing_is_lost(tmp_path: Path, source: Path)
     config, text = source / "config.json", tmp_path / "text.txt"
     for changes, named in (
         ({"seed": 1}, "seed was 0, is 1"),
-        ({"recipe": small("fast").model_copy(update={"balance": False})}, "recipe: balance was True, is False"),
+        ({"recipe": small("fast").model_copy(update={"equalize": False})}, "recipe: equalize was True, is False"),
         ({"calibration": "other.txt"}, "calibration: content was"),
     ):
         with pytest.raises(ToolError, match=f"out.resume: was begun otherwise .*{named}"):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infoquant_vllm.format import (
+    FORMAT_VERSION,
     MODULES_FILE,
     PROJECTION_FOLDER,
     PROJECTION_TENSOR,
@@ -20,9 +21,9 @@ from infoquant_vllm.format import (
     read_projection,
 )
 from offline import PRESETS, Recipe, ToolError, quantize
+from offline.evaluate.verify import verify
 from offline.model.source import Source
 from offline.progress import silent
-from offline.verify import verify
 from tests.common.tiny import SIZES, write_source
 
 ROTATED = Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn")
@@ -54,7 +55,7 @@ def test_the_projection_maps_rotated_embeddings_to_the_sources_times_the_gain(
     assert weight.dtype == dtype
     embeddings = checkpoint.tensor("model.embed_tokens.weight").double()
     if size == "tied":
-        embeddings = embeddings @ checkpoint.tensor("model.embed_tokens.residual_rotation").double()
+        embeddings = embeddings @ checkpoint.tensor("model.embed_tokens.r1").double()
     expected = source.tensor("model.embed_tokens.weight").double() * source.tensor("model.norm.weight").double()
     error = (embeddings @ weight.double().T - expected).norm() / expected.norm()
     assert error <= (1e-6 if dtype == torch.float32 else 5e-3)
@@ -143,6 +144,6 @@ def test_hostile_files_are_refused_by_name(tmp_path: Path, name: str, content: s
 
 
 def test_a_config_that_contradicts_itself_is_refused() -> None:
-    fields: dict[str, Any] = {"quant_method": "infoquant", "format_version": 1, "config_groups": {}}
-    with pytest.raises(ValueError, match="tied_residual_rotation is true but rotated_hidden_states is false"):
-        QuantizationConfigData(**fields, tied_residual_rotation=True, rotated_hidden_states=False)
+    fields: dict[str, Any] = {"quant_method": "infoquant", "format_version": FORMAT_VERSION, "config_groups": {}}
+    with pytest.raises(ValueError, match="online_r1 is true but rotated_hidden_states is false"):
+        QuantizationConfigData(**fields, online_r1=True, rotated_hidden_states=False)

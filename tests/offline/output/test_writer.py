@@ -111,7 +111,7 @@ def test_overwrite_spares_folders_that_are_no_checkpoints(tmp_path: Path, source
     assert (output / "thesis.txt").read_text() == "years of work"
 
 
-def test_failure_while_quantising_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
+def test_failure_while_quantizing_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
     def fail(stage: str, done: int, total: int, detail: str = "") -> None:
         raise KeyboardInterrupt
 

@@ -99,7 +99,7 @@ def test_a_student_in_eight_bits_predicts_as_its_source(tmp_path: Path, size: st
         }
     )
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
-    chosen = recipe(sites=sites, kv_cache=KVCache(key_bits=8, value_bits=8, value_clip=1.0))
+    chosen = recipe(sites=sites, kv_cache=KVCache(key_bits=8, value_bits=8, value_clip_ratio=1.0))
     generator = torch.Generator().manual_seed(0)
     transforms = Transforms(
         random_hadamard(source.shape.hidden_size, generator), random_head_rotations(source.shape, generator)

@@ -1,4 +1,4 @@
-"""Keys quantised less what all of a head's have in common: the same attention, smaller ranges."""
+"""Keys quantized less what all of a head's have in common: the same attention, smaller ranges."""
 
 from pathlib import Path
 
@@ -30,9 +30,9 @@ def recipe(positions: int | None, num_bits: int = 8) -> Recipe:
         name="test",
         transform="psot-shared",
         rounding="gptq",
-        balance=True,
+        equalize=True,
         sites=Sites(qkv=site, o=site, gate_up=site, down=site),
-        kv_cache=KVCache(key_bits=num_bits, value_bits=num_bits, value_clip=1.0, key_offset_positions=positions),
+        kv_cache=KVCache(key_bits=num_bits, value_bits=num_bits, value_clip_ratio=1.0, key_mean_positions=positions),
         calibration=CalibrationSize(sequences=4, sequence_length=64),
         psot=Psot(steps=3),
     )
@@ -57,8 +57,8 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("size", ["tied", "untied-biases", *FAMILIES])
 def test_checkpoint_of_centred_keys_in_eight_bits_predicts_as_its_source(tmp_path: Path, text: Path, size: str) -> None:
     source = write_source(tmp_path / "source", **SIZES[size])
-    plain, centred = (divergence(source, tmp_path / str(n), recipe(n), text) for n in (None, 128))
-    assert centred < 1.5 * plain < 0.005
+    plain, centered = (divergence(source, tmp_path / str(n), recipe(n), text) for n in (None, 128))
+    assert centered < 1.5 * plain < 0.005
 
 
 @pytest.mark.parametrize("size", ["tied", "llama3-rope", "qwen3"])
@@ -102,5 +102,5 @@ def test_centred_key_leaves_the_cache_less_noise(tmp_path: Path, text: Path) -> 
             half = len(tensors[name]) // 2
             tensors[name] = torch.where(torch.arange(2 * half) % 64 % 32 > 24, 8.0, 0.0)
     save_file(tensors, file, metadata={"format": "pt"})
-    plain, centred = (divergence(source, tmp_path / str(n), recipe(n, 4), text) for n in (None, 128))
-    assert centred < 0.5 * plain
+    plain, centered = (divergence(source, tmp_path / str(n), recipe(n, 4), text) for n in (None, 128))
+    assert centered < 0.5 * plain

@@ -1,4 +1,4 @@
-"""The layer whose clips are learnt is the simulated one, and learning lowers its error."""
+"""The layer whose clips are learned is the simulated one, and learning lowers its error."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ SITES = {
 
 
 def checkpoint_of(tmp_path: Path, sites: str) -> tuple[Source, Recipe, dict[str, torch.Tensor]]:
-    """A model quantised with clips as they are before learning, the recipe, and its first layer's tensors."""
+    """A model quantized with clips as they are before learning, the recipe, and its first layer's tensors."""
     (tmp_path / "text.txt").write_text(TEXT)
     update = {
         "calibration": CalibrationSize(sequences=4, sequence_length=64),
@@ -84,7 +84,9 @@ def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -
 
     start, clips = error(), quantized.clips()
     assert {name: clip.shape for name, clip in clips.items()} == {
-        name: tensor.shape for name, tensor in tensors.items() if name.endswith(("input_clip", "value_clip"))
+        name: tensor.shape
+        for name, tensor in tensors.items()
+        if name.endswith(("input_clip_ratio", "value_clip_ratio"))
     }
     train_clips(quantized, rotary, before, stream.hidden, LearnedClips(epochs=10, learning_rate=0.3))
     assert error() < 0.7 * start
@@ -92,7 +94,7 @@ def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -
         assert (clip > 0.5).all(), name
         assert (clip <= 1).all(), name
         assert (clip != clips[name]).all(), name
-    assert quantized.clips()["mlp.gate_proj.input_clip"].min() > 0.7
+    assert quantized.clips()["mlp.gate_proj.input_clip_ratio"].min() > 0.7
 
 
 def test_rate_warms_up_and_ends_at_a_thousandth() -> None:

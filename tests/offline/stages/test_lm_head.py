@@ -20,7 +20,7 @@ from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows
 from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
 from offline.evaluate.inspect import inspect_checkpoint
 from offline.evaluate.simulate import load_simulated
-from offline.verify import verify
+from offline.evaluate.verify import verify
 from tests.common.checkpoints import write_random
 from tests.common.tiny import VOCAB_SIZE, write_source
 
@@ -36,7 +36,7 @@ MODELS: list[Any] = [
 
 def quantize(source: Path, output: Path, transform: str, bits: int | None, **options: Any) -> offline.Report:
     site = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 16}}
-    fields = {"name": "test", "transform": transform, "rounding": "rtn", "vocabulary_bits": bits, "kv_cache": None}
+    fields = {"name": "test", "transform": transform, "rounding": "rtn", "lm_head_bits": bits, "kv_cache": None}
     recipe = offline.Recipe.model_validate(fields | {"sites": dict.fromkeys(("qkv", "o", "gate_up", "down"), site)})
     return offline.quantize(source, output, recipe=recipe, progress=lambda *_: None, **options)
 
@@ -53,7 +53,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, Pa
 
 def test_one_matrix_becomes_codes_and_the_rest_stays(pair: tuple[Path, Path, Path]) -> None:
     plain, eight = (load_file(folder / SHARD) for folder in pair[1:])
-    module = Checkpoint(pair[2]).shape.vocabulary_module
+    module = Checkpoint(pair[2]).shape.lm_head_module
     codes, scale = eight.pop(f"{module}.weight_packed"), eight.pop(f"{module}.weight_scale")
     matrix = plain.pop(f"{module}.weight").float()
     assert plain.keys() == eight.keys()
@@ -78,7 +78,7 @@ def test_it_passes_verification_and_its_sizes_add_up(pair: tuple[Path, Path, Pat
     assert sizes[0].sizes["embeddings"].bytes - sizes[1].sizes["embeddings"].bytes == matrix - scales
     assert sizes[0].sizes["embeddings"].bf16_bytes == sizes[1].sizes["embeddings"].bf16_bytes
     assert sizes[0].bits_per_weight == sizes[1].bits_per_weight
-    assert [found.vocabulary_bits for found in sizes] == [None, 8]
+    assert [found.lm_head_bits for found in sizes] == [None, 8]
 
 
 def test_the_report_counts_the_bytes_that_are_written(tmp_path: Path) -> None:
@@ -114,15 +114,15 @@ def test_a_vocabulary_that_uses_few_levels_fails_verification(tmp_path: Path) ->
 def test_simulated_ends_equal_the_reference_bit_by_bit(
     tmp_path: Path, tied: bool, rotated: bool, dtype: torch.dtype
 ) -> None:
-    quantization = {"vocabulary_bits": 8, "ignore": [], "tied_residual_rotation": rotated}
+    quantization = {"lm_head_bits": 8, "ignore": [], "online_r1": rotated}
     checkpoint = Checkpoint(write_random(tmp_path / "checkpoint", quantization, tie_word_embeddings=tied))
-    model, module = load_simulated(checkpoint.folder, dtype), checkpoint.shape.vocabulary_module
+    model, module = load_simulated(checkpoint.folder, dtype), checkpoint.shape.lm_head_module
     packed, scale = (checkpoint.tensor(f"{module}.{name}") for name in ("weight_packed", "weight_scale"))
     ids = torch.tensor([[3, 500, 7]])
     hidden = torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows, restored = (unpack_codes(packed, 8, signed=True) * scale)[ids[0]].to(dtype), hidden[0]
     if rotated:
-        rotation = checkpoint.tensor("model.embed_tokens.residual_rotation")
+        rotation = checkpoint.tensor("model.embed_tokens.r1")
         rows = rotate_rows(rows, rotation, None)
         restored = rotate_rows(restored, rotation.T, checkpoint.tensor("model.embed_tokens.final_norm_weight"))
     expected = weight_only_linear(restored, [], 0, packed, scale, None, None)

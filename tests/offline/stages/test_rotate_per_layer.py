@@ -9,7 +9,7 @@ from offline.algorithms.rotations import Transforms
 from offline.model.source import Source
 from offline.output.work import Work
 from offline.recipe import PsotLayer
-from offline.stages.rotate_per_layer import centre, input_loss, learn_layer_rotations, peak_norm, rotate
+from offline.stages.rotate_per_layer import center, input_loss, learn_layer_rotations, peak_norm, rotate
 from tests.common.tiny import VOCAB_SIZE, write_source
 
 CPU = torch.device("cpu")
@@ -67,4 +67,4 @@ def test_rotation_acts_on_each_block_and_centring_on_each_row() -> None:
     found = rotate(x, rotations)
     for block in range(3):
         torch.testing.assert_close(found[:, block], x[:, block] @ rotations[block])
-    torch.testing.assert_close(centre(found).mean(-1), torch.zeros(5, 3, 2))
+    torch.testing.assert_close(center(found).mean(-1), torch.zeros(5, 3, 2))

@@ -22,7 +22,7 @@ struct Input {
 };
 
 // codes [tokens, features], scale and zero [tokens, groups].
-struct Quantised {
+struct Quantized {
     uint8_t* codes;
     float* scale;
     int32_t* zero;
@@ -40,13 +40,13 @@ void rotate(const Input& input, float* y);
 
 // clip [groups, 2]
 void rotate_quantize(const Input& input, const float* clip, int64_t groups, int64_t num_bits, bool symmetric,
-                     const Quantised& to);
+                     const Quantized& to);
 
 // Two rows of bytes per token, of one group each.
-void rotate_quantize_wide(const Input& input, const Quantised& to);
+void rotate_quantize_wide(const Input& input, const Quantized& to);
 
 // To out [tokens, channels]; bias [channels] or null.
-void quantized_linear(const Quantised& x, int64_t tokens, int64_t features, int64_t input_groups, int64_t num_bits,
+void quantized_linear(const Quantized& x, int64_t tokens, int64_t features, int64_t input_groups, int64_t num_bits,
                       const Weight& weight, const float* bias, void* out, int64_t out_type);
 
 // The three above in one; clip null: an input of 16 bits. out is of the dtype of x.
@@ -85,11 +85,11 @@ struct Batch {
 void rotary_embedding(const int64_t* positions, int64_t tokens, const void* cos_sin, int64_t rotary_dim,
                       const Rows<const void*>& x, int64_t heads, int64_t head_size, void* out);
 
-// slots [tokens]; clips [kv_heads, 2]; key_offset [kv_heads, head_size] is subtracted from keys, null: nothing;
+// slots [tokens]; clips [kv_heads, 2]; key_mean [kv_heads, head_size] is subtracted from keys, null: nothing;
 // rotate: keys by a Hadamard of butterflies alone.
 void kv_store(const Rows<const void*>& key, const Rows<const void*>& value, const kv::Pages& pages,
-              const int64_t* slots, int64_t tokens, const float* key_clip, const float* value_clip,
-              const float* key_offset, int64_t kv_heads, bool rotate);
+              const int64_t* slots, int64_t tokens, const float* key_clip_ratio, const float* value_clip_ratio,
+              const float* key_mean, int64_t kv_heads, bool rotate);
 
 // rotate: queries by a Hadamard of butterflies alone; scale is that of the scores times log2(e); window 0 is none.
 void kv_attention(const Rows<const void*>& query, const Rows<void*>& out, const kv::Pages& pages, const Batch& batch,

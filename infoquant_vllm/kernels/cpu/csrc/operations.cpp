@@ -92,7 +92,7 @@ struct Outputs {
           scale(empty({rows, groups}, FLOAT32)),
           zero(empty({rows, groups}, functions().int32)) {}
 
-    Quantised places() const { return {codes.data<uint8_t>(), scale.data<float>(), zero.data<int32_t>()}; }
+    Quantized places() const { return {codes.data<uint8_t>(), scale.data<float>(), zero.data<int32_t>()}; }
 
     void release(Value* stack) {
         stack[0] = codes.release(), stack[1] = scale.release(), stack[2] = zero.release();
@@ -220,13 +220,13 @@ kv::Pages pages(const Tensor& cache, int64_t head_size, int64_t key_bits, int64_
 void run_kv_store(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
     const Tensor key = with_rows(in.tensor()), value = with_rows(in.tensor()), cache = in.tensor();
-    const Tensor slots = in.tensor().contiguous(), key_clip = in.tensor(), value_clip = in.tensor();
-    const Tensor key_offset = in.optional_tensor();
+    const Tensor slots = in.tensor().contiguous(), key_clip_ratio = in.tensor(), value_clip_ratio = in.tensor();
+    const Tensor key_mean = in.optional_tensor();
     const bool hadamard = in.boolean();
     const int64_t key_bits = in.integer(), value_bits = in.integer();
     kv_store({key.data(), key.dtype(), key.strides()[0]}, {value.data(), value.dtype(), value.strides()[0]},
              pages(cache, key.sizes()[2], key_bits, value_bits), slots.data<int64_t>(), slots.sizes()[0],
-             key_clip.data<float>(), value_clip.data<float>(), key_offset.data<float>(), key.sizes()[1], hadamard);
+             key_clip_ratio.data<float>(), value_clip_ratio.data<float>(), key_mean.data<float>(), key.sizes()[1], hadamard);
 }
 
 void run_kv_attention(Value* stack, uint64_t, uint64_t) {
@@ -293,8 +293,8 @@ constexpr Entry OPERATIONS[] = {
      "rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin, int head_size) -> (Tensor, Tensor)",
      run_rotary_embedding},
     {"kv_store",
-     "kv_store(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, Tensor key_clip, Tensor value_clip, "
-     "Tensor? key_offset, bool hadamard, int key_bits, int value_bits) -> ()",
+     "kv_store(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, Tensor key_clip_ratio, Tensor value_clip_ratio, "
+     "Tensor? key_mean, bool hadamard, int key_bits, int value_bits) -> ()",
      run_kv_store},
     {"kv_attention",
      "kv_attention(Tensor query, Tensor cache, Tensor query_starts, Tensor seq_lens, Tensor block_table, "

@@ -1,4 +1,4 @@
-// Attention over the quantised KV cache, codes straight from its pages; semantics: kernels/reference/kv_cache.py.
+// Attention over the quantized KV cache, codes straight from its pages; semantics: kernels/reference/kv_cache.py.
 //
 // Both products are sums of whole numbers, so their order is free: a row of queries comes out the same whatever the
 // batch, the chunk of a prompt, the split of the context and the number of threads are. Floats are only summed over

@@ -1,4 +1,4 @@
-// Keys and values into the quantised KV cache; semantics: kernels/reference/kv_cache.py.
+// Keys and values into the quantized KV cache; semantics: kernels/reference/kv_cache.py.
 #include <algorithm>
 
 #include "quantize/hadamard.h"
@@ -20,7 +20,7 @@ uint16_t half(float x) { return to_halves(all(x))[0]; }
 float from_half(uint16_t x) { return from_halves(x - Halves{})[0]; }
 
 // Codes of a row [size] float32, zero up to a whole number of vectors, with the clip's factors on minimum and maximum.
-Cell quantise(const float* row, int64_t size, const float* clip, int64_t num_bits) {
+Cell quantize(const float* row, int64_t size, const float* clip, int64_t num_bits) {
     const float largest_code = (float)((1 << num_bits) - 1);
     Floats low = all(0.0f), high = all(0.0f);  // the range holds zero, so a padding of zeros changes nothing
     for (int64_t i = 0; i < size; i += LANES) {
@@ -65,8 +65,8 @@ void write_value(uint8_t* tile, int64_t token, const Cell& cell, kv::Layout layo
 }  // namespace
 
 void infoquant::kv_store(const Rows<const void*>& key, const Rows<const void*>& value, const kv::Pages& pages,
-                         const int64_t* slots, int64_t tokens, const float* key_clip, const float* value_clip,
-                         const float* key_offset, int64_t kv_heads, bool rotate) {
+                         const int64_t* slots, int64_t tokens, const float* key_clip_ratio, const float* value_clip_ratio,
+                         const float* key_mean, int64_t kv_heads, bool rotate) {
     const kv::Layout& layout = pages.layout;
     const int64_t head_size = layout.head_size;
 #pragma omp parallel for schedule(static) if (tokens * kv_heads >= 64)
@@ -80,17 +80,17 @@ void infoquant::kv_store(const Rows<const void*>& key, const Rows<const void*>& 
 
         const int64_t place = token * key.stride + head * head_size;
         load_row(row, (const char*)key.data + place * element_bytes(key.dtype), head_size, key.dtype);
-        if (key_offset != nullptr) {
-            for (int64_t i = 0; i < head_size; ++i) row[i] -= key_offset[head * head_size + i];
+        if (key_mean != nullptr) {
+            for (int64_t i = 0; i < head_size; ++i) row[i] -= key_mean[head * head_size + i];
         }
         if (rotate) infoquant::hadamard(row, head_size, nullptr, 1);
-        Cell cell = quantise(row, head_size, key_clip + 2 * head, layout.key_bits);
+        Cell cell = quantize(row, head_size, key_clip_ratio + 2 * head, layout.key_bits);
         write_key(tile, lane, cell, layout);
         parameters[0] = cell.scale, parameters[kv::TOKENS] = cell.zero;
 
         const int64_t value_place = token * value.stride + head * head_size;
         load_row(row, (const char*)value.data + value_place * element_bytes(value.dtype), head_size, value.dtype);
-        cell = quantise(row, head_size, value_clip + 2 * head, layout.value_bits);
+        cell = quantize(row, head_size, value_clip_ratio + 2 * head, layout.value_bits);
         write_value(tile, lane, cell, layout);
         parameters[2 * kv::TOKENS] = cell.scale, parameters[3 * kv::TOKENS] = cell.zero;
     }

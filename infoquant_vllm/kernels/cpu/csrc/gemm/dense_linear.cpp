@@ -1,4 +1,4 @@
-// A few float32 rows times an unquantised matrix of 16-bit floats, as fast as the matrix can be read; semantics:
+// A few float32 rows times an unquantized matrix of 16-bit floats, as fast as the matrix can be read; semantics:
 // kernels/reference/dense_linear.py, but for the order of sums, which is the same for any number of rows.
 #include <omp.h>
 

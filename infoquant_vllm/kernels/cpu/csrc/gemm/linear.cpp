@@ -34,7 +34,7 @@ void linear(const Input& input, const float* clip, int64_t groups, int64_t num_b
     const int64_t widest = wide ? std::max(features, channels) : features;
     const int64_t most = std::clamp<int64_t>(SCRATCH / widest, 1, std::max<int64_t>(input.tokens, 1));
     const int64_t rows = wide ? 2 * most : most, ranges = wide ? rows : rows * groups;
-    const Quantised made{codes.reserve(rows * features), scale.reserve(ranges), zero.reserve(ranges)};
+    const Quantized made{codes.reserve(rows * features), scale.reserve(ranges), zero.reserve(ranges)};
     float* const halves = wide ? products.reserve(rows * channels) : nullptr;
     Input part = input;
     for (int64_t first = 0; first < input.tokens; first += most) {

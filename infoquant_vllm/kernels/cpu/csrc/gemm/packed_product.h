@@ -1,4 +1,4 @@
-// What the two ways to multiply quantised inputs with packed weights share: words of inputs, zero points and scales.
+// What the two ways to multiply quantized inputs with packed weights share: words of inputs, zero points and scales.
 // quantized_linear.cpp says what is computed.
 #pragma once
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Exact product of quantised inputs and packed weights; semantics: kernels/reference/quantized_linear.py.
+// Exact product of quantized inputs and packed weights; semantics: kernels/reference/quantized_linear.py.
 //
 // Weights are read as unsigned codes w (signed ones come with 8 or 128 added), inputs as signed bytes x:
 // a 4-bit code less its zero point z, or an 8-bit code less 128, of which r = z - 128 is left. Within a group
@@ -235,7 +235,7 @@ void run(const Problem& p) {
 
 }  // namespace
 
-void infoquant::quantized_linear(const Quantised& x, int64_t tokens, int64_t features, int64_t input_groups,
+void infoquant::quantized_linear(const Quantized& x, int64_t tokens, int64_t features, int64_t input_groups,
                                  int64_t num_bits, const Weight& weight, const float* bias, void* out,
                                  int64_t out_type) {
     const int64_t offset = 1 << (weight.num_bits - 1);

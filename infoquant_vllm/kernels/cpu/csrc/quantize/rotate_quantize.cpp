@@ -1,4 +1,4 @@
-// Input transform and activation quantiser; semantics: kernels/reference/rotate_quantize.py, bit by bit.
+// Input transform and activation quantizer; semantics: kernels/reference/rotate_quantize.py, bit by bit.
 #include <omp.h>
 
 #include <algorithm>
@@ -103,7 +103,7 @@ Range range(const float* y, int64_t size) {
     return {smallest(low[0]), -smallest(-high[0])};
 }
 
-void quantise_group(const float* y, int64_t size, const float* clip, int64_t num_bits, bool symmetric, uint8_t* codes,
+void quantize_group(const float* y, int64_t size, const float* clip, int64_t num_bits, bool symmetric, uint8_t* codes,
                     float* scale, int32_t* zero) {
     const Range ends = range(y, size);
     const float low = ends.low * clip[0], high = ends.high * clip[1];
@@ -126,7 +126,7 @@ void quantise_group(const float* y, int64_t size, const float* clip, int64_t num
 }
 
 // 16-bit codes of a token: a row of high bytes, and behind it one of low bytes.
-void quantise_wide(const float* y, int64_t size, uint8_t* codes, float* scale, int32_t* zero) {
+void quantize_wide(const float* y, int64_t size, uint8_t* codes, float* scale, int32_t* zero) {
     typedef uint8_t Codes __attribute__((vector_size(LANES)));
     const Range ends = range(y, size);
     const float step = std::max(std::max(-ends.low, ends.high) / 32767, 1e-12f), inverse = 1 / step;
@@ -165,23 +165,23 @@ void for_tiles(const Input& t, Each each) {
 }  // namespace
 
 void infoquant::rotate_quantize(const Input& input, const float* clip, int64_t groups, int64_t num_bits,
-                                bool symmetric, const Quantised& to) {
+                                bool symmetric, const Quantized& to) {
     const int64_t size = input.features / groups;
     for_tiles(input, [=](int64_t first, int64_t count, const float* y) {
         for (int64_t i = 0; i < count * groups; ++i) {
             const int64_t place = first * groups + i;
-            quantise_group(y + i * size, size, clip + 2 * (i % groups), num_bits, symmetric, to.codes + place * size,
+            quantize_group(y + i * size, size, clip + 2 * (i % groups), num_bits, symmetric, to.codes + place * size,
                            to.scale + place, to.zero + place);
         }
     });
 }
 
-void infoquant::rotate_quantize_wide(const Input& input, const Quantised& to) {
+void infoquant::rotate_quantize_wide(const Input& input, const Quantized& to) {
     const int64_t features = input.features;
     for_tiles(input, [=](int64_t first, int64_t count, const float* y) {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t row = 2 * (first + i);
-            quantise_wide(y + i * features, features, to.codes + row * features, to.scale + row, to.zero + row);
+            quantize_wide(y + i * features, features, to.codes + row * features, to.scale + row, to.zero + row);
         }
     });
 }

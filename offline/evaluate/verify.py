@@ -22,7 +22,7 @@ SHARED_INPUTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
 )
-INPUT_TENSORS = ("input_clip", "input_blocks", "input_left", "input_right")
+INPUT_TENSORS = ("input_clip_ratio", "input_blocks", "input_left", "input_right")
 SMALLEST_FULL_SHARE = 0.99
 SCALE_OF_ZEROS = 1e-11
 """Above the scale of a row of zeros, which is 1e-12 times what distillation makes of it."""
@@ -100,7 +100,7 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
             comparison, source = Comparison(opened[0], against), Source.open(against)
             if checks.run("same model", comparison.same_ends):
                 checks.run("hidden states", lambda: check_projection(opened[0], source))
-                checks.run("behaviour", lambda: comparison.behaviour(layer_errors))
+                checks.run("behavior", lambda: comparison.behavior(layer_errors))
     report = _report(Path(folder))
     return Verification(
         checkpoint=str(folder),
@@ -143,7 +143,7 @@ def check_codes(checkpoint: Checkpoint) -> str:
     """
     fewest = 1.0
     modules = {module: checkpoint.config.scheme(module) for module in checkpoint.shape.linears()}
-    modules[checkpoint.shape.vocabulary_module] = checkpoint.config.vocabulary_scheme
+    modules[checkpoint.shape.lm_head_module] = checkpoint.config.lm_head_scheme
     for module, scheme in modules.items():
         if scheme is None:
             continue
@@ -151,7 +151,7 @@ def check_codes(checkpoint: Checkpoint) -> str:
         if full < SMALLEST_FULL_SHARE:
             raise CheckError(
                 f"{module}: the codes of {1 - full:.1%} of its rows or groups use less than half of the range that "
-                f"their scales give them, at most {1 - SMALLEST_FULL_SHARE:.0%} expected; quantise the model again"
+                f"their scales give them, at most {1 - SMALLEST_FULL_SHARE:.0%} expected; quantize the model again"
             )
         fewest = min(fewest, full)
     return f"codes use the ranges of their scales in at least {fewest:.1%} of the rows of every linear"
@@ -177,11 +177,11 @@ def check_rotations(checkpoint: Checkpoint) -> str:
     worst_rotation = worst_transform = 0.0
     for name in checkpoint.weight_map:
         kind = name.rpartition(".")[2]
-        if kind not in ("residual_rotation", "input_blocks", "input_left", "input_right"):
+        if kind not in ("r1", "input_blocks", "input_left", "input_right"):
             continue
         matrix = checkpoint.tensor(name).double()
         error = orthogonality_error(matrix)
-        if kind == "residual_rotation":
+        if kind == "r1":
             worst_rotation = error
             if error > LARGEST_ORTHOGONALITY_ERROR:
                 raise CheckError(f"{name}: |Q^T Q - I| is {error:.2g}, at most {LARGEST_ORTHOGONALITY_ERROR:g}")
@@ -207,7 +207,7 @@ def _compare_inputs(checkpoint: Checkpoint, first: str, other: str) -> int:
     schemes = checkpoint.config.scheme(first), checkpoint.config.scheme(other)
     inputs = [None if s is None else (s.input_activations, s.input_transform) for s in schemes]
     if inputs[0] != inputs[1]:
-        raise CheckError(f"{other}: its input is quantised otherwise than that of {first}, which is the same input")
+        raise CheckError(f"{other}: its input is quantized otherwise than that of {first}, which is the same input")
     copies = 0
     for kind in INPUT_TENSORS:
         if f"{first}.{kind}" in checkpoint.weight_map:
