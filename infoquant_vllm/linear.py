@@ -113,7 +113,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
 
     def _check_sizes(self, features: int, all_features: int) -> None:
         try:
-            check_tp_divisible(self.scheme, all_features, workers=all_features // features)
+            check_tp_divisible(self.scheme, all_features, tp_size=all_features // features)
         except FormatError as error:
             raise FormatError(f"{self.prefix}: {error}") from None
         activations = self.scheme.input_activations

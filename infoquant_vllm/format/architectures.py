@@ -1,4 +1,4 @@
-"""The model classes whose checkpoints the format describes, and where they differ from Llama's."""
+"""List the model classes that the format covers, and how each differs from Llama."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,15 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a class of transformers and vLLM makes of config.json; the defaults are what Llama needs least.
+    """Describe how transformers and vLLM read config.json for one model class.
 
-    model_type: what config.json calls the class's config
-    bias_fields: those of `attention_bias` and `mlp_bias` that add biases to all linears of their part
-    qkv_bias: q, k and v carry a bias whatever the config says, o none
-    qk_norm: RMSNorms over each head of queries and of keys before RoPE, `q_norm` and `k_norm` [head_dim]
-    windows: `sliding_window` is that of every layer
-    free_head_dim: `head_dim` may be another than hidden_size / num_attention_heads
-    defaults: what a field stands for where config.json does not name it
+    model_type: `model_type` of the class's config
+    bias_fields: the fields among `attention_bias` and `mlp_bias` that add biases to all linears of their block
+    qkv_bias: q, k and v always have a bias, o never has one
+    qk_norm: queries and keys pass through RMSNorms per head before RoPE, `q_norm` and `k_norm` [head_dim]
+    windows: `sliding_window` applies to every layer
+    free_head_dim: `head_dim` may differ from hidden_size / num_attention_heads
+    defaults: values of fields that config.json leaves out
     """
 
     model_type: str
@@ -44,7 +44,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "qwen3", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False}
     ),
 }
-"""By the name in config.json; `model_config` says which uses of their fields are served.
+"""Architectures by their name in config.json; `model_config` checks the values of their fields.
 
-A class that is added takes a line here and one in `offline/model/architectures.py`.
+A new class needs one entry here and one in `offline/model/architectures.py`.
 """

@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder: headers against config, values against sense."""
+"""Read a checkpoint folder: check headers against the config, and values for plausibility."""
 
 import json
 from collections.abc import Callable
@@ -14,16 +14,15 @@ from infoquant_vllm.format.tensors import ModelShape, TensorSpec, expected_tenso
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 * 2**20
-VALUES_AT_A_TIME = 2**22
-"""That are checked together, so that checking takes little memory beside the tensor."""
+VALUES_PER_CHUNK = 2**22  # values checked at once; bounds peak memory
 Rule = Callable[[torch.Tensor], torch.Tensor]
 NEVER_ZERO = ("r1", "final_norm_weight", "input_blocks", "input_left", "input_right")
 
 
 class Checkpoint:
-    """A checkpoint folder whose headers agree with its config: every tensor there, none besides.
+    """Open a checkpoint folder and check that it holds the tensors its config requires, and no others.
 
-    Opening reads config.json, the index and the headers of the shards, no tensor data.
+    Read config.json, the index and the headers of the shards, but no tensor data.
     """
 
     def __init__(self, folder: str | Path):
@@ -41,7 +40,7 @@ class Checkpoint:
         self._compare(headers)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Load one tensor; raises FormatError where its values cannot be right (see `check_values`)."""
+        """Load one tensor; raise FormatError if its values are invalid (see `check_values`)."""
         file = self.folder / self.weight_map[name]
         with safe_open(file, framework="pt") as shard:
             tensor = shard.get_tensor(name)
@@ -49,7 +48,7 @@ class Checkpoint:
         return tensor
 
     def check_norms(self) -> None:
-        """Load the norms' weights, which are few, and refuse what cannot be right; nothing else looks at them."""
+        """Load the weights of all norms and check their values; nothing else checks them."""
         for norm in self.shape.norms():
             self.tensor(f"{norm}.weight")
 
@@ -101,7 +100,7 @@ class Checkpoint:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises FormatError naming the file."""
+    """Read a JSON object from a file; raise FormatError naming the file."""
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise FormatError(f"{file}: {file.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
@@ -129,17 +128,17 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def check_values(tensor: torch.Tensor, name: str, source: str, largest_code: int | None = None) -> None:
-    """Refuse values no quantizer writes.
+    """Raise FormatError for values that no quantizer writes.
 
-    These are NaN and Inf anywhere, scales <= 0, clips outside (0, 1], nothing but zeros in norms, embeddings and
-    transforms, and zero points above `largest_code`.
+    Invalid are NaN and Inf anywhere, scales <= 0, clip ratios outside (0, 1], all-zero norms, embeddings and
+    transforms, and zero-points above `largest_code`.
     """
     if not tensor.is_floating_point() and largest_code is None:
         return
     wrong, expected = _rule(tensor, name, largest_code)
     first, count = None, 0
-    for start in range(0, tensor.numel(), VALUES_AT_A_TIME):
-        bad = wrong(tensor.flatten()[start : start + VALUES_AT_A_TIME])
+    for start in range(0, tensor.numel(), VALUES_PER_CHUNK):
+        bad = wrong(tensor.flatten()[start : start + VALUES_PER_CHUNK])
         if bad.any():
             first = start + int(bad.nonzero()[0]) if first is None else first
             count += int(bad.sum())
@@ -152,7 +151,7 @@ def check_values(tensor: torch.Tensor, name: str, source: str, largest_code: int
 
 
 def _rule(tensor: torch.Tensor, name: str, largest_code: int | None) -> tuple[Rule, str]:
-    """Which of some values are wrong, and what they should be."""
+    """Return a function that marks wrong values, and a description of the right ones."""
     kind = name.rsplit(".", 1)[-1]
     if kind == "weight_scale":
         return lambda x: ~torch.isfinite(x) | (x <= 0), "scales above 0"

@@ -1,14 +1,14 @@
-"""The one error of the format."""
+"""Define the error that every reader of the format raises."""
 
 from pydantic import ValidationError
 
 
 class FormatError(ValueError):
-    """A checkpoint or its config breaks the format; the message names what and where."""
+    """Report a checkpoint or config that breaks the format; the message names the file and the field."""
 
     @classmethod
     def from_validation(cls, source: str, error: ValidationError) -> "FormatError":
-        """One line that names every wrong field of `source`, the value found and what is expected."""
+        """Make one line that names each wrong field of `source`, the value found and the value expected."""
         problems = []
         for problem in error.errors():
             field = ".".join(map(str, problem["loc"]))

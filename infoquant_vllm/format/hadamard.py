@@ -1,4 +1,4 @@
-"""What the name "hadamard" stands for in a checkpoint, for any size: a matrix, and how it is applied."""
+"""Define the Hadamard transform of the format for any size: the matrix, and the order of its operations."""
 
 import math
 from functools import cache
@@ -7,13 +7,13 @@ import torch
 
 from infoquant_vllm.format.errors import FormatError
 
-MAX_DENSE_FACTOR = 2048  # an odd factor above this would cost more than the product it serves
-MAX_PALEY_ORDER = 256  # a dense factor costs its order in multiply-adds per feature
-CHUNK_ELEMENTS = 2**16  # of rows transformed at a time, few enough for the processor's cache
+MAX_DENSE_FACTOR = 2048  # a larger base matrix would cost more than the GEMM behind it
+MAX_PALEY_ORDER = 256  # a base matrix costs its order in multiply-adds per feature
+CHUNK_ELEMENTS = 2**16  # elements transformed at once, so that they stay in the CPU cache
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """The orthonormal matrix [size, size], float64, that the format calls Hadamard.
+    """Return the orthonormal Hadamard matrix of the format, [size, size] float64.
 
     It is the Kronecker product of `hadamard_dense(size)` and a Sylvester matrix, over sqrt(size).
     """
@@ -25,16 +25,16 @@ def hadamard(size: int) -> torch.Tensor:
 
 @cache
 def hadamard_dense(size: int) -> torch.Tensor:
-    """The factor of `hadamard(size)` that takes more than butterflies, [order, order] float64, not normalized.
+    """Return the base matrix of `hadamard(size)`, [order, order] float64, not normalized.
 
-    [[1]] where `size` is a power of two. Else Paley's Hadamard matrix (Paley, J. Math. Phys. 12,
-    1933) of the smallest fitting order up to MAX_PALEY_ORDER, entries +-1, its order a multiple of
-    4; or, where neither of his constructions with a prime gives one, the discrete Hartley matrix of
-    the odd part of `size`. The rest, size / order, is a power of two.
+    `size` is order x 2^k; butterflies apply the factor 2^k. The base is [[1]] if `size` is a power of two. Otherwise
+    it is Paley's Hadamard matrix (Paley, J. Math. Phys. 12, 1933) of the smallest order that divides `size`, up to
+    MAX_PALEY_ORDER, with entries +-1. If neither of Paley's constructions with a prime has such an order, it is the
+    discrete Hartley matrix of the odd part of `size`.
 
-    Raises FormatError where the odd part is above MAX_DENSE_FACTOR.
+    Raises FormatError if the odd part is above MAX_DENSE_FACTOR.
     """
-    with torch.device("cpu"):  # whatever device a model is being loaded on: it is kept for all of them
+    with torch.device("cpu"):  # the result is cached, so the default device of one model must not decide it
         return _dense(size)
 
 
@@ -54,26 +54,26 @@ def _dense(size: int) -> torch.Tensor:
 
 
 def apply_hadamard(x: torch.Tensor) -> torch.Tensor:
-    """x [..., size] @ hadamard(size), in the dtype of x. Every operation rounds, and their order is the format's.
+    """Return x [..., size] @ hadamard(size) in the dtype of x. The format fixes the order of the operations.
 
-    With x as [order, n], order that of the dense factor F and n a power of two:
+    Every operation rounds. With x viewed as [order, n], where F [order, order] is the base matrix and n = 2^k:
 
     1. butterflies over n: for h = 1, 2, 4, ..., n / 2, entries a and b that are h apart, in blocks
        of 2 h, become a + b and a - b;
-    2. where order > 1, y[j] = x[0] * F[0, j] + x[1] * F[1, j] + ..., from left to right;
-    3. all times 1 / sqrt(size).
+    2. if order > 1, y[j] = x[0] * F[0, j] + x[1] * F[1, j] + ..., from left to right;
+    3. multiply by 1 / sqrt(size).
     """
     rows = x.reshape(-1, x.shape[-1]).split(max(1, CHUNK_ELEMENTS // x.shape[-1]))
     return torch.cat([_transform_rows(chunk) for chunk in rows]).view(x.shape)
 
 
 def _transform_rows(x: torch.Tensor) -> torch.Tensor:
-    """`apply_hadamard` of x [rows, size]; the rows come last meanwhile, so that all of it is over contiguous runs."""
+    """Transform x [rows, size]. Rows are the last dimension inside, so that every operation reads contiguous memory."""
     size, factor = x.shape[1], hadamard_dense(x.shape[1]).to(x)
     y = x.view(len(x), len(factor), size // len(factor)).permute(1, 2, 0).contiguous()  # [order, n, rows]
     for _ in range((size // len(factor)).bit_length() - 1):
-        # Neighbours meet, sums go to the first half and differences to the second: what was twice as
-        # far apart are neighbors now, and after the last step everything is back in its place.
+        # Combine neighbors; sums go to the first half and differences to the second. Entries that were twice as far
+        # apart are neighbors in the next step, and the last step restores the original order.
         a, b = y[:, 0::2], y[:, 1::2]
         y = torch.cat((a + b, a - b), 1)
     if len(factor) > 1:
@@ -100,7 +100,7 @@ def _paley(order: int) -> torch.Tensor | None:
 
 
 def _jacobsthal(prime: int, sign: int) -> torch.Tensor:
-    """Quadratic characters of differences mod `prime`, bordered by ones: [prime + 1, prime + 1]."""
+    """Return the quadratic characters of differences mod `prime`, bordered by ones: [prime + 1, prime + 1]."""
     character = torch.full((prime,), -1.0, dtype=torch.float64)
     character[torch.arange(1, prime) ** 2 % prime] = 1.0
     character[0] = 0.0

@@ -1,4 +1,4 @@
-"""What transformers and vLLM make of each field of a model's config.json: alike, or the model is refused by name."""
+"""Check every field of config.json: transformers and vLLM must read it alike, or the model is refused by name."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,33 +8,30 @@ from infoquant_vllm.format.architectures import ARCHITECTURES, Architecture
 from infoquant_vllm.format.errors import FormatError
 
 Settings = Mapping[str, Any]
-"""config.json, with the class's defaults where it names none."""
+"""config.json, completed by the defaults of the class."""
 Check = Callable[[str, Settings, Architecture], str | None]
-"""Of a field, the settings and the class: the words for what is not computed alike, None where it is."""
+"""Takes a field, the settings and the class; returns a description of what differs, or None."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those that transformers and vLLM compute alike; they do not agree on dynamic."""
+"""RoPE types that transformers and vLLM compute alike; they differ on dynamic."""
 ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-"""What a type must name, by type; `original_max_position_embeddings` has a default."""
+"""Required parameters by RoPE type; `original_max_position_embeddings` has a default."""
 ROPE_OPTIONS = ("rope_theta", "original_max_position_embeddings", "beta_fast", "beta_slow")
-"""Numbers that may be left out, but not be null: vLLM takes null for a number."""
-ROPE_OF_VLLM = ("rope_dim", "mrope_section", "xdrope_section", "use_fope")
-"""Which vLLM alone reads."""
+"""Optional parameters. They must not be null: vLLM would use null as a number."""
+ROPE_OF_VLLM = ("rope_dim", "mrope_section", "xdrope_section", "use_fope")  # only vLLM reads them
 DTYPES = ("bfloat16", "float16", "float32")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""Fields of mixtures of experts, none of which is known."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # mixtures of experts are not supported
 
-REQUIRED = ("model_type",)
-"""Fields that have no default."""
+REQUIRED = ("model_type",)  # fields without a default
 
 
 def architecture_name(config: dict[str, Any], source: str) -> str:
-    """The class that config.json names; raises FormatError for one that is not known, or a use of it that is not."""
+    """Return the class that config.json names; raise FormatError if it, or a value of a field, is not supported."""
     found = config.get("architectures")
     if not isinstance(found, list) or len(found) != 1 or found[0] not in tuple(ARCHITECTURES):
         experts = next((f", a mixture of {config[key]!r:.20} experts" for key in EXPERTS if config.get(key)), "")
@@ -56,15 +53,15 @@ def _not_alike(config: dict[str, Any], architecture: Architecture) -> str | None
 
 
 def _unread(name: str, settings: Settings, architecture: Architecture) -> None:
-    """Accept a field that changes nothing of what either computes."""
+    """Accept a field that changes no result."""
 
 
 def _size(name: str, settings: Settings, architecture: Architecture) -> None:
-    """Accept a field that `ModelShape` checks, and that both read as it does."""
+    """Accept a field that `ModelShape` checks."""
 
 
 def _only(*values: Any) -> Check:
-    """Accept no other values than these; where it is left out, that is one of them."""
+    """Accept these values only; a missing field has one of them."""
 
     def check(name: str, settings: Settings, architecture: Architecture) -> str | None:
         found = settings[name]
@@ -79,7 +76,7 @@ def _json(value: Any) -> str:
 
 
 def _model_type(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    """Both take the config's class, and so the defaults, from `model_type`."""
+    """Require the class's own `model_type`: both choose the config class and its defaults by it."""
     found = settings.get(name)
     return None if found == architecture.model_type else f"{name} is {found!r:.80}, not '{architecture.model_type}'"
 
@@ -91,7 +88,7 @@ def _bias(name: str, settings: Settings, architecture: Architecture) -> str | No
 
 
 def _qkv_bias(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    """vLLM takes it in place of attention_bias, where the class has no rule of its own for these biases."""
+    """Refuse a value unlike attention_bias: vLLM prefers this field, unless the class has its own rule."""
     if architecture.qkv_bias or architecture.qk_norm or bool(settings[name]) == bool(settings.get("attention_bias")):
         return None
     return f"{name} is {settings[name]!r:.80}, attention_bias {settings.get('attention_bias')!r:.80}"
@@ -106,7 +103,7 @@ def _head_dim(name: str, settings: Settings, architecture: Architecture) -> str 
 
 
 def _kv_heads(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    """vLLM sizes the cache by other classes' names for num_key_value_heads where it finds them."""
+    """Refuse a value unlike num_key_value_heads: vLLM sizes the cache by this field if it exists."""
     found, used = settings[name], settings.get("num_key_value_heads") or settings.get("num_attention_heads")
     return None if found in (None, used) else f"{name} is {found!r:.80}, num_key_value_heads {used!r:.80}"
 
@@ -125,7 +122,7 @@ def _positions(name: str, settings: Settings, architecture: Architecture) -> str
 
 
 def _padding(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    """transformers makes no embedding whose padding row is not among its rows."""
+    """Refuse a padding token outside the vocabulary: transformers cannot build such an embedding."""
     found, rows = settings[name], settings.get("vocab_size")
     if found is None or not isinstance(rows, int) or (type(found) is int and -rows <= found < rows):
         return None
@@ -169,7 +166,7 @@ def _rope_numbers(name: str, rope: Settings, kind: str) -> str | None:
 
 
 def _window(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    """Both apply a window to every layer of Mistral, and vLLM alone to Llama's."""
+    """Accept windows on every layer of Mistral only; on Llama, vLLM applies them and transformers does not."""
     window, longest = settings[name], settings.get("max_position_embeddings")
     if "use_sliding_window" in architecture.defaults or window is None:
         return None
@@ -248,7 +245,7 @@ FIELDS: dict[str, Check] = {
     "dual_chunk_attention_config": _only(None),
     "llama_4_scaling": _only(None),
     "attn_implementation": _only("eager", "sdpa", None),
-    # what makes vLLM take the model for one of another kind
+    # fields by which vLLM detects other kinds of models
     "text_config": _only(None),
     "text_encoder": _only(None),
     "decoder": _only(None),
@@ -270,4 +267,4 @@ FIELDS: dict[str, Check] = {
     "problem_type": _unread,
     "transformers_version": _unread,
 }
-"""Every field that transformers' config classes or vLLM's model classes read; neither reads any other."""
+"""Checks by field: all fields that transformers' config classes or vLLM's model classes read."""

@@ -1,4 +1,4 @@
-"""4-bit and 8-bit codes to bytes and back."""
+"""Pack 4-bit and 8-bit codes into bytes, and unpack them."""
 
 import torch
 
@@ -6,9 +6,9 @@ from infoquant_vllm.format.errors import FormatError
 
 
 def pack_codes(codes: torch.Tensor, num_bits: int, signed: bool) -> torch.Tensor:
-    """Codes [..., K] to bytes [..., K * num_bits / 8] uint8; even k is the low nibble.
+    """Pack codes [..., K] into bytes [..., K * num_bits / 8] uint8; an even k is the low nibble.
 
-    Signed codes are stored in two's complement. Raises FormatError for a code that does not fit.
+    Signed codes are in two's complement. Raises FormatError for a code that does not fit.
     """
     offset = 2 ** (num_bits - 1) if signed else 0
     low, high = int(codes.min()), int(codes.max())
@@ -23,9 +23,9 @@ def pack_codes(codes: torch.Tensor, num_bits: int, signed: bool) -> torch.Tensor
 
 
 def unpack_codes(packed: torch.Tensor, num_bits: int, signed: bool) -> torch.Tensor:
-    """The inverse of `pack_codes`: bytes [..., B] uint8 to codes [..., B * 8 / num_bits].
+    """Unpack bytes [..., B] uint8 into codes [..., B * 8 / num_bits]; the inverse of `pack_codes`.
 
-    Returns int8 for signed codes and uint8 for unsigned ones.
+    Returns int8 for signed and uint8 for unsigned codes.
     """
     if num_bits == 8:
         return packed.view(torch.int8) if signed else packed

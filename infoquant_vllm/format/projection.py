@@ -1,7 +1,7 @@
-"""The matrix that maps a checkpoint's final hidden states to the source's, for servers of embeddings.
+"""Read the matrix that maps final hidden states back to the basis of the source, to serve embeddings.
 
-With the rotation Q of the residual stream and the final norm's gain g it is W = diag(g) Q, [hidden, hidden], and
-h @ W.T = (h @ Q.T) * g is what the source's final norm puts out. It is stored as a Dense module of Sentence
+With R1 = Q and the gain g of the final norm it is W = diag(g) Q, [hidden, hidden], and h @ W.T = (h @ Q.T) * g is
+the output of the source's final norm. It is stored as a Dense module of Sentence
 Transformers, which vLLM applies to what it pools: `modules.json` lists the module before all other Dense modules, and
 the folder `hidden_states` holds its config.json and its model.safetensors.
 """
@@ -22,12 +22,11 @@ PROJECTION_FOLDER = "hidden_states"
 PROJECTION_CONFIG, PROJECTION_WEIGHTS = f"{PROJECTION_FOLDER}/config.json", f"{PROJECTION_FOLDER}/model.safetensors"
 PROJECTION_TENSOR = "linear.weight"
 MAX_HEADER_BYTES = 2**16
-MAX_ERROR = 0.05
-"""Relative, of vectors that are rotated there and back; a projection in bfloat16 has 0.005."""
+MAX_ERROR = 0.05  # relative error of vectors rotated forth and back; bfloat16 alone causes 0.005
 PROBES = 8
 
 ReadFile = Callable[[str], bytes | None]
-"""The content of a checkpoint's file by its name; None where there is no such file."""
+"""Return the content of a file of the checkpoint by its name, or None if it does not exist."""
 
 
 def projection_config(hidden_size: int) -> dict[str, Any]:
@@ -42,9 +41,9 @@ def files_of(folder: Path) -> ReadFile:
 
 
 def read_projection(read: ReadFile, hidden_size: int, source: str) -> torch.Tensor | None:
-    """Return W [hidden_size, hidden_size] as it is stored, None where `modules.json` lists no such module.
+    """Return W [hidden_size, hidden_size] as stored, or None if `modules.json` lists no such module.
 
-    Raises FormatError, naming the file of `source`, for whatever is not a rotation with a gain per row.
+    Raises FormatError, naming the file of `source`, for a matrix that is not a rotation with a gain per row.
     """
     modules = _read_json(read, MODULES_FILE, source)
     if modules is None:
@@ -92,7 +91,7 @@ def _read_tensor(read: ReadFile, hidden_size: int, file: str) -> torch.Tensor:
 
 def _check_rotation(weight: torch.Tensor, name: str) -> None:
     if not weight.is_floating_point() or not torch.isfinite(weight).all() or not weight.any():
-        raise FormatError(f"{name} holds something else than finite numbers other than 0")
+        raise FormatError(f"{name} holds values that are not finite, or only zeros")
     gains = weight.float().norm(dim=1, keepdim=True)
     rotation = weight.float() / gains.clamp(min=torch.finfo(torch.float32).tiny)
     probes = torch.empty(len(weight), PROBES, dtype=torch.float32, device="cpu")  # inside vLLM's other defaults
@@ -100,6 +99,6 @@ def _check_rotation(weight: torch.Tensor, name: str) -> None:
     error = ((rotation @ (rotation.T @ probes) - probes).norm() / probes.norm()).item()
     if not error <= MAX_ERROR:
         raise FormatError(
-            f"{name} is no rotation with a gain per row: there and back vectors are off by {error:.3g}, "
+            f"{name} is no rotation with a gain per row: vectors rotated forth and back are off by {error:.3g}, "
             f"expected at most {MAX_ERROR:g}; quantize the model again"
         )

@@ -1,4 +1,4 @@
-"""`quantization_config` of config.json: what is quantized how, validated once at the edge."""
+"""Define and validate `quantization_config` of config.json."""
 
 from collections import Counter
 from functools import cached_property
@@ -21,7 +21,7 @@ class _Strict(BaseModel):
 
 
 class WeightArgs(_Strict):
-    """Weight codes: `weight_packed` with `weight_scale` [N, G] (and `weight_zero_point` [N, G])."""
+    """Describe weights: `weight_packed` with `weight_scale` [N, G], and `weight_zero_point` [N, G] if asymmetric."""
 
     num_bits: Bits
     symmetric: bool = True
@@ -35,10 +35,10 @@ class WeightArgs(_Strict):
 
 
 class ActivationArgs(_Strict):
-    """Dynamic activation codes, one (scale, zero) per token or per group of a token's features.
+    """Describe dynamic activation quantization: one (scale, zero-point) per token, or per group of its features.
 
-    The range is clipped by `input_clip_ratio` [activation groups, 2]: factors on (min, max). With
-    16 bits a token's largest magnitude is 32767 steps; there are no zero, groups and `input_clip_ratio` then.
+    `input_clip_ratio` [activation groups, 2] multiplies (min, max). 16-bit activations are symmetric per token, the
+    largest magnitude at 32767 steps, without groups and clip ratio.
     """
 
     num_bits: Literal[4, 8, 16]
@@ -53,10 +53,10 @@ class ActivationArgs(_Strict):
 
 
 class InputTransform(_Strict):
-    """What a linear's input is multiplied by before it is quantized: y = x @ R.
+    """Describe the online rotation of a linear's input before it is quantized, y = x @ R (R4 on down_proj).
 
-    - hadamard: R = blocks of `hadamard(block_size)`, each of `block_size` features
-    - blocks: R = blocks `input_blocks` [K / block_size, block_size, block_size]
+    - hadamard: R is block-diagonal, of `hadamard(block_size)`
+    - blocks: R is block-diagonal, of `input_blocks` [K / block_size, block_size, block_size]
     - kronecker: R = `input_left` [a, a] (x) `input_right` [b, b] with factors = (a, b), a * b = K
     """
 
@@ -74,7 +74,7 @@ class InputTransform(_Strict):
 
 
 class LinearScheme(_Strict):
-    """How one linear layer is quantized."""
+    """Describe how one linear layer is quantized."""
 
     weights: WeightArgs
     input_activations: ActivationArgs
@@ -82,17 +82,18 @@ class LinearScheme(_Strict):
 
 
 class ConfigGroup(LinearScheme):
-    """A scheme and the linears it is for: full module names, or their ends ("mlp.down_proj")."""
+    """Assign a scheme to linears: full module names, or suffixes ("mlp.down_proj")."""
 
     targets: Annotated[list[Name], Field(min_length=1, max_length=100_000)]
 
 
 class KVCacheArgs(_Strict):
-    """The KV cache: asymmetric codes per token and kv-head, keys optionally through a Hadamard.
+    """Describe the KV cache: asymmetric codes per token and KV head.
 
-    `self_attn.attn.key_clip_ratio` and `.value_clip_ratio` [num_kv_heads, 2] hold the factors on (min, max). With
-    `key_mean`, `self_attn.attn.key_mean` [num_kv_heads, head_dim] is subtracted from every key behind
-    RoPE and before the Hadamard; all scores of a query change by the same, so attention does not.
+    `key_transform` hadamard is R3, applied to queries and keys after RoPE. `self_attn.attn.key_clip_ratio` and
+    `.value_clip_ratio` [num_kv_heads, 2] multiply (min, max). With `key_mean`, the tensor `self_attn.attn.key_mean`
+    [num_kv_heads, head_dim] is subtracted from every key after RoPE and before R3. That shifts all scores of a query
+    by one constant, so attention is unchanged.
     """
 
     key_bits: Bits
@@ -102,17 +103,17 @@ class KVCacheArgs(_Strict):
 
     @property
     def num_bits(self) -> tuple[int, int]:
-        """Of keys and of values."""
+        """Return the bits of keys and of values."""
         return self.key_bits, self.value_bits
 
 
 class QuantizationConfigData(_Strict):
-    """`quantization_config` of config.json.
+    """Hold `quantization_config` of config.json.
 
-    `lm_head_bits` is for the matrix that makes the logits, which in a tied model is the
-    embedding too: `lm_head_scheme` says how it is stored. `rotated_hidden_states`: the residual stream is in
-    another basis than the source's and the final norm's gain is not in it, which `projection.py` undoes; assumed
-    where a checkpoint does not say.
+    rotated_hidden_states: R1 rotates the residual stream, and the gain of the final norm is folded away;
+        `projection.py` maps hidden states back. True if a checkpoint does not say.
+    online_r1: the embedding is tied to lm_head and not rotated; the server applies R1 at both ends
+    lm_head_bits: bits of lm_head, which in a tied model is the embedding too (see `lm_head_scheme`)
     """
 
     quant_method: Literal["infoquant"]
@@ -142,16 +143,16 @@ class QuantizationConfigData(_Strict):
 
     @property
     def lm_head_scheme(self) -> LinearScheme | None:
-        """The vocabulary matrix as a linear of 16-bit inputs, one symmetric scale per row; None: unquantized."""
+        """Return lm_head as a linear with 16-bit inputs and a symmetric scale per row; None if unquantized."""
         if self.lm_head_bits is None:
             return None
         weights, inputs = WeightArgs(num_bits=self.lm_head_bits), ActivationArgs(num_bits=16)
         return LinearScheme(weights=weights, input_activations=inputs)
 
     def scheme(self, module: str) -> LinearScheme | None:
-        """The scheme of a linear by its Hugging Face name; None where `ignore` lists it.
+        """Return the scheme of a linear by its Hugging Face name, or None if `ignore` lists it.
 
-        The longest matching target wins. Raises FormatError for a linear that nothing names.
+        The longest matching target wins. Raises FormatError for a linear that no entry names.
         """
         parts = module.split(".")
         for start in range(len(parts)):
@@ -174,7 +175,7 @@ class QuantizationConfigData(_Strict):
 
 
 def parse_config(data: Any, source: str = "quantization_config") -> QuantizationConfigData:
-    """Validate `quantization_config`; raises FormatError naming every wrong field of `source`."""
+    """Validate `quantization_config`; raise FormatError naming every wrong field of `source`."""
     if not isinstance(data, dict):
         raise FormatError(f"{source}: a JSON object was expected, found {type(data).__name__}")
     method, version = data.get("quant_method"), data.get("format_version")
@@ -183,7 +184,7 @@ def parse_config(data: Any, source: str = "quantization_config") -> Quantization
     if version != FORMAT_VERSION:
         raise FormatError(
             f"{source}: format_version is {version!r}, this release reads {FORMAT_VERSION}; "
-            "install a release of infoquant-vllm that knows it, or quantize the model again"
+            "install a release of infoquant-vllm that reads it, or quantize the model again"
         )
     try:
         return QuantizationConfigData.model_validate(data)

@@ -1,18 +1,17 @@
-"""What tensor parallelism may cut of a linear whose input features it shares out (o_proj and down_proj)."""
+"""Check how tensor parallelism may split row-parallel linears (o_proj and down_proj)."""
 
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.schema import LinearScheme
 
 
-def check_tp_divisible(scheme: LinearScheme, features: int, workers: int = 1) -> None:
-    """Raise FormatError where `workers` cannot each have an equal share of a linear's input [features].
+def check_tp_divisible(scheme: LinearScheme, features: int, tp_size: int = 1) -> None:
+    """Raise FormatError if the input features of a linear cannot be split evenly among `tp_size` ranks.
 
-    Whatever is computed of several features together must be of one worker: bytes of codes, groups of weights,
-    ranges of the input, blocks of its transform. Inputs of 16 bits are the exception: their steps are so fine
-    that a worker may choose its own.
+    Features that share a byte of codes, a group of weights, an activation scale or a transform block must be on one
+    rank. 16-bit inputs are the exception: their steps are so fine that every rank may have its own scale.
     """
     weights, inputs, transform = scheme.weights, scheme.input_activations, scheme.input_transform
-    token = features if workers > 1 and inputs.strategy == "token" else None
+    token = features if tp_size > 1 and inputs.strategy == "token" else None
     for label, size in (
         ("weight group_size", weights.group_size),
         (f"{transform.type} block_size", transform.block_size),
@@ -21,14 +20,14 @@ def check_tp_divisible(scheme: LinearScheme, features: int, workers: int = 1) ->
         ("activation range per token, of", None if inputs.num_bits == 16 else token),
         ("codes per byte", 8 // weights.num_bits),
     ):
-        if size is not None and features // workers % size:
-            raise FormatError(f"{label} {size} does not divide {_shares(features, workers)}")
+        if size is not None and features // tp_size % size:
+            raise FormatError(f"{label} {size} does not divide {_shards(features, tp_size)}")
 
 
-def _shares(features: int, workers: int) -> str:
-    if workers == 1:
+def _shards(features: int, tp_size: int) -> str:
+    if tp_size == 1:
         return f"its {features} input features"
     return (
-        f"the {features // workers} of {features} input features that each of {workers} tensor-parallel workers has; "
-        f"serve it with --tensor-parallel-size 1, or quantize it with `infoquant quantize --max-tp-size {workers}`"
+        f"the {features // tp_size} of {features} input features on each of {tp_size} tensor-parallel ranks; "
+        f"serve it with --tensor-parallel-size 1, or quantize it with `infoquant quantize --max-tp-size {tp_size}`"
     )

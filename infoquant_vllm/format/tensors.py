@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint of a given config and model size holds, with shapes and dtypes."""
+"""List the tensors of a checkpoint, with shapes and dtypes, from its config and the model's sizes."""
 
 import math
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from infoquant_vllm.format.tensor_parallel import check_tp_divisible
 
 
 class TensorSpec(BaseModel):
-    """Shape and safetensors dtype ("U8", "F32", ...; None: any floating one) of one tensor."""
+    """Describe one tensor: its shape and safetensors dtype ("U8", "F32", ...; None: any float dtype)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -23,7 +23,7 @@ class TensorSpec(BaseModel):
 
 
 class ModelShape(BaseModel):
-    """The class and the sizes of a model that the format depends on, from config.json."""
+    """Hold the model class and the sizes that the format depends on, from config.json."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -51,7 +51,7 @@ class ModelShape(BaseModel):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> "ModelShape":
-        """Read the sizes out of a Hugging Face config; raises FormatError naming what is wrong."""
+        """Read the sizes from a Hugging Face config; raise FormatError naming the wrong field."""
         name = architecture_name(config, source)
         heads = config.get("num_attention_heads")
         defaults: dict[str, Any] = {"architecture": name, "num_key_value_heads": heads}
@@ -66,11 +66,11 @@ class ModelShape(BaseModel):
 
     @property
     def lm_head_module(self) -> str:
-        """The module whose matrix [vocab_size, hidden_size] makes the logits; a tied model has no other."""
+        """Return the module that holds the lm_head matrix [vocab_size, hidden_size]; in a tied model, the embedding."""
         return "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Every linear of the decoder layers: Hugging Face name to (out_features, in_features)."""
+        """Return every linear of the decoder layers: Hugging Face name to (out_features, in_features)."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         shapes = {
@@ -89,7 +89,7 @@ class ModelShape(BaseModel):
         }
 
     def has_bias(self, module: str) -> bool:
-        """Whether the linear of that name carries a bias vector."""
+        """Return whether the linear of that name has a bias."""
         if ".mlp." in module:
             return self.mlp_bias
         if ARCHITECTURES[self.architecture].qkv_bias:
@@ -97,7 +97,7 @@ class ModelShape(BaseModel):
         return self.attention_bias
 
     def norms(self) -> dict[str, int]:
-        """Every RMSNorm: Hugging Face name to number of features."""
+        """Return every RMSNorm: Hugging Face name to number of features."""
         sizes = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), self.hidden_size)
         if ARCHITECTURES[self.architecture].qk_norm:
             sizes |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.head_dim)
@@ -110,12 +110,12 @@ class ModelShape(BaseModel):
 
 
 def activation_groups(args: ActivationArgs, in_features: int) -> int:
-    """Number of (scale, zero) pairs per token for an input of `in_features`."""
+    """Return the number of (scale, zero-point) pairs per token for an input of `in_features`."""
     return 1 if args.group_size is None else in_features // args.group_size
 
 
 def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-    """Tensors of one quantized linear by their local names; raises FormatError for sizes that do not divide."""
+    """Return the tensors of one quantized linear by local name; raise FormatError for sizes that do not divide."""
     weights, activations, transform = scheme.weights, scheme.input_activations, scheme.input_transform
     check_tp_divisible(scheme, in_features)
     if transform.type == "hadamard" and transform.block_size is not None:
@@ -142,15 +142,15 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
 
 
 def kv_bytes_per_token_head(head_size: int, num_bits: tuple[int, int]) -> int:
-    """Bytes of the KV cache per token and kv-head: codes, and float16 scale and zero of key and value.
+    """Return the KV-cache bytes per token and KV head: codes, and a float16 scale and zero for key and value.
 
-    num_bits: of keys and of values
+    num_bits: bits of keys and of values
     """
     return head_size * sum(num_bits) // 8 + 8
 
 
 def cache_tensors(args: KVCacheArgs, shape: ModelShape) -> dict[str, TensorSpec]:
-    """Tensors of one layer's KV cache by their local names."""
+    """Return the tensors of one layer's KV cache by local name."""
     heads = shape.num_key_value_heads
     tensors = {name: TensorSpec(shape=(heads, 2), dtype="F32") for name in ("key_clip_ratio", "value_clip_ratio")}
     if args.key_mean:
@@ -159,11 +159,11 @@ def cache_tensors(args: KVCacheArgs, shape: ModelShape) -> dict[str, TensorSpec]
 
 
 def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[str, TensorSpec]:
-    """Every tensor that a checkpoint of this config must hold, and no others."""
+    """Return all tensors that a checkpoint of this config must hold; it may hold no others."""
     hidden, vocab = shape.hidden_size, shape.vocab_size
-    ends, scheme = ("model.embed_tokens", shape.lm_head_module), config.lm_head_scheme
+    matrices, scheme = ("model.embed_tokens", shape.lm_head_module), config.lm_head_scheme
     tensors = {f"{norm}.weight": TensorSpec(shape=(size,)) for norm, size in shape.norms().items()}
-    tensors |= {f"{module}.weight": TensorSpec(shape=(vocab, hidden)) for module in ends}
+    tensors |= {f"{module}.weight": TensorSpec(shape=(vocab, hidden)) for module in matrices}
     if scheme is not None:
         del tensors[f"{shape.lm_head_module}.weight"]
         local = linear_tensors(scheme, vocab, hidden)

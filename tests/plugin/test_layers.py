@@ -203,7 +203,7 @@ def test_impossible_scales_are_refused_by_place(value: float, said: str) -> None
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_block_that_tensor_parallelism_cuts_is_refused_with_numbers(ranks: int) -> None:
-    share = f"the {384 // ranks} of 384 input features that each of {ranks} tensor-parallel workers has"
+    share = f"the {384 // ranks} of 384 input features on each of {ranks} tensor-parallel ranks"
     message = rf"down_proj: hadamard block_size 384 does not divide {share}; .*--max-tp-size {ranks}"
     with _rank(0, ranks), pytest.raises(FormatError, match=message):
         Model().create("mlp.down_proj")
