@@ -18,8 +18,8 @@ from offline.recipe import (
 WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=64)
 """Of the distilled presets: a fifth less KL than one symmetric scale per row, for 0.6 bits per weight more."""
 
-FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip="search")
-EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip="search")
+FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip_ratio="search")
+EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip_ratio="search")
 CENTERED_KEYS = KVCache(key_mean_positions=2048)
 SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
 

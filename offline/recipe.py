@@ -31,7 +31,7 @@ SITES: dict[str, tuple[str, ...]] = {
 ROW_PARALLEL_SITES = ("o", "down")
 """Those whose features tensor parallelism shares out among its workers; the others every worker has whole."""
 
-Clip = Annotated[float, Field(gt=0, le=1)]
+ClipRatio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -61,14 +61,14 @@ class SiteActivations(_Strict):
 
 
 class Site(_Strict):
-    """Codes of the weights and of the input they share, and the factor that shrinks the input's range.
+    """Quantization of the linears that share an input: weights, input activations, and the input's clip ratio.
 
-    clip: one number, or "search" for the best one of each layer and group (see `offline/algorithms/clip_search.py`)
+    clip_ratio: one number, or "search" for the best one of each layer and group (see `algorithms/clip_search.py`)
     """
 
     weights: WeightArgs = WeightArgs(num_bits=4)
     input_activations: SiteActivations = SiteActivations()
-    clip: Clip | Literal["search"] = 0.9
+    clip_ratio: ClipRatio | Literal["search"] = 0.9
 
 
 class Sites(_Strict):
@@ -89,8 +89,8 @@ class KVCache(_Strict):
 
     key_bits: Literal[4, 8] = 4
     value_bits: Literal[4, 8] = 4
-    key_clip_ratio: Clip = 1.0
-    value_clip_ratio: Clip = 0.95
+    key_clip_ratio: ClipRatio = 1.0
+    value_clip_ratio: ClipRatio = 0.95
     key_mean_positions: Annotated[int, Field(ge=1, le=131_072)] | None = None
 
 
@@ -196,7 +196,7 @@ class Recipe(_Strict):
             "gptq.refinements": self.gptq.refinements > 0,
             "kv_cache.key_mean_positions": self.kv_cache is not None and self.kv_cache.key_mean_positions,
             "learned_clips": self.learned_clips is not None,
-        } | {f"sites.{name}.clip 'search'": getattr(self.sites, name).clip == "search" for name in SITES}
+        } | {f"sites.{name}.clip_ratio 'search'": getattr(self.sites, name).clip_ratio == "search" for name in SITES}
         for name, wanted in asked.items():
             if wanted and self.rounding != "gptq":
                 raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")

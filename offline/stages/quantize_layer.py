@@ -62,7 +62,7 @@ def _quantize_site(
     if hessian is not None:
         hessian = transform_hessian(hessian, transform, inputs)
     args = recipe.input_activations(name, shape)
-    clip = _input_clip_ratio(site.clip, args, weight.shape[1], sample, transform, inputs)
+    clip = _input_clip_ratio(site.clip_ratio, args, weight.shape[1], sample, transform, inputs)
     parts = _round(weight, hessian, site, recipe).split(rows)
     for linear, part, rounded in zip(linears, weight.split(rows), parts, strict=True):
         tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site).items()}

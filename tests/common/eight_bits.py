@@ -13,7 +13,7 @@ from offline.progress import silent
 from offline.recipe import CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
 from tests.common.tiny import VOCAB_SIZE
 
-SITE = Site(weights=WeightArgs(num_bits=8), input_activations=SiteActivations(num_bits=16), clip=1.0)
+SITE = Site(weights=WeightArgs(num_bits=8), input_activations=SiteActivations(num_bits=16), clip_ratio=1.0)
 EIGHT_BITS = PRESETS["fast"].model_copy(
     update={
         "name": "eight-bits",

@@ -184,10 +184,13 @@ def test_published_setting_is_a_recipe(tmp_path: Path) -> None:
     [
         ("name: x\ntransform: spin\nrounding: rtn\n", "transform"),
         ("name: x\ntransform: none\nrounding: rtn\nbits: 4\n", "bits"),
-        ("name: x\ntransform: none\nrounding: rtn\nsites: {o: {clip: 1.5}}\n", "sites.o.clip"),
+        ("name: x\ntransform: none\nrounding: rtn\nsites: {o: {clip_ratio: 1.5}}\n", "sites.o.clip_ratio"),
         ("name: x\ntransform: none\nrounding: rtn\nequalize: true\n", "equalize reads the statistics of GPTQ"),
         ("name: x\ntransform: none\nrounding: rtn\ngptq: {refinements: 1}\n", "gptq.refinements reads"),
-        ("name: x\ntransform: none\nrounding: rtn\nsites: {qkv: {clip: search}}\n", "sites.qkv.clip 'search' reads"),
+        (
+            "name: x\ntransform: none\nrounding: rtn\nsites: {qkv: {clip_ratio: search}}\n",
+            "sites.qkv.clip_ratio 'search' reads",
+        ),
         ("[1, 2]\n", "mapping"),
         ("a: [\n", "YAML"),
     ],

@@ -93,7 +93,7 @@ def test_a_student_in_eight_bits_predicts_as_its_source(tmp_path: Path, size: st
             name: Site(
                 weights=getattr(sites, name).weights.model_copy(update=eight),
                 input_activations=getattr(sites, name).input_activations.model_copy(update=eight),
-                clip=1.0,
+                clip_ratio=1.0,
             )
             for name in SITE_NAMES
         }

@@ -25,7 +25,7 @@ MODULES = [linears[0] for linears in SITES.values()]
 
 
 def recipe(positions: int | None, num_bits: int = 8) -> Recipe:
-    site = Site(weights=EIGHT, input_activations=SiteActivations(num_bits=8), clip=1.0)
+    site = Site(weights=EIGHT, input_activations=SiteActivations(num_bits=8), clip_ratio=1.0)
     return Recipe(
         name="test",
         transform="psot-shared",

@@ -19,9 +19,9 @@ from tests.common.tiny import VOCAB_SIZE, write_source
 from tests.offline.test_pipeline import TEXT
 
 CPU = torch.device("cpu")
-GROUPS = Site(input_activations=SiteActivations(strategy="group", group_size=64), clip=0.95)
-HEADS = Site(input_activations=SiteActivations(strategy="head"), clip=0.95)
-CLIP = Site(clip=0.95)
+GROUPS = Site(input_activations=SiteActivations(strategy="group", group_size=64), clip_ratio=0.95)
+HEADS = Site(input_activations=SiteActivations(strategy="head"), clip_ratio=0.95)
+CLIP = Site(clip_ratio=0.95)
 SITES = {
     "tokens": Sites(qkv=CLIP, o=HEADS, gate_up=CLIP, down=CLIP),
     "groups": Sites(qkv=GROUPS, o=HEADS, gate_up=GROUPS, down=Site(input_activations=SiteActivations(num_bits=16))),
