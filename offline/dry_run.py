@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from infoquant_vllm.format import ModelShape, TensorSpec
+from infoquant_vllm.format import SITES, ModelShape, TensorSpec
 from offline.algorithms.gptq import FACTOR_BLOCK, ROWS_SEEN
 from offline.memory import SELF_BATCH, distillation_bytes, parameters, sampling_bytes
 from offline.model.hidden_states import TOKENS_PER_BATCH
@@ -18,7 +18,7 @@ from offline.model.source import Source
 from offline.output.shards import plan_shards, spec_bytes
 from offline.progress import held_bytes
 from offline.rates import Rates, measure
-from offline.recipe import SITES, Recipe
+from offline.recipe import Recipe
 
 BOUND_FACTOR, BOUND_REST = 1.5, 2 * 2**30
 """Of a decoder layer and a batch of activations in float32, what a run should stay within."""

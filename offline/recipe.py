@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from infoquant_vllm.format import (
     FORMAT_VERSION,
+    ROW_PARALLEL_SITES,
+    SITES,
     ActivationArgs,
     ConfigGroup,
     FormatError,
@@ -20,16 +22,6 @@ from infoquant_vllm.format import (
 )
 from offline.errors import ToolError
 from offline.tensor_parallel import common_share, tp_sizes
-
-SITES: dict[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-"""Linears of a decoder layer that share an input, by the name of that input."""
-ROW_PARALLEL_SITES = ("o", "down")
-"""Those whose features tensor parallelism shares out among its workers; the others every worker has whole."""
 
 ClipRatio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]

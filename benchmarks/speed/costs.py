@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from infoquant_vllm.format import (
+    SITES,
     InputTransform,
     ModelShape,
     QuantizationConfigData,
@@ -12,7 +13,6 @@ from infoquant_vllm.format import (
     parse_config,
     read_json,
 )
-from offline.recipe import SITES
 
 REPORT_FILE = "infoquant_report.json"
 

@@ -6,7 +6,7 @@ before anything is allocated, unknown fields are refused by name, and every erro
 tensor.
 """
 
-from infoquant_vllm.format.architectures import ARCHITECTURES
+from infoquant_vllm.format.architectures import ARCHITECTURES, ROW_PARALLEL_SITES, SITE_NORMS, SITES
 from infoquant_vllm.format.checkpoint import INDEX_FILE, Checkpoint, check_values, read_json
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import apply_hadamard, hadamard, hadamard_dense
@@ -54,6 +54,9 @@ __all__ = [
     "PROJECTION_TENSOR",
     "PROJECTION_WEIGHTS",
     "QUANT_METHOD",
+    "ROW_PARALLEL_SITES",
+    "SITES",
+    "SITE_NORMS",
     "ActivationArgs",
     "Checkpoint",
     "ConfigGroup",

@@ -1,8 +1,26 @@
-"""List the model classes that the format covers, and how each differs from Llama."""
+"""List the model classes that the format covers, and the linears of a decoder layer.
+
+To add a class, add a row to ARCHITECTURES under the name that transformers and vLLM give it. Its decoder layer
+must have the linears of SITES and the norms of SITE_NORMS; `model_config` says which uses of its fields are
+served, and `tests/common/tiny.py` needs a tiny model of it, over which the tests run.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+SITES: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Linears of a decoder layer by the input that they share, which is transformed and quantized once."""
+SITE_NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
+"""RMSNorms whose output is a site's input: linears of these sites read the residual stream."""
+ROW_PARALLEL_SITES = tuple(site for site in SITES if site not in SITE_NORMS)
+"""Sites whose linears write to the residual stream. Tensor parallelism shards their input features over the ranks;
+the inputs of the other sites are whole on every rank."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,15 @@ class Architecture:
     free_head_dim: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def rope_inputs(self) -> tuple[str, str]:
+        """The last modules before RoPE that scale single features of queries and of keys.
+
+        A norm over each head is such a module, and it cancels any scale of the linear before it.
+        """
+        kind = "norm" if self.qk_norm else "proj"
+        return f"self_attn.q_{kind}", f"self_attn.k_{kind}"
+
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture("llama", bias_fields=("attention_bias", "mlp_bias")),
@@ -44,7 +71,4 @@ ARCHITECTURES: dict[str, Architecture] = {
         "qwen3", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False}
     ),
 }
-"""Architectures by their name in config.json; `model_config` checks the values of their fields.
-
-A new class needs one entry here and one in `offline/model/architectures.py`.
-"""
+"""Architectures by their name in config.json."""

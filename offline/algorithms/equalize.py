@@ -8,7 +8,6 @@ of x_j and W_j that product is smallest where s_j^2 = |W_j| / |x_j| (Cauchy and 
 import torch
 
 from infoquant_vllm.format import ARCHITECTURES, ModelShape
-from offline.model.architectures import rules_for
 from offline.model.hidden_states import Statistics
 
 QKV = "self_attn.q_proj"
@@ -25,7 +24,7 @@ def equalize_layer(
         output_energies(state, module, hessians[QKV], statistics.sums[QKV], statistics.tokens[QKV])
         for module in (QKV, "self_attn.k_proj")
     )
-    scale, keys_module = equalize_keys(state, queries, keys, shape), rules_for(shape).keys
+    scale, keys_module = equalize_keys(state, queries, keys, shape), ARCHITECTURES[shape.architecture].rope_inputs[1]
     if keys_module in statistics.sums:
         statistics.sums[keys_module] *= scale
     scale = equalize_down(state, statistics.energies["mlp.down_proj"])
@@ -44,14 +43,15 @@ def equalize_keys(
 
     queries, keys: energies [heads * head_dim] of the outputs of q_proj and k_proj
     """
-    rules, kv_heads = rules_for(shape), shape.num_key_value_heads
-    if ARCHITECTURES[shape.architecture].qk_norm:
-        queries, keys, kv_heads = _normed(state, rules.queries, queries), _normed(state, rules.keys, keys), 1
+    architecture, kv_heads = ARCHITECTURES[shape.architecture], shape.num_key_value_heads
+    query_module, key_module = architecture.rope_inputs
+    if architecture.qk_norm:
+        queries, keys, kv_heads = _normed(state, query_module, queries), _normed(state, key_module, keys), 1
     pairs = (kv_heads, -1, 2, shape.head_dim // 2)
     scale = _scale(*(x.view(pairs).sum((1, 2)).sqrt() for x in (queries, keys))).repeat(1, 2)
-    _scale_rows(state, rules.keys, scale.flatten())
-    group = len(state[f"{rules.queries}.weight"]) // scale.numel()
-    _scale_rows(state, rules.queries, 1 / scale.repeat_interleave(group, dim=0).flatten())
+    _scale_rows(state, key_module, scale.flatten())
+    group = len(state[f"{query_module}.weight"]) // scale.numel()
+    _scale_rows(state, query_module, 1 / scale.repeat_interleave(group, dim=0).flatten())
     return scale.expand(shape.num_key_value_heads, -1).flatten()
 
 

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from infoquant_vllm.format import ModelShape
+from infoquant_vllm.format import ROW_PARALLEL_SITES, SITE_NORMS, SITES, ModelShape
 from offline.algorithms.rotations import Transforms
-from offline.model.architectures import rules_for
 from offline.model.source import Source
 
 
@@ -25,19 +24,19 @@ def fold_layer(source: Source, layer: int, transforms: Transforms | None) -> dic
     names = [name.removeprefix(prefix) for name in source.names if name.startswith(prefix)]
     if transforms is None:
         return {name: source.tensor(prefix + name).float() for name in names}
-    rules, residual = rules_for(source.shape), transforms.residual
+    residual, writers = transforms.residual, [linear for site in ROW_PARALLEL_SITES for linear in SITES[site]]
     heads = None if transforms.heads is None else transforms.heads[layer]
-    gains = {r: source.tensor(f"{prefix}{norm}.weight") for norm, readers in rules.readers.items() for r in readers}
+    gains = {r: source.tensor(f"{prefix}{norm}.weight") for site, norm in SITE_NORMS.items() for r in SITES[site]}
     state = {}
     for name in names:  # in float64 there is one tensor at a time
         module, _, kind = name.rpartition(".")
         tensor = source.tensor(prefix + name).double()
-        if module in rules.readers:
+        if module in SITE_NORMS.values():
             tensor = torch.ones_like(tensor)
         if module in gains and kind == "weight":
             tensor = tensor * gains[module].double()
             tensor = tensor if residual is None else tensor @ residual
-        if module in rules.writers and residual is not None:
+        if module in writers and residual is not None:
             tensor = residual.T @ tensor if kind == "weight" else tensor @ residual
         if heads is not None:
             tensor = _fold_heads(tensor, name, heads, source.shape)

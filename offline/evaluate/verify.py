@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infoquant_vllm.format import Checkpoint, FormatError, WeightArgs, read_json
+from infoquant_vllm.format import SITES, Checkpoint, FormatError, WeightArgs, read_json
 from offline.algorithms.rotations import orthogonality_error
 from offline.errors import CheckError
 from offline.evaluate.compare_to_source import Comparison
@@ -18,10 +18,6 @@ from offline.progress import ProgressReport, silent
 
 LARGEST_ORTHOGONALITY_ERROR = 1e-4
 LARGEST_CONDITION = 1e4
-SHARED_INPUTS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("mlp.gate_proj", "mlp.up_proj"),
-)
 INPUT_TENSORS = ("input_clip_ratio", "input_blocks", "input_left", "input_right")
 SMALLEST_FULL_SHARE = 0.99
 SCALE_OF_ZEROS = 1e-11
@@ -197,7 +193,7 @@ def check_shared_inputs(checkpoint: Checkpoint) -> str:
     """q, k and v, and gate and up, carry equal copies of their one input's scheme, clip and transform."""
     copies = 0
     for layer in range(checkpoint.shape.num_hidden_layers):
-        for first, *others in (tuple(f"model.layers.{layer}.{end}" for end in ends) for ends in SHARED_INPUTS):
+        for first, *others in (tuple(f"model.layers.{layer}.{end}" for end in ends) for ends in SITES.values()):
             for other in others:
                 copies += _compare_inputs(checkpoint, first, other)
     return f"{copies} copies equal"

@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from infoquant_vllm.format import INDEX_FILE, FormatError, ModelShape, check_values, read_json
 from offline.errors import ToolError, first_line
-from offline.model.architectures import CausalLM, read_config, rules_for
+from offline.model.architectures import CausalLM, model_class, read_config
 from offline.model.folders import missing_index, missing_prefix, other_kind
 from offline.output.copied_files import HUB_FILES
 
@@ -107,7 +107,7 @@ class Source:
         config = read_config(self.shape, self.hf_config, self.folder / "config.json")
         disable_progress_bar()
         state = {name: self.tensor(name).to(dtype) for name in self.names}
-        model = rules_for(self.shape).model.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        model = model_class(self.shape.architecture).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
         return model.eval().requires_grad_(False)
 
 

@@ -7,8 +7,7 @@ that of the sequence at hand. A cache that grows token by token needs one that i
 
 import torch
 
-from infoquant_vllm.format import ModelShape
-from offline.model.architectures import rules_for
+from infoquant_vllm.format import ARCHITECTURES, ModelShape
 from offline.model.hidden_states import Statistics, Stream
 
 
@@ -19,6 +18,6 @@ def key_mean(statistics: Statistics, stream: Stream, positions: int, shape: Mode
 
     statistics: with what leaves the module that makes the keys
     """
-    module = rules_for(shape).keys
+    _, module = ARCHITECTURES[shape.architecture].rope_inputs
     mean = statistics.sums[module] / statistics.tokens[module]
     return stream.turn_mean(mean.unflatten(0, (shape.num_key_value_heads, -1)), positions)

@@ -2,13 +2,13 @@
 
 import torch
 
-from infoquant_vllm.format import ActivationArgs, InputTransform, ModelShape, activation_groups, pack_codes
+from infoquant_vllm.format import SITES, ActivationArgs, InputTransform, ModelShape, activation_groups, pack_codes
 from offline.algorithms.clip_search import search_clips
 from offline.algorithms.gptq import gptq, output_error
 from offline.algorithms.refine import refine
 from offline.algorithms.rotations import InputTensors, transform_hessian, transform_input, undo_in_weights
 from offline.algorithms.rtn import QuantizedWeight, round_to_nearest
-from offline.recipe import SITES, Recipe, Site
+from offline.recipe import Recipe, Site
 
 
 def quantize_layer(

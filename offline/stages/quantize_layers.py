@@ -5,13 +5,12 @@ from collections.abc import Iterator
 
 import torch
 
+from infoquant_vllm.format import ARCHITECTURES, SITES
 from offline.algorithms.equalize import equalize_layer
 from offline.algorithms.fold import fold_layer, stored_dtype
 from offline.algorithms.rotations import Transforms
-from offline.model.architectures import rules_for
 from offline.model.hidden_states import Statistics, Stream
 from offline.progress import held_bytes
-from offline.recipe import SITES
 from offline.run import Run
 from offline.stages.key_mean import key_mean
 from offline.stages.learn_clips import learn_clips
@@ -81,7 +80,7 @@ def _quantized_layer(
             if learned is not None:
                 first = stream.hidden[: learned.sequences]
                 before = run.work.scratch.empty(*first.shape).copy_(first)
-            outputs = () if positions is None else (rules_for(shape).keys,)
+            outputs = () if positions is None else ARCHITECTURES[shape.architecture].rope_inputs[1:]
             stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe, outputs)
             hessians = statistics.hessians()
             if run.recipe.equalize:

@@ -8,9 +8,9 @@ import math
 
 import torch
 
+from infoquant_vllm.format import SITE_NORMS
 from offline.algorithms.fold import fold_layer
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
-from offline.model.architectures import rules_for
 from offline.model.hidden_states import Stream
 from offline.model.source import Source
 from offline.output.work import Work
@@ -62,7 +62,7 @@ def collect_inputs(
     sequences = tokens[: max(1, -(-TOKENS_SEEN_PER_TOKEN_POOLED * per_site // tokens.shape[1]))]
     stride = max(1, sequences.numel() // per_site)
     stream = Stream(source, sequences, None, devices, work.scratch)
-    sites, taken = list(rules_for(source.shape).readers), 0
+    sites, taken = list(SITE_NORMS.values()), 0
     rows = layers * len(sites) * sum(-(-batch // stride) for batch in stream.tokens_in_batches)
     size = rows, source.shape.hidden_size
     pool = work.scratch.empty(*size) if devices[0].type == "cpu" else torch.empty(size, device=devices[0])

@@ -6,17 +6,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from infoquant_vllm.format import ActivationArgs, InputTransform, ModelShape, WeightArgs, activation_groups
+from infoquant_vllm.format import (
+    SITE_NORMS,
+    SITES,
+    ActivationArgs,
+    InputTransform,
+    ModelShape,
+    WeightArgs,
+    activation_groups,
+)
 from offline.algorithms.fake_quantize import fake_quantize
 from offline.algorithms.rotations import InputTensors, hadamard_product, transform_input
 from offline.evaluate.simulated import dequantized_weight
-from offline.recipe import SITES, KVCache, Recipe
+from offline.recipe import KVCache, Recipe
 from offline.stages.quantize_layer import local_tensors
 from offline.training.fake_quant_cache import ATTENTION, TrainedCache, register_attention
 
 START = math.log(9)
-SHARED = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
-"""The modules that make the inputs which several linears share, by site."""
 
 
 class ClippedLayer(nn.Module):
@@ -36,9 +42,9 @@ class ClippedLayer(nn.Module):
             _, features = shape.linears()[f"model.layers.0.{linears[0]}"]
             args, transform = recipe.input_activations(name, shape), recipe.input_transform(name, shape)
             self._inputs[name] = ClippedInput(transform, local_tensors(tensors, linears[0]), args, features)
-            place = SHARED.get(name, linears[0])
+            place = SITE_NORMS.get(name, linears[0])
             found = layer.get_submodule(place)
-            order = (found, self._inputs[name]) if name in SHARED else (self._inputs[name], found)
+            order = (found, self._inputs[name]) if name in SITE_NORMS else (self._inputs[name], found)
             layer.set_submodule(place, nn.Sequential(*order))
         if recipe.kv_cache is not None:
             key_mean = tensors.get("self_attn.attn.key_mean")

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from offline.model.architectures import RULES, CausalLM
+from offline.model.architectures import CausalLM, model_class
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few rows that no token uses
@@ -71,8 +71,8 @@ def write_source(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    rules = RULES[architecture]
-    model = rules.model(rules.config(**(sizes | config)))
+    kind = model_class(architecture)
+    model = kind(kind.config_class(**(sizes | config)))
     _randomize(model, torch.Generator().manual_seed(seed))
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from infoquant_vllm.format import ARCHITECTURES, FormatError, ModelShape
 from infoquant_vllm.format.model_config import FIELDS
-from offline.model.architectures import RULES
+from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = ARCHITECTURES
@@ -138,14 +138,14 @@ def test_every_field_of_the_table_is_tested() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_field_of_the_installed_transformers_is_in_the_table(architecture: str) -> None:
-    fields = {field.name for field in dataclasses.fields(RULES[architecture].config)}
+    fields = {field.name for field in dataclasses.fields(model_class(architecture).config_class)}
     assert fields <= FIELDS.keys(), "a field that this release does not know: find out what both make of it"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_config_that_transformers_writes_is_accepted(architecture: str) -> None:
-    rules = RULES[architecture]
-    config = rules.config(architectures=[architecture], dtype="bfloat16", pad_token_id=0).to_dict()
+    kind = model_class(architecture).config_class
+    config = kind(architectures=[architecture], dtype="bfloat16", pad_token_id=0).to_dict()
     assert ModelShape.from_hf(config).architecture == architecture
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from infoquant_vllm.format import ModelShape, check_tp_divisible
+from infoquant_vllm.format import ROW_PARALLEL_SITES, SITES, ModelShape, check_tp_divisible
 from offline import PRESETS, ToolError, quantize
 from offline.model.source import Source
 from offline.progress import silent
-from offline.recipe import ROW_PARALLEL_SITES, SITES, Recipe, Site, Sites
+from offline.recipe import Recipe, Site, Sites
 from offline.tensor_parallel import common_share, tp_sizes
 from tests.common.tiny import VOCAB_SIZE, write_source
 from tests.offline.algorithms.test_equivalence import LARGEST_RELATIVE_ERROR, recipe_for, relative_error, transforms_for

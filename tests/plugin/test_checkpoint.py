@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
 from infoquant_vllm import register
-from infoquant_vllm.format import INDEX_FILE
-from offline.model.architectures import RULES
+from infoquant_vllm.format import ARCHITECTURES, INDEX_FILE
 from tests.common.checkpoints import write_random
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -85,9 +84,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("architecture", RULES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_sound_checkpoint_is_accepted(architecture: str, tmp_path: Path) -> None:
-    names = {"architectures": [architecture], "model_type": RULES[architecture].config.model_type}
+    names = {"architectures": [architecture], "model_type": ARCHITECTURES[architecture].model_type}
     _start(write_random(tmp_path, sliding_window=None, **names))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from infoquant_vllm.format import ActivationArgs, Checkpoint
+from infoquant_vllm.format import SITES, ActivationArgs, Checkpoint
 from offline.algorithms.rotations import transform_input
 from offline.errors import ToolError
 from offline.evaluate.metrics import Figure, compare, stored_dtype
@@ -17,7 +17,6 @@ from offline.evaluate.simulated import SimulatedCache, SimulatedLinear, quantize
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
 from offline.progress import ProgressReport
-from offline.recipe import SITES
 
 CACHE_CLIPS = {"k": "key_clip_ratio", "v": "value_clip_ratio"}
 """Sites of the KV cache: keys after RoPE, and values."""

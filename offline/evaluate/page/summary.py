@@ -5,14 +5,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infoquant_vllm.format import Checkpoint, FormatError, KVCacheArgs
+from infoquant_vllm.format import SITES, Checkpoint, FormatError, KVCacheArgs
 from offline.errors import ToolError
 from offline.evaluate.inspect import Inspection, scheme_words
 from offline.evaluate.metrics import Figure
 from offline.evaluate.page.distribution import SiteFigures
 from offline.evaluate.page.measure import BySite, Measurement
 from offline.output.report import Report
-from offline.recipe import SITES
 
 LABELS = {
     "qkv": "q, k, v input",

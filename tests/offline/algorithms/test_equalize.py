@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from infoquant_vllm.format import ARCHITECTURES, SITES
 from offline.algorithms.equalize import equalize_down, equalize_layer
 from offline.algorithms.fold import fold_layer
-from offline.model.architectures import CausalLM, rules_for
+from offline.model.architectures import CausalLM
 from offline.model.hidden_states import Statistics, Stream
 from offline.model.source import Source
-from offline.recipe import SITES
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 
 
@@ -68,10 +68,11 @@ def energies(model: CausalLM, modules: tuple[str, str], head_dim: int, tokens: t
 @pytest.mark.parametrize("size", ["tied", "biases", "qwen2", "qwen3"])
 def test_keys_and_queries_have_like_energies_in_every_pair_where_balanced(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
-    shape, rules, model = source.shape, rules_for(source.shape), source.model(torch.float32)
+    shape, model = source.shape, source.model(torch.float32)
+    query_module, key_module = ARCHITECTURES[shape.architecture].rope_inputs
     state, statistics = fold_layer(source, 0, None), Statistics()
     for name in state:
-        if rules.keys in name:  # keys of uneven sizes, and biases that matter
+        if key_module in name:  # keys of uneven sizes, and biases that matter
             uneven = torch.linspace(0.1, 3, len(state[name]))
             state[name] = state[name] * uneven.view(-1, *[1] * (state[name].dim() - 1)) * (20 if "bias" in name else 1)
     tokens = torch.randint(3, VOCAB_SIZE, (8, 64), generator=torch.Generator().manual_seed(2))
@@ -80,8 +81,8 @@ def test_keys_and_queries_have_like_energies_in_every_pair_where_balanced(tmp_pa
     )
     equalize_layer(state, statistics.hessians(), statistics, shape)
     model.model.layers[0].load_state_dict(state)
-    queries, keys = energies(model, (rules.queries, rules.keys), shape.head_dim, tokens)
-    heads = 1 if rules.keys == "self_attn.k_norm" else shape.num_key_value_heads
+    queries, keys = energies(model, (query_module, key_module), shape.head_dim, tokens)
+    heads = 1 if key_module == "self_attn.k_norm" else shape.num_key_value_heads
     ratio = (x.reshape(heads, -1, shape.head_dim // 2).sum(1) for x in (queries, keys))
     logarithm = torch.log(next(ratio) / next(ratio))
     spread = (logarithm - logarithm.mean(1, keepdim=True)).abs().max().item()

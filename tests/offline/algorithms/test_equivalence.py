@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from infoquant_vllm.format import SITES
 from offline.algorithms.fold import fold_ends, fold_layer
 from offline.algorithms.rotations import Transforms, transform_input, undo_in_weights
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
 from offline.output.work import Work
 from offline.progress import silent
-from offline.recipe import SITES, Psot, PsotLayer, Recipe
+from offline.recipe import Psot, PsotLayer, Recipe
 from offline.stages.rotate_shared import make_transforms
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 

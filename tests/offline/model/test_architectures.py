@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from infoquant_vllm.format import ARCHITECTURES
+from infoquant_vllm.format import ARCHITECTURES, SITE_NORMS, SITES
 from offline import PRESETS, quantize
 from offline.algorithms.fold import fold_layer
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
-from offline.model.architectures import RULES
+from offline.model.architectures import model_class
 from offline.model.hidden_states import Stream
 from offline.model.source import Source
 from offline.progress import silent
@@ -23,13 +23,25 @@ LARGEST_KL = {"rtn": 1.0, "quarot": 0.5, "fast": 0.5}
 """Nats; predictions of another position are at 0.9 to 1.5."""
 
 
-def test_format_and_tool_know_the_same_classes() -> None:
-    assert list(ARCHITECTURES) == list(RULES)
-    assert all(name == rules.model.__name__ for name, rules in RULES.items())
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_class_of_the_table_is_one_of_transformers_with_its_model_type(name: str) -> None:
+    assert model_class(name).__name__ == name
+    assert model_class(name).config_class.model_type == ARCHITECTURES[name].model_type
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sites_and_norms_are_all_the_linears_and_norms_of_a_layer(name: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    layer = model_class(name)(model_class(name).config_class(vocab_size=16, num_hidden_layers=1, **sizes)).model.layers[
+        0
+    ]
+    linears = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linears == {linear for linears in SITES.values() for linear in linears}
+    assert {name for name, _ in layer.named_children() if "norm" in name} == set(SITE_NORMS.values())
 
 
 def test_every_class_is_among_the_tiny_models() -> None:
-    assert {SIZES[size].get("architecture", "LlamaForCausalLM") for size in FAMILIES} == set(RULES)
+    assert {SIZES[size].get("architecture", "LlamaForCausalLM") for size in FAMILIES} == set(ARCHITECTURES)
 
 
 @torch.no_grad()

@@ -7,16 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from infoquant_vllm.format import WeightArgs
+from infoquant_vllm.format import ARCHITECTURES, SITES, WeightArgs
 from offline import Recipe, quantize
 from offline.algorithms.fold import fold_layer
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
-from offline.model.architectures import rules_for
 from offline.model.hidden_states import Statistics, Stream
 from offline.model.source import Source
 from offline.progress import silent
-from offline.recipe import SITES, CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
+from offline.recipe import CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
 from tests.common.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
 
 EIGHT = WeightArgs(num_bits=8)
@@ -81,7 +80,7 @@ def test_keys_are_observed_as_rope_turns_them(tmp_path: Path, size: str) -> None
     stream, statistics, keys = (
         Stream(source, tokens, None, [torch.device("cpu")]),
         Statistics(),
-        rules_for(source.shape).keys,
+        ARCHITECTURES[source.shape.architecture].rope_inputs[1],
     )
     stream.advance(fold_layer(source, 0, None), MODULES, statistics.observe, (keys,))
     expected: list[torch.Tensor] = []
