@@ -76,7 +76,7 @@ class KVCache(_Strict):
     """Bits of keys and values in the cache, and the factors that shrink their ranges.
 
     key_mean_positions: keys are quantized less their mean over that many positions (see
-        `offline/stages/key_mean.py`), which RoPE turns from one to the next; None leaves them as they are
+        `offline/algorithms/key_mean.py`), which RoPE turns from one to the next; None leaves them as they are
     """
 
     key_bits: Literal[4, 8] = 4

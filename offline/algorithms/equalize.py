@@ -8,7 +8,7 @@ of x_j and W_j that product is smallest where s_j^2 = |W_j| / |x_j| (Cauchy and 
 import torch
 
 from infoquant_vllm.format import ARCHITECTURES, ModelShape
-from offline.model.hidden_states import Statistics
+from offline.model.input_statistics import InputStatistics
 
 QKV = "self_attn.q_proj"
 """The linear that the input of queries, keys and values is known by."""
@@ -17,7 +17,7 @@ SMALLEST = 1e-6
 
 
 def equalize_layer(
-    state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: Statistics, shape: ModelShape
+    state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: InputStatistics, shape: ModelShape
 ) -> None:
     """Balance a layer's weights in place, and what was measured of keys and down_proj; see `fold_layer`."""
     queries, keys = (
@@ -27,10 +27,10 @@ def equalize_layer(
     scale, keys_module = equalize_keys(state, queries, keys, shape), ARCHITECTURES[shape.architecture].rope_inputs[1]
     if keys_module in statistics.sums:
         statistics.sums[keys_module] *= scale
-    scale = equalize_down(state, statistics.energies["mlp.down_proj"])
+    scale = equalize_down(state, statistics.second_moments["mlp.down_proj"])
     for row, factor in zip(hessians["mlp.down_proj"], scale, strict=True):
         row.mul_(scale * factor)
-    statistics.rescale("mlp.down_proj", scale)
+    statistics.scale_samples("mlp.down_proj", scale)
 
 
 def equalize_keys(

@@ -9,7 +9,7 @@ import math
 import torch
 
 from infoquant_vllm.format import ModelShape
-from offline.model.hidden_states import Stream
+from offline.model.hidden_states import HiddenStates
 from offline.recipe import LearnedClips, Recipe
 from offline.training.fake_quant_layer import ClippedLayer
 
@@ -20,7 +20,7 @@ SMALLEST_ERROR = 1e-30
 
 def learn_clips(
     tensors: dict[str, torch.Tensor],
-    stream: Stream,
+    hidden: HiddenStates,
     before: torch.Tensor,
     args: LearnedClips,
     recipe: Recipe,
@@ -29,12 +29,12 @@ def learn_clips(
     """Learn `input_clip_ratio` and `value_clip_ratio` of a layer, named as by `quantize_layer`.
 
     tensors: the layer's, from `quantize_layer`
-    stream: which just ran that layer
-    before: [sequences, length, hidden] float32, the first of the stream's hidden states before it did
+    hidden: the hidden states behind that layer
+    before: [sequences, length, hidden] float32, those of the first sequences that entered the layer
     """
-    layer, rotary = stream.copy_layer()
+    layer, rotary = hidden.copy_layer()
     quantized = ClippedLayer(layer, tensors, recipe, shape).to(rotary[0].device)
-    train_clips(quantized, rotary, before, stream.hidden[: len(before)], args)
+    train_clips(quantized, rotary, before, hidden.values[: len(before)], args)
     return quantized.clips()
 
 

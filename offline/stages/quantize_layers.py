@@ -8,11 +8,12 @@ import torch
 from infoquant_vllm.format import ARCHITECTURES, SITES
 from offline.algorithms.equalize import equalize_layer
 from offline.algorithms.fold import fold_layer, stored_dtype
+from offline.algorithms.key_mean import mean_rotated_key
 from offline.algorithms.rotations import Transforms
-from offline.model.hidden_states import Statistics, Stream
+from offline.model.hidden_states import HiddenStates
+from offline.model.input_statistics import InputStatistics
 from offline.progress import held_bytes
 from offline.run import Run
-from offline.stages.key_mean import key_mean
 from offline.stages.learn_clips import learn_clips
 from offline.stages.quantize_layer import quantize_layer
 from offline.training.student import Layer
@@ -23,24 +24,24 @@ HIDDEN = "hidden"
 
 def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transforms | None) -> Iterator[Layer]:
     """Every decoder layer's tensors by their names inside it, those that an earlier run had finished among them."""
-    stream, layers, done = None, run.source.shape.num_hidden_layers, 0
+    hidden, layers, done = None, run.source.shape.num_hidden_layers, 0
     if run.work.holds(NEXT):
         done = run.work.facts(NEXT)["layer"]
     if run.recipe.rounding == "gptq" and done < layers:
         assert tokens is not None  # such recipes need calibration
-        stream = Stream(run.source, tokens, transforms, run.devices, run.work.scratch)
+        hidden = HiddenStates(run.source, tokens, transforms, run.devices, run.work.scratch)
         if done:
-            stream.restore(run.work.tensors(NEXT)[HIDDEN], done)
+            hidden.restore(run.work.tensors(NEXT)[HIDDEN], done)
     for layer in range(done):
         _note(run, layer, run.work.facts(_name(layer))["errors"], transforms)
         yield run.work.tensors(_name(layer))
     for layer in range(done, layers):
         began = time.monotonic()
-        tensors, errors = _quantized_layer(run, stream, layer, transforms)
+        tensors, errors = _quantized_layer(run, hidden, layer, transforms)
         pace = None if tokens is None else tokens.numel() / (time.monotonic() - began)
         if run.work.keeps:
             run.work.save(_name(layer), tensors, errors=errors)
-            entering = {} if stream is None or layer + 1 == layers else {HIDDEN: stream.hidden}
+            entering = {} if hidden is None or layer + 1 == layers else {HIDDEN: hidden.values}
             run.work.save(NEXT, entering, layer=layer + 1)
         yield tensors
         _note(run, layer, errors, transforms, pace)
@@ -69,29 +70,32 @@ def _note(
 
 
 def _quantized_layer(
-    run: Run, stream: Stream | None, layer: int, transforms: Transforms | None
+    run: Run, hidden: HiddenStates | None, layer: int, transforms: Transforms | None
 ) -> tuple[Layer, dict[str, float]]:
     shape, learned, before, keys, hessians = run.source.shape, run.recipe.learned_clips, None, None, None
     positions = None if run.recipe.kv_cache is None else run.recipe.kv_cache.key_mean_positions
-    statistics = Statistics()
+    statistics = InputStatistics()
     state = {name: tensor.to(run.devices[0]) for name, tensor in fold_layer(run.source, layer, transforms).items()}
-    if stream is not None:
+    if hidden is not None:
         with run.watch("activations"):
             if learned is not None:
-                first = stream.hidden[: learned.sequences]
+                first = hidden.values[: learned.sequences]
                 before = run.work.scratch.empty(*first.shape).copy_(first)
-            outputs = () if positions is None else ARCHITECTURES[shape.architecture].rope_inputs[1:]
-            stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe, outputs)
-            hessians = statistics.hessians()
+            _, key_module = ARCHITECTURES[shape.architecture].rope_inputs
+            outputs = () if positions is None else (key_module,)
+            hidden.forward_layer(state, [linears[0] for linears in SITES.values()], statistics.observe, outputs)
+            hessians = statistics.take_hessians()
             if run.recipe.equalize:
                 equalize_layer(state, hessians, statistics, shape)
             if positions is not None:
-                keys = key_mean(statistics, stream, positions, shape)
+                mean = statistics.sums[key_module] / statistics.tokens[key_module]
+                mean = mean.unflatten(0, (shape.num_key_value_heads, -1))
+                keys = mean_rotated_key(mean, *hidden.rotary(positions))
     with run.watch("weights"):
         inputs = transforms.inputs[layer] if transforms is not None and transforms.inputs else {}
         dtype = stored_dtype(run.source)
         tensors, errors = quantize_layer(state, hessians, statistics.samples(), inputs, keys, run.recipe, shape, dtype)
-    if stream is not None and learned is not None and before is not None:
+    if hidden is not None and learned is not None and before is not None:
         with run.watch("clips"):
-            tensors |= learn_clips(tensors, stream, before, learned, run.recipe, shape)
+            tensors |= learn_clips(tensors, hidden, before, learned, run.recipe, shape)
     return tensors, errors

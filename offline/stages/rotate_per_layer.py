@@ -13,7 +13,7 @@ from offline.algorithms.fold import fold_layer
 from offline.algorithms.outlier_tokens import outlier_weights
 from offline.algorithms.rotations import InputTensors, Transforms, random_hadamard, random_head_rotations
 from offline.algorithms.stiefel import cayley_step, retract
-from offline.model.hidden_states import Stream
+from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.output.work import Work
 from offline.progress import ProgressReport
@@ -44,14 +44,14 @@ def learn_layer_rotations(
     """
     shape = source.shape
     heads = random_head_rotations(shape, generator)
-    stream, done, device = Stream(source, tokens, None, devices, work.scratch), 0, devices[0]
+    hidden, done, device = HiddenStates(source, tokens, None, devices, work.scratch), 0, devices[0]
     if work.holds(NEXT):
         kept, done = work.tensors(NEXT), work.facts(NEXT)["layer"]
-        stream.restore(kept["hidden"], done)
+        hidden.restore(kept["hidden"], done)
         heads.copy_(kept["heads"])
         generator.set_state(kept["generator"])
     for layer in range(done, shape.num_hidden_layers):
-        seen = _activations(source, stream, layer, device, work)
+        seen = _activations(source, hidden, layer, device, work)
         weight = 1.0 if layer < LAYERS_WITHOUT_OUTLIERS else args.outlier_weight
         weights = {name: outlier_weights(x.flatten(2), weight) for name, x in seen.items()}
         rotations, losses = {}, []
@@ -69,7 +69,7 @@ def learn_layer_rotations(
         )
         work.save(_name(layer), {site: rotation.float() for site, rotation in rotations.items()})
         if work.keeps:
-            state = {"hidden": stream.hidden, "heads": heads, "generator": generator.get_state()}
+            state = {"hidden": hidden.values, "heads": heads, "generator": generator.get_state()}
             work.save(NEXT, state, layer=layer + 1)
         falls = ", ".join(f"{fall:.3f}" for fall in (*losses, fall))
         progress("rotations", layer + 1, shape.num_hidden_layers, f"losses at {falls} of the first epoch")
@@ -95,11 +95,11 @@ def _name(layer: int) -> str:
 
 
 def _activations(
-    source: Source, stream: Stream, layer: int, device: torch.device, work: Work
+    source: Source, hidden: HiddenStates, layer: int, device: torch.device, work: Work
 ) -> dict[str, torch.Tensor]:
     """Inputs of attention, MLP and o_proj, and the values, [sequences, length, features] float32 on the CPU.
 
-    Norm gains are folded into the weights. Advances the stream.
+    Norm gains are folded into the weights. Runs the layer.
     """
     modules, shape = {"self_attn.q_proj": "qkv", "self_attn.o_proj": "o", "mlp.gate_proj": "gate_up"}, source.shape
     features = {
@@ -108,7 +108,7 @@ def _activations(
         "gate_up": shape.hidden_size,
         "v": shape.num_key_value_heads * shape.head_dim,
     }
-    size = stream.hidden.shape[:2]
+    size = hidden.values.shape[:2]
     seen, filled = (
         {site: work.scratch.empty(*size, width) for site, width in features.items()},
         dict.fromkeys(features, 0),
@@ -125,7 +125,7 @@ def _activations(
             weight, bias = state["self_attn.v_proj.weight"], state.get("self_attn.v_proj.bias")
             keep("v", torch.nn.functional.linear(x, weight, bias))
 
-    stream.advance(state, list(modules), observe)
+    hidden.forward_layer(state, list(modules), observe)
     return seen
 
 

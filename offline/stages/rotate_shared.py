@@ -11,7 +11,7 @@ import torch
 from infoquant_vllm.format import SITE_NORMS
 from offline.algorithms.fold import fold_layer
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
-from offline.model.hidden_states import Stream
+from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.output.work import Work
 from offline.progress import ProgressReport
@@ -61,9 +61,9 @@ def collect_inputs(
     per_site = max(1, args.pool_tokens // (2 * layers))
     sequences = tokens[: max(1, -(-TOKENS_SEEN_PER_TOKEN_POOLED * per_site // tokens.shape[1]))]
     stride = max(1, sequences.numel() // per_site)
-    stream = Stream(source, sequences, None, devices, work.scratch)
+    hidden = HiddenStates(source, sequences, None, devices, work.scratch)
     sites, taken = list(SITE_NORMS.values()), 0
-    rows = layers * len(sites) * sum(-(-batch // stride) for batch in stream.tokens_in_batches)
+    rows = layers * len(sites) * sum(-(-batch // stride) for batch in hidden.tokens_per_batch)
     size = rows, source.shape.hidden_size
     pool = work.scratch.empty(*size) if devices[0].type == "cpu" else torch.empty(size, device=devices[0])
 
@@ -76,7 +76,7 @@ def collect_inputs(
 
     for layer in range(layers):
         state = {name: tensor.to(devices[0]) for name, tensor in fold_layer(source, layer, None).items()}
-        stream.advance(state, sites, observe)
+        hidden.forward_layer(state, sites, observe)
         progress("sampling", layer + 1, layers)
     return pool
 

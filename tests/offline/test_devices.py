@@ -8,7 +8,7 @@ import torch
 
 from offline import PRESETS, ToolError, quantize
 from offline.algorithms.fold import fold_layer
-from offline.model.hidden_states import Stream, _Replica
+from offline.model.hidden_states import HiddenStates, _Replica
 from offline.model.source import Source
 from offline.pipeline import _devices
 from offline.progress import silent
@@ -62,8 +62,10 @@ def test_what_is_seen_comes_in_the_order_of_the_text_however_long_a_device_takes
     tokens = torch.arange(7 * 16).view(7, 16) % source.shape.vocab_size
     seen: dict[int, list[torch.Tensor]] = {}
     for devices in (1, 3):
-        stream, seen[devices] = Stream(source, tokens, None, [CPU] * devices), []
-        stream.advance(fold_layer(source, 0, None), ["mlp.down_proj"], lambda _, x, own=seen[devices]: own.append(x))
+        hidden, seen[devices] = HiddenStates(source, tokens, None, [CPU] * devices), []
+        hidden.forward_layer(
+            fold_layer(source, 0, None), ["mlp.down_proj"], lambda _, x, own=seen[devices]: own.append(x)
+        )
     assert len({id(replica) for replica in ran}) == 1 + 3
     assert len(seen[3]) == 7
     assert all(torch.equal(one, three) for one, three in zip(seen[1], seen[3], strict=True))

@@ -9,7 +9,8 @@ from infoquant_vllm.format import ARCHITECTURES, SITES
 from offline.algorithms.equalize import equalize_down, equalize_layer
 from offline.algorithms.fold import fold_layer
 from offline.model.architectures import CausalLM
-from offline.model.hidden_states import Statistics, Stream
+from offline.model.hidden_states import HiddenStates
+from offline.model.input_statistics import InputStatistics
 from offline.model.source import Source
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 
@@ -18,14 +19,14 @@ from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 def test_balanced_model_gives_the_sources_logits(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
-    stream = Stream(source, tokens, None, [torch.device("cpu")])
+    hidden = HiddenStates(source, tokens, None, [torch.device("cpu")])
     model = source.model(torch.float32)
     expected = model(tokens).logits
     for number, layer in enumerate(model.model.layers):
-        state, statistics = fold_layer(source, number, None), Statistics()
+        state, statistics = fold_layer(source, number, None), InputStatistics()
         before = state["mlp.down_proj.weight"]
-        stream.advance(state, [linears[0] for linears in SITES.values()], statistics.observe)
-        equalize_layer(state, statistics.hessians(), statistics, source.shape)
+        hidden.forward_layer(state, [linears[0] for linears in SITES.values()], statistics.observe)
+        equalize_layer(state, statistics.take_hessians(), statistics, source.shape)
         assert not torch.allclose(state["mlp.down_proj.weight"], before, rtol=0.01)
         layer.load_state_dict(state)
     found = model(tokens).logits
@@ -70,16 +71,16 @@ def test_keys_and_queries_have_like_energies_in_every_pair_where_balanced(tmp_pa
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     shape, model = source.shape, source.model(torch.float32)
     query_module, key_module = ARCHITECTURES[shape.architecture].rope_inputs
-    state, statistics = fold_layer(source, 0, None), Statistics()
+    state, statistics = fold_layer(source, 0, None), InputStatistics()
     for name in state:
         if key_module in name:  # keys of uneven sizes, and biases that matter
             uneven = torch.linspace(0.1, 3, len(state[name]))
             state[name] = state[name] * uneven.view(-1, *[1] * (state[name].dim() - 1)) * (20 if "bias" in name else 1)
     tokens = torch.randint(3, VOCAB_SIZE, (8, 64), generator=torch.Generator().manual_seed(2))
-    Stream(source, tokens, None, [torch.device("cpu")]).advance(
+    HiddenStates(source, tokens, None, [torch.device("cpu")]).forward_layer(
         state, [linears[0] for linears in SITES.values()], statistics.observe
     )
-    equalize_layer(state, statistics.hessians(), statistics, shape)
+    equalize_layer(state, statistics.take_hessians(), statistics, shape)
     model.model.layers[0].load_state_dict(state)
     queries, keys = energies(model, (query_module, key_module), shape.head_dim, tokens)
     heads = 1 if key_module == "self_attn.k_norm" else shape.num_key_value_heads

@@ -11,7 +11,7 @@ from offline.algorithms.fold import fold_layer
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
 from offline.model.architectures import model_class
-from offline.model.hidden_states import Stream
+from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Psot
@@ -49,10 +49,10 @@ def test_every_class_is_among_the_tiny_models() -> None:
 def test_layers_one_by_one_compute_what_the_model_does(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(1))
-    stream, model = Stream(source, tokens, None, [torch.device("cpu")]), source.model(torch.float32).model
+    hidden, model = HiddenStates(source, tokens, None, [torch.device("cpu")]), source.model(torch.float32).model
     for layer in range(source.shape.num_hidden_layers):
-        stream.advance(fold_layer(source, layer, None), [], lambda *_: None)
-    torch.testing.assert_close(model.norm(stream.hidden), model(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
+        hidden.forward_layer(fold_layer(source, layer, None), [], lambda *_: None)
+    torch.testing.assert_close(model.norm(hidden.values), model(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("preset", LARGEST_KL)

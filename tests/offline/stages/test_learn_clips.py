@@ -9,7 +9,7 @@ from infoquant_vllm.format import Checkpoint
 from offline import PRESETS, quantize
 from offline.algorithms.fold import fold_layer
 from offline.evaluate.simulate import load_simulated
-from offline.model.hidden_states import Stream
+from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, LearnedClips, PsotLayer, Recipe, Site, SiteActivations, Sites
@@ -45,34 +45,34 @@ def checkpoint_of(tmp_path: Path, sites: str) -> tuple[Source, Recipe, dict[str,
     return Source.open(source), recipe, {name.removeprefix(prefix): checkpoint.tensor(name) for name in names}
 
 
-def stream_of(source: Source) -> tuple[Stream, torch.Tensor]:
-    """A stream behind the first layer, and the hidden states before it."""
+def hidden_of(source: Source) -> tuple[HiddenStates, torch.Tensor]:
+    """Hidden states behind the first layer, and the hidden states before it."""
     tokens = torch.randint(3, VOCAB_SIZE, (4, 64), generator=torch.Generator().manual_seed(0))
-    stream = Stream(source, tokens, None, [CPU])
-    before = stream.hidden.clone()
-    stream.advance(fold_layer(source, 0, None), [], lambda *_: None)
-    return stream, before
+    hidden = HiddenStates(source, tokens, None, [CPU])
+    before = hidden.values.clone()
+    hidden.forward_layer(fold_layer(source, 0, None), [], lambda *_: None)
+    return hidden, before
 
 
 @pytest.mark.parametrize("sites", SITES)
 def test_layer_before_learning_computes_what_the_simulation_computes(tmp_path: Path, sites: str) -> None:
     source, recipe, tensors = checkpoint_of(tmp_path, sites)
-    stream, before = stream_of(source)
-    layer, rotary = stream.copy_layer()
+    hidden, before = hidden_of(source)
+    layer, rotary = hidden.copy_layer()
     found = ClippedLayer(layer, tensors, recipe, source.shape)(before, rotary).detach()
     model = load_simulated(tmp_path / "out", torch.float32)
     model.model.layers[0].register_forward_hook(lambda _, __, output: outputs.append(output))
     outputs: list[torch.Tensor] = []
     model(inputs_embeds=before)
-    exact = stream.hidden
+    exact = hidden.values
     assert (outputs[0] - exact).norm() > 0.02 * exact.norm()
     assert (found - outputs[0]).norm() < 0.1 * (exact - outputs[0]).norm()
 
 
 def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -> None:
     source, recipe, tensors = checkpoint_of(tmp_path, "tokens")
-    stream, before = stream_of(source)
-    layer, rotary = stream.copy_layer()
+    hidden, before = hidden_of(source)
+    layer, rotary = hidden.copy_layer()
     quantized = ClippedLayer(layer, tensors, recipe, source.shape)
     for parameter in quantized.parameters():
         if parameter.requires_grad:
@@ -80,7 +80,7 @@ def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -
 
     def error() -> float:
         with torch.no_grad():
-            return (quantized(before, rotary) - stream.hidden).square().mean().item()
+            return (quantized(before, rotary) - hidden.values).square().mean().item()
 
     start, clips = error(), quantized.clips()
     assert {name: clip.shape for name, clip in clips.items()} == {
@@ -88,7 +88,7 @@ def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -
         for name, tensor in tensors.items()
         if name.endswith(("input_clip_ratio", "value_clip_ratio"))
     }
-    train_clips(quantized, rotary, before, stream.hidden, LearnedClips(epochs=10, learning_rate=0.3))
+    train_clips(quantized, rotary, before, hidden.values, LearnedClips(epochs=10, learning_rate=0.3))
     assert error() < 0.7 * start
     for name, clip in quantized.clips().items():
         assert (clip > 0.5).all(), name

@@ -10,9 +10,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from infoquant_vllm.format import ARCHITECTURES, SITES, WeightArgs
 from offline import Recipe, quantize
 from offline.algorithms.fold import fold_layer
+from offline.algorithms.key_mean import mean_rotated_key
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
-from offline.model.hidden_states import Statistics, Stream
+from offline.model.hidden_states import HiddenStates
+from offline.model.input_statistics import InputStatistics
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
@@ -64,25 +66,25 @@ def test_checkpoint_of_centred_keys_in_eight_bits_predicts_as_its_source(tmp_pat
 def test_key_offset_is_the_mean_of_a_constant_key_at_all_positions(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(2))
-    stream = Stream(source, tokens, None, [torch.device("cpu")])
+    hidden = HiddenStates(source, tokens, None, [torch.device("cpu")])
     heads, size_of_head = source.shape.num_key_value_heads, source.shape.head_dim
     key = torch.randn(heads, size_of_head, generator=torch.Generator().manual_seed(3))
     rotary = source.model(torch.float32).model.rotary_emb
     cos, sin = rotary(key, torch.arange(100)[None])
     turned, _ = apply_rotary_pos_emb(key[None, :, None].expand(-1, -1, 100, -1), key[None, :, None], cos, sin)
-    torch.testing.assert_close(stream.turn_mean(key, 100), turned[0].mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean_rotated_key(key, *hidden.rotary(100)), turned[0].mean(1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", ["tied", "qwen2", "qwen3"])
 def test_keys_are_observed_as_rope_turns_them(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(2))
-    stream, statistics, keys = (
-        Stream(source, tokens, None, [torch.device("cpu")]),
-        Statistics(),
+    hidden, statistics, keys = (
+        HiddenStates(source, tokens, None, [torch.device("cpu")]),
+        InputStatistics(),
         ARCHITECTURES[source.shape.architecture].rope_inputs[1],
     )
-    stream.advance(fold_layer(source, 0, None), MODULES, statistics.observe, (keys,))
+    hidden.forward_layer(fold_layer(source, 0, None), MODULES, statistics.observe, (keys,))
     expected: list[torch.Tensor] = []
     model = source.model(torch.float32)
     model.model.layers[0].get_submodule(keys).register_forward_hook(lambda _, __, out: expected.append(out))

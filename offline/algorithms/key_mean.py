@@ -1,0 +1,20 @@
+"""K smoothing: the mean key of each head, which is subtracted from every key before it is quantized.
+
+Subtracting a constant from every key changes all scores of a query alike, which softmax does not see
+(SageAttention, arXiv 2410.02367, section 4.2); the remaining keys span a smaller range. SageAttention takes
+the mean of the sequence at hand. A cache that grows token by token needs a mean that is known beforehand.
+"""
+
+import torch
+
+
+def mean_rotated_key(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return the mean over all positions of a constant key [kv_heads, head_dim] after RoPE.
+
+    Components that RoPE turns full circle within these positions average to zero: they have no common constant.
+
+    cos, sin: [1, positions, head_dim], of RoPE
+    """
+    cos, sin = cos[0].mean(0), sin[0].mean(0)
+    first, second = key.chunk(2, -1)
+    return key * cos + torch.cat((-second, first), -1) * sin

@@ -1,0 +1,65 @@
+"""Sums over the inputs of a layer's linears, which GPTQ, equalization and clip searches read."""
+
+import torch
+
+HESSIAN_ROWS = 1024
+"""Rows of a Hessian that are mirrored at once; bounds peak memory."""
+SAMPLE_STRIDE = 16
+"""One in so many tokens is kept as a sample."""
+
+
+class InputStatistics:
+    """Statistics of the inputs x [tokens, features] of modules, by the modules' names.
+
+    hessians: sums of x^T x, [features, features]; half the Hessian of the squared error, a factor that GPTQ ignores
+    second_moments: per-channel sums of x^2 / |x|^2, [features]; every token counts the same
+    sums: sums of x, [features]
+    tokens: number of tokens
+    samples: [tokens / SAMPLE_STRIDE, features], evenly spaced tokens
+    """
+
+    def __init__(self) -> None:
+        self._upper: dict[str, torch.Tensor] = {}
+        self.second_moments: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self._samples: dict[str, list[torch.Tensor]] = {}
+
+    def observe(self, module: str, x: torch.Tensor) -> None:
+        """Add inputs x [tokens, features] float32; an `Observer`."""
+        features = x.shape[1]
+        if module not in self._upper:
+            self._upper[module], self.second_moments[module] = x.new_zeros(features, features), x.new_zeros(features)
+            self.sums[module], self.tokens[module], self._samples[module] = x.new_zeros(features), 0, []
+        strip = max(64, -(-features // 4))
+        for start in range(0, features, strip):  # the upper triangle alone, strip by strip
+            self._upper[module][start : start + strip, start:].addmm_(x[:, start : start + strip].T, x[:, start:])
+        token_weights = 1 / x.square().sum(1).clamp(min=torch.finfo(x.dtype).tiny)
+        self.second_moments[module] += token_weights @ x.square()
+        self.sums[module] += x.sum(0)
+        self.tokens[module] += len(x)
+        self._samples[module].append(x[::SAMPLE_STRIDE].clone())
+
+    def take_hessians(self) -> dict[str, torch.Tensor]:
+        """Return the whole symmetric matrices and drop them here, so that the caller can free them one by one."""
+        found, self._upper = self._upper, {}
+        for matrix in found.values():
+            _mirror(matrix)
+        return found
+
+    def samples(self) -> dict[str, torch.Tensor]:
+        """Return the sampled inputs."""
+        return {module: torch.cat(parts) for module, parts in self._samples.items()}
+
+    def scale_samples(self, module: str, scale: torch.Tensor) -> None:
+        """Multiply the samples of a module's inputs by `scale` [features], as its weights were divided by it."""
+        self._samples[module] = [part * scale for part in self._samples[module]]
+
+
+def _mirror(matrix: torch.Tensor) -> None:
+    """Copy the upper triangle of a matrix [n, n] to the lower one, in place."""
+    for start in range(0, len(matrix), HESSIAN_ROWS):
+        stop = start + HESSIAN_ROWS
+        square = matrix[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
