@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from infoquant_vllm.format import Checkpoint, FormatError
-from offline.algorithms.fold import fold_ends
 from offline.algorithms.rotations import Transforms, orthogonality_error
 from offline.dry_run import make_plan
 from offline.errors import ToolError
@@ -30,7 +29,8 @@ from offline.recipe import Distillation, Recipe, load_recipe
 from offline.run import Run
 from offline.stages.calibrate import calibration_tokens
 from offline.stages.distill import distill
-from offline.stages.lm_head import quantize_end
+from offline.stages.fold import fold_embeddings
+from offline.stages.lm_head import quantize_lm_head
 from offline.stages.quantize_layers import quantized_layers
 from offline.stages.rotate_shared import make_transforms
 from offline.training.student import Layer, Student
@@ -127,8 +127,8 @@ def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: st
     transforms = _transforms(run, tokens)
     if transforms is not None and transforms.residual is not None:
         run.orthogonality_errors["residual"] = orthogonality_error(transforms.residual)
-    for name_of_end, tensor in fold_ends(run.source, transforms):
-        writer.add(quantize_end(name_of_end, tensor, run.config, run.source.shape))
+    for tensor_name, tensor in fold_embeddings(run.source, transforms):
+        writer.add(quantize_lm_head(tensor_name, tensor, run.config, run.source.shape))
     layers = quantized_layers(run, tokens, transforms)
     if run.recipe.distillation is not None and tokens is not None:
         layers = _distilled(run, run.recipe.distillation, list(layers), tokens, transforms)

@@ -15,7 +15,7 @@ from offline.model.architectures import CausalLM
 from offline.model.reference import load_reference
 from offline.model.source import Source, read_tokenizer
 from offline.prompts import OWN_TEXT, PASSAGES
-from offline.stages.lm_head import vocabulary_rows
+from offline.stages.lm_head import dequantized_lm_head
 from offline.text import encode_texts
 
 PROMPT_WORDS = 12
@@ -64,7 +64,7 @@ class Comparison:
     def _same_embeddings(self) -> str:
         theirs = self._source.tensor("model.embed_tokens.weight").double()
         if "model.embed_tokens.weight_packed" in self._checkpoint.weight_map:
-            ours = vocabulary_rows(self._checkpoint).double()
+            ours = dequantized_lm_head(self._checkpoint).double()
             error = ((ours - theirs).norm() / theirs.norm()).item()
             if not error <= LARGEST_ROUNDING_ERROR:
                 raise CheckError(
@@ -95,7 +95,7 @@ class Comparison:
             return "lm_head tied in both"
         theirs, limit = module.double() * norm, LARGEST_BASIS_ERROR
         if "lm_head.weight_packed" in self._checkpoint.weight_map:
-            ours, limit = vocabulary_rows(self._checkpoint).double(), LARGEST_ROUNDING_ERROR
+            ours, limit = dequantized_lm_head(self._checkpoint).double(), LARGEST_ROUNDING_ERROR
         else:
             ours = self._checkpoint.tensor("lm_head.weight").double()
         ours *= self._checkpoint.tensor("model.norm.weight").double()

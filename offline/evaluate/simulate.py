@@ -20,7 +20,7 @@ from offline.evaluate.simulated import (
     cached_attention,
 )
 from offline.model.architectures import CausalLM, empty_model, read_config
-from offline.stages.lm_head import vocabulary_rows
+from offline.stages.lm_head import dequantized_lm_head
 
 ATTENTION = "infoquant_simulated_cache"
 
@@ -93,7 +93,9 @@ def _replace_ends(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -
         tensors = {name: checkpoint.tensor(f"{shape.lm_head_module}.{name}") for name in names}
         model.lm_head = SimulatedLinear(scheme, tensors)
         if shape.tie_word_embeddings:
-            model.model.embed_tokens.weight = nn.Parameter(vocabulary_rows(checkpoint).to(dtype), requires_grad=False)
+            model.model.embed_tokens.weight = nn.Parameter(
+                dequantized_lm_head(checkpoint).to(dtype), requires_grad=False
+            )
     if not checkpoint.config.online_r1:
         return
     rotation = checkpoint.tensor("model.embed_tokens.r1")

@@ -98,6 +98,11 @@ class Source:
         with safe_open(self.folder / self.weight_map[name], framework="pt") as shard:
             return DTYPES[shard.get_slice(name).get_dtype()]
 
+    @property
+    def unquantized_dtype(self) -> torch.dtype:
+        """The stored dtype of the norms, which the checkpoint keeps for every tensor that is not quantized."""
+        return self.dtype("model.norm.weight")
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, from its own files only."""
         return read_tokenizer(self.folder)

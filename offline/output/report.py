@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from infoquant_vllm.format import QuantizationConfigData, TensorSpec, kv_bytes_per_token_head
-from offline.algorithms.fold import stored_dtype
 from offline.dry_run import Plan
 from offline.model.source import Source
 from offline.output.sentence_modules import projection_bytes
@@ -78,7 +77,7 @@ def peak_memory_bytes() -> int:
 
 def checkpoint_sizes(source: Source, config: QuantizationConfigData, specs: dict[str, TensorSpec]) -> dict[str, Any]:
     """The size fields of a `Report` on a checkpoint that holds `specs`."""
-    shape, width = source.shape, stored_dtype(source).itemsize
+    shape, width = source.shape, source.unquantized_dtype.itemsize
     tensors = {name: spec_bytes(spec) for name, spec in specs.items()}
     linears = shape.linears()
     linear_bytes = sum(size for name, size in tensors.items() if name.rsplit(".", 1)[0] in linears)

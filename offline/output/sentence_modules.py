@@ -24,7 +24,6 @@ from infoquant_vllm.format import (
     projection_config,
     read_projection,
 )
-from offline.algorithms.fold import stored_dtype
 from offline.errors import CheckError, ToolError
 from offline.model.source import Source
 from offline.output.copied_files import copy_module, module_files
@@ -39,7 +38,7 @@ LARGEST_ERROR = 0.02
 
 def projection_bytes(source: Source, config: QuantizationConfigData) -> int:
     """Return the size of the projection, 0 for a checkpoint that needs none."""
-    return source.shape.hidden_size**2 * stored_dtype(source).itemsize if config.rotated_hidden_states else 0
+    return source.shape.hidden_size**2 * source.unquantized_dtype.itemsize if config.rotated_hidden_states else 0
 
 
 def source_modules(folder: Path) -> list[dict[str, Any]]:
@@ -114,7 +113,7 @@ def _compare(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def _write_projection(folder: Path, source: Source, residual: torch.Tensor) -> None:
     gain = source.tensor("model.norm.weight").double()
-    weight = (gain[:, None] * residual).to(stored_dtype(source))
+    weight = (gain[:, None] * residual).to(source.unquantized_dtype)
     (folder / PROJECTION_FOLDER).mkdir()
     (folder / PROJECTION_CONFIG).write_text(json.dumps(projection_config(len(weight)), indent=2) + "\n")
     save_file({PROJECTION_TENSOR: weight}, folder / PROJECTION_WEIGHTS, metadata={"format": "pt"})

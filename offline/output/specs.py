@@ -3,7 +3,6 @@
 import re
 
 from infoquant_vllm.format import QuantizationConfigData, TensorSpec, expected_tensors
-from offline.algorithms.fold import stored_dtype
 from offline.model.source import Source
 from offline.output.shards import NAMES
 
@@ -12,7 +11,7 @@ LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 def checkpoint_specs(source: Source, config: QuantizationConfigData) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor, ends first, then layer by layer; FormatError where config and model disagree."""
-    default, specs = stored_dtype(source), expected_tensors(config, source.shape)
+    default, specs = source.unquantized_dtype, expected_tensors(config, source.shape)
     found = {}
     for name in sorted(specs, key=_layer):
         dtype = default if _layer(name) >= 0 or name not in source.weight_map else source.dtype(name)

@@ -1,20 +1,21 @@
-"""The vocabulary matrix, lm_head and in a tied model the embedding too, in 8 bits."""
+"""Quantize lm_head, in a tied model the embedding too, to 8 bits."""
 
 import torch
 
 from infoquant_vllm.format import Checkpoint, ModelShape, QuantizationConfigData, pack_codes, unpack_codes
 
 ROWS_AT_A_TIME = 8192
+"""Rows that are rounded at once; bounds peak memory."""
 SMALLEST_SCALE = 1e-12
 
 
-def quantize_end(
+def quantize_lm_head(
     name: str, tensor: torch.Tensor, config: QuantizationConfigData, shape: ModelShape
 ) -> dict[str, torch.Tensor]:
-    """A tensor of `fold_ends` as the checkpoint holds it: the vocabulary matrix as codes and scales, if config says so.
+    """Return a tensor of `fold_embeddings` as the checkpoint stores it: the lm_head of `lm_head_bits` as codes.
 
-    A row's largest value gets the largest code: a search over clipped ranges lowers the error of
-    SmolLM2's rows by 0.03%.
+    The largest value of a row gets the largest code: searching for a clip ratio lowers the error of
+    SmolLM2's rows by 0.03% only.
     """
     scheme = config.lm_head_scheme
     if scheme is None or name != f"{shape.lm_head_module}.weight":
@@ -28,8 +29,8 @@ def quantize_end(
     return {f"{name}_packed": torch.cat(codes), f"{name}_scale": torch.cat(scales)}
 
 
-def vocabulary_rows(checkpoint: Checkpoint) -> torch.Tensor:
-    """The rows that an 8-bit vocabulary stands for, [vocab_size, hidden_size] float32."""
+def dequantized_lm_head(checkpoint: Checkpoint) -> torch.Tensor:
+    """Return the weights of an 8-bit lm_head, [vocab_size, hidden_size] float32."""
     module = checkpoint.shape.lm_head_module
     codes = unpack_codes(checkpoint.tensor(f"{module}.weight_packed"), 8, signed=True)
     return codes * checkpoint.tensor(f"{module}.weight_scale")

@@ -7,13 +7,13 @@ import torch
 
 from infoquant_vllm.format import ARCHITECTURES, SITES
 from offline.algorithms.equalize import equalize_layer
-from offline.algorithms.fold import fold_layer, stored_dtype
 from offline.algorithms.key_mean import mean_rotated_key
 from offline.algorithms.rotations import Transforms
 from offline.model.hidden_states import HiddenStates
 from offline.model.input_statistics import InputStatistics
 from offline.progress import held_bytes
 from offline.run import Run
+from offline.stages.fold import fold_layer
 from offline.stages.learn_clips import learn_clips
 from offline.stages.quantize_layer import quantize_layer
 from offline.training.student import Layer
@@ -93,7 +93,7 @@ def _quantized_layer(
                 keys = mean_rotated_key(mean, *hidden.rotary(positions))
     with run.watch("weights"):
         inputs = transforms.inputs[layer] if transforms is not None and transforms.inputs else {}
-        dtype = stored_dtype(run.source)
+        dtype = run.source.unquantized_dtype
         tensors, errors = quantize_layer(state, hessians, statistics.samples(), inputs, keys, run.recipe, shape, dtype)
     if hidden is not None and learned is not None and before is not None:
         with run.watch("clips"):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from offline.algorithms.fold import fold_layer
 from offline.algorithms.outlier_tokens import outlier_weights
 from offline.algorithms.rotations import InputTensors, Transforms, random_hadamard, random_head_rotations
 from offline.algorithms.stiefel import cayley_step, retract
@@ -18,6 +17,7 @@ from offline.model.source import Source
 from offline.output.work import Work
 from offline.progress import ProgressReport
 from offline.recipe import PsotLayer
+from offline.stages.fold import fold_layer
 
 NEXT = "next-rotations"
 """What the next layer's rotations are learned from is kept under that name."""

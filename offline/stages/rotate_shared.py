@@ -9,13 +9,13 @@ import math
 import torch
 
 from infoquant_vllm.format import SITE_NORMS
-from offline.algorithms.fold import fold_layer
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
 from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.output.work import Work
 from offline.progress import ProgressReport
 from offline.recipe import Psot, Recipe
+from offline.stages.fold import fold_layer
 from offline.stages.rotate_per_layer import learn_layer_rotations
 
 TOKENS_SEEN_PER_TOKEN_POOLED = 4

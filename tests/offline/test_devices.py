@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from offline import PRESETS, ToolError, quantize
-from offline.algorithms.fold import fold_layer
 from offline.model.hidden_states import HiddenStates, _Replica
 from offline.model.source import Source
 from offline.pipeline import _devices
 from offline.progress import silent
 from offline.recipe import CalibrationSize, LearnedClips, Psot, PsotLayer
+from offline.stages.fold import fold_layer
 from tests.common.tiny import write_source
 
 CPU = torch.device("cpu")

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from infoquant_vllm.format import SITES
-from offline.algorithms.fold import fold_ends, fold_layer
 from offline.algorithms.rotations import Transforms, transform_input, undo_in_weights
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
 from offline.output.work import Work
 from offline.progress import silent
 from offline.recipe import Psot, PsotLayer, Recipe
+from offline.stages.fold import fold_embeddings, fold_layer
 from offline.stages.rotate_shared import make_transforms
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 
@@ -33,7 +33,7 @@ def recipe_for(transform: str) -> Recipe:
 def transformed_model(source: Source, transforms: Transforms | None, recipe: Recipe) -> CausalLM:
     """The source with `transforms` folded in, and with hooks that do what the server does at run time."""
     model = source.model(torch.float32)
-    ends = dict(fold_ends(source, transforms))
+    ends = dict(fold_embeddings(source, transforms))
     model.model.norm.weight.data = ends["model.norm.weight"].float()
     for number, layer in enumerate(model.model.layers):
         layer.load_state_dict(fold_layer(source, number, transforms))

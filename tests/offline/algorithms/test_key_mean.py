@@ -9,7 +9,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from infoquant_vllm.format import ARCHITECTURES, SITES, WeightArgs
 from offline import Recipe, quantize
-from offline.algorithms.fold import fold_layer
 from offline.algorithms.key_mean import mean_rotated_key
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
@@ -18,6 +17,7 @@ from offline.model.input_statistics import InputStatistics
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
+from offline.stages.fold import fold_layer
 from tests.common.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
 
 EIGHT = WeightArgs(num_bits=8)

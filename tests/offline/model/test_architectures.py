@@ -7,7 +7,6 @@ import torch
 
 from infoquant_vllm.format import ARCHITECTURES, SITE_NORMS, SITES
 from offline import PRESETS, quantize
-from offline.algorithms.fold import fold_layer
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
 from offline.model.architectures import model_class
@@ -15,6 +14,7 @@ from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Psot
+from offline.stages.fold import fold_layer
 from tests.common.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
 
 SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}

@@ -7,7 +7,6 @@ import torch
 
 import offline
 from infoquant_vllm.format import Checkpoint
-from offline.algorithms.fold import fold_layer
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
@@ -25,6 +24,7 @@ from offline.recipe import (
     WeightArgs,
 )
 from offline.stages.distill import final_hidden, kl_of_heads
+from offline.stages.fold import fold_layer
 from offline.stages.quantize_layer import quantize_layer
 from offline.text import text_windows
 from offline.training.student import Student

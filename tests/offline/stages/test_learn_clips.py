@@ -7,12 +7,12 @@ import torch
 
 from infoquant_vllm.format import Checkpoint
 from offline import PRESETS, quantize
-from offline.algorithms.fold import fold_layer
 from offline.evaluate.simulate import load_simulated
 from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, LearnedClips, PsotLayer, Recipe, Site, SiteActivations, Sites
+from offline.stages.fold import fold_layer
 from offline.stages.learn_clips import rate_factor, train_clips
 from offline.training.fake_quant_layer import ClippedLayer
 from tests.common.tiny import VOCAB_SIZE, write_source
