@@ -1,68 +1,222 @@
-"""The two steps that hold a whole model in memory, and what they need; all others hold one decoder layer.
+"""Predict what a run holds in memory and writes to disk, before it begins.
 
-Text is sampled token by token, and distillation runs gradients through all layers: a layer at a time
-both would read the model from disk hundreds of times.
+Most stages hold one decoder layer. Two hold the whole model: sampling calibration text token by token, and
+distillation, whose gradients run through all layers; a layer at a time both would read the model hundreds of times.
+Memory is main memory; a GPU's is not counted.
 """
 
 import math
+from collections.abc import Mapping
 
 import psutil
+from pydantic import BaseModel, ConfigDict
 
+from infoquant_vllm.format import SITES, ModelShape, TensorSpec
+from offline.algorithms.gptq import FACTOR_BLOCK
 from offline.errors import ToolError
+from offline.model.hidden_states import TOKENS_PER_BATCH
+from offline.model.scratch import goes_to_disk
 from offline.model.source import Source
+from offline.output.shards import plan_shards, spec_bytes
+from offline.progress import held_bytes
 from offline.recipe import CalibrationSize, Recipe
 
 FLOAT32 = 4
-SELF_BATCH = 128
-"""Sequences that are sampled together."""
-COPIES_TO_SAMPLE = 2
-"""Of the weights: as they are read, and in the model."""
-COPIES_TO_DISTIL = 2
-"""Of the weights: the student's, and the source's."""
-ACTIVATIONS_KEPT = 14
-"""Tensors of hidden size, and half as many of intermediate size, that gradients need of a layer and its quantizers."""
+SELF_BATCH = 128  # sequences sampled together
+COPIES_TO_SAMPLE = 2  # of the weights: as read, and in the model
+COPIES_TO_DISTILL = 2  # of the weights: the student's and the source's
+DISTILL_ACTIVATIONS = 14  # tensors of hidden size, and half as many of intermediate size, kept per layer for gradients
+CLIP_ACTIVATIONS = 20  # tensors of hidden and of intermediate size kept for the gradients of clips
+ROTATION_STEP_MATRICES = 15  # hidden x hidden float32 matrices held by a step of `learn_rotation`
+BOUND_FACTOR, BOUND_BYTES = 1.5, 2 * 2**30
+"""A run should stay within BOUND_FACTOR times a float32 layer and its batch of activations, plus BOUND_BYTES."""
 
 
-def sampling_bytes(source: Source, size: CalibrationSize) -> int:
-    """To sample calibration text from the model: weights, keys and values in float32, logits."""
+class SitePlan(BaseModel):
+    """Sizes of the linears of one layer that share an input."""
+
+    model_config = ConfigDict(frozen=True)
+
+    linears: list[str]
+    rows: int
+    columns: int
+    source_bytes: int
+    bytes: int
+    hessian_bytes: int
+
+
+class StagePlan(BaseModel):
+    """Peak memory of one stage of the run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    memory_bytes: int
+
+
+class Plan(BaseModel):
+    """Sizes and memory of a run; every decoder layer has the same `sites`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    layers: int
+    layer_float32_bytes: int
+    batch_bytes: int
+    hidden_states_bytes: int
+    hidden_states_on_disk: bool
+    sites: dict[str, SitePlan]
+    stages: list[StagePlan]
+    shards: int
+    disk_bytes: int
+    memory_bytes: int
+    memory_bound_bytes: int
+
+
+def make_plan(
+    source: Source, recipe: Recipe, specs: Mapping[str, TensorSpec], calibration: str, shard_bytes: int, disk_bytes: int
+) -> Plan:
+    """Plan a run that writes the tensors `specs`, `disk_bytes` in all, in shards of `shard_bytes`."""
+    sites = {name: _site(name, source.shape, recipe, specs) for name in SITES}
+    layer = FLOAT32 * sum(site.rows * site.columns for site in sites.values())
+    size = recipe.calibration
+    tokens = size.sequences * size.sequence_length if recipe.needs_calibration else 0
+    batch = _batch_bytes(source.shape, min(tokens, max(TOKENS_PER_BATCH, size.sequence_length)))
+    hidden = FLOAT32 * tokens * source.shape.hidden_size if recipe.rounding == "gptq" else 0
+    stages = _stages(source, recipe, calibration, sites, layer, batch, _in_memory(hidden))
+    return Plan(
+        layers=source.shape.num_hidden_layers,
+        layer_float32_bytes=layer,
+        batch_bytes=batch,
+        hidden_states_bytes=hidden,
+        hidden_states_on_disk=goes_to_disk(hidden),
+        sites=sites,
+        stages=stages,
+        shards=len(plan_shards(specs, shard_bytes)),
+        disk_bytes=disk_bytes,
+        memory_bytes=max(stage.memory_bytes for stage in stages),
+        memory_bound_bytes=int(BOUND_FACTOR * (layer + batch)) + BOUND_BYTES,
+    )
+
+
+def check_memory(source: Source, recipe: Recipe, calibration: str) -> None:
+    """Refuse a run with a stage that holds the whole model and needs more memory than is free."""
+    free = psutil.virtual_memory().available
+    if recipe.needs_calibration and calibration == "self":
+        needed = _sampling_bytes(source, recipe.calibration)
+        if needed > free:
+            raise ToolError(
+                f"{source.folder}: sampling calibration text from the model holds all of it, about "
+                f"{needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; give --calibration a text file, "
+                "or a file that `infoquant sample` wrote on a larger machine"
+            )
+    if recipe.distillation is not None:
+        needed = _distillation_bytes(source, recipe)
+        if needed > free:
+            raise ToolError(
+                f"recipe '{recipe.name}' distills, which holds the whole model twice, about {needed / 1e9:.0f} GB, "
+                f"and {free / 1e9:.0f} GB are free; use preset fast, or a recipe without `distillation`, "
+                "which hold one layer at a time"
+            )
+
+
+def _site(name: str, shape: ModelShape, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> SitePlan:
+    modules = [f"model.layers.0.{linear}" for linear in SITES[name]]
+    sizes = [shape.linears()[module] for module in modules]
+    rows, columns = sum(size[0] for size in sizes), sizes[0][1]
+    return SitePlan(
+        linears=list(SITES[name]),
+        rows=rows,
+        columns=columns,
+        source_bytes=2 * rows * columns,
+        bytes=sum(spec_bytes(spec) for key, spec in specs.items() if key.rpartition(".")[0] in modules),
+        hessian_bytes=FLOAT32 * columns**2 if recipe.rounding == "gptq" else 0,
+    )
+
+
+def _stages(
+    source: Source,
+    recipe: Recipe,
+    calibration: str,
+    sites: dict[str, SitePlan],
+    layer: int,
+    batch: int,
+    hidden: int,
+) -> list[StagePlan]:
+    """Return the stages in the order of the run; `hidden` are bytes of hidden states kept in memory."""
+    shape, held = source.shape, held_bytes()
+    found = {}
+    if recipe.needs_calibration and calibration == "self":
+        found["calibration text"] = held + _sampling_bytes(source, recipe.calibration)
+    held += hidden
+    if recipe.transform.startswith("psot"):
+        found["rotation"] = held + _rotation_bytes(shape, recipe, layer + batch)
+    found["embeddings and lm_head"] = (
+        held + FLOAT32 * shape.vocab_size * shape.hidden_size + 4 * FLOAT32 * shape.hidden_size**2
+    )
+    if recipe.rounding == "gptq":
+        found["activations"] = held + layer + batch + sum(site.hessian_bytes for site in sites.values())
+    found["weights"] = held + _rounding_bytes(list(sites.values()))
+    if recipe.learned_clips is not None:
+        tokens = recipe.calibration.sequence_length * recipe.learned_clips.batch_sequences
+        kept = CLIP_ACTIVATIONS * FLOAT32 * tokens * (shape.hidden_size + shape.intermediate_size)
+        found["clips"] = held + 2 * layer + kept
+    if recipe.distillation is not None:
+        found["distillation"] = held + _distillation_bytes(source, recipe)
+    return [StagePlan(name=name, memory_bytes=memory) for name, memory in found.items()]
+
+
+def _sampling_bytes(source: Source, size: CalibrationSize) -> int:
+    """Bytes to sample calibration text: weights, keys and values in float32, logits."""
     shape, rows = source.shape, min(SELF_BATCH, size.sequences)
     cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * rows * size.sequence_length
-    return FLOAT32 * (COPIES_TO_SAMPLE * parameters(source) + cache + 4 * rows * shape.vocab_size)
+    return FLOAT32 * (COPIES_TO_SAMPLE * _parameters(shape) + cache + 4 * rows * shape.vocab_size)
 
 
-def distillation_bytes(source: Source, recipe: Recipe) -> int:
-    """To distil: the weights of student and source in float32, and what gradients need of every layer."""
+def _distillation_bytes(source: Source, recipe: Recipe) -> int:
+    """Bytes to distill: weights of student and source in float32, and activations kept for gradients."""
     shape, size = source.shape, recipe.calibration
     rows = 0 if recipe.distillation is None else recipe.distillation.batch_sequences
     width = shape.hidden_size + shape.intermediate_size // 2
-    kept = ACTIVATIONS_KEPT * width * shape.num_hidden_layers * rows * size.sequence_length
+    kept = DISTILL_ACTIVATIONS * width * shape.num_hidden_layers * rows * size.sequence_length
     targets = size.sequences * size.sequence_length * shape.hidden_size
-    return FLOAT32 * (COPIES_TO_DISTIL * parameters(source) + kept + targets)
+    return FLOAT32 * (COPIES_TO_DISTILL * _parameters(shape) + kept + targets)
 
 
-def parameters(source: Source) -> int:
-    """How many numbers the model has."""
-    shape = source.shape
+def _parameters(shape: ModelShape) -> int:
+    """Count the model's weights, norms and biases left out."""
     linears = sum(math.prod(size) for size in shape.linears().values())
     return linears + (2 - shape.tie_word_embeddings) * shape.vocab_size * shape.hidden_size
 
 
-def check_memory(source: Source, recipe: Recipe, calibration: str) -> None:
-    """Refuse a step that needs more memory than is free, before anything is computed."""
-    free = psutil.virtual_memory().available
-    if recipe.needs_calibration and calibration == "self":
-        needed = sampling_bytes(source, recipe.calibration)
-        if needed > free:
-            raise ToolError(
-                f"{source.folder}: sampling calibration text from the model holds all of it, about "
-                f"{needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; "
-                "give --calibration a text file, or a file of `infoquant sample` made where there is room"
-            )
-    if recipe.distillation is not None:
-        needed = distillation_bytes(source, recipe)
-        if needed > free:
-            raise ToolError(
-                f"recipe '{recipe.name}' distils, which holds the whole model twice, about {needed / 1e9:.0f} GB, and "
-                f"{free / 1e9:.0f} GB are free; take preset fast, or a recipe without `distillation`, "
-                "which hold one layer at a time"
-            )
+def _rotation_bytes(shape: ModelShape, recipe: Recipe, layer_and_batch: int) -> int:
+    """Bytes to learn rotations: a layer and its batch, and the activations that they are learned from."""
+    if recipe.transform == "psot-shared":
+        steps = ROTATION_STEP_MATRICES * FLOAT32 * shape.hidden_size**2
+        pool = FLOAT32 * recipe.psot.pool_tokens * shape.hidden_size
+        return _in_memory(pool) + max(layer_and_batch, steps)
+    features = 3 * shape.hidden_size + shape.num_key_value_heads * shape.head_dim
+    tokens = recipe.calibration.sequences * recipe.calibration.sequence_length
+    return layer_and_batch + _in_memory(FLOAT32 * tokens * features)
+
+
+def _rounding_bytes(sites: list[SitePlan]) -> int:
+    """Peak bytes of a layer: one site's Hessian, its factor and two copies of its weights, and the sites to come."""
+    peak = 0
+    for index, site in enumerate(sites):
+        waiting = sum(FLOAT32 * other.rows * other.columns + other.hessian_bytes for other in sites[index + 1 :])
+        factor = site.hessian_bytes + site.hessian_bytes * min(FACTOR_BLOCK, site.columns) // site.columns
+        peak = max(peak, waiting + site.hessian_bytes + factor + 2 * FLOAT32 * site.rows * site.columns)
+    return peak
+
+
+def _batch_bytes(shape: ModelShape, tokens: int) -> int:
+    """Bytes of a batch's activations in one layer, float32: the inputs and outputs of its linears."""
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    outputs = queries + 2 * keys + 2 * shape.hidden_size + 2 * shape.intermediate_size
+    inputs = shape.hidden_size + queries + shape.intermediate_size
+    return FLOAT32 * tokens * (outputs + inputs)
+
+
+def _in_memory(size: int) -> int:
+    """Return `size`, or 0 for a tensor that is mapped from a file."""
+    return 0 if goes_to_disk(size) else size

@@ -10,9 +10,8 @@ import torch
 
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline.algorithms.rotations import Transforms, orthogonality_error
-from offline.dry_run import make_plan
 from offline.errors import ToolError
-from offline.memory import check_memory
+from offline.memory import check_memory, make_plan
 from offline.model.source import Source
 from offline.output.copied_files import copied_files
 from offline.output.fingerprint import fingerprint
@@ -71,7 +70,7 @@ def quantize(
         overwrite: replace an output that this tool wrote earlier.
         resume: keep what is done in `OUTPUT.resume` beside the output and go on from what an earlier run, ended
             by whatever, kept there; gives the bytes of a run that nothing ended.
-        dry_run: check everything, compute sizes, memory and time (see `make_plan`), but write nothing. A source that
+        dry_run: check everything, compute sizes and memory (see `make_plan`), but write nothing. A source that
             is a config.json and no weights will do.
         shard_bytes: how large a file of the output may be, unless one tensor is larger.
         log: a file that gets a line of JSON for every step, beside what is shown (see `JsonLog`).

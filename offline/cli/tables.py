@@ -5,11 +5,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from offline.dry_run import Plan
 from offline.evaluate.inspect import Inspection, scheme_words
 from offline.evaluate.metrics import Evaluation, Figure
 from offline.evaluate.page.summary import Summary
 from offline.evaluate.verify import Verification
+from offline.memory import Plan
 from offline.output.report import Report
 
 
@@ -33,25 +33,25 @@ def print_report(report: Report, output: Path) -> None:
 
 
 def _print_plan(console: Console, plan: Plan) -> None:
-    """What a layer consists of, what stages hold and take, and the sums."""
-    sites = Table("linears", "weights", "MB in bf16", "MB written", "Hessian, MB", "seconds")
+    """Print the sizes of a layer, the memory of each stage, and the totals."""
+    sites = Table("linears", "weights", "MB in bf16", "MB written", "Hessian, MB")
     sites.title = f"each of {plan.layers} decoder layers"
     for site in plan.sites.values():
         names = ", ".join(linear.rpartition(".")[2] for linear in site.linears)
         sizes = (f"{size / 1e6:,.1f}" for size in (site.source_bytes, site.bytes, site.hessian_bytes))
-        sites.add_row(names, f"{site.rows} x {site.columns}", *sizes, f"{site.seconds:.1f}")
+        sites.add_row(names, f"{site.rows} x {site.columns}", *sizes)
     console.print(sites)
-    stages = Table("stage", "seconds", "memory at its fullest, GB", title="the whole run, on the CPU of this machine")
+    stages = Table("stage", "peak memory, GB", title="the whole run")
     for stage in plan.stages:
-        stages.add_row(stage.name, f"{stage.seconds:,.0f}", f"{stage.memory_bytes / 1e9:.2f}")
-    stages.add_row("in all", f"{plan.seconds:,.0f}", f"{plan.memory_bytes / 1e9:.2f}", style="bold")
+        stages.add_row(stage.name, f"{stage.memory_bytes / 1e9:.2f}")
+    stages.add_row("peak", f"{plan.memory_bytes / 1e9:.2f}", style="bold")
     console.print(stages)
     where = "on disk" if plan.hidden_states_on_disk else "in memory"
     console.print(
-        f"a layer in float32 is {plan.layer_float32_bytes / 1e9:.2f} GB, a batch of activations "
-        f"{plan.batch_bytes / 1e9:.2f} GB, 1.5 times both and 2 GiB are {plan.memory_bound_bytes / 1e9:.2f} GB; hidden "
-        f"states of all calibration text are {plan.hidden_states_bytes / 1e9:.2f} GB, {where}; "
-        f"{plan.shards} shards, {plan.disk_bytes / 1e9:.2f} GB on disk"
+        f"one layer in float32: {plan.layer_float32_bytes / 1e9:.2f} GB; one batch of activations: "
+        f"{plan.batch_bytes / 1e9:.2f} GB; hidden states of all calibration text: "
+        f"{plan.hidden_states_bytes / 1e9:.2f} GB, {where}; bound, 1.5 x (layer + batch) + 2 GiB: "
+        f"{plan.memory_bound_bytes / 1e9:.2f} GB; written: {plan.disk_bytes / 1e9:.2f} GB in {plan.shards} shards"
     )
 
 

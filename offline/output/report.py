@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from infoquant_vllm.format import QuantizationConfigData, TensorSpec, kv_bytes_per_token_head
-from offline.dry_run import Plan
+from offline.memory import Plan
 from offline.model.source import Source
 from offline.output.sentence_modules import projection_bytes
 from offline.output.shards import spec_bytes

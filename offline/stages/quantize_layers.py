@@ -35,6 +35,7 @@ def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transfor
     for layer in range(done):
         _note(run, layer, run.work.facts(_name(layer))["errors"], transforms)
         yield run.work.tensors(_name(layer))
+    run.progress("layers", done, layers)  # the clock of the time left starts here
     for layer in range(done, layers):
         began = time.monotonic()
         tensors, errors = _quantized_layer(run, hidden, layer, transforms)

@@ -33,7 +33,7 @@ TEXT = "".join(f"The number {n} is followed by {n + 1}.\n" for n in range(2000))
 
 
 def peak_of_a_run(source: Path, recipe: Recipe) -> tuple[int, int]:
-    """Bytes of memory that a dry run foretold, and the most that a process of its own held while it quantized."""
+    """Return the peak that a dry run predicts, and that of a process of its own that quantizes; bytes."""
     text, file = source.with_name("text.txt"), source.with_name("recipe.yaml")
     text.write_text(TEXT)
     file.write_text(recipe.dump())
@@ -41,8 +41,8 @@ def peak_of_a_run(source: Path, recipe: Recipe) -> tuple[int, int]:
     command = [sys.executable, "-c", QUANTIZE, source, output, file, text]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # tensors that are freed leave the process
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=850, env=environment)
-    foretold, peak = map(int, done.stdout.split())
-    return foretold, peak
+    predicted, peak = map(int, done.stdout.split())
+    return predicted, peak
 
 
 def test_peak_is_within_one_layer_and_one_batch_of_llama_3_8b(tmp_path: Path) -> None:
@@ -54,11 +54,11 @@ def test_peak_is_within_one_layer_and_one_batch_of_llama_3_8b(tmp_path: Path) ->
         kv_cache=KVCache(key_mean_positions=2048),
         calibration=CalibrationSize(sequences=TOKENS // 256, sequence_length=256),
     )
-    foretold, peak = peak_of_a_run(write_llama_3_8b_layers(tmp_path / "source", 1), recipe)
+    predicted, peak = peak_of_a_run(write_llama_3_8b_layers(tmp_path / "source", 1), recipe)
     features = sum(rows for rows, _ in LAYER.values()) + 4096 + 4096 + 14336  # outputs; the inputs of qkv, o and down
     activations = 4 * min(TOKENS, TOKENS_PER_BATCH) * features
     assert peak <= 1.5 * (LAYER_BYTES + activations) + 2 * 2**30
-    assert foretold / 1.5 < peak < 1.5 * foretold
+    assert predicted / 1.5 < peak < 1.5 * predicted
 
 
 @pytest.mark.parametrize("transform", ["psot-shared", "psot-layer"])
@@ -98,7 +98,7 @@ def test_scratch_too_large_for_the_free_memory_is_a_file_without_a_name(
 
 @pytest.mark.parametrize(("preset", "calibration", "named"), [
     ("fast", "self", "sampling calibration text from the model holds all of it"),
-    ("best", "text.txt", "recipe 'best' distils, which holds the whole model twice"),
+    ("best", "text.txt", "recipe 'best' distills, which holds the whole model twice"),
 ])  # fmt: skip
 def test_steps_that_hold_the_whole_model_say_what_they_need_before_they_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, calibration: str, named: str
