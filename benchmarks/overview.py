@@ -24,7 +24,7 @@ SERVED = {
 }
 """Label of each served model, and whether it stands above its point."""
 OURS, OTHERS = "#1B6CA8", "#9A9A9A"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from infoquant_vllm.format import ModelShape
-from offline.output.writer import atomic_folder
+from offline.output.atomic import atomic_folder
 from offline.presets import PRESETS
 from offline.recipe import Recipe
 

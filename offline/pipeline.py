@@ -13,15 +13,15 @@ from offline.algorithms.rotations import Transforms, orthogonality_error
 from offline.errors import ToolError
 from offline.memory import check_memory, make_plan
 from offline.model.source import Source
+from offline.output.atomic import atomic_folder, check_writable
 from offline.output.copied_files import copied_files
-from offline.output.fingerprint import fingerprint
 from offline.output.model_card import model_card
 from offline.output.report import REPORT_FILE, Report, checkpoint_sizes, peak_memory_bytes
-from offline.output.resume import finished_before, resumable_folder, work_folder
+from offline.output.resume import fingerprint, finished_before, resumable_folder, resume_folder
 from offline.output.sentence_modules import source_modules, write_modules
-from offline.output.specs import checkpoint_specs
-from offline.output.work import Work
-from offline.output.writer import Writer, atomic_folder, check_output, check_space, check_writable
+from offline.output.shards import checkpoint_specs
+from offline.output.store import Store
+from offline.output.writer import Writer, check_output, check_space
 from offline.presets import preset_named
 from offline.progress import JsonLog, ProgressReport, both, console_progress
 from offline.recipe import Distillation, Recipe, load_recipe
@@ -114,9 +114,9 @@ def quantize(
     with console_progress() if progress is None else nullcontext(progress) as shown:
         folder = resumable_folder(Path(output), marks) if resume else atomic_folder(Path(output))
         with folder as partial:
-            work = Work(work_folder(Path(output)), keeps=True) if resume else Work(partial / "work")
+            store = Store(resume_folder(Path(output)), persistent=True) if resume else Store(partial / "work")
             reports = shown if events is None else both(shown, events.progress)
-            run = Run(model, chosen, config, seed, devices, reports, work, events)
+            run = Run(model, chosen, config, seed, devices, reports, store, events)
             writer = Writer(partial, specs, shard_bytes)
             return _write_checkpoint(run, writer, figures, calibration, Path(output).name)
 
@@ -133,8 +133,8 @@ def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: st
         layers = _distilled(run, run.recipe.distillation, list(layers), tokens, transforms)
     for index, tensors in enumerate(layers):
         writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
-    if not run.work.keeps:
-        shutil.rmtree(run.work.folder)
+    if not run.store.persistent:
+        shutil.rmtree(run.store.folder)
     figures = figures.model_copy(
         update={
             "calibration_tokens": 0 if tokens is None else tokens.numel(),
@@ -158,8 +158,8 @@ def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: st
 
 def _calibration(run: Run, spec: str) -> torch.Tensor:
     size = run.recipe.calibration
-    if run.work.holds(TOKENS):
-        return run.work.tensors(TOKENS)[TOKENS]
+    if run.store.exists(TOKENS):
+        return run.store.load(TOKENS)[TOKENS]
     with run.watch("calibration"):
         tokens = calibration_tokens(
             spec,
@@ -169,22 +169,22 @@ def _calibration(run: Run, spec: str) -> torch.Tensor:
             run.seed,
             lambda done, total: run.progress("calibration", done, total),
         )
-    if run.work.keeps:
-        run.work.save(TOKENS, {TOKENS: tokens})
+    if run.store.persistent:
+        run.store.save(TOKENS, {TOKENS: tokens})
     return tokens
 
 
 def _transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
     """The model's rotations; learned ones of the residual stream are kept, those of layers keep themselves."""
-    if run.work.holds(ROTATION):
-        kept = run.work.tensors(ROTATION)
+    if run.store.exists(ROTATION):
+        kept = run.store.load(ROTATION)
         return Transforms(kept["residual"], kept["heads"])
     with run.watch("rotation"):
-        transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.devices, run.progress, run.work)
-    if run.work.keeps and run.recipe.transform == "psot-shared" and transforms is not None:
+        transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.devices, run.progress, run.store)
+    if run.store.persistent and run.recipe.transform == "psot-shared" and transforms is not None:
         assert transforms.residual is not None  # that is what was learned
         assert transforms.heads is not None
-        run.work.save(ROTATION, {"residual": transforms.residual, "heads": transforms.heads})
+        run.store.save(ROTATION, {"residual": transforms.residual, "heads": transforms.heads})
     return transforms
 
 

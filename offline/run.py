@@ -7,7 +7,7 @@ import torch
 from infoquant_vllm.format import QuantizationConfigData
 from offline.model.source import Source
 from offline.output.report import Stopwatch
-from offline.output.work import Work
+from offline.output.store import Store
 from offline.progress import JsonLog, ProgressReport
 from offline.recipe import Recipe
 
@@ -25,7 +25,7 @@ class Run:
     seed: int
     devices: list[torch.device]
     progress: ProgressReport
-    work: Work
+    store: Store
     log: JsonLog | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     errors: dict[str, float] = field(default_factory=dict)

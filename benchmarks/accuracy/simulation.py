@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from offline.evaluate.metrics import Figure, compare, stored_dtype
+from infoquant_vllm.format import read_json
+from offline.evaluate.metrics import Figure, compare
 from offline.evaluate.simulate import load_simulated
-from offline.model.source import Source
+from offline.model.source import Source, config_dtype
 
 
 class WholeVocabulary:
@@ -21,12 +22,13 @@ class WholeVocabulary:
 
     def __init__(self, reference: Path, windows: torch.Tensor):
         self.windows = windows
-        self.reference = Source.open(reference).model(stored_dtype(reference))
+        source = Source.open(reference)
+        self.reference = source.model(config_dtype(source.hf_config))
         self.reference.model = RememberedDecoder(self.reference.model)
 
     def kl(self, checkpoint: Path) -> Figure:
         """KL(reference || checkpoint) in nats per position, in the dtype that config.json names."""
-        simulated = load_simulated(checkpoint, stored_dtype(checkpoint))
+        simulated = load_simulated(checkpoint, config_dtype(read_json(checkpoint / "config.json")))
         return compare(list(self.windows), simulated, self.reference)["kl"]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.common.models import ROOT
 from infoquant_vllm.kernels.cpu.library import runnable
-from offline.output.writer import atomic_file
+from offline.output.atomic import atomic_file
 
 CHANGES = ("status", "--porcelain", "--", ":!benchmarks/results")
 """What a result may hang on: not on results written before it."""

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from offline.output.writer import atomic_folder
+from offline.output.atomic import atomic_folder
 
 GROUP = 64
 ON_CPUS = ("w8a8", "w4a16")

@@ -7,7 +7,15 @@ tensor.
 """
 
 from infoquant_vllm.format.architectures import ARCHITECTURES, ROW_PARALLEL_SITES, SITE_NORMS, SITES
-from infoquant_vllm.format.checkpoint import INDEX_FILE, Checkpoint, check_values, read_json
+from infoquant_vllm.format.checkpoint import (
+    INDEX_FILE,
+    Checkpoint,
+    check_values,
+    is_checkpoint,
+    read_header,
+    read_json,
+    read_weight_map,
+)
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import apply_hadamard, hadamard, hadamard_dense
 from infoquant_vllm.format.packing import pack_codes, unpack_codes
@@ -77,12 +85,15 @@ __all__ = [
     "files_of",
     "hadamard",
     "hadamard_dense",
+    "is_checkpoint",
     "kv_bytes_per_token_head",
     "linear_tensors",
     "pack_codes",
     "parse_config",
     "projection_config",
+    "read_header",
     "read_json",
     "read_projection",
+    "read_weight_map",
     "unpack_codes",
 ]

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from infoquant_vllm.format.errors import FormatError
-from infoquant_vllm.format.schema import parse_config
+from infoquant_vllm.format.schema import QUANT_METHOD, parse_config
 from infoquant_vllm.format.tensors import ModelShape, TensorSpec, expected_tensors
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -33,11 +33,11 @@ class Checkpoint:
             raise FormatError(f"{config_file}: no quantization_config; run `infoquant quantize` on the model first")
         self.config = parse_config(self.hf_config["quantization_config"], f"{config_file}: quantization_config")
         self.shape = ModelShape.from_hf(self.hf_config, str(config_file))
-        self.weight_map: dict[str, str] = _read_weight_map(self.folder)
-        headers = {
-            name: header for shard in sorted(set(self.weight_map.values())) for name, header in self._headers(shard)
-        }
-        self._compare(headers)
+        self.weight_map = read_weight_map(self.folder)
+        self.headers: dict[str, TensorSpec] = {}
+        for shard in sorted(set(self.weight_map.values())):
+            self.headers |= self._headers(shard)
+        self._compare(self.headers)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Load one tensor; raise FormatError if its values are invalid (see `check_values`)."""
@@ -57,19 +57,12 @@ class Checkpoint:
         scheme = self.config.scheme(module) if kind == "weight_zero_point" else None
         return None if scheme is None else 2**scheme.weights.num_bits - 1
 
-    def _headers(self, shard: str) -> list[tuple[str, TensorSpec]]:
+    def _headers(self, shard: str) -> dict[str, TensorSpec]:
         file = self.folder / shard
-        try:
-            with safe_open(file, framework="pt") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-                found = [
-                    (n, TensorSpec(shape=tuple(s.get_shape()), dtype=str(s.get_dtype()))) for n, s in slices.items()
-                ]
-        except FileNotFoundError:
-            raise FormatError(f"{file}: the shard is missing, but {INDEX_FILE} lists it") from None
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{file}: not a whole safetensors file ({error}); copy or quantize it again") from None
-        stray = sorted(name for name, _ in found if self.weight_map.get(name) != shard)
+        if not file.is_file():
+            raise FormatError(f"{file}: the shard is missing, but {INDEX_FILE} lists it")
+        found = read_header(file)
+        stray = sorted(name for name in found if self.weight_map.get(name) != shard)
         if stray:
             raise FormatError(
                 f"{file}: holds {stray[0]}, which {INDEX_FILE} does not place there ({len(stray)} such tensors)"
@@ -116,7 +109,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _read_weight_map(folder: Path) -> dict[str, str]:
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether the folder's config.json says that InfoQuant quantized it."""
+    try:
+        found = read_json(folder / "config.json").get("quantization_config")
+    except FormatError:
+        return False
+    return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Read the index of a folder: the shard of every tensor; raises FormatError for names of other files."""
     file = folder / INDEX_FILE
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -125,6 +128,18 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise FormatError(f"{file}: weight_map places {name} in {shard!r}, which is no safetensors file name")
     return weight_map
+
+
+def read_header(file: Path) -> dict[str, TensorSpec]:
+    """Read shape and dtype of every tensor in a safetensors file, no data."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return {n: TensorSpec(shape=tuple(s.get_shape()), dtype=str(s.get_dtype())) for n, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{file}: not a whole safetensors file ({error}); copy, download or quantize it again"
+        ) from None
 
 
 def check_values(tensor: torch.Tensor, name: str, source: str, largest_code: int | None = None) -> None:

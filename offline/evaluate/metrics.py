@@ -8,12 +8,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.nn import functional
 
-from infoquant_vllm.format import QUANT_METHOD, Checkpoint, FormatError, read_json
+from infoquant_vllm.format import Checkpoint, is_checkpoint, read_json
 from offline.errors import ToolError
 from offline.evaluate.simulate import load_simulated
 from offline.model.architectures import CausalLM
 from offline.model.reference import load_reference
-from offline.model.source import Source, read_tokenizer
+from offline.model.source import Source, config_dtype, read_tokenizer
 from offline.progress import ProgressReport, silent
 from offline.stages.calibrate import calibration_tokens
 from offline.text import text_windows
@@ -82,7 +82,7 @@ def evaluate(
     if corpus is None and teacher is None and own is None:
         raise ToolError(f"{model}: nothing to evaluate on; give --corpus FILE, or --reference SOURCE to sample from")
     windows, text = _text(corpus, teacher or own, model, tokens // window, window, seed, progress)
-    student = load_simulated(model, stored_dtype(Path(model))) if own is None else _plain(own)
+    student = _simulated(Path(model)) if own is None else _plain(own)
     _same_vocabulary(student, teacher)
     figures = compare(list(windows), student, None if teacher is None else _plain(teacher), progress)
     return Evaluation(
@@ -109,15 +109,6 @@ def compare(
         if name in figures:
             figures[name] = _exponential(figures[name])
     return figures
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder's config says that it is quantized by this tool."""
-    try:
-        found = read_json(folder / "config.json").get("quantization_config")
-    except FormatError:
-        return False
-    return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
 
 
 def _window(ids: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor | None) -> dict[str, float]:
@@ -172,15 +163,12 @@ def _text(
     return windows, f"sampled from {source.folder.name}, seed {seed}"
 
 
+def _simulated(folder: Path) -> CausalLM:
+    return load_simulated(folder, config_dtype(read_json(folder / "config.json")))
+
+
 def _plain(source: Source) -> CausalLM:
-    return load_reference(source.folder, stored_dtype(source.folder))
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that config.json names, which is what the server computes in unless told otherwise."""
-    config = read_json(folder / "config.json")
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return load_reference(source.folder, config_dtype(source.hf_config))
 
 
 def _same_vocabulary(student: CausalLM, teacher: Source | None) -> None:

@@ -1,16 +1,25 @@
 """The model to quantize: a local folder or a hub id, checked before anything is computed."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from infoquant_vllm.format import INDEX_FILE, FormatError, ModelShape, check_values, read_json
+from infoquant_vllm.format import (
+    INDEX_FILE,
+    FormatError,
+    ModelShape,
+    check_values,
+    read_header,
+    read_json,
+    read_weight_map,
+)
 from offline.errors import ToolError, first_line
 from offline.model.architectures import CausalLM, model_class, read_config
 from offline.model.folders import missing_index, missing_prefix, other_kind
@@ -68,7 +77,10 @@ class Source:
             return cls(folder, hf_config, shape, {})
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise ToolError(f"{folder}: no tokenizer ({' or '.join(TOKENIZER_FILES)} was expected)")
-        headers = _headers(folder)
+        try:
+            headers = _headers(folder)
+        except FormatError as error:
+            raise ToolError(str(error)) from None
         if shape.tie_word_embeddings and not _is_tied(headers):
             hf_config = hf_config | {"tie_word_embeddings": False}
             shape = shape.model_copy(update={"tie_word_embeddings": False})
@@ -93,8 +105,7 @@ class Source:
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of a tensor, from its file's header; the config's word for it where there is no file."""
         if not self.weight_map:
-            named = str(self.hf_config.get("dtype", self.hf_config.get("torch_dtype", "bfloat16")))
-            return {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)
+            return config_dtype(self.hf_config)
         with safe_open(self.folder / self.weight_map[name], framework="pt") as shard:
             return DTYPES[shard.get_slice(name).get_dtype()]
 
@@ -114,6 +125,12 @@ class Source:
         state = {name: self.tensor(name).to(dtype) for name in self.names}
         model = model_class(self.shape.architecture).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
         return model.eval().requires_grad_(False)
+
+
+def config_dtype(hf_config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype that config.json names, in which the server computes unless told otherwise."""
+    named = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    return {"float32": torch.float32, "float16": torch.float16}.get(str(named), torch.bfloat16)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -210,13 +227,13 @@ def _headers(folder: Path) -> Headers:
     shards, indexed = _shards(folder)
     headers: Headers = {}
     for shard in shards:
-        for name, size, dtype in _read_header(shard):
+        for name, spec in read_header(shard).items():
             if name in headers:
                 raise ToolError(f"{shard}: holds {name}, which {headers[name][0].name} holds too")
             if indexed is not None and indexed.get(name) != shard.name:
                 place = indexed.get(name, "nowhere")
                 raise ToolError(f"{shard}: holds {name}, which {INDEX_FILE} places {place!r}")
-            headers[name] = (shard, size, dtype)
+            headers[name] = (shard, spec.shape, str(spec.dtype))
     for name, place in (indexed or {}).items():
         if name not in headers:
             raise ToolError(f"{folder / place}: {INDEX_FILE} places {name} there, but the file does not hold it")
@@ -228,7 +245,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     found = {file.name for file in folder.glob("*.safetensors") if file not in second_copies}
     indexed: dict[str, str] | None = None
     if (folder / INDEX_FILE).is_file():
-        indexed = _index(folder)
+        indexed = read_weight_map(folder)
         listed = set(indexed.values())
     elif found:
         listed, missing = {SINGLE_FILE}, missing_index(found, INDEX_FILE)
@@ -243,25 +260,3 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     for name in sorted(found - listed):
         raise ToolError(f"{folder / name}: an extra safetensors file that the model does not list; move it away")
     return [folder / name for name in sorted(listed)], indexed
-
-
-def _index(folder: Path) -> dict[str, str]:
-    try:
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-    except FormatError as error:
-        raise ToolError(str(error)) from None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ToolError(f"{folder / INDEX_FILE}: weight_map is missing or empty")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ToolError(f"{folder / INDEX_FILE}: places {name} in {shard!r}, which is no safetensors file name")
-    return weight_map
-
-
-def _read_header(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            return [(name, tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()]
-    except (SafetensorError, OSError) as error:
-        raise ToolError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None

@@ -1,17 +1,20 @@
-"""Safetensors files written tensor by tensor, whose sizes are known before the first one.
+"""Write safetensors files tensor by tensor, with sizes that are known before the first one.
 
-The layout is that of the library (https://huggingface.co/docs/safetensors): eight bytes with the
-length of the header, the header as JSON padded with spaces to a multiple of eight, the tensors.
+The library serializes whole files at once; a checkpoint larger than memory needs each file at full size first, and
+each tensor written to its place as it comes. The layout is the library's (https://huggingface.co/docs/safetensors):
+eight bytes with the length of the header, the header as JSON padded with spaces to a multiple of eight, the tensors.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from infoquant_vllm.format import INDEX_FILE, TensorSpec
+from infoquant_vllm.format import INDEX_FILE, QuantizationConfigData, TensorSpec, expected_tensors
 from offline.errors import ToolError
+from offline.model.source import Source
 
 DTYPES = {
     "I64": torch.int64,
@@ -23,17 +26,30 @@ DTYPES = {
 }
 """In the order that tensors have in a file, which keeps each aligned to its own size."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000
-"""What the library reads."""
+MAX_HEADER_BYTES = 100_000_000  # the library reads no longer header
+LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+def checkpoint_specs(source: Source, config: QuantizationConfigData) -> dict[str, TensorSpec]:
+    """Return shape and dtype of every tensor that a run writes, embeddings and lm_head first, then layer by layer.
+
+    Raises FormatError where config and model disagree.
+    """
+    default, specs = source.unquantized_dtype, expected_tensors(config, source.shape)
+    found = {}
+    for name in sorted(specs, key=_layer):
+        dtype = default if _layer(name) >= 0 or name not in source.weight_map else source.dtype(name)
+        found[name] = specs[name].model_copy(update={"dtype": specs[name].dtype or NAMES[dtype]})
+    return found
 
 
 def spec_bytes(spec: TensorSpec) -> int:
-    """Size of a tensor whose dtype is known."""
+    """Return the size of a tensor whose dtype is known."""
     return torch.Size(spec.shape).numel() * DTYPES[str(spec.dtype)].itemsize
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
-    """Names in the order of `specs`, a new shard wherever the next tensor would make one larger than `shard_bytes`."""
+    """Assign names to shards in the order of `specs`, a new shard where the next tensor would exceed `shard_bytes`."""
     shards: list[list[str]] = []
     size = 0
     for name, spec in specs.items():
@@ -46,7 +62,7 @@ def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[
 
 
 def begin_file(file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> dict[str, int]:
-    """Make a file of full size with nothing but its header; returns where in it each tensor belongs."""
+    """Create a file of full size that holds only its header; return the offset of each tensor in it."""
     order = list(DTYPES)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offsets, end = {}, 0
@@ -65,12 +81,12 @@ def begin_file(file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[st
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """What a file holds of a tensor; a view where it is contiguous and in main memory."""
+    """Return a tensor's bytes as a file holds them; a view where it is contiguous and in main memory."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class ShardWriter:
-    """The shards of one checkpoint, made at full size at once; tensors come in any order and go to their places."""
+    """Write the shards of one checkpoint, created at full size; tensors come in any order and go to their places."""
 
     def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int):
         self._folder, self._specs = folder, dict(specs)
@@ -83,7 +99,7 @@ class ShardWriter:
             self._places |= {name: (file, offset) for name, offset in offsets.items()}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor into its place; it must be as its spec says."""
+        """Write a tensor of the shape and dtype in its spec."""
         spec = self._specs[name]
         if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[str(spec.dtype)]:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {spec.dtype} {list(spec.shape)}")
@@ -94,7 +110,7 @@ class ShardWriter:
         self._missing.discard(name)
 
     def finish(self) -> None:
-        """Write the index; every tensor must be there."""
+        """Write the index; raise ValueError where a tensor was not written."""
         if self._missing:
             raise ValueError(f"{min(self._missing)} was not written ({len(self._missing)} such tensors)")
         index = {
@@ -102,3 +118,9 @@ class ShardWriter:
             "weight_map": {name: self._places[name][0].name for name in sorted(self._places)},
         }
         (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _layer(name: str) -> int:
+    """Return the decoder layer of a tensor, -1 for those outside."""
+    found = LAYER.match(name)
+    return -1 if found is None else int(found[1])

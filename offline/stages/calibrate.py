@@ -17,7 +17,7 @@ from offline.errors import ToolError
 from offline.memory import SELF_BATCH
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
-from offline.output.writer import atomic_file, check_writable
+from offline.output.atomic import atomic_file, check_writable
 from offline.text import check_tokens, text_windows
 
 SEPARATOR = "<|endoftext|>"

@@ -25,25 +25,25 @@ HIDDEN = "hidden"
 def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transforms | None) -> Iterator[Layer]:
     """Every decoder layer's tensors by their names inside it, those that an earlier run had finished among them."""
     hidden, layers, done = None, run.source.shape.num_hidden_layers, 0
-    if run.work.holds(NEXT):
-        done = run.work.facts(NEXT)["layer"]
+    if run.store.exists(NEXT):
+        done = run.store.metadata(NEXT)["layer"]
     if run.recipe.rounding == "gptq" and done < layers:
         assert tokens is not None  # such recipes need calibration
-        hidden = HiddenStates(run.source, tokens, transforms, run.devices, run.work.scratch)
+        hidden = HiddenStates(run.source, tokens, transforms, run.devices, run.store.scratch)
         if done:
-            hidden.restore(run.work.tensors(NEXT)[HIDDEN], done)
+            hidden.restore(run.store.load(NEXT)[HIDDEN], done)
     for layer in range(done):
-        _note(run, layer, run.work.facts(_name(layer))["errors"], transforms)
-        yield run.work.tensors(_name(layer))
+        _note(run, layer, run.store.metadata(_name(layer))["errors"], transforms)
+        yield run.store.load(_name(layer))
     run.progress("layers", done, layers)  # the clock of the time left starts here
     for layer in range(done, layers):
         began = time.monotonic()
         tensors, errors = _quantized_layer(run, hidden, layer, transforms)
         pace = None if tokens is None else tokens.numel() / (time.monotonic() - began)
-        if run.work.keeps:
-            run.work.save(_name(layer), tensors, errors=errors)
+        if run.store.persistent:
+            run.store.save(_name(layer), tensors, errors=errors)
             entering = {} if hidden is None or layer + 1 == layers else {HIDDEN: hidden.values}
-            run.work.save(NEXT, entering, layer=layer + 1)
+            run.store.save(NEXT, entering, layer=layer + 1)
         yield tensors
         _note(run, layer, errors, transforms, pace)
 
@@ -81,7 +81,7 @@ def _quantized_layer(
         with run.watch("activations"):
             if learned is not None:
                 first = hidden.values[: learned.sequences]
-                before = run.work.scratch.empty(*first.shape).copy_(first)
+                before = run.store.scratch.empty(*first.shape).copy_(first)
             _, key_module = ARCHITECTURES[shape.architecture].rope_inputs
             outputs = () if positions is None else (key_module,)
             hidden.forward_layer(state, [linears[0] for linears in SITES.values()], statistics.observe, outputs)

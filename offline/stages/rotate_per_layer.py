@@ -14,7 +14,7 @@ from offline.algorithms.rotations import InputTensors, Transforms, random_hadama
 from offline.algorithms.stiefel import cayley_step, retract
 from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
-from offline.output.work import Work
+from offline.output.store import Store
 from offline.progress import ProgressReport
 from offline.recipe import PsotLayer
 from offline.stages.fold import fold_layer
@@ -35,23 +35,23 @@ def learn_layer_rotations(
     generator: torch.Generator,
     devices: list[torch.device],
     progress: ProgressReport,
-    work: Work,
+    store: Store,
 ) -> Transforms:
     """Rotations for the attention input, the MLP input and the values of every layer.
 
     Four activations of one layer, each up to as large as the calibration text's hidden states, are there
-    at a time, on disk where memory is short; the rotations of the inputs are kept in `work`.
+    at a time, on disk where memory is short; the rotations of the inputs are kept in `store`.
     """
     shape = source.shape
     heads = random_head_rotations(shape, generator)
-    hidden, done, device = HiddenStates(source, tokens, None, devices, work.scratch), 0, devices[0]
-    if work.holds(NEXT):
-        kept, done = work.tensors(NEXT), work.facts(NEXT)["layer"]
+    hidden, done, device = HiddenStates(source, tokens, None, devices, store.scratch), 0, devices[0]
+    if store.exists(NEXT):
+        kept, done = store.load(NEXT), store.metadata(NEXT)["layer"]
         hidden.restore(kept["hidden"], done)
         heads.copy_(kept["heads"])
         generator.set_state(kept["generator"])
     for layer in range(done, shape.num_hidden_layers):
-        seen = _activations(source, hidden, layer, device, work)
+        seen = _activations(source, hidden, layer, device, store)
         weight = 1.0 if layer < LAYERS_WITHOUT_OUTLIERS else args.outlier_weight
         weights = {name: outlier_weights(x.flatten(2), weight) for name, x in seen.items()}
         rotations, losses = {}, []
@@ -67,26 +67,26 @@ def learn_layer_rotations(
         heads[layer], fall = _learn(
             heads[layer], head_loss(*pairs, args.temperature, device), len(tokens), args, generator, device
         )
-        work.save(_name(layer), {site: rotation.float() for site, rotation in rotations.items()})
-        if work.keeps:
+        store.save(_name(layer), {site: rotation.float() for site, rotation in rotations.items()})
+        if store.persistent:
             state = {"hidden": hidden.values, "heads": heads, "generator": generator.get_state()}
-            work.save(NEXT, state, layer=layer + 1)
+            store.save(NEXT, state, layer=layer + 1)
         falls = ", ".join(f"{fall:.3f}" for fall in (*losses, fall))
         progress("rotations", layer + 1, shape.num_hidden_layers, f"losses at {falls} of the first epoch")
-    return Transforms(None, heads, _KeptInputs(work, shape.num_hidden_layers))
+    return Transforms(None, heads, _KeptInputs(store, shape.num_hidden_layers))
 
 
 class _KeptInputs(Sequence[dict[str, InputTensors]]):
     """Each layer's rotations, read when they are asked for."""
 
-    def __init__(self, work: Work, layers: int):
-        self._work, self._layers = work, range(layers)
+    def __init__(self, store: Store, layers: int):
+        self._store, self._layers = store, range(layers)
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def __getitem__(self, layer: Any) -> Any:
-        tensors = self._work.tensors(_name(self._layers[layer]))
+        tensors = self._store.load(_name(self._layers[layer]))
         return {site: {"input_blocks": rotation} for site, rotation in tensors.items()}
 
 
@@ -95,7 +95,7 @@ def _name(layer: int) -> str:
 
 
 def _activations(
-    source: Source, hidden: HiddenStates, layer: int, device: torch.device, work: Work
+    source: Source, hidden: HiddenStates, layer: int, device: torch.device, store: Store
 ) -> dict[str, torch.Tensor]:
     """Inputs of attention, MLP and o_proj, and the values, [sequences, length, features] float32 on the CPU.
 
@@ -110,7 +110,7 @@ def _activations(
     }
     size = hidden.values.shape[:2]
     seen, filled = (
-        {site: work.scratch.empty(*size, width) for site, width in features.items()},
+        {site: store.scratch.empty(*size, width) for site, width in features.items()},
         dict.fromkeys(features, 0),
     )
     state = {name: tensor.to(device) for name, tensor in fold_layer(source, layer, Transforms(None, None)).items()}

@@ -12,7 +12,7 @@ from infoquant_vllm.format import SITE_NORMS
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
 from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
-from offline.output.work import Work
+from offline.output.store import Store
 from offline.progress import ProgressReport
 from offline.recipe import Psot, Recipe
 from offline.stages.fold import fold_layer
@@ -32,26 +32,31 @@ def make_transforms(
     seed: int,
     devices: list[torch.device],
     progress: ProgressReport,
-    work: Work,
+    store: Store,
 ) -> Transforms | None:
     """The rotations that the recipe asks for; None for transform `none`, the only one that needs no tokens."""
     if recipe.transform == "none":
         return None
     generator = torch.Generator().manual_seed(seed)
     if recipe.transform == "psot-layer" and tokens is not None:
-        return learn_layer_rotations(source, tokens, recipe.psot_layer, generator, devices, progress, work)
+        return learn_layer_rotations(source, tokens, recipe.psot_layer, generator, devices, progress, store)
     residual = random_hadamard(source.shape.hidden_size, generator)
     heads = random_head_rotations(source.shape, generator)
     if recipe.transform == "psot-shared" and tokens is not None:
-        inputs = collect_inputs(source, tokens, recipe.psot, devices, progress, work)
+        inputs = collect_inputs(source, tokens, recipe.psot, devices, progress, store)
         group = recipe.sites.qkv.input_activations.group_size
         groups = 1 if group is None else source.shape.hidden_size // group
-        residual = learn_rotation(inputs, residual, groups, recipe.psot, generator, progress, work)
+        residual = learn_rotation(inputs, residual, groups, recipe.psot, generator, progress, store)
     return Transforms(residual, heads)
 
 
 def collect_inputs(
-    source: Source, tokens: torch.Tensor, args: Psot, devices: list[torch.device], progress: ProgressReport, work: Work
+    source: Source,
+    tokens: torch.Tensor,
+    args: Psot,
+    devices: list[torch.device],
+    progress: ProgressReport,
+    store: Store,
 ) -> torch.Tensor:
     """Normalized inputs of all layers' attention and MLP, norms' gains left out, [rows, hidden] float32.
 
@@ -61,11 +66,11 @@ def collect_inputs(
     per_site = max(1, args.pool_tokens // (2 * layers))
     sequences = tokens[: max(1, -(-TOKENS_SEEN_PER_TOKEN_POOLED * per_site // tokens.shape[1]))]
     stride = max(1, sequences.numel() // per_site)
-    hidden = HiddenStates(source, sequences, None, devices, work.scratch)
+    hidden = HiddenStates(source, sequences, None, devices, store.scratch)
     sites, taken = list(SITE_NORMS.values()), 0
     rows = layers * len(sites) * sum(-(-batch // stride) for batch in hidden.tokens_per_batch)
     size = rows, source.shape.hidden_size
-    pool = work.scratch.empty(*size) if devices[0].type == "cpu" else torch.empty(size, device=devices[0])
+    pool = store.scratch.empty(*size) if devices[0].type == "cpu" else torch.empty(size, device=devices[0])
 
     def observe(_: str, x: torch.Tensor) -> None:
         nonlocal taken
@@ -88,20 +93,20 @@ def learn_rotation(
     args: Psot,
     generator: torch.Generator,
     progress: ProgressReport,
-    work: Work | None = None,
+    store: Store | None = None,
 ) -> torch.Tensor:
     """An orthogonal matrix [hidden, hidden] float64, start @ Cayley(P - P^T), P learned from 0.
 
     inputs: [tokens, hidden] float32 or bfloat16, normalized inputs of all layers without the norms' gains
     start: [hidden, hidden] float64, a random Hadamard
     groups: how many ranges a token is quantized with
-    work: where the optimization is kept every STEPS_KEPT steps, and gone on from
+    store: where the optimization is kept every STEPS_KEPT steps, and gone on from
     """
     hidden = len(start)
     base = start.to(inputs.device, torch.float32)
     parameter = torch.zeros(hidden, hidden, device=inputs.device, requires_grad=True)
     optimizer = torch.optim.Adam([parameter], lr=args.learning_rate, betas=(0.9, 0.99))
-    done = 0 if work is None else _restore(work, parameter, optimizer, generator)
+    done = 0 if store is None else _restore(store, parameter, optimizer, generator)
     for step in range(done, args.steps):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (0.5 * (1 + math.cos(math.pi * step / args.steps)))
         rows = torch.randint(len(inputs), (args.batch_tokens,), generator=generator).to(inputs.device)
@@ -109,26 +114,28 @@ def learn_rotation(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if work is not None and work.keeps and (step + 1) % STEPS_KEPT == 0:
+        if store is not None and store.persistent and (step + 1) % STEPS_KEPT == 0:
             state = {name: optimizer.state[parameter][name] for name in ADAM_STATE}
             state |= {"parameter": parameter, "generator": generator.get_state()}
-            work.save(LEARNING, state, step=step + 1)
+            store.save(LEARNING, state, step=step + 1)
         progress("rotation", step + 1, args.steps, f"squared range {loss.item():.2f}")
     with torch.no_grad():
         return start @ cayley(parameter.double()).cpu()
 
 
-def _restore(work: Work, parameter: torch.Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+def _restore(
+    store: Store, parameter: torch.Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> int:
     """Set everything back to how it was kept; returns the number of steps that were done, 0 where none is."""
-    if not work.holds(LEARNING):
+    if not store.exists(LEARNING):
         return 0
-    state = work.tensors(LEARNING)
+    state = store.load(LEARNING)
     with torch.no_grad():
         parameter.copy_(state["parameter"])
     moments = {name: state[name].clone().to(parameter.device) for name in ADAM_STATE if name != "step"}
     optimizer.state[parameter] = {"step": state["step"].clone(), **moments}
     generator.set_state(state["generator"])
-    done: int = work.facts(LEARNING)["step"]
+    done: int = store.metadata(LEARNING)["step"]
     return done
 
 

@@ -15,8 +15,8 @@ from offline.evaluate.inspect import Inspection, inspect_checkpoint
 from offline.evaluate.page.measure import Measurement, clips, measure
 from offline.evaluate.page.summary import LABELS, Summary, mean, run_records, site_bits, site_words, summarize
 from offline.model.source import Source, read_tokenizer
+from offline.output.atomic import atomic_file, check_writable
 from offline.output.report import Report
-from offline.output.writer import atomic_file, check_writable
 from offline.progress import ProgressReport, silent
 from offline.prompts import OWN_TEXT, PASSAGES
 from offline.text import encode_texts, text_windows

@@ -10,12 +10,12 @@ from torch import nn
 from infoquant_vllm.format import SITES, ActivationArgs, Checkpoint
 from offline.algorithms.rotations import transform_input
 from offline.errors import ToolError
-from offline.evaluate.metrics import Figure, compare, stored_dtype
+from offline.evaluate.metrics import Figure, compare
 from offline.evaluate.page.distribution import Distribution, Quantized, SiteFigures
 from offline.evaluate.simulate import load_simulated
 from offline.evaluate.simulated import SimulatedCache, SimulatedLinear, quantize_input, store_and_load
 from offline.model.architectures import CausalLM
-from offline.model.source import Source
+from offline.model.source import Source, config_dtype
 from offline.progress import ProgressReport
 
 CACHE_CLIPS = {"k": "key_clip_ratio", "v": "value_clip_ratio"}
@@ -49,8 +49,8 @@ def measure(
             f"{source.folder}: not what {checkpoint.folder} was made from, sizes differ: "
             f"{source.shape} against {checkpoint.shape}"
         )
-    model = load_simulated(checkpoint.folder, stored_dtype(checkpoint.folder))
-    reference = None if source is None else source.model(stored_dtype(source.folder))
+    model = load_simulated(checkpoint.folder, config_dtype(checkpoint.hf_config))
+    reference = None if source is None else source.model(config_dtype(source.hf_config))
     ours = _Observed(model, model, _as_quantized)
     theirs = None if reference is None else _Observed(reference, model, _as_it_is)
     figures = compare(windows, model, reference, progress)

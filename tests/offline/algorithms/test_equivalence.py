@@ -9,7 +9,7 @@ from infoquant_vllm.format import SITES
 from offline.algorithms.rotations import Transforms, transform_input, undo_in_weights
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
-from offline.output.work import Work
+from offline.output.store import Store
 from offline.progress import silent
 from offline.recipe import Psot, PsotLayer, Recipe
 from offline.stages.fold import fold_embeddings, fold_layer
@@ -62,7 +62,7 @@ def transformed_model(source: Source, transforms: Transforms | None, recipe: Rec
 
 def transforms_for(source: Source, recipe: Recipe, tokens: torch.Tensor) -> Transforms | None:
     return make_transforms(
-        source, recipe, tokens, 1, [torch.device("cpu")], silent, Work(source.folder.with_name("work"))
+        source, recipe, tokens, 1, [torch.device("cpu")], silent, Store(source.folder.with_name("work"))
     )
 
 

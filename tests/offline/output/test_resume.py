@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from offline import PRESETS, ToolError, quantize
-from offline.output.fingerprint import BLOCK, hash_file
-from offline.output.resume import work_folder
+from offline.output.resume import BLOCK, hash_file, resume_folder
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, LearnedClips, Psot, PsotLayer, Recipe
 from tests.common.tiny import write_source
@@ -125,7 +124,7 @@ def test_finished_layers_are_not_computed_again(tmp_path: Path, source: Path, mo
     monkeypatch.setattr(layers, "_quantized_layer", lambda *args: computed.append(args[2]) or once(*args))
     begin(tmp_path, source, progress=silent)
     assert computed == [2, 3]
-    assert not work_folder(tmp_path / "out").exists()
+    assert not resume_folder(tmp_path / "out").exists()
 
 
 def test_learning_of_the_rotation_goes_on_from_the_steps_that_were_kept(tmp_path: Path, source: Path) -> None:
@@ -145,7 +144,7 @@ def test_what_changed_is_named_and_nothing_is_lost(tmp_path: Path, source: Path)
         ({"recipe": small("fast").model_copy(update={"equalize": False})}, "recipe: equalize was True, is False"),
         ({"calibration": "other.txt"}, "calibration: content was"),
     ):
-        with pytest.raises(ToolError, match=f"out.resume: was begun otherwise .*{named}"):
+        with pytest.raises(ToolError, match=f"out.resume: belongs to a different run: .*{named}"):
             begin(tmp_path, source, **changes)
     for file, named in ((config, "model: config.json"), (text, "calibration: content")):
         before = file.read_text()
@@ -159,15 +158,15 @@ def test_what_changed_is_named_and_nothing_is_lost(tmp_path: Path, source: Path)
 def test_run_killed_after_its_output_was_in_place_is_finished(tmp_path: Path, source: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         begin(tmp_path, source)
-    kept = {file.name: file.read_bytes() for file in work_folder(tmp_path / "out").iterdir() if file.is_file()}
+    kept = {file.name: file.read_bytes() for file in resume_folder(tmp_path / "out").iterdir() if file.is_file()}
     begin(tmp_path, source, progress=silent)
     expected = contents(tmp_path / "out")
-    work_folder(tmp_path / "out").mkdir()
+    resume_folder(tmp_path / "out").mkdir()
     for name, data in (kept | {"done": b""}).items():
-        (work_folder(tmp_path / "out") / name).write_bytes(data)
+        (resume_folder(tmp_path / "out") / name).write_bytes(data)
     begin(tmp_path, source)
     assert contents(tmp_path / "out") == expected
-    assert not work_folder(tmp_path / "out").exists()
+    assert not resume_folder(tmp_path / "out").exists()
     with pytest.raises(ToolError, match="exists already"):
         begin(tmp_path, source)
 
@@ -176,7 +175,7 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path: Path, source: Path) -> Non
     def second(stage: str, done: int, total: int, detail: str = "") -> None:
         begin(tmp_path, source)
 
-    with pytest.raises(ToolError, match="another run is at work in it"):
+    with pytest.raises(ToolError, match="another run uses it"):
         begin(tmp_path, source, progress=second)
 
 
@@ -184,13 +183,13 @@ def test_large_files_are_hashed_in_part_and_small_ones_whole(tmp_path: Path, mon
     file, data = tmp_path / "file", bytearray(8 * BLOCK)
     file.write_bytes(data)
     whole = hash_file(file)
-    monkeypatch.setattr("offline.output.fingerprint.HASHED_BYTES", 2 * BLOCK)
+    monkeypatch.setattr("offline.output.resume.HASHED_BYTES", 2 * BLOCK)
     part = hash_file(file)
     for place, seen in ((0, True), (BLOCK, False), (4 * BLOCK, True), (8 * BLOCK - 1, True)):
         changed = data.copy()
         changed[place] = 1
         file.write_bytes(changed)
         assert (hash_file(file) != part) == seen
-        monkeypatch.setattr("offline.output.fingerprint.HASHED_BYTES", 2**28)
+        monkeypatch.setattr("offline.output.resume.HASHED_BYTES", 2**28)
         assert hash_file(file) != whole
-        monkeypatch.setattr("offline.output.fingerprint.HASHED_BYTES", 2 * BLOCK)
+        monkeypatch.setattr("offline.output.resume.HASHED_BYTES", 2 * BLOCK)

@@ -10,7 +10,8 @@ import pytest
 
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline import ToolError, quantize
-from offline.output.writer import atomic_file, check_space
+from offline.output.atomic import atomic_file
+from offline.output.writer import check_space
 from offline.progress import silent
 from tests.common.tiny import write_source
 
@@ -48,7 +49,7 @@ def test_killed_run_leaves_no_folder_that_loads_and_keeps_the_old_one(tmp_path: 
     before = (output / "config.json").stat().st_mtime_ns
     process = start(source, output, pause=60)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("layers 1")  # it is writing now, and pauses
+    assert process.stdout.readline().startswith("layers 0")  # it is writing now, and pauses
     process.send_signal(signal.SIGKILL)
     process.wait()
     Checkpoint(output)
@@ -104,7 +105,7 @@ def test_overwrite_spares_folders_that_are_no_checkpoints(tmp_path: Path, source
     output = tmp_path / "precious"
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
-    with pytest.raises(ToolError, match="something else"):
+    with pytest.raises(ToolError, match="not a checkpoint of this tool"):
         quantize(source, output, preset="rtn", overwrite=True, progress=silent)
     with pytest.raises(ToolError, match="place of the source"):
         quantize(source, source, preset="rtn", overwrite=True, progress=silent)

@@ -7,7 +7,7 @@ import torch
 
 from offline.algorithms.rotations import Transforms
 from offline.model.source import Source
-from offline.output.work import Work
+from offline.output.store import Store
 from offline.recipe import PsotLayer
 from offline.stages.rotate_per_layer import center, input_loss, learn_layer_rotations, peak_norm, rotate
 from tests.common.tiny import VOCAB_SIZE, write_source
@@ -24,8 +24,8 @@ def learn(source: Source, **args: int) -> tuple[Transforms, list[float]]:
         left.extend(float(part) for part in detail.removeprefix("losses at ").split(" of ")[0].split(", "))
 
     generator = torch.Generator().manual_seed(1)
-    work = Work(Path(mkdtemp(dir=source.folder.parent)))
-    return learn_layer_rotations(source, tokens, PsotLayer(**args), generator, [CPU], note, work), left
+    store = Store(Path(mkdtemp(dir=source.folder.parent)))
+    return learn_layer_rotations(source, tokens, PsotLayer(**args), generator, [CPU], note, store), left
 
 
 def test_every_loss_falls_and_every_rotation_is_orthogonal_and_seeded(tmp_path: Path) -> None:
