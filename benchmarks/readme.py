@@ -1,13 +1,17 @@
-"""Tables of README.md and docs/speed.md, from the result files: `python -m benchmarks.readme` prints them."""
+"""Print the tables of README.md and docs/speed.md as Markdown, from the result files."""
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.page import RESULTS
+from benchmarks.common.models import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+AMX = "amx"
+"""Subfolder of the results of a CPU with AMX."""
 
 NAMES = MappingProxyType(
     {
@@ -20,51 +24,40 @@ NAMES = MappingProxyType(
         "qwen2-1.5b-w4a4kv4": "W4A4KV4, 8-bit vocabulary",
     }
 )
-SERVED = ("serving.json", "serving-peers.json", "serving-qwen2-1.5b.json")
 
 Rows = list[dict[str, Any]]
 
 
 def main() -> None:
-    """Print all tables."""
+    """Print a table for each result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    print("\n\n".join(tables(parser.parse_args().results)))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    folder = parser.parse_args().results
+    print("\n\n".join(tables(folder) + tables(folder / AMX)))
 
 
-def tables(results: Path) -> list[str]:
-    """Each as the lines of Markdown that stand there; those of a CPU with AMX are in a folder of their own."""
-    read, with_amx = _read(results), _read(results / "amx")
-    return [
-        accuracy(read["accuracy.json"]),
-        *(served(read[name]) for name in SERVED),
-        growth(read["serving-growth.json"]),
-        linears(read["linear.json"]),
-        memory(read["memory.json"]),
-        attention(read["attention.json"]),
-        *(served(with_amx[name]) for name in (*SERVED, "serving-ladder.json")),
-        offline(with_amx["serving-offline.json"]),
-        linears(with_amx["linear.json"]),
-        attention(with_amx["attention.json"]),
-    ]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return {file.name: json.loads(file.read_text()) for file in folder.glob("*.json")}
+def tables(folder: Path) -> list[str]:
+    """Return the Markdown tables of the result files in `folder`, without those of its subfolders."""
+    files = {name: folder / name for name in TABLES}
+    return [TABLES[name](json.loads(file.read_text())) for name, file in files.items() if file.is_file()]
 
 
 def accuracy(rows: Rows) -> str:
-    """The columns that matter most of benchmarks.accuracy.run."""
+    """Tabulate the main columns of `benchmarks.accuracy.run`; `benchmarks.accuracy.table` prints all of them."""
     quarot = next(row["simulated_kl"] for row in rows if row["model"] == "smollm2-quarot")
     heads = ("preset", "perplexity", "KL to bf16", "below quarot", "top-1 agreement", "mean of six tasks")
     lines = []
     for row in rows:
-        name, kl = row["model"].removeprefix("smollm2-"), row.get("simulated_kl")
+        name, kl = row["model"], row.get("simulated_kl")
         below = "" if kl is None or kl >= quarot else f"{1 - kl / quarot:.0%}"
         cells = [_measured(row, "perplexity", 1), _measured(row, "simulated_kl"), below]
         cells += [_measured(row, "top1_agreement"), _measured(row["task_mean"], "score")]
-        lines.append([NAMES.get(row["model"], f"`{name}`"), *cells, f"{row['bits_per_weight']:.2f}"])
+        lines.append([_name(name), *cells, f"{row['bits_per_weight']:.2f}"])
     return _markdown((*heads, "bits per weight"), lines)
+
+
+def _name(model: str) -> str:
+    return NAMES.get(model, f"`{model.removeprefix('smollm2-')}`")
 
 
 def _measured(row: dict[str, Any], name: str, digits: int = 3) -> str:
@@ -72,28 +65,28 @@ def _measured(row: dict[str, Any], name: str, digits: int = 3) -> str:
 
 
 def served(rows: Rows) -> str:
-    """Times as fast as the first model, by case: median and range."""
+    """Tabulate the speed relative to the first model, by case: median and range."""
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         case = f"{row['input_tokens']:,} in, {row['output_tokens']} out, {row['concurrent']} at a time"
         text = f"{row['times_as_fast']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
         cells.setdefault(row["model"], {})[case] = "1" if row["model"] == rows[0]["model"] else text
     cases = list(next(iter(cells.values())))
-    lines = [[NAMES[model], *(by_case[case] for case in cases)] for model, by_case in cells.items()]
+    lines = [[_name(model), *(by_case[case] for case in cases)] for model, by_case in cells.items()]
     return _markdown(("served, compiled", *cases), lines)
 
 
 def offline(rows: Rows) -> str:
-    """The same of engines without a server, by vLLM's command."""
+    """Tabulate the relative speed of engines without a server, by vLLM's command."""
     rows = [row for row in rows if row["command"] != "vllm bench serve"]
     gains = {(row["model"], row["command"]): f"{row['times_as_fast']:.2f}" for row in rows}
     models, commands = (list(dict.fromkeys(key[place] for key in gains)) for place in (0, 1))
-    lines = [[NAMES[model], *(gains[model, command] for command in commands)] for model in models]
+    lines = [[_name(model), *(gains[model, command] for command in commands)] for model in models]
     return _markdown(("compiled, no server", *(f"`{command}`" for command in commands)), lines)
 
 
-def growth(rows: Rows) -> str:
-    """The second model's tokens against the first one's, by the length of the context."""
+def contexts(rows: Rows) -> str:
+    """Tabulate the second model's token latency relative to the first model's, by context length."""
     first, second = dict.fromkeys(row["model"] for row in rows)
     by_context = {(row["model"], row["input_tokens"]): row for row in rows}
     lines = []
@@ -106,20 +99,20 @@ def growth(rows: Rows) -> str:
 
 
 def linears(rows: Rows) -> str:
-    """Times as fast as bf16, by number of tokens."""
-    found = {(row["model"], row["contender"], row["tokens"]): f"{row['times_as_fast']:.1f}" for row in rows}
+    """Tabulate the speed of linear layers relative to bf16, by number of tokens."""
+    found = {(row["model"], row["candidate"], row["tokens"]): f"{row['times_as_fast']:.1f}" for row in rows}
     numbers = sorted({tokens for _, _, tokens in found})
-    pairs = dict.fromkeys((model, contender) for model, contender, _ in found if contender != rows[0]["contender"])
+    pairs = dict.fromkeys((model, candidate) for model, candidate, _ in found if candidate != rows[0]["candidate"])
     lines = [[*pair, *(found[(*pair, tokens)] for tokens in numbers)] for pair in pairs]
-    heads = ("linears of a layer, one thread", "contender", *(f"tokens: {tokens}" for tokens in numbers))
+    heads = ("linears of a layer, one thread", "candidate", *(f"tokens: {tokens}" for tokens in numbers))
     return _markdown(heads, lines)
 
 
 def memory(rows: Rows) -> str:
-    """What a worker holds."""
+    """Tabulate the memory that a vLLM worker holds."""
     lines = [
         [
-            NAMES[row["model"]],
+            _name(row["model"]),
             f"{row['weight_bytes'] / 1e6:.1f}",
             f"{row['weights_over_first']:.3f}",
             f"{row['kv_tokens']:,}",
@@ -130,10 +123,26 @@ def memory(rows: Rows) -> str:
 
 
 def attention(rows: Rows) -> str:
-    """The compiled kernel's speed on the shape of an 8B model, times bf16's."""
+    """Tabulate the compiled attention kernel's speed relative to bf16, on the shape of an 8B model."""
     ours = [row for row in rows if row["shape"] == "8B" and row["kernel"] == "KV4 native"]
     lines = [[row["phase"], f"{row['context']:,}", f"{row['speed_of_bf16']:.1f}"] for row in ours]
     return _markdown(("attention", "tokens of context", "times as fast as vLLM's bf16"), lines)
+
+
+TABLES: MappingProxyType[str, Callable[[Rows], str]] = MappingProxyType(
+    {
+        "accuracy.json": accuracy,
+        "serving.json": served,
+        "serving-baselines.json": served,
+        "serving-qwen2-1.5b.json": served,
+        "serving-concurrency.json": served,
+        "serving-offline.json": offline,
+        "serving-context.json": contexts,
+        "linear.json": linears,
+        "memory.json": memory,
+        "attention.json": attention,
+    }
+)
 
 
 def _markdown(heads: Sequence[str], lines: list[list[str]]) -> str:

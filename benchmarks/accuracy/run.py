@@ -4,7 +4,7 @@ Every model is served by `vllm serve` in turn. Over the OpenAI API it scores the
 (perplexity, top-1 agreement, and a lower bound of the KL divergence that counts the likeliest tokens
 of both models one by one and the rest as one) and the same items of tasks. The KL divergence over
 the whole vocabulary comes from the simulation, on the same windows. Costs come from each checkpoint's
-config and report. Writes accuracy.json, accuracy.md and accuracy.png into --output after every model.
+config and report. Writes accuracy.json and accuracy.md into --output after every model.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 
 from benchmarks.accuracy.figures import task_figures, text_figures
-from benchmarks.accuracy.plot import draw
 from benchmarks.accuracy.scores import Scores, score
 from benchmarks.accuracy.simulation import WholeVocabulary
 from benchmarks.accuracy.table import markdown, terminal_tables
@@ -124,10 +123,9 @@ def ask(folder: Path, inputs: Inputs) -> Served:
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
-    """The rows so far as JSON, Markdown and a picture."""
+    """Write the rows so far as JSON and Markdown."""
     write_rows(rows, folder / "accuracy.json")
     write_whole(markdown(rows), folder / "accuracy.md")
-    draw(rows, folder / "accuracy.png")
 
 
 def _options() -> argparse.Namespace:

@@ -1,5 +1,8 @@
-"""Result rows of `benchmarks.accuracy.run` as one Markdown table, and as tables for a terminal."""
+"""Print the rows of accuracy.json, which `benchmarks.accuracy.run` writes, as one Markdown table."""
 
+import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -7,6 +10,13 @@ from rich.table import Table
 Row = dict[str, Any]
 Columns = dict[str, list[str]]
 """Cells by heading, one per row."""
+
+
+def main() -> None:
+    """Print one result file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.table", description=__doc__)
+    parser.add_argument("results", type=Path, help="accuracy.json")
+    print(markdown(json.loads(parser.parse_args().results.read_text())), end="")
 
 
 def markdown(rows: list[Row]) -> str:
@@ -119,3 +129,7 @@ def _notes(rows: list[Row]) -> list[str]:
         "lm_head."
     )
     return [*notes, "", f"Commit {first['commit']}, {first['device']}, {first['date'][:10]}, seed {first['seed']}."]
+
+
+if __name__ == "__main__":
+    main()

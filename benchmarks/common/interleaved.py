@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.table import Table
 
-CACHE_BYTES = 2**28  # of each contender's weights, read in turn
-SECONDS = 4.0  # per contender and shape
+CACHE_BYTES = 2**28  # of each candidate's weights, read in turn
+SECONDS = 4.0  # per candidate and shape
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 
-Contender = Callable[[int], Any]
+Candidate = Callable[[int], Any]
 """One call, on the weights of this number (counted up)."""
 
 
@@ -24,12 +24,12 @@ def copies(size: int) -> range:
     return range(-(-CACHE_BYTES // size))
 
 
-def take_turns(contenders: dict[str, Contender], seconds: float) -> list[dict[str, Any]]:
-    """One row per contender: median, quartiles and minimum of its times, and its time over the first one's."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+def time_interleaved(candidates: dict[str, Candidate], seconds: float) -> list[dict[str, Any]]:
+    """One row per candidate: median, quartiles and minimum of its times, and its time over the first one's."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     count, started = 0, time.monotonic()
-    while count < MIN_ROUNDS or (count < MAX_ROUNDS and time.monotonic() - started < seconds * len(contenders)):
-        for name, run in contenders.items():
+    while count < MIN_ROUNDS or (count < MAX_ROUNDS and time.monotonic() - started < seconds * len(candidates)):
+        for name, run in candidates.items():
             start = time.thread_time()
             run(count)
             times[name].append((time.thread_time() - start) * 1e6)
@@ -41,7 +41,7 @@ def take_turns(contenders: dict[str, Contender], seconds: float) -> list[dict[st
 def _row(name: str, times: list[float], first: list[float]) -> dict[str, Any]:
     low, median, high = statistics.quantiles(times, n=4)
     return {
-        "contender": name,
+        "candidate": name,
         "median_us": round(median, 1),
         "quartiles_us": [round(low, 1), round(high, 1)],
         "lowest_us": round(min(times), 1),
@@ -54,11 +54,11 @@ def _row(name: str, times: list[float], first: list[float]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
     printed = Table(title=f"{rows[0]['kernels']}, one thread, microseconds (median, quartiles, lowest)")
-    for heading in ("tokens", "features", "channels", "contender", "median", "quartiles", "lowest", "ratio"):
+    for heading in ("tokens", "features", "channels", "candidate", "median", "quartiles", "lowest", "ratio"):
         printed.add_column(heading)
     for row in rows:
         low, high = row["quartiles_us"]
         numbers = f"{row['median_us']:.0f}", f"{low:.0f} to {high:.0f}", f"{row['lowest_us']:.0f}"
         sizes = (str(row[name]) for name in ("tokens", "features", "channels"))
-        printed.add_row(*sizes, row["contender"], *numbers, f"{row['over_first']:.2f}")
+        printed.add_row(*sizes, row["candidate"], *numbers, f"{row['over_first']:.2f}")
     return printed

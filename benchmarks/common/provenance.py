@@ -1,4 +1,4 @@
-"""What every row of a result carries, so that it can be read and repeated later."""
+"""Record where a result comes from, so that it can be read and repeated later; write result files."""
 
 import json
 import platform
@@ -16,14 +16,14 @@ from infoquant_vllm.kernels.cpu.library import runnable
 from offline.output.atomic import atomic_file
 
 CHANGES = ("status", "--porcelain", "--", ":!benchmarks/results")
-"""What a result may hang on: not on results written before it."""
+"""Arguments of git that list the changes a result may depend on: all but earlier results."""
 PACKED_COMMIT = ROOT / ".gpu" / "commit"
 """Written by `make gpu-pack`, for machines without git."""
 PACKAGES = ("infoquant-vllm", "vllm", "torch", "transformers")
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Return commit, versions, machine, the best instructions that there are kernels for, time and seed.
+    """Return commit, versions, machine, the best instruction set that has kernels, time and seed.
 
     A fact that this machine cannot tell is None; `commit` is "unknown".
     """
@@ -38,7 +38,7 @@ def provenance(seed: int) -> dict[str, Any]:
 
 
 def gpu_provenance(seed: int) -> dict[str, Any]:
-    """Return the same with Triton's and CUDA's versions, and the GPU (where there is one) and its driver."""
+    """Return `provenance` with the versions of Triton and CUDA, the GPU (if any) and its driver."""
     found = provenance(seed)
     found["versions"] |= {"triton": _version("triton"), "cuda": torch.version.cuda}
     name, driver = _gpu()
@@ -46,12 +46,12 @@ def gpu_provenance(seed: int) -> dict[str, Any]:
 
 
 def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
-    """Write rows as JSON."""
-    write_whole(json.dumps(rows, indent=1) + "\n", file)
+    """Write a JSON list with one row per line: small in git, and a diff shows which rows changed."""
+    write_whole("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", file)
 
 
 def write_whole(text: str, file: Path) -> None:
-    """Write a text file that is never seen half-written; makes its folder."""
+    """Write a text file atomically; make its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -65,11 +65,11 @@ def _commit() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    return _said("git", "-C", str(ROOT), *arguments)
+    return _output_of("git", "-C", str(ROOT), *arguments)
 
 
-def _said(*command: str) -> str | None:
-    """Return what a program prints, without a line end; None where there is no such program or it fails."""
+def _output_of(*command: str) -> str | None:
+    """Return the output of a program without the line end; None if it is missing or fails."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -78,9 +78,9 @@ def _said(*command: str) -> str | None:
 
 def _gpu() -> tuple[str | None, str | None]:
     """Return name and driver of the first GPU, without a CUDA context, which would take memory from a server."""
-    said = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    if said:
-        name, _, driver = said.splitlines()[0].rpartition(", ")
+    printed = _output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    if printed:
+        name, _, driver = printed.splitlines()[0].rpartition(", ")
         return name, driver
     return (torch.cuda.get_device_name() if torch.cuda.is_available() else None), None
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.interleaved import Contender, take_turns
+from benchmarks.common.interleaved import Candidate, time_interleaved
 from benchmarks.speed.products import int4_linear
 from infoquant_vllm.kernels.cpu import rotate_quantize as native
 from infoquant_vllm.kernels.torch import rotate_quantize as plain
@@ -31,15 +31,15 @@ def rotate_rows(seconds: float) -> list[dict[str, Any]]:
         for name, features, channels, hadamard, shapes, groups in CASES:
             x, matrices = torch.randn(tokens, features).bfloat16(), [torch.randn(shape) for shape in shapes]
             args = (x, matrices, hadamard, torch.ones(groups, 2), 4, False)
-            contenders = {
+            candidates = {
                 "int4_linear": int4_linear(tokens, features, channels, 4, 1),
                 name: _call(native.rotate_quantize, args),
                 f"{name} (torch)": _call(plain.rotate_quantize, args),
             }
             shape = {"operation": "rotate_quantize", "tokens": tokens, "features": features, "channels": channels}
-            rows += [shape | row for row in take_turns(contenders, seconds)]
+            rows += [shape | row for row in time_interleaved(candidates, seconds)]
     return rows
 
 
-def _call(run: Callable[..., Any], args: tuple[Any, ...]) -> Contender:
+def _call(run: Callable[..., Any], args: tuple[Any, ...]) -> Candidate:
     return lambda _: run(*args)

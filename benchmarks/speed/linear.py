@@ -1,7 +1,7 @@
 """The linear layers of real models, a decoder layer's together: ours against bf16 and vLLM's other formats.
 
-One thread, contenders in turns; ours quantize (and rotate) their input too, as in the server, and so do
-vLLM's. A row is a model, a number of tokens and a contender; its times are sums over qkv, o, gate_up and down.
+One thread, candidates in turns; ours quantize (and rotate) their input too, as in the server, and so do
+vLLM's. A row is a model, a number of tokens and a candidate; its times are sums over qkv, o, gate_up and down.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from vllm import _custom_ops
 
-from benchmarks.common.interleaved import Contender, copies, take_turns
+from benchmarks.common.interleaved import Candidate, copies, time_interleaved
 from benchmarks.common.provenance import provenance, write_rows
 from benchmarks.speed.products import bf16_handlers, int8_handlers, w4a8_weights
 from infoquant_vllm.kernels.cpu.library import library
@@ -58,7 +58,7 @@ def main() -> None:
     """Measure, print a table and write --json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.linear", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender, site and number of tokens")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate, site and number of tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights and inputs")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
@@ -72,14 +72,14 @@ def main() -> None:
 
 
 def layer(model: str, numbers: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """A row per number of tokens and contender: microseconds of a decoder layer's linears, its sites' medians added."""
+    """A row per number of tokens and candidate: microseconds of a decoder layer's linears, its sites' medians added."""
     sites: dict[int, dict[str, dict[str, float]]] = {tokens: {} for tokens in numbers}
     for site, (features, channels) in MODELS[model].items():
-        makers = contenders(site, features, channels)
+        makers = candidates(site, features, channels)
         for tokens in numbers:
             x = torch.randn(tokens, features).bfloat16()
-            found = take_turns({name: make(x) for name, make in makers.items()}, seconds)
-            sites[tokens][site] = {row["contender"]: row["median_us"] for row in found}
+            found = time_interleaved({name: make(x) for name, make in makers.items()}, seconds)
+            sites[tokens][site] = {row["candidate"]: row["median_us"] for row in found}
     return [row for tokens in numbers for row in _rows(model, tokens, sites[tokens])]
 
 
@@ -91,7 +91,7 @@ def _rows(model: str, tokens: int, sites: dict[str, dict[str, float]]) -> list[d
             "operation": "linear",
             "model": model,
             "tokens": tokens,
-            "contender": name,
+            "candidate": name,
             "median_us": round(total, 1),
             "sites_us": {site: by_name[name] for site, by_name in sites.items()},
             "times_as_fast": round(bf16 / total, 3),
@@ -100,11 +100,11 @@ def _rows(model: str, tokens: int, sites: dict[str, dict[str, float]]) -> list[d
     ]
 
 
-Maker = Callable[[torch.Tensor], Contender]
+Maker = Callable[[torch.Tensor], Candidate]
 """From an input [tokens, features] to its product with weights that were made before, once for all inputs."""
 
 
-def contenders(site: str, features: int, channels: int) -> dict[str, Maker]:
+def candidates(site: str, features: int, channels: int) -> dict[str, Maker]:
     """bf16 first."""
     makers = {
         "vLLM bf16": _bf16(features, channels),
@@ -170,11 +170,11 @@ def _w4a8(features: int, channels: int) -> Maker:
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
     printed = Table(title=f"{rows[0]['kernels']}, one thread, a decoder layer's linears together, microseconds")
-    for heading in ("model", "tokens", "contender", "median", "times as fast as bf16"):
+    for heading in ("model", "tokens", "candidate", "median", "times as fast as bf16"):
         printed.add_column(heading)
     for row in rows:
         numbers = f"{row['median_us']:.0f}", f"{row['times_as_fast']:.2f}"
-        printed.add_row(row["model"], str(row["tokens"]), row["contender"], *numbers)
+        printed.add_row(row["model"], str(row["tokens"]), row["candidate"], *numbers)
     return printed
 
 

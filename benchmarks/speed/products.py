@@ -1,14 +1,14 @@
-"""Products of a linear layer as contenders of `turns`: ours and those of others, on random numbers."""
+"""Products of a linear layer as candidates of `turns`: ours and those of others, on random numbers."""
 
 import torch
 from vllm import _custom_ops
 
-from benchmarks.common.interleaved import Contender, copies
+from benchmarks.common.interleaved import Candidate, copies
 from infoquant_vllm.kernels.cpu.library import operations
 from infoquant_vllm.kernels.cpu.quantized_linear import prepare_grid, prepare_weight, quantized_linear
 
 
-def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups: int) -> Contender:
+def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups: int) -> Candidate:
     """Our product of 4-bit weights with inputs of `num_bits`, both in so many groups (1: per row and per token)."""
     packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
     weight = prepare_weight(packed, 4, True, groups)
@@ -19,7 +19,7 @@ def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups
     return lambda i: quantized_linear(codes, scale, zero, weights[i % len(weights)], *rest)
 
 
-def read_weights(size: int) -> Contender:
+def read_weights(size: int) -> Candidate:
     """Reading so many bytes once: what no product can beat."""
     read, data = operations().read, [torch.randint(0, 256, (size,), dtype=torch.uint8) for _ in copies(size)]
     return lambda i: read(data[i % len(data)])
@@ -29,13 +29,13 @@ def _int8(*shape: int) -> torch.Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8)
 
 
-def torch_int8(tokens: int, features: int, channels: int) -> Contender:
+def torch_int8(tokens: int, features: int, channels: int) -> Candidate:
     """Torch's int8 product, 32-bit sums out."""
     x, weights = _int8(tokens, features), [_int8(channels, features) for _ in copies(channels * features)]
     return lambda i: torch._int_mm(x, weights[i % len(weights)].t())
 
 
-def vllm_int8(tokens: int, features: int, channels: int) -> Contender:
+def vllm_int8(tokens: int, features: int, channels: int) -> Candidate:
     """The oneDNN product of vLLM's W8A8, of an input that is quantized already."""
     handlers, out = int8_handlers(features, channels), torch.empty(tokens, channels, dtype=torch.bfloat16)
     x, scale = _int8(tokens, features), torch.rand(tokens, 1)
@@ -49,7 +49,7 @@ def int8_handlers(features: int, channels: int) -> list[_custom_ops.CPUDNNLGEMMH
     return [_custom_ops.create_onednn_scaled_mm(w.t(), scales, torch.bfloat16, True, False) for w in weights]
 
 
-def torch_bf16(tokens: int, features: int, channels: int) -> Contender:
+def torch_bf16(tokens: int, features: int, channels: int) -> Candidate:
     """Torch's bf16 linear."""
     size = 2 * channels * features
     weights = [torch.randn(channels, features, dtype=torch.bfloat16) for _ in copies(size)]
@@ -57,7 +57,7 @@ def torch_bf16(tokens: int, features: int, channels: int) -> Contender:
     return lambda i: torch.nn.functional.linear(x, weights[i % len(weights)])
 
 
-def vllm_bf16(tokens: int, features: int, channels: int) -> Contender:
+def vllm_bf16(tokens: int, features: int, channels: int) -> Candidate:
     """The oneDNN product behind vLLM's unquantized linears."""
     handlers, x = bf16_handlers(features, channels), torch.randn(tokens, features, dtype=torch.bfloat16)
     return lambda i: _custom_ops.onednn_mm(handlers[i % len(handlers)], x, None)
@@ -69,7 +69,7 @@ def bf16_handlers(features: int, channels: int) -> list[_custom_ops.CPUDNNLGEMMH
     return [_custom_ops.create_onednn_mm(weight.t(), 32) for weight in weights]
 
 
-def vllm_w4a8(tokens: int, features: int, channels: int) -> Contender:
+def vllm_w4a8(tokens: int, features: int, channels: int) -> Candidate:
     """vLLM's W4A8, for processors with AMX; quantizes its bf16 input itself."""
     weights, x = w4a8_weights(features, channels, 128), torch.randn(tokens, features, dtype=torch.bfloat16)
     return lambda i: _custom_ops.int4_scaled_mm_cpu(x, *weights[i % len(weights)], None)

@@ -24,8 +24,8 @@ from benchmarks.common.provenance import provenance, write_rows
 from benchmarks.common.server import Server, serve, stop_on_sigterm, vllm_environment
 
 CASES = ("64:64:1", "64:64:8", "1024:1:1")
-LADDER = ("64:64:1", "64:64:2", "64:64:4", "64:64:8", "64:64:16", "64:64:32")
-GROWTH = tuple(f"{context}:32:1" for context in (256, 1024, 4096, 16_000))
+CONCURRENCY = ("64:64:1", "64:64:2", "64:64:4", "64:64:8", "64:64:16", "64:64:32")
+CONTEXTS = tuple(f"{context}:32:1" for context in (256, 1024, 4096, 16_000))
 FIGURES = {  # of `vllm bench serve`'s result file
     "output_throughput": "tokens_per_s",
     "total_token_throughput": "all_tokens_per_s",
@@ -63,8 +63,8 @@ def main() -> None:
         "models", type=Path, nargs="+", help="folders of models; the others are compared with the first"
     )
     parser.add_argument("--cases", nargs="+", type=case, default=[case(text) for text in CASES], metavar="IN:OUT:N")
-    parser.add_argument("--ladder", action="store_true", help="the cases of 1 to 32 requests at a time")
-    parser.add_argument("--growth", action="store_true", help="the cases of contexts of 256 to 16k tokens")
+    parser.add_argument("--concurrency", action="store_true", help="measure 1 to 32 requests at a time")
+    parser.add_argument("--contexts", action="store_true", help="measure contexts of 256 to 16k tokens")
     parser.add_argument("--rounds", type=int, default=3, help="how often each server takes its turn")
     parser.add_argument("--requests", type=int, default=4, help="in a turn, at least; two for each at a time at least")
     parser.add_argument("--offline", action="store_true", help="also `vllm bench throughput` and `latency`, in turns")
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
     stop_on_sigterm()
-    cases = [case(text) for text in (LADDER if options.ladder else ()) + (GROWTH if options.growth else ())]
+    cases = [case(text) for text in CONCURRENCY * options.concurrency + CONTEXTS * options.contexts]
     rows = served_rows(options.models, cases or options.cases, options)
     if options.offline:
         rows += offline_rows(options.models, options)

@@ -1,5 +1,6 @@
 """Every row says where it is from, also on a machine that lacks what would tell."""
 
+import json
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_without_git_the_commit_is_the_packed_one(monkeypatch: pytest.MonkeyPatc
 
 def test_a_gpu_is_named_with_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "NVIDIA H100 80GB HBM3, 580.159.04\nNVIDIA H100 80GB HBM3, 580.159.04"
-    monkeypatch.setattr(provenance, "_said", lambda *command: said if command[0] == "nvidia-smi" else None)
+    monkeypatch.setattr(provenance, "_output_of", lambda *command: said if command[0] == "nvidia-smi" else None)
     found = provenance.gpu_provenance(seed=0)
     assert (found["device"], found["driver"]) == ("NVIDIA H100 80GB HBM3", "580.159.04")
+
+
+def test_a_result_file_is_json_with_a_row_per_line(tmp_path: Path) -> None:
+    file, rows = tmp_path / "folder" / "rows.json", [{"a": [1, 2]}, {"a": []}]
+    provenance.write_rows(rows, file)
+    assert json.loads(file.read_text()) == rows
+    assert len(file.read_text().splitlines()) == 4

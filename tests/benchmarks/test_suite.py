@@ -1,21 +1,20 @@
-"""The benchmarks that make bench runs: what their rows say, other formats, random models, and the page."""
+"""The benchmarks that make bench runs: what their rows say, other formats, and random models."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from benchmarks import page, shapes
+from benchmarks import shapes
+from benchmarks.common import interleaved
 from benchmarks.common.models import ROOT
 from benchmarks.shapes import write
-from benchmarks.speed import baselines as peers
-from benchmarks.speed import linear
+from benchmarks.speed import baselines, linear
 from benchmarks.speed.memory import compare
 from benchmarks.speed.memory_worker import held_bytes
 from benchmarks.speed.serving import Case, case, spread, turn_order
@@ -39,10 +38,11 @@ def test_every_server_begins_a_round_in_turn() -> None:
 
 
 def test_linears_of_a_layer_are_summed_over_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interleaved, "CACHE_BYTES", 2**16)
     monkeypatch.setattr(linear, "MODELS", {"tiny": {"qkv": (64, 96), "down": (128, 64)}})
     rows = linear.layer("tiny", [3], seconds=0)
-    assert [row["contender"] for row in rows][1:3] == ["vLLM W8A8", "vLLM W4A16"]
-    assert {"W4A4 (fast)", "W4A16 in groups"} <= {row["contender"] for row in rows}
+    assert [row["candidate"] for row in rows][1:3] == ["vLLM W8A8", "vLLM W4A16"]
+    assert {"W4A4 (fast)", "W4A16 in groups"} <= {row["candidate"] for row in rows}
     assert all(row["median_us"] == pytest.approx(sum(row["sites_us"].values()), abs=0.2) for row in rows)
     assert rows[0]["times_as_fast"] == 1
 
@@ -100,9 +100,9 @@ def test_a_shape_is_a_config_and_a_tokenizer_without_weights(
         assert rotated == shape.tie_word_embeddings
 
 
-@pytest.mark.parametrize("name", peers.FORMATS)
+@pytest.mark.parametrize("name", baselines.FORMATS)
 def test_other_formats_hold_the_weights_to_half_a_step(name: str, tiny_source: Path, tmp_path: Path) -> None:
-    peers.convert(name, tiny_source, tmp_path / "out")
+    baselines.convert(name, tiny_source, tmp_path / "out")
     plain, found = (load_file(folder / "model.safetensors") for folder in (tiny_source, tmp_path / "out"))
     module = "model.layers.0.mlp.down_proj"
     weight, scale = plain[f"{module}.weight"].float(), found[f"{module}.weight_scale"].float()
@@ -111,7 +111,7 @@ def test_other_formats_hold_the_weights_to_half_a_step(name: str, tiny_source: P
     else:
         words = found[f"{module}.weight_packed"]
         codes = ((words[:, :, None] >> torch.arange(0, 32, 4)) & 15).flatten(1).float() - 8
-        scale = scale.repeat_interleave(peers.GROUP, 1)
+        scale = scale.repeat_interleave(baselines.GROUP, 1)
         assert found[f"{module}.weight_shape"].tolist() == list(weight.shape)
     assert ((codes * scale - weight).abs() <= scale * 0.501).all()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -125,7 +125,7 @@ def test_a_model_of_several_shards_gets_an_index(tiny_source: Path, tmp_path: Pa
     (tiny_source / "model.safetensors").unlink()
     for number, part in enumerate((names[:3], names[3:]), start=1):
         save_file({each: tensors[each] for each in part}, tiny_source / f"model-0000{number}-of-00002.safetensors")
-    peers.convert("w8a8", tiny_source, tmp_path / "out")
+    baselines.convert("w8a8", tiny_source, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert index["model.layers.0.mlp.down_proj.weight_scale"].endswith(".safetensors")
     assert len(set(index.values())) == 2
@@ -145,27 +145,3 @@ def test_memory_is_compared_with_the_first_model() -> None:
     ]
     ratios = {name: value for name, value in compare(rows)[1].items() if name.endswith("_first")}
     assert ratios == {"weights_over_first": 0.4, "kv_tokens_over_first": 3.6, "peak_over_first": 0.9}
-
-
-def test_the_page_of_the_committed_results_draws_and_tells_losses(tmp_path: Path) -> None:
-    for file in page.RESULTS.glob("*.json"):
-        (tmp_path / file.name).write_text(file.read_text())
-    html = page.render(tmp_path)
-    assert html.count("data:image/svg+xml") >= 2
-    assert "Where it loses" in html
-    assert "Accuracy against bytes" in html
-    assert len(html) < 1_000_000
-
-
-def test_a_loss_is_told_by_model_and_case_and_a_gain_is_not() -> None:
-    served: dict[str, Any] = {"input_tokens": 64, "output_tokens": 8, "concurrent": 1, "mode": "compiled"}
-    rows = [
-        served | {"model": "slow", "times_as_fast": 0.5},
-        served | {"model": "fast", "times_as_fast": 1.5},
-        {"model": "8B", "tokens": 1, "contender": "vLLM W4A16", "times_as_fast": 0.5},
-        {"model": "8B", "tokens": 1, "contender": "W4A4", "times_as_fast": 0.9},
-    ]
-    told = page.losses(rows)
-    assert len(told) == 2
-    assert "slow, 64 tokens in, 8 out, 1 at a time (compiled): 0.50" in told[0]
-    assert "W4A4, 8B, 1 tokens: 0.90" in told[1]
