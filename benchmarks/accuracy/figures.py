@@ -1,16 +1,17 @@
-"""From what servers said to the figures of a result's row, each with its standard error (`..._se`)."""
+"""Summarize scores as the figures of a result row, each with its standard error (`..._se`)."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from benchmarks.accuracy.scores import Scores, kl_divergence, same_first, standard_error
-from benchmarks.accuracy.tasks import Answer, Task, bits, right
+from benchmarks.accuracy.tasks import TaskScores
 
 
 def text_figures(reference: Scores | None, scores: Scores) -> dict[str, float]:
-    """Perplexity and, with a reference, top-1 agreement and the lower bound of KL(reference || model), in nats.
+    """Return perplexity and, with a reference, top-1 agreement and the lower bound of KL(reference || model), in nats.
 
     Standard errors are over windows.
     """
@@ -27,30 +28,26 @@ def text_figures(reference: Scores | None, scores: Scores) -> dict[str, float]:
     }
 
 
-def task_figures(
-    tasks: list[Task], answers: dict[str, list[Answer]], reference: dict[str, list[Answer]] | None
-) -> dict[str, Any]:
-    """Per task ("tasks") and of the tasks' mean ("task_mean") the share of right answers.
+def task_figures(scores: Mapping[str, TaskScores], reference: Mapping[str, TaskScores] | None) -> dict[str, Any]:
+    """Return the mean score of each task ("tasks") and of all tasks ("task_mean").
 
-    With a reference also "difference", the mean over items of (right here) - (right there). Standard
-    errors are over items; those of the mean over tasks, which are independent draws, follow from them.
+    With a reference also "difference", the mean over items of the score minus the reference's. Standard
+    errors are over items; tasks are independent draws, so the error of their mean follows from them.
     """
-    if not tasks:
+    if not scores:
         return {}
     by_task: dict[str, dict[str, Any]] = {}
-    for task in tasks:
-        ours = right(task, answers[task.name])
-        figures: dict[str, Any] = {"metric": task.metric, **_mean("score", ours)}
-        figures |= _mean("bits_per_byte", bits(task, answers[task.name]))
+    for name, task in scores.items():
+        score = {"score": float(task.right.mean()), "score_se": task.standard_error}
+        by_task[name] = {"metric": task.metric, **score, **_mean("bits_per_byte", task.bits_per_byte)}
         if reference is not None:
-            figures |= _mean("difference", ours - right(task, reference[task.name]))
-        by_task[task.name] = figures
+            by_task[name] |= _mean("difference", task.right - reference[name].right)
     names = ["score"] if reference is None else ["score", "difference"]
     return {"tasks": by_task, "task_mean": {k: v for name in names for k, v in _over_tasks(name, by_task).items()}}
 
 
 def _mean(name: str, values: torch.Tensor) -> dict[str, float]:
-    """Of [items], drawn independently."""
+    """Average [items], which are drawn independently."""
     return {name: float(values.mean()), f"{name}_se": float(values.std() / math.sqrt(len(values)))}
 
 

@@ -1,10 +1,10 @@
-"""Checkpoints against the bf16 model they were made of: how far off they are, and what they cost.
+"""Measure how far checkpoints are from the bf16 model they were made of, and what they cost.
 
-Every model is served by `vllm serve` in turn. Over the OpenAI API it scores the same windows of text
-(perplexity, top-1 agreement, and a lower bound of the KL divergence that counts the likeliest tokens
-of both models one by one and the rest as one) and the same items of tasks. The KL divergence over
-the whole vocabulary comes from the simulation, on the same windows. Costs come from each checkpoint's
-config and report. Writes accuracy.json and accuracy.md into --output after every model.
+Each model is served by `vllm serve` in turn. Over the OpenAI API it scores the same windows of text (perplexity,
+top-1 agreement, and a lower bound of the KL divergence, which counts the top-k tokens of both models singly and all
+others as one), and lm-eval runs the same items of tasks. The KL divergence over the whole vocabulary comes from the
+simulation, on the same windows. Costs come from each checkpoint's config and report. accuracy.json and accuracy.md are
+written to --output after each model.
 """
 
 import argparse
@@ -22,42 +22,40 @@ from benchmarks.accuracy.figures import task_figures, text_figures
 from benchmarks.accuracy.scores import Scores, score
 from benchmarks.accuracy.simulation import WholeVocabulary
 from benchmarks.accuracy.table import markdown, terminal_tables
-from benchmarks.accuracy.tasks import Answer, Task, answer, read_task
+from benchmarks.accuracy.tasks import MAX_TOKENS, Task, TaskScores, evaluate, read_task, served_model
 from benchmarks.common.provenance import provenance, write_rows, write_whole
 from benchmarks.common.server import serve, stop_on_sigterm
 from benchmarks.speed.costs import costs
+from infoquant_vllm.format import read_json
 from offline.model.source import Source
 from offline.output.report import Stopwatch
 from offline.text import text_windows
 
-CONCURRENT = 8
-"""Requests in flight while tasks are scored. Windows, with their long lists, go one at a time."""
-
 
 @dataclass
 class Inputs:
-    """What all models are measured on: windows int64 [windows, tokens], and tasks."""
+    """What all models are measured on: windows int64 [windows, tokens], top-k of their scores, and tasks.
+
+    max_tokens: longest prompt that a server must take.
+    """
 
     windows: torch.Tensor
-    tasks: list[Task]
     top: int
-
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max([self.windows.shape[1], *(task.longest() for task in self.tasks)])
+    tasks: list[Task]
+    max_tokens: int
 
 
 @dataclass
 class Served:
-    """What one server said, and how long that took, in seconds by stage."""
+    """The scores of one served model, and the seconds per stage."""
 
     scores: Scores
-    answers: dict[str, list[Answer]]
+    tasks: dict[str, TaskScores]
     watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def main() -> None:
-    """Measure, print tables, write --output. Exits with 1 where a checkpoint failed; the others are measured."""
+    """Measure all models, print tables, write --output; exit with 1 if a checkpoint failed, after the others."""
     options = _options()
     stop_on_sigterm()
     inputs = read_inputs(options, Source.open(options.reference))
@@ -86,19 +84,20 @@ def main() -> None:
 
 
 def read_inputs(options: argparse.Namespace, reference: Source) -> Inputs:
-    """Windows and items, drawn by --seed; raises ToolError where files are wrong or too short."""
+    """Draw windows and items by --seed; raises ToolError where files are wrong or too short."""
     count, tokenizer = options.tokens // options.window, reference.tokenizer()
     windows = text_windows(options.text, tokenizer, reference.shape.vocab_size, count, options.window, options.seed)
-    return Inputs(
-        windows, [read_task(file, tokenizer, options.items, options.seed) for file in options.tasks], options.top
-    )
+    tasks = [read_task(file, options.items, options.seed) for file in options.tasks]
+    positions = read_json(options.reference / "config.json").get("max_position_embeddings", MAX_TOKENS)
+    longest = min(MAX_TOKENS, positions) if tasks else 0
+    return Inputs(windows, options.top, tasks, max(options.window + 1, longest))
 
 
 def row(folder: Path, inputs: Inputs, reference: Served, whole: WholeVocabulary | None) -> dict[str, Any]:
-    """All figures of a checkpoint, or of the reference itself where `whole` is None."""
+    """Return all figures of a checkpoint, or of the reference itself where `whole` is None."""
     served = reference if whole is None else ask(folder, inputs)
     figures: dict[str, Any] = {**text_figures(None if whole is None else reference.scores, served.scores)}
-    figures |= task_figures(inputs.tasks, served.answers, None if whole is None else reference.answers)
+    figures |= task_figures(served.tasks, None if whole is None else reference.tasks)
     if whole is not None:
         with served.watch("simulation"):
             kl = whole.kl(folder)
@@ -108,7 +107,7 @@ def row(folder: Path, inputs: Inputs, reference: Served, whole: WholeVocabulary 
 
 def ask(folder: Path, inputs: Inputs) -> Served:
     """Serve a model, score the windows and the tasks, stop it."""
-    limits = ("--max-model-len", str(inputs.longest() + 1), "--max-logprobs", str(inputs.top))
+    limits = ("--max-model-len", str(inputs.max_tokens), "--max-logprobs", str(inputs.top))
     watch, began = Stopwatch(), time.monotonic()
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -118,8 +117,8 @@ def ask(folder: Path, inputs: Inputs) -> Served:
         with watch("text"):
             scores = score(server, inputs.windows, inputs.top)
         with watch("tasks"):
-            answers = answer(server, inputs.tasks, CONCURRENT)
-    return Served(scores, answers, watch)
+            tasks = evaluate(served_model(server, inputs.max_tokens), inputs.tasks) if inputs.tasks else {}
+    return Served(scores, tasks, watch)
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -135,10 +134,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="text or JSONL file to measure on, never calibrated on")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--top", type=int, default=256, help="how many of the likeliest tokens the bound counts singly")
-    parser.add_argument("--tasks", type=Path, nargs="+", default=[], help="JSONL files: context, choices, label")
+    parser.add_argument("--top", type=int, default=256, help="k of the top-k tokens that the KL bound counts singly")
+    parser.add_argument("--tasks", type=Path, nargs="+", default=[], help="JSONL files with context, choices, label")
     parser.add_argument("--items", type=int, default=100, help="how many items of each task")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of windows and items")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of windows and items")
     parser.add_argument("--output", type=Path, help="folder to write the results to")
     options = parser.parse_args()
     if options.window < 2 or options.tokens < 2 * options.window:

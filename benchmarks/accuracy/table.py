@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Everything in one table; below it what the columns are, and what was measured on."""
+    """Return one table of all columns, with notes below it."""
     columns = {"model": _names(rows)} | distances(rows) | task_scores(rows) | cost_figures(rows)
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
@@ -28,7 +28,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def terminal_tables(rows: list[Row]) -> list[Table]:
-    """The same columns in three tables, which a terminal has the width for."""
+    """Return the same columns as three tables, which fit a terminal."""
     titles = {"distance to the reference": distances, "tasks": task_scores, "costs": cost_figures}
     tables = []
     for title, of in titles.items():
@@ -42,19 +42,19 @@ def terminal_tables(rows: list[Row]) -> list[Table]:
 
 
 def distances(rows: list[Row]) -> Columns:
-    """Figures of the text; the first checkpoint is the baseline that the others' KL is held against."""
+    """Return the figures of the text; the first checkpoint is the baseline of the others' KL."""
     baseline = rows[1] if len(rows) > 1 else rows[0]
     return {
         "perplexity, served": [_figure(row, "perplexity", 2) for row in rows],
         "top-1 agreement, served": [_figure(row, "top1_agreement") for row in rows],
-        f"KL ≥, served, {rows[0]['top']} likeliest tokens": [_figure(row, "kl_lower_bound") for row in rows],
+        f"KL ≥, served, top-{rows[0]['top']} tokens": [_figure(row, "kl_lower_bound") for row in rows],
         "KL, simulated, whole vocabulary": [_figure(row, "simulated_kl") for row in rows],
         f"KL below that of {baseline['model']}": [_saved(row, baseline) for row in rows],
     }
 
 
 def task_scores(rows: list[Row]) -> Columns:
-    """Figures of the tasks, all served; none where there were none."""
+    """Return the figures of the tasks; no columns where no tasks were run."""
     done = next((row for row in rows if "tasks" in row), None)
     if done is None:
         return {}
@@ -62,7 +62,7 @@ def task_scores(rows: list[Row]) -> Columns:
     for name, figures in done["tasks"].items():
         found = [row.get("tasks", {}).get(name, {}) for row in rows]
         columns[f"{name}, {figures['metric']}"] = [_figure(one, "score") for one in found]
-        if figures["metric"] == "greedy":
+        if figures["metric"] == "exact_match":
             columns[f"{name}, bits per byte"] = [_figure(one, "bits_per_byte", 2) for one in found]
     means = [row.get("task_mean", {}) for row in rows]
     columns["mean of the tasks"] = [_figure(one, "score") for one in means]
@@ -71,7 +71,7 @@ def task_scores(rows: list[Row]) -> Columns:
 
 
 def cost_figures(rows: list[Row]) -> Columns:
-    """Figures of config and report."""
+    """Return the figures of config and report."""
     return {
         "bits per weight": [_number(row.get("bits_per_weight"), ".2f") for row in rows],
         "multiply-adds added per token": [_added(row) for row in rows],
@@ -85,7 +85,7 @@ def _names(rows: list[Row]) -> list[str]:
 
 
 def _figure(row: Row, name: str, digits: int = 3, sign: str = "") -> str:
-    """mean ± standard error; a dash where the row has none."""
+    """Format mean ± standard error; a dash where the row has no such figure."""
     if row.get(name) is None:
         return "-"
     digits = 0 if abs(row[name]) >= 1000 else digits
@@ -114,15 +114,16 @@ def _notes(rows: list[Row]) -> list[str]:
     notes = [
         f"± is one standard error. The first model is the reference. Text: {first['tokens']:,} tokens of "
         f"{first['text']} in windows of {first['window']} (errors over windows). KL in nats per token: *served* is a "
-        f"lower bound, which takes all but the {first['top']} likeliest tokens as one; *simulated* is the whole of it, "
+        f"lower bound, which counts all but the top-{first['top']} tokens as one; *simulated* is the whole of it, "
         "computed by the tool's simulation of the server on the same windows.",
     ]
     if first["items"]:
         notes[0] += (
-            " Tasks, served: "
+            " Tasks, served and scored by lm-eval: "
             + ", ".join(f"{count} items of {name}" for name, count in first["items"].items())
-            + " (errors over items); acc compares log-likelihoods of the choices, acc_norm those per byte, greedy asks "
-            "whether greedy decoding gives the one choice. The difference to the reference is over the same items."
+            + " (errors over items); acc compares log-likelihoods of the choices, acc_bytes those per byte, "
+            "exact_match is whether greedy decoding gives the choice. The difference to the reference is over "
+            "the same items."
         )
     notes[0] += (
         " Multiply-adds added while serving are per token and, in brackets, relative to the model's own in linears and "

@@ -1,158 +1,138 @@
-"""Multiple-choice and last-word tasks from JSONL files, scored over a server as lm-eval scores them."""
+"""Score tasks of JSONL files with lm-eval, without network: multiple choice and last words."""
 
 import json
 import math
 import random
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from transformers import PreTrainedTokenizerBase
 
-from benchmarks.accuracy.scores import prompt_logprobs
 from benchmarks.common.server import Server
-from infoquant_vllm.format import FormatError
 from offline.errors import ToolError
 
-Metric = Literal["acc", "acc_norm", "greedy"]
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
 
-PLAIN_ACCURACY = ("sciq", "arc_easy")
-"""Tasks whose choices are compared by their sums of log-likelihoods; the others' by sums per byte."""
-
-
-class Item(BaseModel):
-    """One question: which of `choices` continues `context`? Number `label` does."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    context: str = Field(pattern=r"\S")
-    choices: list[str] = Field(min_length=1)
-    label: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _label_is_a_choice(self) -> "Item":
-        if self.label >= len(self.choices) or not all(self.choices):
-            raise ValueError(f"label {self.label} of {len(self.choices)} choices, none of which may be empty")
-        return self
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of a context and one choice, which starts at `start`."""
-
-    ids: list[int]
-    start: int
+MAX_TOKENS = 2048
+"""Longest prompt of a task; lm-eval cuts longer ones at their start."""
+CONCURRENT = 8
+"""Requests in flight."""
+BY_SUM = ("sciq", "arc_easy")
+"""Tasks whose choices are compared by log-likelihood; in other tasks it is divided by the bytes of the choice."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The items that all models answer, and their prompts, one per choice."""
+    """Some items of a JSONL file, by line number from 0; each line has `context`, `choices` and `label`.
 
-    name: str
-    metric: Metric
-    items: list[Item]
-    prompts: list[list[Prompt]]
+    metric: of lm-eval; `exact_match` is 1 where greedy decoding gives the choice.
+    """
 
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(len(prompt.ids) for prompts in self.prompts for prompt in prompts)
+    file: Path
+    metric: str
+    items: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The file's name without its suffix."""
+        return self.file.stem
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model says of one item's choices: log-likelihoods in nats, and whether greedy decoding gives it."""
+class TaskScores:
+    """A model's scores in one task, and lm-eval's standard error of their mean.
 
-    loglikelihoods: list[float]
-    greedy: list[bool]
-
-
-def read_task(file: Path, tokenizer: PreTrainedTokenizerBase, items: int, seed: int) -> Task:
-    """Draw `items` lines (all, where there are fewer) of a JSONL file with the fields of `Item`, in their order.
-
-    The metric is "greedy" (is the one choice what greedy decoding gives?) where every item has one
-    choice, "acc" for the tasks named in PLAIN_ACCURACY, else "acc_norm".
-    Raises ToolError naming the line that is no item, and where fewer than two items are there.
+    right: the metric per item, 0 or 1, float64 [items].
+    bits_per_byte: bits that the model needs per byte of the right choice, float64 [items].
     """
-    lines = [(number, line) for number, line in enumerate(_lines(file), start=1) if line.strip()]
-    if len(lines) < 2 or items < 2:
+
+    metric: str
+    right: torch.Tensor
+    bits_per_byte: torch.Tensor
+    standard_error: float
+
+
+def read_task(file: Path, items: int, seed: int) -> Task:
+    """Draw at most `items` lines of a JSONL file, in the file's order.
+
+    The metric is `exact_match` where each line has one choice, `acc` for the tasks in BY_SUM, else `acc_bytes`.
+    Raises ToolError where the file is not JSONL or has fewer than 2 lines.
+    """
+    try:
+        lines = [json.loads(line) for line in file.open(encoding="utf-8") if line.strip()]
+        one_choice = all(len(line["choices"]) == 1 for line in lines)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ToolError(f"{file}: not JSONL with context, choices and label ({error!r})") from None
+    if min(len(lines), items) < 2:
         raise ToolError(f"{file}: {len(lines)} items found, {items} asked for; a standard error needs 2")
-    chosen = random.Random(f"{seed} {file.stem}").sample(lines, min(items, len(lines)))
-    drawn = [_item(line, f"{file}:{number}") for number, line in sorted(chosen)]
-    metric: Metric = "acc" if file.stem in PLAIN_ACCURACY else "acc_norm"
-    if all(len(item.choices) == 1 for item in drawn):
-        metric = "greedy"
-    prompts = [[encode(tokenizer, item.context, choice) for choice in item.choices] for item in drawn]
-    return Task(file.stem, metric, drawn, prompts)
+    drawn = random.Random(f"{seed} {file.stem}").sample(range(len(lines)), min(items, len(lines)))
+    by_choice = "acc" if file.stem in BY_SUM else "acc_bytes"
+    return Task(file, "exact_match" if one_choice else by_choice, tuple(sorted(drawn)))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> Prompt:
-    """Both encoded together and cut where the context alone would end; its trailing spaces go to the choice.
+def served_model(server: Server, max_tokens: int) -> "LM":
+    """Return lm-eval's client of a server, whose model has at most `max_tokens`."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    So does lm-eval (`TemplateLM._encode_pair`). Raises ToolError where the choice adds no token.
-    """
-    whole, kept = tokenizer(context + choice).input_ids, tokenizer(context.rstrip()).input_ids
-    if len(whole) <= len(kept):
-        raise ToolError(f"the choice {choice!r:.80} adds no token to its context, which ends in {context[-40:]!r}")
-    return Prompt(whole, len(kept))
+    return LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions",
+        model=str(server.model),
+        tokenizer_backend="huggingface",
+        add_bos_token=True,  # where the tokenizer itself does
+        num_concurrent=CONCURRENT,
+        max_length=max_tokens,
+    )
 
 
-def answer(server: Server, tasks: list[Task], concurrent: int) -> dict[str, list[Answer]]:
-    """Every task's answers by its name, one per item; `concurrent` requests are in flight at a time."""
-    prompts = [prompt for task in tasks for choices in task.prompts for prompt in choices]
-    replies = iter(prompt_logprobs(server, [prompt.ids for prompt in prompts], 1, concurrent))
+def evaluate(model: "LM", tasks: Sequence[Task]) -> dict[str, TaskScores]:
+    """Run lm-eval; return each task's scores by its name."""
+    if not tasks:
+        return {}
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory() as cache:
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=[_config(task, cache) for task in tasks],
+            samples={task.name: list(task.items) for task in tasks},
+            task_manager=TaskManager(include_defaults=False),
+        )
+    assert found is not None  # None is for the other processes of a distributed run
+    return {task.name: _scores(task, found["samples"][task.name], found["results"][task.name]) for task in tasks}
+
+
+def _config(task: Task, cache: str) -> dict[str, Any]:
+    """Return lm-eval's definition of a task."""
     return {
-        task.name: [_answer(choices, [next(replies) for _ in choices]) for choices in task.prompts] for task in tasks
+        "task": task.name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(task.file)}, "cache_dir": cache},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": [{"metric": task.metric, "aggregation": "mean", "higher_is_better": True}],
     }
 
 
-def is_right(item: Item, given: Answer, metric: Metric) -> float:
-    """1.0 or 0.0. The first of equally good choices counts as the model's."""
-    if metric == "greedy":
-        return float(given.greedy[item.label])
-    lengths = [len(choice.encode()) if metric == "acc_norm" else 1 for choice in item.choices]
-    values = [total / length for total, length in zip(given.loglikelihoods, lengths, strict=True)]
-    return float(values.index(max(values)) == item.label)
+def _scores(task: Task, samples: list[dict[str, Any]], results: dict[str, Any]) -> TaskScores:
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    right = [float(sample[task.metric]) for sample in samples]
+    bits = [_bits_per_byte(sample["doc"], sample["filtered_resps"]) for sample in samples]
+    error = float(results[f"{task.metric}_stderr,none"])
+    return TaskScores(
+        task.metric, torch.tensor(right, dtype=torch.float64), torch.tensor(bits, dtype=torch.float64), error
+    )
 
 
-def bits_per_byte(item: Item, given: Answer) -> float:
-    """Bits that the model needs per byte of the right choice."""
-    return -given.loglikelihoods[item.label] / math.log(2) / len(item.choices[item.label].encode())
-
-
-def right(task: Task, answers: list[Answer]) -> torch.Tensor:
-    """`is_right` of every item, float64 [items]."""
-    pairs = zip(task.items, answers, strict=True)
-    return torch.tensor([is_right(item, given, task.metric) for item, given in pairs], dtype=torch.float64)
-
-
-def bits(task: Task, answers: list[Answer]) -> torch.Tensor:
-    """`bits_per_byte` of every item, float64 [items]."""
-    pairs = zip(task.items, answers, strict=True)
-    return torch.tensor([bits_per_byte(item, given) for item, given in pairs], dtype=torch.float64)
-
-
-def _answer(prompts: list[Prompt], replies: list[list[dict[int, tuple[float, int]]]]) -> Answer:
-    totals, greedy = [], []
-    for prompt, reply in zip(prompts, replies, strict=True):
-        said = [reply[place - 1][prompt.ids[place]] for place in range(prompt.start, len(prompt.ids))]
-        totals.append(sum(logprob for logprob, _ in said))
-        greedy.append(all(rank == 1 for _, rank in said))
-    return Answer(totals, greedy)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8-sig").split("\n")  # strings may hold what splitlines cuts at
-    except (OSError, UnicodeDecodeError) as error:
-        raise ToolError(f"{file}: not readable as JSONL ({error})") from None
-
-
-def _item(line: str, place: str) -> Item:
-    try:
-        return Item.model_validate(json.loads(line))
-    except ValidationError as error:
-        raise ToolError(str(FormatError.from_validation(place, error))) from None
-    except ValueError as error:
-        raise ToolError(f"{place}: not JSON ({error})") from None
+def _bits_per_byte(item: dict[str, Any], replies: list[tuple[float, bool]]) -> float:
+    """Divide the bits of the right choice by its bytes; `replies` has log-likelihood (nats) and greediness."""
+    label = item["label"]
+    return -float(replies[label][0]) / math.log(2) / len(item["choices"][label].encode())

@@ -13,38 +13,33 @@ from benchmarks.accuracy.figures import task_figures, text_figures
 from benchmarks.accuracy.scores import Scores
 from benchmarks.accuracy.simulation import WholeVocabulary
 from benchmarks.accuracy.table import markdown, terminal_tables
-from benchmarks.accuracy.tasks import Answer, Item, Prompt, Task
+from benchmarks.accuracy.tasks import TaskScores
 from benchmarks.common.server import ServerError
 from offline.evaluate.metrics import compare
 from offline.model.source import Source
-from tests.benchmarks.test_tasks import write_items
 from tests.common.tiny import VOCAB_SIZE, write_source
 
-YES, NO = Answer([-1.0, -2.0], [True, False]), Answer([-2.0, -1.0], [False, True])
+
+def task(right: list[float], standard_error: float = 0.25) -> TaskScores:
+    scores = torch.tensor(right, dtype=torch.float64)
+    return TaskScores("acc", scores, 1 + scores, standard_error)
 
 
-def two_choices(name: str, items: int) -> Task:
-    return Task(
-        name, "acc", [Item(context="a", choices=[" b", " c"], label=0)] * items, [[Prompt([1, 2], 1)] * 2] * items
-    )
-
-
-def text_scores(nll: list[list[float]], likeliest: dict[int, float]) -> Scores:
-    return Scores(torch.tensor(nll, dtype=torch.float64), [[likeliest] * len(window) for window in nll])
+def text_scores(nll: list[list[float]], top: dict[int, float]) -> Scores:
+    return Scores(torch.tensor(nll, dtype=torch.float64), [[top] * len(window) for window in nll])
 
 
 def test_task_figures_are_means_over_items_with_paired_differences() -> None:
-    tasks = [two_choices("first", 4), two_choices("second", 2)]
-    ours = {"first": [YES, NO, NO, NO], "second": [YES, NO]}
-    reference = {"first": [YES, YES, NO, NO], "second": [YES, YES]}
-    found = task_figures(tasks, ours, reference)
+    found = task_figures(
+        {"first": task([1, 0, 0, 0]), "second": task([1, 0], 0.5)},
+        {"first": task([1, 1, 0, 0]), "second": task([1, 1])},
+    )
     first, second = found["tasks"]["first"], found["tasks"]["second"]
     assert (first["score"], second["score"]) == (0.25, 0.5)
-    assert first["score_se"] == pytest.approx(0.25)  # sqrt(3 / 16 * 4 / 3 / 4)
-    assert second["score_se"] == pytest.approx(0.5)  # sqrt(1 / 4 * 2 / 2)
+    assert (first["score_se"], second["score_se"]) == (0.25, 0.5)  # as lm-eval says
     assert first["difference"] == -0.25
     assert first["difference_se"] == pytest.approx(0.25)  # of 0, -1, 0, 0
-    assert first["bits_per_byte"] == pytest.approx((1 + 3 * 2) / 4 / math.log(2) / 2)
+    assert first["bits_per_byte"] == pytest.approx(1.25)
     mean = found["task_mean"]
     assert (mean["score"], mean["difference"]) == (0.375, -0.375)
     assert mean["score_se"] == pytest.approx(math.sqrt(0.25**2 + 0.5**2) / 2)
@@ -54,7 +49,7 @@ def test_a_reference_has_no_distance_to_itself() -> None:
     scores = text_scores([[1.0, 3.0], [2.0, 4.0]], {0: -0.1})
     found = text_figures(None, scores)
     assert found == {"perplexity": pytest.approx(math.exp(2.5)), "perplexity_se": pytest.approx(math.exp(2.5) / 2)}
-    assert "difference" not in task_figures([two_choices("one", 2)], {"one": [YES, NO]}, None)["task_mean"]
+    assert "difference" not in task_figures({"one": task([1, 0])}, None)["task_mean"]
 
 
 def test_text_figures_of_two_models() -> None:
@@ -83,7 +78,8 @@ def test_one_failing_checkpoint_leaves_the_others_their_rows(
 ) -> None:
     """With servers that always give the same, or do not start: a folder named "broken" does not."""
     reference = write_source(tmp_path / "reference")
-    items = write_items(tmp_path / "sciq.jsonl")
+    items = tmp_path / "sciq.jsonl"
+    items.write_text('{"context": "a", "choices": [" b", " c"], "label": 0}\n' * 10)
     text = tmp_path / "text.txt"
     text.write_text("some words of a text. " * 50)
     for name in ("good", "broken", "better"):
@@ -93,7 +89,7 @@ def test_one_failing_checkpoint_leaves_the_others_their_rows(
         if folder.name == "broken":
             raise ServerError(f"vllm serve {folder} exited with code 1")
         scores = text_scores([[1.0, 2.0], [2.0, 3.0]], {0: -0.5})
-        return accuracy.Served(scores, {"sciq": [YES, NO] * (len(inputs.tasks[0].items) // 2)})
+        return accuracy.Served(scores, {each.name: task([1, 0] * 5) for each in inputs.tasks})
 
     monkeypatch.setattr(accuracy, "ask", ask)
     other = Source.open(write_source(tmp_path / "other", seed=1)).model(torch.float32)
@@ -130,7 +126,7 @@ def a_row(**changes: Any) -> dict[str, Any]:
         "simulated_kl_se": 0.0185,
         "tasks": {
             "lambada": {
-                "metric": "greedy",
+                "metric": "exact_match",
                 "score": 0.29,
                 "score_se": 0.02,
                 "bits_per_byte": 1.234,
@@ -164,10 +160,10 @@ def test_markdown_is_one_table_that_says_what_was_served_and_what_simulated() ->
         "model": "w4",
         "perplexity, served": "6728 ± 1397",
         "top-1 agreement, served": "0.645 ± 0.005",
-        "KL ≥, served, 256 likeliest tokens": "0.464 ± 0.013",
+        "KL ≥, served, top-256 tokens": "0.464 ± 0.013",
         "KL, simulated, whole vocabulary": "0.551 ± 0.018",
         "KL below that of w4": "-",
-        "lambada, greedy": "0.290 ± 0.020",
+        "lambada, exact_match": "0.290 ± 0.020",
         "lambada, bits per byte": "1.23 ± 0.10",
         "mean of the tasks": "0.290 ± 0.020",
         "less the reference's": "-0.040 ± 0.010",

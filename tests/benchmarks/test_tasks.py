@@ -1,108 +1,125 @@
-"""Items of tasks are cut, scored and drawn as lm-eval cuts and scores them, and alike for every model."""
+"""Tasks of JSONL files: lm-eval's figures on a tiny model are their definitions, and each model gets the same items."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+import torch
 
-from benchmarks.accuracy import tasks
-from benchmarks.accuracy.tasks import Answer, Item, bits_per_byte, encode, is_right, read_task
+from benchmarks.accuracy.tasks import Task, TaskScores, evaluate, read_task
 from offline.errors import ToolError
-from offline.model.source import read_tokenizer
+from offline.model.source import Source
 from tests.common.tiny import write_source
 
-QUESTION = Item(context="2 + 2 =", choices=[" four", " 4", " vier", " fourteen"], label=3)
+METRICS = {"sciq": "acc", "piqa": "acc_bytes", "lambada": "exact_match"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    return read_tokenizer(write_source(tmp_path_factory.mktemp("tasks") / "source"))
-
-
-def write_items(file: Path, count: int = 30, choices: int = 2) -> Path:
+def write_items(file: Path, count: int = 40, choices: int = 2) -> Path:
     lines = [
-        {"id": n, "context": f"question {n}:", "choices": [f" {n}{c}" for c in range(choices)], "label": 0}
+        {
+            "id": n,
+            "context": f"question {n}:" + " " * (n % 2),
+            "choices": [f" {n}{'äbc'[c] * (c + 1)}" for c in range(choices)],
+            "label": n % choices,
+        }
         for n in range(count)
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
 
 
-def test_accuracy_compares_sums_and_normed_accuracy_sums_per_byte() -> None:
-    given = Answer([-6.0, -5.0, -5.5, -8.0], [False] * 4)  # per byte: -1.2, -2.5, -1.1, -0.89
-    assert is_right(QUESTION, given, "acc") == 0
-    assert is_right(QUESTION, given, "acc_norm") == 1
-    assert is_right(QUESTION.model_copy(update={"label": 1}), given, "acc") == 1
+@torch.inference_mode()
+def write_last_words(file: Path, source: Path, count: int = 40) -> Path:
+    """Write contexts with one choice: greedy decoding's next token where that is a letter, else " x"."""
+    model, tokenizer = Source.open(source).model(torch.float32), Source.open(source).tokenizer()
+    lines = []
+    for n in range(count):
+        context = f"question {n}:"
+        logits = model(torch.tensor([tokenizer(context).input_ids])).logits[0, -1]
+        word = tokenizer.decode([int(logits.argmax())])
+        lines.append({"context": context, "choices": [word if word.isascii() and word.isalpha() else " x"], "label": 0})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
 
 
-def test_bytes_are_counted_and_not_characters() -> None:
-    item = Item(context="?", choices=[" a", " ä"], label=1)  # 2 and 3 bytes, both of 2 characters
-    assert is_right(item, Answer([-2.0, -2.7], [False] * 2), "acc_norm") == 1
-    assert bits_per_byte(item, Answer([-2.0, -3 * math.log(2)], [False] * 2)) == pytest.approx(1.0)
+def read_all(folder: Path, source: Path, count: int) -> list[Task]:
+    files = [write_items(folder / "sciq.jsonl", choices=3), write_items(folder / "piqa.jsonl", choices=2)]
+    return [read_task(file, count, 0) for file in (*files, write_last_words(folder / "lambada.jsonl", source))]
 
 
-def test_the_first_of_equal_choices_counts() -> None:
-    assert is_right(QUESTION.model_copy(update={"label": 1}), Answer([-3.0, -2.0, -2.0, -2.0], [True] * 4), "acc") == 1
+def items(task: Task) -> list[dict[str, Any]]:
+    lines = task.file.read_text().splitlines()
+    return [json.loads(lines[number]) for number in task.items]
 
 
-def test_greedy_accuracy_asks_for_the_likeliest_token_everywhere() -> None:
-    prompt = tasks.Prompt([7, 8, 9, 10], start=2)
-    second, likeliest = {9: (-0.5, 1)}, {10: (-1.5, 1)}
-    reply = [{8: (-9.0, 5), 3: (-0.1, 1)}, second, likeliest]
-    assert tasks._answer([prompt], [reply]) == Answer([-2.0], [True])
-    reply[2] = {10: (-1.5, 2), 4: (-0.2, 1)}
-    assert tasks._answer([prompt], [reply]) == Answer([-2.0], [False])
-    item = Item(context="a", choices=[" b"], label=0)
-    assert is_right(item, Answer([-2.0], [False]), "greedy") == 0
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("tasks") / "source")
 
 
-def test_trailing_spaces_of_a_context_belong_to_the_choice(tokenizer: PreTrainedTokenizerBase) -> None:
-    plain, spaced = encode(tokenizer, "so", "  it is"), encode(tokenizer, "so  ", "it is")
-    assert plain == spaced
-    assert (plain.start, len(plain.ids)) == (2, 9)  # every byte is a token
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory, source: Path) -> list[Task]:
+    return read_all(tmp_path_factory.mktemp("items"), source, count=30)
 
 
-def test_every_model_gets_the_same_items_and_another_seed_draws_others(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+@pytest.fixture(scope="module")
+def scores(source: Path, tasks: list[Task]) -> dict[str, TaskScores]:
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    return evaluate(HFLM(pretrained=str(source), dtype="float32", device="cpu", batch_size=4), tasks)
+
+
+def test_the_metric_follows_from_name_and_choices(tasks: list[Task]) -> None:
+    assert {task.name: task.metric for task in tasks} == METRICS
+
+
+@pytest.mark.parametrize("name", METRICS)
+@torch.inference_mode()
+def test_scores_are_their_definitions(
+    name: str, source: Path, tasks: list[Task], scores: dict[str, TaskScores]
 ) -> None:
-    file = write_items(tmp_path / "sciq.jsonl")
-    first, again, other = (read_task(file, tokenizer, 10, seed).items for seed in (0, 0, 1))
-    assert first == again
-    assert len(first) == 10
+    model, tokenizer = Source.open(source).model(torch.float32), Source.open(source).tokenizer()
+    (task,) = (task for task in tasks if task.name == name)
+    right, bits = [], []
+    for item in items(task):
+        totals, greedy = [], []
+        for choice in item["choices"]:
+            ids = tokenizer(item["context"] + choice).input_ids
+            start = len(tokenizer(item["context"].rstrip()).input_ids)  # trailing spaces belong to the choice
+            logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
+            totals.append(sum(logits.log_softmax(-1)[place, token].item() for place, token in enumerate(ids[start:])))
+            greedy.append(logits.argmax(-1).tolist() == ids[start:])
+        sizes = [len(choice.encode()) for choice in item["choices"]]
+        bits.append(-totals[item["label"]] / math.log(2) / sizes[item["label"]])
+        values = totals if name == "sciq" else [total / size for total, size in zip(totals, sizes, strict=True)]
+        best = values.index(max(values)) == item["label"]
+        right.append(float(greedy[item["label"]] if name == "lambada" else best))
+    found = scores[name]
+    assert found.right.tolist() == right
+    assert 0 < sum(right) < len(right)
+    assert found.bits_per_byte.tolist() == pytest.approx(bits, rel=1e-4)
+    assert found.standard_error == pytest.approx(torch.tensor(right).std().item() / math.sqrt(len(right)))
+
+
+def test_every_model_gets_the_same_items_and_another_seed_draws_others(tmp_path: Path) -> None:
+    file = write_items(tmp_path / "sciq.jsonl", count=30)
+    first, again, other = (read_task(file, 10, seed).items for seed in (0, 0, 1))
+    assert first == again == tuple(sorted(first))
+    assert len(set(first)) == 10
     assert first != other
-    assert first == sorted(first, key=lambda item: int(item.context.split()[1].strip(":")))  # in the file's order
 
 
-def test_metrics_are_those_of_the_tasks(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    metrics = {
-        name: read_task(write_items(tmp_path / f"{name}.jsonl", choices=choices), tokenizer, 5, 0).metric
-        for name, choices in (("sciq", 4), ("arc_easy", 4), ("piqa", 2), ("lambada", 1), ("own", 3))
-    }
-    expected = {"sciq": "acc", "arc_easy": "acc", "piqa": "acc_norm", "lambada": "greedy", "own": "acc_norm"}
-    assert metrics == expected
+@pytest.mark.parametrize("line", ["{", '{"context": "a", "label": 0}', "7"])
+def test_a_file_without_items_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "items.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(ToolError, match=r"items\.jsonl: not JSONL with context, choices and label"):
+        read_task(file, 10, 0)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"context": "a", "choices": ["b"], "label": 1}', "label 1 of 1 choices"),
-        ('{"context": " ", "choices": ["b"], "label": 0}', "context"),
-        ('{"context": "a", "choices": ["b", ""], "label": 0}', "none of which may be empty"),
-        ("{", "not JSON"),
-    ],
-)
-def test_a_line_that_is_no_item_is_named(
-    line: str, message: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    file = write_items(tmp_path / "items.jsonl", count=3)
-    with file.open("a") as opened:
-        opened.write(line + "\n")
-    with pytest.raises(ToolError, match=rf"items\.jsonl:4.*{message}"):
-        read_task(file, tokenizer, 10, 0)
-
-
-def test_a_single_item_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_single_item_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="1 items found, 5 asked for; a standard error needs 2"):
-        read_task(write_items(tmp_path / "items.jsonl", count=1), tokenizer, 5, 0)
+        read_task(write_items(tmp_path / "items.jsonl", count=1), 5, 0)
