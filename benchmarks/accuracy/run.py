@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.accuracy.costs import costs
 from benchmarks.accuracy.figures import task_figures, text_figures
 from benchmarks.accuracy.scores import Scores, score
 from benchmarks.accuracy.simulation import WholeVocabulary
@@ -25,7 +26,6 @@ from benchmarks.accuracy.table import markdown, terminal_tables
 from benchmarks.accuracy.tasks import MAX_TOKENS, Task, TaskScores, evaluate, read_task, served_model
 from benchmarks.common.provenance import provenance, write_rows, write_whole
 from benchmarks.common.server import serve, stop_on_sigterm
-from benchmarks.speed.costs import costs
 from infoquant_vllm.format import read_json
 from offline.model.source import Source
 from offline.output.report import Stopwatch

@@ -19,7 +19,7 @@ from vllm import _custom_ops
 
 from benchmarks.common.interleaved import Candidate, copies, time_interleaved
 from benchmarks.common.provenance import provenance, write_rows
-from benchmarks.speed.products import bf16_handlers, int8_handlers, w4a8_weights
+from benchmarks.speed.gemms import bf16_handlers, int8_handlers, w4a8_weights
 from infoquant_vllm.kernels.cpu.library import library
 from infoquant_vllm.kernels.cpu.linear import linear, prepare_matrices
 from infoquant_vllm.kernels.cpu.quantized_linear import prepare_grid, prepare_weight

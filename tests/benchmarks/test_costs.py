@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speed.costs import MultiplyAdds, costs, multiply_adds, per_feature
+from benchmarks.accuracy.costs import MultiplyAdds, costs, multiply_adds, per_feature
 from infoquant_vllm.format import InputTransform, ModelShape, parse_config
 from tests.common.checkpoints import hf_config, quantization_config, write_random
 from tests.common.tiny import write_source

@@ -15,8 +15,7 @@ from benchmarks.common import interleaved
 from benchmarks.common.models import ROOT
 from benchmarks.shapes import write
 from benchmarks.speed import baselines, linear
-from benchmarks.speed.memory import compare
-from benchmarks.speed.memory_worker import held_bytes
+from benchmarks.speed.memory import compare, held_bytes
 from benchmarks.speed.serving import Case, case, spread, turn_order
 from infoquant_vllm.format import ModelShape, expected_tensors, parse_config
 
