@@ -1,0 +1,85 @@
+"""Operands of the kernels, grouped: what every backend's `linear`, `kv_store` and `kv_attention` take."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class InputQuant(NamedTuple):
+    """Input transform and activation quantizer of a linear with K input features.
+
+    matrices: one float32 [blocks, b, b], a matrix per block, or two whose Kronecker product is [K, K]; as
+        `prepare_matrices` returns them
+    hadamard: size of the blocks of an online Hadamard transform (R4), or 0
+    clip_ratio: float32 [groups, 2], factors on the minimum and maximum of each group; None: int16 activations
+    num_bits: of the activations
+    symmetric: zero-points are 2^(num_bits - 1)
+    """
+
+    matrices: list[torch.Tensor]
+    hadamard: int
+    clip_ratio: torch.Tensor | None
+    num_bits: int
+    symmetric: bool
+
+
+class PackedWeight(NamedTuple):
+    """Quantized weight [N, K] of a linear, each tensor in the layout of the backend that prepared it.
+
+    packed: codes, from `prepare_weight`
+    scale: float32 [N, groups], from `prepare_qparams`
+    zero_point: uint8 [N, groups], from `prepare_qparams`; None: signed codes
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+
+
+class KVScheme(NamedTuple):
+    """How keys and values are stored.
+
+    num_bits: of keys and of values, each 4 or 8
+    hadamard: keys and queries go through a Hadamard transform of head_size (R3)
+    """
+
+    num_bits: tuple[int, int]
+    hadamard: bool
+
+
+class KVCalibration(NamedTuple):
+    """Calibrated tensors of one layer's KV cache.
+
+    key_clip_ratio, value_clip_ratio: float32 [kv_heads, 2], factors on the minimum and maximum of a token
+    key_mean: float32 [kv_heads, head_size], subtracted from keys before R3; None: nothing is
+    """
+
+    key_clip_ratio: torch.Tensor
+    value_clip_ratio: torch.Tensor
+    key_mean: torch.Tensor | None
+
+
+class Sequences(NamedTuple):
+    """Sequences of a batch in a paged cache; sequence i has queries query_starts[i] .. query_starts[i + 1], its last.
+
+    query_starts: int32 [sequences + 1]
+    seq_lens: int32 [sequences], tokens in the cache, those of the queries included
+    block_table: int32 [sequences, blocks]
+    """
+
+    query_starts: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+
+
+class ScoreParams(NamedTuple):
+    """From the products of queries and keys to scores.
+
+    scale: factor on every product
+    window: tokens that a query sees, itself among them; None: all before it
+    soft_cap: a score s counts as soft_cap * tanh(s / soft_cap) (Gemma 2, 2024, section 2); None: as it is
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
