@@ -6,7 +6,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    import infoquant_vllm.providers  # noqa: F401 (before vLLM settles which implementations it uses)
+    import infoquant_vllm.cpu_ops  # noqa: F401 (registers implementations before vLLM settles which it uses)
     from infoquant_vllm.config import InfoQuantConfig
     from infoquant_vllm.format import QUANT_METHOD
 

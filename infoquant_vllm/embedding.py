@@ -1,6 +1,7 @@
-"""Embedding and lm_head of a model whose vocabulary matrix is in 8 bits, or tied and in a rotated stream."""
+"""Embedding and lm_head of a model with an 8-bit lm_head, or with a tied one and a rotated residual stream (R1)."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,33 +16,39 @@ from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_weight
 from infoquant_vllm.ops.rotate_rows import rotate_rows
 from infoquant_vllm.ops.table import served_by
 from infoquant_vllm.ops.weight_rows import weight_rows
-
-if TYPE_CHECKING:
-    from infoquant_vllm.config import InfoQuantConfig
+from infoquant_vllm.summary import Summary
 
 MAX_ROTATION_ERROR = 1e-3
 MATRIX_TENSORS = ("weight", "weight_packed", "weight_scale")
 
 
-class VocabularyMethod(QuantizeMethodBase):
-    """A matrix E [vocab, H] for the embedding or lm_head, one for both where the model is tied.
+@dataclass
+class InverseRotation:
+    """R1^T, which leads out of the residual basis: made for the first logits, since an embedding alone needs none.
 
-    rotated: E is in its original basis. The embedding rotates the looked-up rows into the residual
-    basis (E[ids] @ Q); lm_head rotates the few rows that reach it back and applies the final
-    norm's gain before it multiplies with E.
-    quantized: E stays in 8-bit codes with a scale per row, which a lookup dequantizes into the
-    model's dtype; the logits are a product with an input of 16 bits.
-
-    Logits of a dtype of their own (head_dtype) are refused: vLLM goes past `apply` for them. For the
-    same reason this is no subclass of vLLM's unquantized method. Pooling models have no logits: vLLM
-    drops their lm_head, whose tensors are on device meta then.
+    A tied lm_head shares the embedding's, which drops it when a new R1 has been loaded.
     """
 
-    def __init__(self, config: "InfoQuantConfig", prefix: str, rotated: bool, quantized: bool):
-        self.prefix = prefix
-        self.rotated, self.quantized = rotated, quantized
+    matrix: torch.Tensor | None = None
+
+
+class InfoQuantEmbeddingMethod(QuantizeMethodBase):
+    """Serve a matrix E [vocab, H] as embedding or lm_head, one for both where the model is tied.
+
+    rotated: E is in its original basis. The embedding rotates the looked-up rows into the residual basis (E[ids] @ R1);
+    lm_head rotates the few rows that reach it back and applies the final norm's gain before it multiplies with E.
+    num_bits: E stays in 8-bit codes with a scale per row, which a lookup dequantizes into the model's dtype; the
+    logits are a W8A16 product.
+
+    head_dtype, a dtype for the logits, is refused: vLLM bypasses `apply` for it. For the same reason this is no
+    subclass of vLLM's unquantized method. Pooling models have no logits: vLLM drops their lm_head, whose tensors are on
+    the meta device then.
+    """
+
+    def __init__(self, prefix: str, rotated: bool, num_bits: int | None, summary: Summary):
+        """Serve the layer `prefix`; num_bits: 8, or None for a matrix in the model's dtype."""
+        self.prefix, self.rotated, self.num_bits, self.summary = prefix, rotated, num_bits, summary
         self.tied = False
-        self.config = config
 
     def create_weights(
         self,
@@ -61,7 +68,7 @@ class VocabularyMethod(QuantizeMethodBase):
                 f"or an 8-bit vocabulary, leave it at the model's {params_dtype}"
             )
         tracker = LoadTracker({None: self.prefix})
-        layer.infoquant_tracker = tracker
+        layer.infoquant_tracker, layer.infoquant_inverse = tracker, InverseRotation()
         layer.infoquant_dtype, layer.infoquant_hidden = params_dtype, input_size
         loader = extra_weight_attrs["weight_loader"]
         for name, data in self._tensors(sum(output_partition_sizes), input_size, params_dtype).items():
@@ -70,12 +77,12 @@ class VocabularyMethod(QuantizeMethodBase):
             set_weight_attrs(param, {"weight_loader": tracker.track(name, loader)})
             if name in MATRIX_TENSORS:
                 set_weight_attrs(param, {"input_dim": 1, "output_dim": 0})
-        if self.quantized:
-            self.config.summary.expect()
+        if self.num_bits is not None:
+            self.summary.expect()
 
     def _tensors(self, rows: int, hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         tensors = {}
-        if self.quantized:
+        if self.num_bits is not None:
             tensors["weight_packed"] = torch.empty(rows, hidden, dtype=torch.uint8)
             tensors["weight_scale"] = torch.empty(rows, 1, dtype=torch.float32)
         else:
@@ -90,27 +97,28 @@ class VocabularyMethod(QuantizeMethodBase):
         for name, param in embed_tokens.named_parameters(recurse=False):
             setattr(layer, name, param)
         layer.infoquant_tracker = embed_tokens.infoquant_tracker
+        layer.infoquant_inverse = embed_tokens.infoquant_inverse
         self.tied = True
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse missing tensors and a rotation that is none; a tied lm_head shares what the embedding converts."""
-        if (layer.weight_packed if self.quantized else layer.weight).is_meta:
-            if self.quantized:
-                self.config.summary.dropped()
+        if (layer.weight_packed if self.num_bits is not None else layer.weight).is_meta:
+            if self.num_bits is not None:
+                self.summary.dropped()
             return
-        layer.infoquant_tracker.finish(layer, self.config.data.lm_head_bits)
-        self.config.rotation_back = None
+        layer.infoquant_tracker.finish(layer, self.num_bits)
+        layer.infoquant_inverse.matrix = None
         if self.rotated:
             self._check_rotation(layer.r1.double())
-        if self.quantized:
+        if self.num_bits is not None:
             packed = layer.weight_packed
             bf16 = 2 * packed.numel()
             if not self.tied:
                 packed.data = prepare_weight(packed.data, 8, True, 1)
                 layer.weight_scale.data = prepare_grid(layer.weight_scale.data)
             kind = f"W8A16 ({served_by('linear', device=packed.device.type)})"
-            self.config.summary.vocabulary(kind, packed.nbytes + layer.weight_scale.nbytes, bf16)
+            self.summary.vocabulary(kind, packed.nbytes + layer.weight_scale.nbytes, bf16)
 
     def _check_rotation(self, rotation: torch.Tensor) -> None:
         error = (rotation @ rotation.t() - torch.eye(len(rotation)).to(rotation)).abs().max().item()
@@ -122,7 +130,7 @@ class VocabularyMethod(QuantizeMethodBase):
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """ids [tokens] to rows [tokens, H] of the residual stream."""
-        if self.quantized:
+        if self.num_bits is not None:
             codes = weight_rows(layer.weight_packed, input_, layer.infoquant_hidden)
             rows = (codes * F.embedding(input_, layer.weight_scale)).to(layer.infoquant_dtype)
         else:
@@ -131,14 +139,14 @@ class VocabularyMethod(QuantizeMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [rows, H], without the final norm's gain where rotated, to logits [rows, vocab]."""
-        rows = rotate_rows(x, self._back(layer), layer.final_norm_weight) if self.rotated else x
-        if self.quantized:
+        rows = rotate_rows(x, _inverse_rotation(layer), layer.final_norm_weight) if self.rotated else x
+        if self.num_bits is not None:
             return linear(rows, [], 0, None, 16, True, layer.weight_packed, layer.weight_scale, None, bias)
         logits = dense_linear(rows, layer.weight)
         return logits if bias is None else logits + bias
 
-    def _back(self, layer: Any) -> torch.Tensor:
-        """The rotation out of the residual basis; made at the first logits, since an embedding alone never needs it."""
-        if self.config.rotation_back is None:
-            self.config.rotation_back = layer.r1.t().contiguous()
-        return self.config.rotation_back
+
+def _inverse_rotation(layer: Any) -> torch.Tensor:
+    if layer.infoquant_inverse.matrix is None:
+        layer.infoquant_inverse.matrix = layer.r1.t().contiguous()
+    return layer.infoquant_inverse.matrix

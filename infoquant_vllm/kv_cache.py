@@ -1,10 +1,11 @@
 """The method that gives an attention layer the quantized KV cache."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
@@ -15,9 +16,7 @@ from infoquant_vllm.attention import BACKENDS
 from infoquant_vllm.format import FormatError, KVCacheArgs
 from infoquant_vllm.loading import LoadTracker
 from infoquant_vllm.ops.table import require, served_by
-
-if TYPE_CHECKING:
-    from infoquant_vllm.config import InfoQuantConfig
+from infoquant_vllm.summary import Summary
 
 MAX_HEAD_SIZE = 512
 SERVED_CACHE_DTYPES = ("auto", "int4_per_token_head")
@@ -26,10 +25,9 @@ SERVED_CACHE_DTYPES = ("auto", "int4_per_token_head")
 class InfoQuantKVCacheMethod(BaseKVCacheMethod):
     """Swaps a decoder layer's attention backend for one over 4-bit or 8-bit codes."""
 
-    def __init__(self, config: "InfoQuantConfig", args: KVCacheArgs):
-        super().__init__(config)
-        self.args = args
-        self.summary = config.summary
+    def __init__(self, quant_config: QuantizationConfig, args: KVCacheArgs, summary: Summary):
+        super().__init__(quant_config)
+        self.args, self.summary = args, summary
 
     def create_weights(self, layer: Any) -> None:
         """Runs at the end of `Attention.__init__`: register the cache's tensors and take over the layer."""

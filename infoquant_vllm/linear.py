@@ -1,7 +1,7 @@
 """The linear method: parameters and their sharding, and the operations of a forward pass."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
@@ -18,9 +18,7 @@ from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, 
 from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_matrices, prepare_weight
 from infoquant_vllm.ops.table import require, served_by
-
-if TYPE_CHECKING:
-    from infoquant_vllm.config import InfoQuantConfig
+from infoquant_vllm.summary import Summary
 
 GRIDS = ("weight_scale", "weight_zero_point")
 INPUT_TENSORS = ("input_clip_ratio", "input_blocks", "input_left", "input_right")
@@ -34,11 +32,9 @@ class InfoQuantLinearMethod(LinearMethodBase):
     the features what one worker computes of them, or is refused (see `check_tp_divisible`).
     """
 
-    def __init__(self, config: "InfoQuantConfig", scheme: LinearScheme, prefix: str):
-        self.scheme = scheme
-        self.prefix = prefix
-        self.sources = config.sources(prefix)
-        self.summary = config.summary
+    def __init__(self, prefix: str, scheme: LinearScheme, sources: list[str], summary: Summary):
+        """Serve the layer `prefix`, which holds the checkpoint's linears `sources` side by side."""
+        self.prefix, self.scheme, self.sources, self.summary = prefix, scheme, sources, summary
 
     def create_weights(
         self,
@@ -56,7 +52,6 @@ class InfoQuantLinearMethod(LinearMethodBase):
         tracker = LoadTracker(self._shards(len(output_partition_sizes)))
         loader = extra_weight_attrs["weight_loader"]
         layer.infoquant_tracker = tracker
-        layer.infoquant_dtype = params_dtype
         self._create_weight(layer, tracker, loader, sum(output_partition_sizes), input_size_per_partition)
         self._create_input(layer, tracker, loader, input_size_per_partition)
         self.summary.expect()

@@ -1,14 +1,16 @@
-"""Refuse by name what would read or write hidden states in the wrong basis, before any layer is built.
+"""Refuse engine options that a checkpoint cannot serve, before the first layer is built.
 
-Where `rotated_hidden_states`, the residual stream is in a basis of the checkpoint's own. Tokens and log-probabilities
-do not depend on it; embeddings and hidden states do. docs/hidden-states.md lists every way in and out.
+With `rotated_hidden_states` the residual stream is in a basis of the checkpoint's own (R1). Tokens and
+log-probabilities do not depend on it; embeddings and hidden states do. docs/hidden-states.md lists every option of
+vLLM that reads or writes hidden states.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
-from infoquant_vllm.format import FormatError, QuantizationConfigData, read_projection
+from infoquant_vllm.format import INDEX_FILE, FormatError, QuantizationConfigData, read_projection
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -18,15 +20,36 @@ TOKEN_DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
 INSTEAD = "serve the unquantized model for that"
 
 
-def check_doors(data: QuantizationConfigData, config: "VllmConfig") -> None:
-    """Raise FormatError for an option of vLLM that the checkpoint cannot serve, naming it and what to do."""
+def check_engine_options(data: QuantizationConfigData, config: "VllmConfig", no_weights: Path | None) -> None:
+    """Raise FormatError for an option that the checkpoint cannot serve, naming it and what to do.
+
+    no_weights: the checkpoint's folder if it has a config.json and no weights, which only dummy weights can serve.
+    """
+    if config.lora_config is not None:
+        raise FormatError(
+            "LoRA adapters are not served on a quantized model, whose weights are in a rotated basis that "
+            "adapters were not trained in; merge the adapter into the source model and quantize that"
+        )
+    if no_weights is not None and config.load_config.load_format != "dummy":
+        raise FormatError(
+            f"{no_weights}: holds no weights ({INDEX_FILE} is missing); copy the checkpoint "
+            "again, or pass --load-format dummy to time its shape with made-up ones"
+        )
     model = config.model_config
     if model is None:
         return
+    if model.using_transformers_backend():
+        raise FormatError(
+            "--model-impl transformers is not served: a quantized model needs vLLM's own model classes, whose fused "
+            "linears its tensors are made for; leave --model-impl at auto"
+        )
     if model.runner_type == "pooling":
         _check_pooling(data, model)
-    if not data.rotated_hidden_states:
-        return
+    if data.rotated_hidden_states:
+        _check_hidden_states(model, config)
+
+
+def _check_hidden_states(model: "ModelConfig", config: "VllmConfig") -> None:
     if model.enable_prompt_embeds:
         raise FormatError(
             f"{model.model}: --enable-prompt-embeds is not served, the checkpoint's residual stream is in a rotated "
@@ -71,7 +94,7 @@ def _has_projection(model: "ModelConfig") -> bool:
 
 
 def _scores_tokens(model: "ModelConfig") -> bool:
-    """Whether vLLM makes the classifier out of rows of lm_head, as for rerankers that are language models."""
+    """Return whether vLLM makes the classifier from rows of lm_head, as for rerankers that are language models."""
     return any(
         getattr(config, "classifier_from_token", None) is not None for config in (model.hf_config, model.hf_text_config)
     )
