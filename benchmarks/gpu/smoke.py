@@ -15,8 +15,8 @@ import torch
 from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.cache_attention import BITS, BLOCK, FEW_QUERIES, Sequences, attention
 from infoquant_vllm.format import kv_bytes_per_token_head
-from infoquant_vllm.kernels.reference import linear as expected_linear
 from infoquant_vllm.kernels.torch import kv_cache as expected
+from infoquant_vllm.kernels.torch import linear as torch_linear
 from infoquant_vllm.kernels.triton import kv4_store
 from infoquant_vllm.kernels.triton import linear as triton_linear
 
@@ -146,7 +146,8 @@ def check_linear(case: Product, device: str) -> dict[str, Any]:
     there[1] = [matrix.to(device) for matrix in triton_linear.prepare_matrices([], case.hadamard)]
     there[6] = triton_linear.prepare_weight(packed, 4, True, case.groups).to(device)
     there[7] = triton_linear.prepare_grid(scale).to(device)
-    return _compared(triton_linear.linear(*there).cpu(), expected_linear.linear(*plain))
+    plain[6] = torch_linear.prepare_weight(packed, 4, True)
+    return _compared(triton_linear.linear(*there).cpu(), torch_linear.linear(*plain))
 
 
 def _on(device: str, arguments: list[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from benchmarks.common.provenance import provenance, write_rows
 from benchmarks.speed import gemms
 from infoquant_vllm.kernels.cpu import rotate_quantize as native
 from infoquant_vllm.kernels.cpu.library import library
-from infoquant_vllm.kernels.torch import rotate_quantize as plain
+from infoquant_vllm.kernels.torch import quantize as plain
 
 LINEAR_SHAPES = ((1, 4096, 4096), (16, 4096, 4096), (256, 4096, 4096))  # tokens, features, channels
 ROTATE_TOKENS = (1, 256)

@@ -46,15 +46,15 @@ KERNELS = MappingProxyType(
     {
         ("linear", "cpu"): _routes("cpu.linear", "torch.linear"),
         ("prepare_matrices", "cpu"): _routes("cpu.linear", "torch.linear"),
-        ("prepare_weight", "cpu"): _routes("cpu.quantized_linear", "torch.quantized_linear"),
-        ("prepare_grid", "cpu"): _routes("cpu.quantized_linear", "torch.quantized_linear"),
-        ("weight_rows", "cpu"): _routes("cpu.quantized_linear", "torch.quantized_linear"),
-        ("rotate_rows", "cpu"): _routes("cpu.rotate_rows", "torch.rotate_rows"),
-        ("dense_linear", "cpu"): _routes("cpu.dense_linear", "torch.dense_linear"),
-        ("rms_norm", "cpu"): _routes("cpu.elementwise", "reference.elementwise"),
-        ("add_rms_norm", "cpu"): _routes("cpu.elementwise", "reference.elementwise"),
-        ("silu_and_mul", "cpu"): _routes("cpu.elementwise", "reference.elementwise"),
-        ("rotary_embedding", "cpu"): _routes("cpu.elementwise", "reference.elementwise"),
+        ("prepare_weight", "cpu"): _routes("cpu.quantized_linear", "torch.linear"),
+        ("prepare_grid", "cpu"): _routes("cpu.quantized_linear", "torch.linear"),
+        ("weight_rows", "cpu"): _routes("cpu.quantized_linear", "torch.linear"),
+        ("rotate_rows", "cpu"): _routes("cpu.rotate_rows", "torch.dense"),
+        ("dense_linear", "cpu"): _routes("cpu.dense_linear", "torch.dense"),
+        ("rms_norm", "cpu"): _routes("cpu.elementwise", "torch.elementwise"),
+        ("add_rms_norm", "cpu"): _routes("cpu.elementwise", "torch.elementwise"),
+        ("silu_and_mul", "cpu"): _routes("cpu.elementwise", "torch.elementwise"),
+        ("rotary_embedding", "cpu"): _routes("cpu.elementwise", "torch.elementwise"),
         ("kv_store", "cpu"): _routes("cpu.kv_cache", "torch.kv_cache"),
         ("kv_attention", "cpu"): (Route("cpu.kv_cache", UNCAPPED), Route("torch.kv_cache", UNCAPPED)),
         ("linear", "triton"): TRITON_LINEAR,
@@ -63,28 +63,28 @@ KERNELS = MappingProxyType(
         ("prepare_grid", "triton"): TRITON_LINEAR,
         ("weight_rows", "triton"): TRITON_LINEAR,
         ("rotate_rows", "triton"): _routes("triton.rotate_rows"),
-        ("dense_linear", "triton"): _routes("torch.dense_linear"),  # plain torch, which runs anywhere
-        ("rms_norm", "triton"): _routes("reference.elementwise"),
-        ("add_rms_norm", "triton"): _routes("reference.elementwise"),
-        ("silu_and_mul", "triton"): _routes("reference.elementwise"),
-        ("rotary_embedding", "triton"): _routes("reference.elementwise"),
+        ("dense_linear", "triton"): _routes("torch.dense"),  # plain torch, which runs anywhere
+        ("rms_norm", "triton"): _routes("torch.elementwise"),
+        ("add_rms_norm", "triton"): _routes("torch.elementwise"),
+        ("silu_and_mul", "triton"): _routes("torch.elementwise"),
+        ("rotary_embedding", "triton"): _routes("torch.elementwise"),
         ("kv_store", "triton"): (Route("triton.kv4_store", CACHE_LIMITS),),
         ("kv_attention", "triton"): (Route("triton.kv4_attention", CACHE_LIMITS),),
         ("kv_decode", "triton"): (Route("triton.kv4_decode", CACHE_LIMITS),),
         ("decode_scratch", "triton"): (Route("triton.kv4_decode", CACHE_LIMITS),),
-        ("linear", "reference"): _routes("reference.linear"),
-        ("prepare_matrices", "reference"): _routes("reference.linear"),
-        ("prepare_weight", "reference"): _routes("reference.linear"),
-        ("prepare_grid", "reference"): _routes("reference.linear"),
-        ("weight_rows", "reference"): _routes("reference.linear"),
-        ("rotate_rows", "reference"): _routes("reference.rotate_rows"),
-        ("dense_linear", "reference"): _routes("reference.dense_linear"),
-        ("rms_norm", "reference"): _routes("reference.elementwise"),
-        ("add_rms_norm", "reference"): _routes("reference.elementwise"),
-        ("silu_and_mul", "reference"): _routes("reference.elementwise"),
-        ("rotary_embedding", "reference"): _routes("reference.elementwise"),
-        ("kv_store", "reference"): _routes("reference.kv_cache"),
-        ("kv_attention", "reference"): _routes("reference.kv_cache"),
+        ("linear", "reference"): _routes("torch.linear"),
+        ("prepare_matrices", "reference"): _routes("torch.linear"),
+        ("prepare_weight", "reference"): _routes("torch.linear"),
+        ("prepare_grid", "reference"): _routes("torch.linear"),
+        ("weight_rows", "reference"): _routes("torch.linear"),
+        ("rotate_rows", "reference"): _routes("torch.dense"),
+        ("dense_linear", "reference"): _routes("torch.dense"),
+        ("rms_norm", "reference"): _routes("torch.elementwise"),
+        ("add_rms_norm", "reference"): _routes("torch.elementwise"),
+        ("silu_and_mul", "reference"): _routes("torch.elementwise"),
+        ("rotary_embedding", "reference"): _routes("torch.elementwise"),
+        ("kv_store", "reference"): _routes("torch.kv_cache"),
+        ("kv_attention", "reference"): _routes("torch.kv_cache"),
     }
 )
 
@@ -103,14 +103,7 @@ def kernel(operation: str, device: str) -> Callable[..., Any]:
     """The one kernel for `operation` on a device type; raises NotImplementedError where there is none."""
     module = _route(operation, device).module
     run: Callable[..., Any] = getattr(import_module(f"infoquant_vllm.kernels.{module}"), operation)
-    if device == "cpu" or not module.startswith("reference."):
-        return run
-
-    def there(*arguments: Any) -> Any:
-        with torch.device(device):  # where the reference makes tensors of its own
-            return run(*arguments)
-
-    return there
+    return run
 
 
 def has_kernel(operation: str, device: str) -> bool:
@@ -163,10 +156,10 @@ def _refuse_device(family: str, device: str) -> None:
 
 
 def _serves(route: Route, device: str) -> bool:
-    """Whether a route can be taken here; none leaves a GPU for the reference unless that is forced."""
+    """Whether a route can be taken here; on a GPU vLLM's own norms and RoPE serve unless torch's are forced."""
     if route.module.startswith("cpu."):
         return library().handle is not None
-    return not route.module.startswith("reference.") or device == "cpu" or forced_family() == "reference"
+    return route.module != "torch.elementwise" or device == "cpu" or forced_family() == "reference"
 
 
 def _name(module: str) -> str:
@@ -175,6 +168,6 @@ def _name(module: str) -> str:
         return f"native {library().target}"
     if family == "triton":
         return "Triton, interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "Triton"
-    if forced_family() in ("reference", "triton") and family == "reference":
+    if forced_family() == "reference":
         return "reference"
     return "torch, oneDNN int8" if name == "linear" else "torch"

@@ -16,7 +16,7 @@ from infoquant_vllm.format import (
     kv_bytes_per_token_head,
     unpack_codes,
 )
-from infoquant_vllm.kernels.reference.kv_cache import TILE
+from infoquant_vllm.kernels.torch.kv_cache import SUB_BLOCK
 from infoquant_vllm.ops.table import kernel
 from offline.algorithms.rotations import transform_input
 
@@ -208,7 +208,7 @@ class SimulatedCache(nn.Module):
         """
         batch, heads, queries, size = query.shape
         length = key.shape[2]
-        block = -(-length // TILE) * TILE  # a sequence is a block
+        block = -(-length // SUB_BLOCK) * SUB_BLOCK  # a sequence is a block
         cells = torch.empty(batch, key.shape[1], block, kv_bytes_per_token_head(size, self.num_bits), dtype=torch.uint8)
         slots = (torch.arange(batch)[:, None] * block + torch.arange(length)).flatten()
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]

@@ -9,9 +9,7 @@ from infoquant_vllm.format import pack_codes
 from infoquant_vllm.kernels.cpu import linear as whole
 from infoquant_vllm.kernels.cpu import quantized_linear as linear
 from infoquant_vllm.kernels.cpu.linear import prepare_matrices
-from infoquant_vllm.kernels.reference.linear import linear as reference_whole
-from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference
-from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear as reference_weight_only
+from tests.common import oracles
 from tests.common.libraries import RUNNABLE, library
 
 
@@ -48,7 +46,7 @@ class Layer:
         self.inputs = codes, torch.rand(rows, input_groups) + 0.5, zero
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        return reference(*self.inputs, self.packed, self.scale, self.zero, self.bias, dtype)
+        return oracles.quantized_linear(*self.inputs, self.packed, self.scale, self.zero, self.bias, dtype)
 
     def found(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
         zero = None if self.zero is None else linear.prepare_grid(self.zero)
@@ -91,7 +89,7 @@ def test_products_of_16_bit_inputs_are_those_of_the_reference(
     zero = None if layer.zero is None else linear.prepare_grid(layer.zero)
     transform, grids = (prepare_matrices([], 576), 576), (linear.prepare_grid(layer.scale), zero)
     found = whole.linear(x, *transform, None, 16, False, layer.weight, *grids, layer.bias)
-    assert torch.equal(found, reference_weight_only(x, [], 576, layer.packed, layer.scale, layer.zero, layer.bias))
+    assert torch.equal(found, oracles.linear_int16(x, [], 576, layer.packed, layer.scale, layer.zero, layer.bias))
 
 
 TRANSFORMS: dict[str, tuple[list[torch.Tensor], int]] = {
@@ -114,7 +112,7 @@ def test_a_whole_linear_is_that_of_the_reference(transform: str, num_bits: int, 
     found = whole.linear(
         x, *transformed, clip, num_bits, True, layer.weight, linear.prepare_grid(layer.scale), None, bias
     )
-    expected = reference_whole(x, matrices, hadamard, clip, num_bits, True, layer.packed, layer.scale, None, bias)
+    expected = oracles.linear(x, matrices, hadamard, clip, num_bits, True, layer.packed, layer.scale, None, bias)
     assert torch.equal(found, expected)
 
 

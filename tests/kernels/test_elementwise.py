@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from vllm import _custom_ops
 
 from infoquant_vllm.kernels.cpu import elementwise as compiled
-from infoquant_vllm.kernels.reference import elementwise as reference
+from infoquant_vllm.kernels.torch import elementwise as reference
 from tests.common.libraries import RUNNABLE, library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

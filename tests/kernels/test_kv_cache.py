@@ -9,8 +9,8 @@ import torch
 
 from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels.cpu import kv_cache as native
-from infoquant_vllm.kernels.reference import kv_cache as reference
 from infoquant_vllm.kernels.torch import kv_cache as cpu
+from tests.common import oracles
 from tests.common.libraries import RUNNABLE, library
 
 BATCHES = {
@@ -116,7 +116,7 @@ def test_stored_cells_are_those_of_the_reference(
     batch = Batch([1], [tokens], 3, 3, size, num_bits)
     batch.slots[::4] = -1
     found = batch.store(kernels, hadamard, offset)
-    assert torch.equal(found, batch.store(reference, hadamard, offset))
+    assert torch.equal(found, batch.store(oracles, hadamard, offset))
     assert tokens == 1 or not torch.equal(found, batch.store(kernels, hadamard, not offset))
     assert torch.equal(found, batch.empty_cache()) == (tokens == 1)
 
@@ -124,7 +124,7 @@ def test_stored_cells_are_those_of_the_reference(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_of_a_wider_tensor_are_stored_where_they_are(kernels: ModuleType, dtype: torch.dtype) -> None:
     batch = Batch([1], [40], 2, 2, 64, dtype=dtype)
-    expected = batch.store(reference)
+    expected = batch.store(oracles)
     joined = torch.cat((batch.key, batch.value), 1)
     batch.key, batch.value = joined[:, :2], joined[:, 2:]
     assert not batch.key.is_contiguous()
@@ -151,7 +151,7 @@ def test_attention_is_that_of_the_reference(
 ) -> None:
     batch = Batch(*BATCHES[name], heads, kv_heads, size, num_bits)
     cache = batch.store(cpu)
-    assert torch.equal(batch.attend(kernels, cache, window), batch.attend(reference, cache, window))
+    assert torch.equal(batch.attend(kernels, cache, window), batch.attend(oracles, cache, window))
 
 
 @pytest.mark.parametrize(("size", "block"), [(96, 32), (120, 16), (128, 128), (256, 32)])
@@ -161,7 +161,7 @@ def test_head_sizes_blocks_and_dtypes_are_those_of_the_reference(
 ) -> None:
     batch = Batch([1, 30, 1], [300, 30, 17], 4, 2, size, block=block, dtype=dtype)
     cache = batch.store(cpu)
-    assert torch.equal(batch.attend(kernels, cache), batch.attend(reference, cache))
+    assert torch.equal(batch.attend(kernels, cache), batch.attend(oracles, cache))
 
 
 @pytest.mark.usefixtures("threads")
@@ -186,7 +186,7 @@ def test_huge_scores_and_queries_of_zeros_are_those_of_the_reference(kernels: Mo
     batch.query[0], batch.query[1] = 0, batch.query[1] * 1000
     cache = batch.store(cpu)
     found = batch.attend(kernels, cache)
-    assert torch.equal(found, batch.attend(reference, cache))
+    assert torch.equal(found, batch.attend(oracles, cache))
     assert torch.isfinite(found).all()
 
 
@@ -197,7 +197,7 @@ def test_rounding_to_whole_numbers_costs_nothing_beside_the_codes(sink: float) -
     batch.key[0], batch.value[0] = sink * batch.query[0, 0] / batch.query[0, 0].norm(), batch.value[0] / 16
     batch.query[:] = batch.query[0, 0]
     cache = batch.store(cpu, hadamard=False, offset=False)
-    keys, values, params = reference.kv_read(cache, batch.block_table[0], 128, (4, 4))
+    keys, values, params = oracles.kv_read(cache, batch.block_table[0], 128, (4, 4))
     keys, values = (
         (codes[0, :4096] * params[i, 0, :4096, None].double() + params[i + 1, 0, :4096, None].double())
         for i, codes in ((0, keys), (2, values))

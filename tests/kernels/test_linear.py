@@ -1,17 +1,12 @@
-"""The CPU kernels of a linear layer against the reference."""
+"""The torch kernels of a linear layer against the oracles, bit by bit."""
 
 import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes, unpack_codes
-from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference_linear
-from infoquant_vllm.kernels.reference.rotate_quantize import rotate
-from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference_quantize
-from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear as reference_weight_only
-from infoquant_vllm.kernels.torch.quantized_linear import prepare_weight
-from infoquant_vllm.kernels.torch.quantized_linear import quantized_linear as cpu_linear
-from infoquant_vllm.kernels.torch.rotate_quantize import rotate_quantize as cpu_quantize
-from infoquant_vllm.kernels.torch.weight_only_linear import weight_only_linear as cpu_weight_only
+from infoquant_vllm.kernels.torch.linear import linear, prepare_weight, quantized_product
+from infoquant_vllm.kernels.torch.quantize import apply_transform, rotate_quantize
+from tests.common import oracles
 
 ROWS = [1, 5, 123]
 
@@ -38,9 +33,9 @@ def _transform(kind: str, features: int) -> tuple[list[torch.Tensor], int]:
 def test_a_rotated_row_is_right_and_the_same_bits_in_any_batch(kind: str, features: int) -> None:
     torch.manual_seed(0)
     transform, x = _transform(kind, features), torch.randn(123, features)
-    rotated = rotate(x, *transform)
+    rotated = apply_transform(x, *transform)
     for rows in (1, 2, 3, 5, 16, 64):
-        assert torch.equal(rotate(x[:rows], *transform), rotated[:rows])
+        assert torch.equal(apply_transform(x[:rows], *transform), rotated[:rows])
     if kind == "none":
         assert torch.equal(rotated, x)
     else:
@@ -57,14 +52,14 @@ def test_quantized_activations_are_those_of_the_reference(
     torch.manual_seed(rows)
     transform, x = _transform(kind, 576), torch.randn(rows, 576, dtype=torch.bfloat16)
     clip = 0.7 + 0.3 * torch.rand(groups, 2)
-    found = cpu_quantize(x, *transform, clip, num_bits, symmetric)
-    expected = reference_quantize(x, *transform, clip, num_bits, symmetric)
+    found = rotate_quantize(x, *transform, clip, num_bits, symmetric)
+    expected = oracles.rotate_quantize(x, *transform, clip, num_bits, symmetric)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_an_all_zero_row_and_a_one_sided_row_are_quantized() -> None:
     x = torch.stack((torch.zeros(64), torch.rand(64) + 1, -torch.rand(64) - 1))
-    codes, scale, zero = cpu_quantize(x, [], 0, torch.ones(1, 2), 4, False)
+    codes, scale, zero = rotate_quantize(x, [], 0, torch.ones(1, 2), 4, False)
     assert zero.flatten().tolist() == [0, 0, 15]
     value = (codes.int() - zero) * scale
     assert torch.equal(value[0], x[0])
@@ -87,29 +82,27 @@ def test_products_are_those_of_the_reference(
     codes = torch.randint(0, 2**num_bits, (rows, features), dtype=torch.uint8)
     scale = torch.rand(rows, groups) + 0.5
     zero = torch.randint(0, 2**num_bits, (rows, groups), dtype=torch.int32)
-    bias = torch.randn(35)
-    expected = reference_linear(codes, scale, zero, packed, weight_scale, weight_zero, bias, torch.float32)
+    expected = oracles.quantized_linear(codes, scale, zero, packed, weight_scale, weight_zero, None, torch.float32)
     weight = prepare_weight(packed, weight_bits, signed)
     assert weight.nbytes == packed.nbytes
-    found = cpu_linear(codes, scale, zero, weight, weight_scale, weight_zero, bias, num_bits, torch.float32)
+    found = quantized_product(codes, scale, zero, num_bits, weight, weight_scale, weight_zero)
     assert torch.equal(found, expected)
     ones = torch.ones_like(scale), torch.ones_like(weight_scale)
-    exact = cpu_linear(codes, ones[0], zero, weight, ones[1], weight_zero, None, num_bits, torch.float32)
-    expected = reference_linear(codes, ones[0], zero, packed, ones[1], weight_zero, None, torch.float32)
+    exact = quantized_product(codes, ones[0], zero, num_bits, weight, ones[1], weight_zero)
+    expected = oracles.quantized_linear(codes, ones[0], zero, packed, ones[1], weight_zero, None, torch.float32)
     assert torch.equal(exact, expected)  # below 2^24 float32 holds integers exactly
 
 
 @pytest.mark.parametrize("groups", [1, 9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_of_a_product_is_the_same_bits_in_any_batch(groups: int, dtype: torch.dtype) -> None:
+def test_a_row_of_a_product_is_the_same_bits_in_any_batch(groups: int) -> None:
     torch.manual_seed(0)
     weight = prepare_weight(torch.randint(0, 256, (64, 288), dtype=torch.uint8), 4, True)
     codes = torch.randint(0, 16, (123, 576), dtype=torch.uint8)
     scale, zero = torch.rand(123, groups), torch.randint(0, 16, (123, groups), dtype=torch.int32)
-    args = (weight, torch.rand(64, 1), None, torch.randn(64), 4, dtype)
-    whole = cpu_linear(codes, scale, zero, *args)
+    args = (4, weight, torch.rand(64, 1), None)
+    whole = quantized_product(codes, scale, zero, *args)
     for rows in (1, 2, 5, 8, 64):
-        assert torch.equal(cpu_linear(codes[:rows], scale[:rows], zero[:rows], *args), whole[:rows])
+        assert torch.equal(quantized_product(codes[:rows], scale[:rows], zero[:rows], *args), whole[:rows])
 
 
 class WeightOnly:
@@ -124,10 +117,10 @@ class WeightOnly:
         self.bias = torch.randn(rows)
 
     def expected(self, x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> torch.Tensor:
-        return reference_weight_only(x, matrices, hadamard, self.packed, self.scale, self.zero, self.bias)
+        return oracles.linear_int16(x, matrices, hadamard, self.packed, self.scale, self.zero, self.bias)
 
     def found(self, x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> torch.Tensor:
-        return cpu_weight_only(x, matrices, hadamard, self.weight, self.scale, self.zero, self.bias)
+        return linear(x, matrices, hadamard, None, 16, False, self.weight, self.scale, self.zero, self.bias)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -151,7 +144,7 @@ def test_a_weight_only_input_is_rotated(kind: str) -> None:
     transform, layer = _transform(kind, 576), WeightOnly(35, 576, 4, True, 1)
     for x in (torch.randn(123, 576), torch.randn(123, 576).bfloat16()):
         assert torch.equal(layer.found(x, *transform), layer.expected(x, *transform))
-    rotated = rotate(x.float(), *transform)
+    rotated = apply_transform(x.float(), *transform)
     torch.testing.assert_close(layer.found(x, *transform), layer.expected(rotated, [], 0).bfloat16())
 
 

@@ -7,12 +7,9 @@ import torch
 
 from infoquant_vllm.kernels.cpu.rotate_quantize import rotate, rotate_quantize, rotate_quantize_wide
 from infoquant_vllm.kernels.cpu.rotate_rows import rotate_rows
-from infoquant_vllm.kernels.reference.rotate_quantize import rotate as reference_rotate
-from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference
-from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows as reference_rows
-from infoquant_vllm.kernels.reference.weight_only_linear import wide_codes
-from infoquant_vllm.kernels.torch.rotate_rows import rotate_rows as torch_rows
+from infoquant_vllm.kernels.torch.dense import rotate_rows as torch_rows
 from infoquant_vllm.kernels.triton.rotate_rows import rotate_rows as gpu_rows
+from tests.common import oracles
 from tests.common.libraries import RUNNABLE, library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,14 +49,14 @@ def _transform(kind: tuple, features: int) -> tuple[list[torch.Tensor], int]:
 
 
 def _assert_wide_equal(x: torch.Tensor, *transform) -> None:
-    expected = wide_codes(reference_rotate(x.float(), *transform))
+    expected = oracles.quantize_int16(oracles.apply_transform(x.float(), *transform))
     for found, right in zip(rotate_quantize_wide(x, *transform), expected, strict=True):
         assert found.dtype == right.dtype
         assert torch.equal(found, right)
 
 
 def _assert_equal(x: torch.Tensor, *args) -> None:
-    for found, expected in zip(rotate_quantize(x, *args), reference(x, *args), strict=True):
+    for found, expected in zip(rotate_quantize(x, *args), oracles.rotate_quantize(x, *args), strict=True):
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected)
 
@@ -73,7 +70,7 @@ def test_codes_are_the_references(name: str, tokens: int, dtype: torch.dtype) ->
     transform, x = _transform(kind, features), (3 * torch.randn(tokens, features)).to(dtype)
     _assert_equal(x, *transform, 0.7 + 0.3 * torch.rand(1, 2), 4, False)
     _assert_wide_equal(x, *transform)
-    assert torch.equal(rotate(x, *transform), reference_rotate(x.float(), *transform))
+    assert torch.equal(rotate(x, *transform), oracles.apply_transform(x.float(), *transform))
 
 
 @pytest.mark.parametrize("group_size", [1, 12, 16, 64, 128, 1536])
@@ -108,13 +105,13 @@ def test_rows_in_the_residual_basis_are_the_references(tokens: int, dtype: torch
     for factors in (None, gain):
         found = rotate_rows(rows, rotation, factors)
         assert found.dtype == dtype
-        assert torch.equal(found, reference_rows(rows, rotation, factors))
+        assert torch.equal(found, oracles.rotate_rows(rows, rotation, factors))
 
 
 def test_a_row_in_the_residual_basis_is_the_same_bits_in_any_batch_and_by_any_number_of_threads() -> None:
     torch.manual_seed(0)
     rows, rotation, gain = torch.randn(600, 96), torch.randn(96, 96), torch.randn(96)
-    expected = reference_rows(rows, rotation, gain)
+    expected = oracles.rotate_rows(rows, rotation, gain)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
@@ -135,7 +132,7 @@ def test_torchs_rows_in_the_residual_basis_differ_from_the_references_by_last_bi
     rows, gain = torch.randn(13, 576).to(dtype), 1 + torch.rand(576)
     rotation = torch.linalg.qr(torch.randn(576, 576))[0]
     for factors in (None, gain):
-        found, expected = kernel(rows, rotation, factors), reference_rows(rows, rotation, factors)
+        found, expected = kernel(rows, rotation, factors), oracles.rotate_rows(rows, rotation, factors)
         assert found.dtype == dtype
         bound = 1e-5 + torch.finfo(dtype).eps * expected.float().abs()
         assert ((found.float() - expected.float()).abs() <= bound).all()

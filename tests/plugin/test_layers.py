@@ -18,8 +18,8 @@ import infoquant_vllm.kv_cache as infoquant_kv_cache
 from infoquant_vllm import register
 from infoquant_vllm.config import InfoQuantConfig
 from infoquant_vllm.format import FormatError
-from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
 from infoquant_vllm.ops.table import served_by
+from tests.common import oracles
 from tests.common.checkpoints import hf_config, quantization_config, random_tensors, write_random
 
 LAYER = "model.layers.0"
@@ -247,7 +247,7 @@ def test_a_weight_only_linear_multiplies_its_input_as_it_comes(transform: dict[s
         found = layer(x)[0]
     assert not hasattr(layer, "input_clip_ratio")
     packed, scale = (model.tensors[f"{LAYER}.mlp.down_proj.{name}"] for name in ("weight_packed", "weight_scale"))
-    assert torch.equal(found, weight_only_linear(x, [], transform.get("block_size", 0), packed, scale, None, None))
+    assert torch.equal(found, oracles.linear_int16(x, [], transform.get("block_size", 0), packed, scale, None, None))
     assert model.config.summary.linears == {f"W4A16 ({served_by('linear')})": 1}
 
 

@@ -12,9 +12,8 @@ from vllm.config import ModelConfig
 
 from infoquant_vllm import register
 from infoquant_vllm.format import FormatError, unpack_codes
-from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows
-from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
 from infoquant_vllm.ops.table import served_by
+from tests.common import oracles
 from tests.common.checkpoints import write_random
 from tests.plugin.test_layers import Model, _rank
 
@@ -61,12 +60,12 @@ class Vocabulary:
         if not self.tied:
             return self.model.tensors["model.embed_tokens.weight"].float()[ids]
         rows = (unpack_codes(self.packed, 8, signed=True) * self.scale)[ids]
-        return rows if self.rotation is None else rotate_rows(rows, self.rotation, None)
+        return rows if self.rotation is None else oracles.rotate_rows(rows, self.rotation, None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.rotation is not None:
-            hidden = rotate_rows(hidden, self.rotation.T, self.gain)
-        return weight_only_linear(hidden, [], 0, self.packed, self.scale, None, None)
+            hidden = oracles.rotate_rows(hidden, self.rotation.T, self.gain)
+        return oracles.linear_int16(hidden, [], 0, self.packed, self.scale, None, None)
 
 
 @pytest.fixture(params=KINDS)

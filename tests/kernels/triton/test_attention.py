@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from infoquant_vllm.kernels.reference import kv_cache as reference
 from infoquant_vllm.kernels.torch import kv_cache as cpu
+from tests.common import oracles
 from tests.common.interpreted import configurations, kv4_attention, kv4_decode, kv4_tiles
 from tests.kernels.test_kv_cache import BATCHES, BITS, Batch
 
@@ -66,7 +66,7 @@ def test_a_few_queries_of_a_sequence_are_those_of_the_reference(
     batch = Batch([queries, 0, 1, queries], [128 + queries // 2, 0, 129, 1024 + queries // 2], 3, 1, 64)
     batch.query, batch.key = batch.query.float() / 4, batch.key.float()
     cache = batch.store(cpu)
-    expected = batch.attend(reference, cache, window, soft_cap).float()
+    expected = batch.attend(oracles, cache, window, soft_cap).float()
     found = batch.attend(Decoding(queries), cache, window, soft_cap).float()
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
@@ -135,7 +135,7 @@ def test_soft_caps_bound_scores_as_the_reference_does(counts: list[int], soft_ca
     batch = Batch(counts, [150, 17], 2, 1, 64, dtype=torch.float32)
     batch.query *= 8  # scores are beyond the smaller bound, and far enough from the greater one to be bent a little
     cache = batch.store(cpu)
-    expected, free = batch.attend(reference, cache, soft_cap=soft_cap), batch.attend(reference, cache)
+    expected, free = batch.attend(oracles, cache, soft_cap=soft_cap), batch.attend(oracles, cache)
     for kernels in kernels_for(counts):
         found = batch.attend(kernels, cache, soft_cap=soft_cap)
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
@@ -230,7 +230,7 @@ def test_many_small_weights_beside_a_great_one_are_not_lost(queries: int) -> Non
     batch.key[:] *= 0.1
     batch.key[0], batch.value[0] = 9 * batch.query[0, 0] / batch.query[0, 0].norm(), batch.value[0] / 16
     cache = batch.store(cpu, hadamard=False, offset=False)
-    keys, values, params = reference.kv_read(cache, batch.block_table[0], 64, (4, 4))
+    keys, values, params = oracles.kv_read(cache, batch.block_table[0], 64, (4, 4))
     keys, values = (
         (codes[0, :1024] * params[i, 0, :1024, None].double() + params[i + 1, 0, :1024, None].double())
         for i, codes in ((0, keys), (2, values))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infoquant_vllm.kernels.reference import kv_cache as reference
+from tests.common import oracles
 from tests.common.interpreted import kv4_store
 from tests.kernels.test_kv_cache import BITS, Batch
 
@@ -15,7 +15,7 @@ def test_stored_cells_are_those_of_the_reference(num_bits: tuple[int, int], size
     batch, changed = Batch([1], [21], 3, 3, size, num_bits, block), keys != "as they are"
     batch.slots[::4] = -1
     found = batch.store(kv4_store, changed, changed)
-    assert torch.equal(found, batch.store(reference, changed, changed))
+    assert torch.equal(found, batch.store(oracles, changed, changed))
     assert not torch.equal(found, batch.empty_cache())
 
 
@@ -23,13 +23,13 @@ def test_stored_cells_are_those_of_the_reference(num_bits: tuple[int, int], size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_sizes_and_dtypes_are_stored_alike(size: int, dtype: torch.dtype) -> None:
     batch = Batch([1], [9], 1, 1, size, dtype=dtype)
-    assert torch.equal(batch.store(kv4_store), batch.store(reference))
+    assert torch.equal(batch.store(kv4_store), batch.store(oracles))
 
 
 def test_rows_of_a_wider_tensor_are_stored_where_they_are_and_padding_is_left_out() -> None:
     batch = Batch([1], [20], 2, 2, 64)
     batch.slots = batch.slots[:17]  # vLLM may hand on more rows than there are slots
-    expected = batch.store(reference)
+    expected = batch.store(oracles)
     joined = torch.cat((batch.key, batch.value), 1)
     batch.key, batch.value = joined[:, :2], joined[:, 2:]
     assert torch.equal(batch.store(kv4_store), expected)
@@ -45,8 +45,8 @@ def test_ranges_at_their_limits_are_stored_alike(values: str) -> None:
     factor = {"zeros": 0.0, "huge": 1e9, "tiny": 1e-9}[values]
     batch.key, batch.value = batch.key * factor, batch.value * factor
     found, expected = (
-        reference.kv_read(batch.store(kernels, offset=False), batch.block_table[0, :1], 64, (4, 4))
-        for kernels in (kv4_store, reference)
+        oracles.kv_read(batch.store(kernels, offset=False), batch.block_table[0, :1], 64, (4, 4))
+        for kernels in (kv4_store, oracles)
     )
     # As numbers: a zero may be -0, whose sign no torch and no GPU promises.
     assert all(torch.equal(a[..., :8, :], b[..., :8, :]) for a, b in zip(found[:2], expected[:2], strict=True))

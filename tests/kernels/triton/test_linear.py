@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes, unpack_codes
-from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear as reference
-from infoquant_vllm.kernels.reference.weight_only_linear import add_bytes
+from tests.common import oracles
 from tests.common.guards import guarded
 from tests.common.interpreted import configurations, int4_linear, nibbles, weights
 
@@ -41,7 +40,7 @@ class Case:
 
     def expected(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         weight = self.packed, self.weight_scale, self.weight_zero, self.bias
-        return reference(self.codes, self.scale, self.zero, *weight, dtype)
+        return oracles.quantized_linear(self.codes, self.scale, self.zero, *weight, dtype)
 
     def found(self, tile: Any, dtype: torch.dtype = torch.float32, pairs: bool = False) -> torch.Tensor:
         features, groups = self.codes.shape[1], max(self.groups)
@@ -116,7 +115,7 @@ def test_high_and_low_bytes_of_a_token_are_added_as_the_reference_adds(
     case = Case(2 * tokens, 384, groups, bits, signed=groups == (1, 1))
     case.scale[::2] *= 256
     bias, case.bias = case.bias, None
-    expected = add_bytes(case.expected(), bias, dtype)
+    expected = oracles.add_bytes(case.expected(), bias, dtype)
     case.bias = bias
     found = case.found(tile, dtype, pairs=True)
     assert found.dtype == dtype

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes
-from infoquant_vllm.kernels.reference import kv_cache as reference_cache
-from infoquant_vllm.kernels.reference.linear import linear as reference_linear
+from tests.common import oracles
 from tests.common.interpreted import kv4_attention, kv4_store, linear
 from tests.kernels.test_kv_cache import Batch
 from tests.kernels.triton.test_attention import Decoding
@@ -29,7 +28,7 @@ def test_rows_with_nan_or_infinity_come_out_as_the_reference_has_them(kind: str,
     prepared = linear.prepare_matrices(matrices, hadamard)
     rest = (hadamard, clip, num_bits, False)
     found, untouched = (linear.linear(rows, prepared, *rest, weight, grid, None, None) for rows in (x, clean))
-    expected = reference_linear(x, matrices, *rest, packed, scale, None, None)
+    expected = oracles.linear(x, matrices, *rest, packed, scale, None, None)
     for out in (found, expected):
         assert out[1].isnan().all()
         assert not out[3].isfinite().any()
@@ -48,8 +47,8 @@ def test_keys_and_values_that_are_no_numbers_are_stored_as_the_reference_stores_
     batch = Batch([1], [24], 2, 2, 64, num_bits)
     batch.key[3, 0, 7], batch.value[5, 1, 63] = value, value
     found, expected = (
-        reference_cache.kv_read(batch.store(kernels, hadamard), batch.block_table[0, :2], 64, num_bits)
-        for kernels in (kv4_store, reference_cache)
+        oracles.kv_read(batch.store(kernels, hadamard), batch.block_table[0, :2], 64, num_bits)
+        for kernels in (kv4_store, oracles)
     )
     torch.testing.assert_close(found[2][..., :24], expected[2][..., :24], rtol=0, atol=0, equal_nan=True)
     for codes, right, token in ((found[0], expected[0], 3), (found[1], expected[1], 5)):
@@ -61,16 +60,16 @@ def test_keys_and_values_that_are_no_numbers_are_stored_as_the_reference_stores_
 @pytest.mark.parametrize(("counts", "ours"), [([1, 1], Decoding()), ([4, 3], Decoding(4)), ([9, 4], kv4_attention)])
 def test_attention_of_queries_and_to_keys_that_are_no_numbers_is_nan(counts: list[int], ours: Any) -> None:
     batch = Batch(counts, [70, 40], 4, 2, 64, dtype=torch.float32)
-    cache = batch.store(reference_cache)
+    cache = batch.store(oracles)
     clean = batch.attend(ours, cache)
     batch.query[-1, 2, 9] = torch.nan
-    found, expected = (batch.attend(kernels, cache) for kernels in (ours, reference_cache))
+    found, expected = (batch.attend(kernels, cache) for kernels in (ours, oracles))
     assert torch.equal(found.isnan(), expected.isnan())
     assert found[-1, 2].isnan().all()
     assert torch.equal(found[~found.isnan()], clean[~found.isnan()])
     batch.key[0, 1, 3] = torch.nan  # a token that every query of the first sequence sees
-    cache = batch.store(reference_cache)
-    found, expected = (batch.attend(kernels, cache) for kernels in (ours, reference_cache))
+    cache = batch.store(oracles)
+    found, expected = (batch.attend(kernels, cache) for kernels in (ours, oracles))
     assert torch.equal(found.isnan(), expected.isnan())
     assert found[: counts[0], 2:].isnan().all()
     assert not found[: counts[0], :2].isnan().any()

@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes
-from infoquant_vllm.kernels.reference.linear import linear as reference_linear
-from infoquant_vllm.kernels.reference.rotate_quantize import rotate
-from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize as reference
-from infoquant_vllm.kernels.reference.weight_only_linear import wide_codes
+from tests.common import oracles
 from tests.common.guards import SENTINEL, guarded
 from tests.common.interpreted import configurations, linear, rotate_quantize
 
@@ -40,9 +37,9 @@ def check(
     """Codes, scales, zero points and sums are the reference's; a share of the codes may be off by one."""
     (matrices, hadamard), (tokens, features) = given, x.shape
     if clip is None:
-        codes, scale, zero = wide_codes(rotate(x.float(), matrices, hadamard))
+        codes, scale, zero = oracles.quantize_int16(oracles.apply_transform(x.float(), matrices, hadamard))
     else:
-        codes, scale, zero = reference(x, matrices, hadamard, clip, num_bits, symmetric)
+        codes, scale, zero = oracles.rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric)
     prepared = linear.prepare_matrices(matrices, hadamard)
     with guarded():
         found = rotate_quantize.rotate_quantize(
@@ -184,7 +181,7 @@ def test_a_linear_is_the_references(
     scale, bias = torch.rand(48, weight_groups), torch.randn(48).bfloat16()
     zero = None if signed else torch.randint(0, 16, (48, weight_groups), dtype=torch.uint8)
     x, clip = torch.randn(tokens, 256).bfloat16(), None if num_bits == 16 else torch.ones(groups, 2)
-    expected = reference_linear(x, matrices, hadamard, clip, num_bits, False, packed, scale, zero, bias)
+    expected = oracles.linear(x, matrices, hadamard, clip, num_bits, False, packed, scale, zero, bias)
     weight = linear.prepare_weight(packed, 4, signed, max(groups if clip is not None else 1, weight_groups))
     grids = linear.prepare_grid(scale), None if zero is None else linear.prepare_grid(zero)
     found = linear.linear(

@@ -17,15 +17,12 @@ from infoquant_vllm.format import (
     kv_bytes_per_token_head,
     linear_tensors,
 )
-from infoquant_vllm.kernels.reference.kv_cache import kv_attention, kv_read, kv_store
-from infoquant_vllm.kernels.reference.quantized_linear import quantized_linear
-from infoquant_vllm.kernels.reference.rotate_quantize import rotate_quantize
-from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
 from offline.errors import ToolError
 from offline.evaluate.simulate import load_simulated
 from offline.evaluate.simulated import SimulatedCache, SimulatedLinear, quantize_input, store_and_load, transform_input
 from offline.model.source import Source
 from offline.recipe import Recipe
+from tests.common import oracles
 from tests.common.checkpoints import write_random
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 
@@ -84,13 +81,13 @@ def test_linear_equals_the_reference_bit_by_bit_where_nothing_is_rotated(weights
     tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator)
     bias = torch.randn(N, generator=generator)
     args = scheme.input_activations
-    codes, scale, zero = rotate_quantize(x, [], 0, tensors["input_clip_ratio"], args.num_bits, args.symmetric)
+    codes, scale, zero = oracles.rotate_quantize(x, [], 0, tensors["input_clip_ratio"], args.num_bits, args.symmetric)
     found = quantize_input(x, args, tensors["input_clip_ratio"])
     per_feature = zero.repeat_interleave(K // zero.shape[1], 1)
     assert torch.equal(found[0], (codes.int() - per_feature).float())
     assert torch.equal(found[1], scale)
     packed, zeros = tensors["weight_packed"], tensors.get("weight_zero_point")
-    expected = quantized_linear(codes, scale, zero, packed, tensors["weight_scale"], zeros, bias, torch.float32)
+    expected = oracles.quantized_linear(codes, scale, zero, packed, tensors["weight_scale"], zeros, bias, torch.float32)
     assert torch.equal(SimulatedLinear(scheme, tensors | {"bias": bias})(x), expected)
 
 
@@ -103,7 +100,7 @@ def test_codes_equal_the_references_after_every_transform(transform: str, activa
     generator = torch.Generator().manual_seed(1)
     tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator)
     args = scheme.input_activations
-    codes, _, zero = rotate_quantize(
+    codes, _, zero = oracles.rotate_quantize(
         x, *matrices(scheme.input_transform, tensors), tensors["input_clip_ratio"], args.num_bits, args.symmetric
     )
     found, _ = quantize_input(transform_input(x, scheme.input_transform, tensors), args, tensors["input_clip_ratio"])
@@ -118,7 +115,7 @@ def test_weight_only_linear_equals_the_reference_bit_by_bit(weights: str, dtype:
     tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator).to(dtype)
     bias = torch.randn(N, generator=generator)
     packed, scale, zeros = tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point")
-    expected = weight_only_linear(x, [], 0, packed, scale, zeros, bias)
+    expected = oracles.linear_int16(x, [], 0, packed, scale, zeros, bias)
     assert torch.equal(SimulatedLinear(scheme, tensors | {"bias": bias})(x), expected)
 
 
@@ -132,7 +129,7 @@ def test_weight_only_linear_equals_the_reference_after_every_transform(transform
     generator = torch.Generator().manual_seed(2)
     tensors, x = random_tensors(scheme, generator), torch.randn(TOKENS, K, generator=generator)
     rotation = matrices(scheme.input_transform, tensors)
-    expected = weight_only_linear(x, *rotation, tensors["weight_packed"], tensors["weight_scale"], None, None)
+    expected = oracles.linear_int16(x, *rotation, tensors["weight_packed"], tensors["weight_scale"], None, None)
     assert torch.equal(SimulatedLinear(scheme, tensors)(x), expected)
 
 
@@ -142,8 +139,8 @@ def test_what_is_read_back_is_what_the_reference_reads(num_bits: tuple[int, int]
     key, value = torch.randn(2, TOKENS, 2, 64, generator=generator)
     clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
     cells = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
-    kv_store(key, value, cells, torch.arange(TOKENS), *clips, None, False, num_bits)
-    keys, values, params = kv_read(cells, torch.tensor([0]), 64, num_bits)
+    oracles.kv_store(key, value, cells, torch.arange(TOKENS), *clips, None, False, num_bits)
+    keys, values, params = oracles.kv_read(cells, torch.tensor([0]), 64, num_bits)
     for x, bits, clip, codes, scale, zero in (
         (key, num_bits[0], clips[0], keys, params[0], params[1]),
         (value, num_bits[1], clips[1], values, params[2], params[3]),
@@ -168,7 +165,7 @@ def test_attention_equals_the_reference_bit_by_bit(num_bits: tuple[int, int], ro
     for i in range(2):
         cells = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
         rows = key[i].transpose(0, 1), value[i].transpose(0, 1)
-        kv_store(*rows, cells, torch.arange(TOKENS), *clips, offset, rotate, num_bits)
+        oracles.kv_store(*rows, cells, torch.arange(TOKENS), *clips, offset, rotate, num_bits)
         expected = _attention(query[i].transpose(0, 1), cells, rotate, num_bits)
         assert torch.equal(found[i], expected)
 
@@ -177,7 +174,7 @@ def _attention(query: torch.Tensor, cells: torch.Tensor, rotate: bool, num_bits:
     """The reference's attention of a sequence's last tokens [tokens, heads, head_size]; its cells are block 0."""
     starts, lens, table = (torch.tensor(x, dtype=torch.int32) for x in ([0, len(query)], [TOKENS], [[0]]))
     out = torch.empty_like(query)
-    kv_attention(query, cells, starts, lens, table, rotate, 0.125, None, num_bits, out)
+    oracles.kv_attention(query, cells, starts, lens, table, rotate, 0.125, None, num_bits, out)
     return out
 
 
@@ -201,7 +198,9 @@ def test_a_models_attention_is_the_references(tmp_path: Path) -> None:
     query, key = apply_rotary_pos_emb(query, key, cos[0], sin[0])
     cells = torch.zeros(1, 2, 32, 72, dtype=torch.uint8)
     cache, value = attention.attn, rows["v_proj"].view(TOKENS, 2, 64)
-    kv_store(key, value, cells, torch.arange(TOKENS), cache.key_clip_ratio, cache.value_clip_ratio, None, True, (4, 4))
+    oracles.kv_store(
+        key, value, cells, torch.arange(TOKENS), cache.key_clip_ratio, cache.value_clip_ratio, None, True, (4, 4)
+    )
     expected = _attention(query, cells, True, (4, 4))
     found = recorded[0][0].view(TOKENS, 4, 64)
     assert (found - expected).norm() / expected.norm() < 2e-3

@@ -16,11 +16,10 @@ from infoquant_vllm.format import (
     read_json,
     unpack_codes,
 )
-from infoquant_vllm.kernels.reference.rotate_rows import rotate_rows
-from infoquant_vllm.kernels.reference.weight_only_linear import weight_only_linear
 from offline.evaluate.inspect import inspect_checkpoint
 from offline.evaluate.simulate import load_simulated
 from offline.evaluate.verify import verify
+from tests.common import oracles
 from tests.common.checkpoints import write_random
 from tests.common.tiny import VOCAB_SIZE, write_source
 
@@ -123,9 +122,9 @@ def test_simulated_ends_equal_the_reference_bit_by_bit(
     rows, restored = (unpack_codes(packed, 8, signed=True) * scale)[ids[0]].to(dtype), hidden[0]
     if rotated:
         rotation = checkpoint.tensor("model.embed_tokens.r1")
-        rows = rotate_rows(rows, rotation, None)
-        restored = rotate_rows(restored, rotation.T, checkpoint.tensor("model.embed_tokens.final_norm_weight"))
-    expected = weight_only_linear(restored, [], 0, packed, scale, None, None)
+        rows = oracles.rotate_rows(rows, rotation, None)
+        restored = oracles.rotate_rows(restored, rotation.T, checkpoint.tensor("model.embed_tokens.final_norm_weight"))
+    expected = oracles.linear_int16(restored, [], 0, packed, scale, None, None)
     assert torch.equal(model.lm_head(hidden)[0], expected)
     if tied:
         assert torch.equal(model.model.embed_tokens(ids)[0], rows)

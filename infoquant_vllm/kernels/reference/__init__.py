@@ -1,1 +1,0 @@
-"""What each operation means, in plain torch: the oracle of all kernel tests."""

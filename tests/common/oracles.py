@@ -1,0 +1,310 @@
+"""Naive versions of the kernels, token by token and group by group: what all implementations are tested against.
+
+They import the checkpoint format and nothing of the kernels, so an error in a helper cannot hide in both.
+"""
+
+import math
+
+import torch
+from torch.nn import functional
+
+from infoquant_vllm.format import apply_hadamard, unpack_codes
+
+Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Codes, scales and zero-points."""
+
+SUB_BLOCK = 16
+STEP = 128
+MAX_INT16 = 32512
+POLYNOMIAL = (0.009600395, 0.055916894, 0.24023719, 0.69312197, 1.0)
+
+
+def apply_transform(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> torch.Tensor:
+    """Apply the input transform to x [tokens, K] float32, one block after the other."""
+    if hadamard:
+        return torch.cat([apply_hadamard(part) for part in x.split(hadamard, 1)], 1)
+    if not matrices:
+        return x
+    if matrices[0].dim() == 3:
+        parts = zip(x.split(matrices[0].shape[1], 1), matrices[0], strict=True)
+        return torch.cat([(part.double() @ matrix.double()).float() for part, matrix in parts], 1)
+    left, right = (matrix.double() for matrix in matrices)
+    halfway = (left.T @ x.unflatten(1, (len(left), -1)).double()).float()
+    return (halfway.double() @ right).float().flatten(1)
+
+
+def rotate_quantize(
+    x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, clip: torch.Tensor, num_bits: int, symmetric: bool
+) -> Codes:
+    """Transform and quantize x [tokens, K], one group after the other."""
+    found = []
+    for part, factors in zip(apply_transform(x.float(), matrices, hadamard).chunk(len(clip), 1), clip, strict=True):
+        low, high = part.amin(1).clamp(max=0) * factors[0], part.amax(1).clamp(min=0) * factors[1]
+        if symmetric:
+            scale = (torch.maximum(-low, high) / (2 ** (num_bits - 1) - 1)).clamp(min=1e-12)
+            zero = torch.full_like(scale, 2 ** (num_bits - 1))
+        else:
+            scale = ((high - low) / (2**num_bits - 1)).clamp(min=1e-12)
+            zero = torch.round(-low * (1 / scale))
+        codes = torch.clamp(torch.round(part * (1 / scale)[:, None]) + zero[:, None], 0, 2**num_bits - 1)
+        found.append((codes.to(torch.uint8), scale, zero.to(torch.int32)))
+    codes, scales, zeros = zip(*found, strict=True)
+    return torch.cat(codes, 1), torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
+def quantize_int16(y: torch.Tensor) -> Codes:
+    """Quantize y [tokens, K] float32 to int16: a row of high bytes and one of low bytes for each token."""
+    step = (y.abs().amax(1, keepdim=True) / 32767).clamp(min=1e-12)
+    codes = torch.round(y * (1 / step)).int() + 32768
+    scale = torch.stack((step * 256, step), 1)
+    zero = torch.tensor([[128], [0]], dtype=torch.int32).expand(len(y), 2, 1)
+    codes = torch.stack((codes // 256, codes % 256), 1)
+    return codes.flatten(0, 1).to(torch.uint8), scale.flatten(0, 1), zero.flatten(0, 1)
+
+
+def quantized_linear(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply codes [tokens, K] by a checkpoint's weight in int64, group by group."""
+    features = codes.shape[1]
+    num_bits = 8 * packed.shape[1] // features
+    weight = unpack_codes(packed, num_bits, signed=weight_zero is None).long()
+    if weight_zero is not None:
+        weight = weight - weight_zero.long().repeat_interleave(features // weight_zero.shape[1], 1)
+    centered = codes.long() - zero.long().repeat_interleave(features // zero.shape[1], 1)
+    groups = max(scale.shape[1], weight_scale.shape[1])
+    out = torch.zeros(len(codes), len(weight))
+    for g in range(groups):
+        part = slice(g * features // groups, (g + 1) * features // groups)
+        exact = centered[:, part] @ weight[:, part].T
+        a, w = g * scale.shape[1] // groups, g * weight_scale.shape[1] // groups
+        term = exact.float() if weight_scale.shape[1] == 1 else exact.float() * weight_scale[:, w]
+        out += term * scale[:, a, None]
+    if weight_scale.shape[1] == 1:
+        out *= weight_scale[:, 0]
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def add_bytes(products: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Add products of high and of low bytes [2 * tokens, N] float32, and the bias."""
+    out = products[0::2] + products[1::2]
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def linear_int16(
+    x: torch.Tensor,
+    matrices: list[torch.Tensor],
+    hadamard: int,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Multiply x [tokens, K], transformed and in int16, by a checkpoint's weight."""
+    codes = quantize_int16(apply_transform(x.float(), matrices, hadamard))
+    products = quantized_linear(*codes, packed, weight_scale, weight_zero, None, torch.float32)
+    return add_bytes(products, bias, x.dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    matrices: list[torch.Tensor],
+    hadamard: int,
+    clip: torch.Tensor | None,
+    num_bits: int,
+    symmetric: bool,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute a whole linear layer of x [tokens, K] and a checkpoint's tensors."""
+    if clip is None:
+        return linear_int16(x, matrices, hadamard, packed, weight_scale, weight_zero, bias)
+    codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric)
+    return quantized_linear(*codes, packed, weight_scale, weight_zero, bias, x.dtype)
+
+
+def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply x [tokens, K] by weight [N, K] in float64, rounded once."""
+    return (x.double() @ weight.double().T).to(x.dtype)
+
+
+def rotate_rows(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+    """Multiply rows [tokens, H] by rotation [H, H] in float32, each product and each sum rounded, in feature order."""
+    sums = torch.zeros(rows.shape)
+    for column, row in zip(rows.float().T, rotation, strict=True):
+        sums += column[:, None] * row
+    return (sums if gain is None else sums * gain).to(rows.dtype)
+
+
+def kv_store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    key_clip_ratio: torch.Tensor,
+    value_clip_ratio: torch.Tensor,
+    key_mean: torch.Tensor | None,
+    hadamard: bool,
+    num_bits: tuple[int, int],
+) -> None:
+    """Write key, value [tokens, kv_heads, head_size] into the cache, token by token."""
+    block, size = cache.shape[2], key.shape[2]
+    for token, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        k, v = key[token].float(), value[token].float()
+        k = k if key_mean is None else k - key_mean
+        sub_blocks = cache[slot // block].view(cache.shape[1], block // SUB_BLOCK, -1)[:, slot % block // SUB_BLOCK]
+        keys, values, params = _parts(sub_blocks, size, num_bits)
+        t = slot % SUB_BLOCK
+        k_codes, params[:, 0, t], params[:, 1, t] = _quantize_kv(
+            apply_hadamard(k) if hadamard else k, key_clip_ratio, num_bits[0]
+        )
+        v_codes, params[:, 2, t], params[:, 3, t] = _quantize_kv(v, value_clip_ratio, num_bits[1])
+        if num_bits[0] == 4:
+            k_codes = k_codes.unflatten(-1, (-1, 2, 4))
+            k_codes = k_codes[:, :, 0] | (k_codes[:, :, 1] << 4)
+        if num_bits[1] == 4:
+            v_codes = v_codes[:, : size // 2] | (v_codes[:, size // 2 :] << 4)
+        keys[:, :, t] = k_codes.view(len(sub_blocks), -1, 4)
+        values[:, t // 4, :, t % 4] = v_codes
+
+
+def _parts(
+    sub_blocks: torch.Tensor, size: int, num_bits: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """View sub-blocks [..., bytes] as keys [..., n, 16, 4], values [..., 4, n, 4] and float16 [..., 4, 16]."""
+    key_bytes, value_bytes = (SUB_BLOCK * size * bits // 8 for bits in num_bits)
+    keys = sub_blocks[..., :key_bytes].unflatten(-1, (-1, SUB_BLOCK, 4))
+    values = sub_blocks[..., key_bytes : key_bytes + value_bytes].unflatten(-1, (4, -1, 4))
+    return keys, values, sub_blocks[..., key_bytes + value_bytes :].view(torch.float16).unflatten(-1, (4, SUB_BLOCK))
+
+
+def _quantize_kv(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> Codes:
+    """Quantize x [kv_heads, head_size] float32: codes uint8, scales and zeros float16 [kv_heads]."""
+    largest = 2**num_bits - 1
+    low = x.amin(-1).clamp(max=0) * clip[:, 0]
+    high = x.amax(-1).clamp(min=0) * clip[:, 1]
+    scale = ((high - low) / largest).clamp(2**-20, 65504).half()
+    zero = low.clamp(-65504, 65504).half()
+    codes = torch.round((x - zero.float()[..., None]) / scale.float()[..., None]).clamp(0, largest)
+    return codes.to(torch.uint8), scale, zero
+
+
+def kv_read(cache: torch.Tensor, blocks: torch.Tensor, size: int, num_bits: tuple[int, int]) -> Codes:
+    """Read key and value codes [kv_heads, tokens, head_size] uint8 of some blocks, and params [4, kv_heads, tokens].
+
+    A key (after R3) or a value is code * scale + zero. Params are float16: key scales, key zeros, value scales, value
+    zeros.
+    """
+    sub_blocks = cache[blocks.long()].transpose(0, 1).reshape(cache.shape[1], -1, SUB_BLOCK * cache.shape[3])
+    keys, values, params = _parts(sub_blocks, size, num_bits)
+    keys, values = keys.permute(0, 1, 3, 2, 4), values.permute(0, 1, 2, 4, 3)  # [.., 16, n, 4], [.., 4, 4, n]
+    if num_bits[0] == 4:
+        keys = torch.stack((keys & 15, keys >> 4), -2)
+    if num_bits[1] == 4:
+        values = torch.cat((values & 15, values >> 4), -1)
+    shape = (len(sub_blocks), sub_blocks.shape[1] * SUB_BLOCK, size)
+    return keys.reshape(shape), values.reshape(shape), params.permute(2, 0, 1, 3).flatten(2)
+
+
+def kv_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    query_starts: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    hadamard: bool,
+    scale: float,
+    window: int | None,
+    num_bits: tuple[int, int],
+    out: torch.Tensor,
+    soft_cap: float | None = None,
+) -> None:
+    """Attend from query [tokens, heads, head_size], sequence by sequence and head by head."""
+    for i, length in enumerate(seq_lens.tolist()):
+        start, end = query_starts[i : i + 2].tolist()
+        if start == end:
+            continue
+        keys, values, params = kv_read(cache, block_table[i], query.shape[2], num_bits)
+        age = torch.arange(length - end + start, length)[:, None] - torch.arange(length)
+        visible = (age >= 0) & (age < window) if window is not None else age >= 0
+        q = query[start:end].float()
+        q = apply_hadamard(q) if hadamard else q
+        for head in range(query.shape[1]):
+            h = head * len(keys) // query.shape[1]
+            context = (keys[h, :length], values[h, :length], params[:, h, :length])
+            out[start:end, head] = _attend(q[:, head], *context, visible, scale, soft_cap).to(out.dtype)
+
+
+def _attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    params: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+) -> torch.Tensor:
+    """Attend from one head, q [queries, head_size] float32, by an online softmax of STEP tokens at a time."""
+    padding = -len(keys) % STEP
+    key_scale, key_zero, value_scale, value_zero = params.float()
+    int16, step = _round_to_int16(q)
+    products = (int16 @ keys.double().T).float() * key_scale + int16.sum(-1, keepdim=True).float() * key_zero
+    scores = products * (step * (scale * math.log2(math.e)))
+    if soft_cap:
+        cap = soft_cap * math.log2(math.e)
+        scores = cap * torch.tanh(scores / cap)
+    scores = functional.pad(scores.masked_fill(~visible, -math.inf), (0, padding), value=-math.inf)
+    value_scale, value_zero = (functional.pad(x, (0, padding)) for x in (value_scale, value_zero))
+    values = functional.pad(values.double(), (0, 0, 0, padding))
+    largest = torch.full((len(q), 1), -math.inf)
+    result, total, zero = torch.zeros_like(q), torch.zeros(len(q), 1), torch.zeros(len(q), 1)
+    for start in range(0, len(values), STEP):
+        part = slice(start, start + STEP)
+        exponent = scores[:, part].amax(-1, keepdim=True).round()
+        weights = _exp2(scores[:, part], exponent)
+        int16, step = _round_to_int16(weights * value_scale[part])
+        before, largest = largest, torch.maximum(largest, exponent)
+        old, new = _power_of_two(before - largest), _power_of_two(exponent - largest)
+        result = result * old + (int16 @ values[part]).float() * (step * new)
+        total = total * old + _sum_by_halves(weights) * new
+        zero = zero * old + _sum_by_halves(weights * value_zero[part]) * new
+    return (result + zero) / total
+
+
+def _round_to_int16(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    return torch.round(x * (torch.full_like(largest, MAX_INT16) / largest)).double(), largest / MAX_INT16
+
+
+def _exp2(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """Compute 2^(x - exponent) for an integer exponent."""
+    integer = x.round()
+    fraction, power = x - integer, _power_of_two(integer - exponent)
+    y = torch.full_like(x, POLYNOMIAL[0])
+    for coefficient in POLYNOMIAL[1:]:
+        y = y * fraction + coefficient
+    return torch.where(power > 0, y * power, 0)
+
+
+def _power_of_two(k: torch.Tensor) -> torch.Tensor:
+    """Compute 2^k for integers k <= 0; 0 below -64, and for NaN (of a step in which no token is visible)."""
+    return torch.where(k >= -64, torch.exp2(k.double()).float(), 0)
+
+
+def _sum_by_halves(x: torch.Tensor) -> torch.Tensor:
+    """Sum x [..., STEP]: entries 64 apart first, of the sums those 32 apart, and so on."""
+    while x.shape[-1] > 1:
+        first, second = x.chunk(2, -1)
+        x = first + second
+    return x
