@@ -1,0 +1,202 @@
+"""Score a model on tasks of lm-eval: simulated, unquantized, or behind an endpoint that serves it.
+
+lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) renders prompts, scores answers and gives standard errors.
+"""
+
+import importlib.util
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from offline.errors import ToolError, first_line
+from offline.evaluate.metrics import is_checkpoint, stored_dtype
+from offline.evaluate.simulate import load_simulated
+from offline.model.reference import load_reference
+from offline.model.source import Source, read_tokenizer
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+TASK_FILES = (".yaml", ".yml")
+REQUEST_SECONDS = 10
+CONCURRENT_REQUESTS = 8
+
+
+class TaskScore(BaseModel):
+    """Hold one metric of one task, as lm-eval computes it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    items: int
+
+
+class TaskEvaluation(BaseModel):
+    """Hold the scores of one model on some tasks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    served: bool
+    simulated: bool
+    few_shot: int | None
+    limit: int | None
+    seed: int
+    scores: list[TaskScore]
+
+
+def evaluate_tasks(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    endpoint: str | None = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    chat_template: bool = False,
+    seed: int = 0,
+) -> TaskEvaluation:
+    """Score a model on tasks of lm-eval.
+
+    Args:
+        model: an InfoQuant checkpoint, which is simulated, or an unquantized model. With `endpoint` only its
+            tokenizer is read.
+        tasks: names that lm-eval knows, or YAML files of tasks.
+        endpoint: address of an OpenAI-compatible server, "http://HOST:PORT"; None computes here.
+        limit: items of each task; None scores all of them.
+        few_shot: examples in each prompt; None takes each task's own number.
+        chat_template: render prompts by the tokenizer's chat template.
+        seed: of few-shot examples, and of sampling in tasks that sample.
+
+    Raises:
+        ToolError: if lm-eval is not installed, a task is unknown or cannot be loaded, or the endpoint does not answer.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ToolError("--tasks needs lm-eval: pip install 'infoquant-vllm[eval]'")
+    from lm_eval import simple_evaluate
+
+    names, manager = _find_tasks(tasks)
+    language_model = _local(model) if endpoint is None else _remote(model, endpoint, seed)
+    try:
+        found = simple_evaluate(
+            language_model,
+            tasks=list(names),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=few_shot,
+            apply_chat_template=chat_template,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            bootstrap_iters=0 if limit == 1 else 1000,
+            log_samples=False,
+        )
+    except Exception as error:  # data sets, networks and servers raise errors of many classes
+        raise ToolError(f"{', '.join(tasks)}: lm-eval stopped: {first_line(error)}") from error
+    return TaskEvaluation(
+        model=model,
+        served=endpoint is not None,
+        simulated=endpoint is None and is_checkpoint(Path(model)),
+        few_shot=few_shot,
+        limit=limit,
+        seed=seed,
+        scores=_scores(found or {}),
+    )
+
+
+def _find_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
+    """Return the tasks' names and the manager that knows them; raise ToolError for an unknown one."""
+    from lm_eval.tasks import TaskManager
+
+    files = [Path(task) for task in tasks if task.endswith(TASK_FILES)]
+    names = [_task_name(Path(task)) if task.endswith(TASK_FILES) else task for task in tasks]
+    manager = TaskManager(
+        include_path=[str(folder) for folder in dict.fromkeys(file.parent for file in files)] or None,
+        include_defaults=len(files) < len(tasks),  # indexing lm-eval's own tasks takes ten seconds
+    )
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise ToolError(f"{unknown[0]}: no task of lm-eval has this name; `lm-eval ls tasks` lists them")
+    return names, manager
+
+
+def _task_name(file: Path) -> str:
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ToolError(f"{file}: not readable as YAML ({error})") from None
+    name = data.get("task") if isinstance(data, dict) else None
+    if not isinstance(name, str):
+        raise ToolError(f"{file}: a mapping with the name of a 'task' was expected, found {name!r:.80}")
+    return name
+
+
+def _local(model: str) -> "LM":
+    """Load a model into this process; a batch of one, since the simulation takes sequences of one length."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = Path(model)
+    if is_checkpoint(folder):
+        return HFLM(pretrained=load_simulated(folder, stored_dtype(folder)), tokenizer=read_tokenizer(folder))
+    source = Source.open(model)
+    reference = load_reference(source.folder, stored_dtype(source.folder))
+    return HFLM(pretrained=reference, tokenizer=source.tokenizer())
+
+
+def _remote(model: str, endpoint: str, seed: int) -> "LM":
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    base = endpoint.rstrip("/").removesuffix("/v1")
+    served = _served_model(f"{base}/v1/models")
+    return LocalCompletionsAPI(
+        model=served["id"],
+        base_url=f"{base}/v1/completions",
+        tokenizer=model,
+        tokenizer_backend="huggingface",
+        max_length=served.get("max_model_len") or 2048,
+        num_concurrent=CONCURRENT_REQUESTS,
+        seed=seed,
+    )
+
+
+def _served_model(address: str) -> dict[str, Any]:
+    """Return what a server says of the first model that it serves."""
+    try:
+        with urllib.request.urlopen(address, timeout=REQUEST_SECONDS) as answer:
+            first = json.load(answer)["data"][0]
+    except (urllib.error.URLError, OSError, ValueError, LookupError, TypeError) as error:
+        raise ToolError(f"{address}: no OpenAI-compatible server answers there ({first_line(error)})") from None
+    if not isinstance(first, dict) or not isinstance(first.get("id"), str):
+        raise ToolError(f"{address}: the first model has no id, found {first!r:.80}")
+    return first
+
+
+def _scores(found: dict[str, Any]) -> list[TaskScore]:
+    """Read the metrics of lm-eval's results, whose keys are "metric,filter" and "metric_stderr,filter"."""
+    scores = []
+    for task, figures in found.get("results", {}).items():
+        items = found.get("n-samples", {}).get(task, {}).get("effective", 0)
+        for key, value in figures.items():
+            metric, _, variant = key.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, int | float) or not variant:
+                continue
+            error = figures.get(f"{metric}_stderr,{variant}")
+            scores.append(
+                TaskScore(
+                    task=task,
+                    metric=metric if variant == "none" else f"{metric} ({variant})",
+                    value=value,
+                    standard_error=error if isinstance(error, int | float) else None,
+                    items=items,
+                )
+            )
+    return scores
