@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from infoquant_vllm.format import SITES, ModelShape, TensorSpec
 from offline.algorithms.gptq import FACTOR_BLOCK
 from offline.errors import ToolError
+from offline.mixture import samples_itself
 from offline.model.hidden_states import TOKENS_PER_BATCH
 from offline.model.scratch import goes_to_disk
 from offline.model.source import Source
@@ -101,7 +102,7 @@ def make_plan(
 def check_memory(source: Source, recipe: Recipe, calibration: str) -> None:
     """Refuse a run with a stage that holds the whole model and needs more memory than is free."""
     free = psutil.virtual_memory().available
-    if recipe.needs_calibration and calibration == "self":
+    if recipe.needs_calibration and samples_itself(calibration):
         needed = _sampling_bytes(source, recipe.calibration)
         if needed > free:
             raise ToolError(
@@ -145,7 +146,7 @@ def _stages(
     """Return the stages in the order of the run; `hidden` are bytes of hidden states kept in memory."""
     shape, held = source.shape, held_bytes()
     found = {}
-    if recipe.needs_calibration and calibration == "self":
+    if recipe.needs_calibration and samples_itself(calibration):
         found["calibration text"] = held + _sampling_bytes(source, recipe.calibration)
     held += hidden
     if recipe.transform.startswith("psot"):

@@ -15,6 +15,8 @@ from offline.errors import ToolError, first_line
 MAX_TEXT_BYTES = 2**28
 SHUFFLE_BUFFER = 1000
 TEXT_FIELD = "text"
+CHAT_FIELD = "messages"
+CLOSING_TOKENS = 2  # an end-of-turn token and a newline
 RECORDS = (".jsonl", ".ndjson", ".json")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 """Files of records that would be no text of a kind that a model has read."""
@@ -26,8 +28,8 @@ def text_windows(
     """Windows of consecutive tokens, drawn without replacement across the whole text, in its order.
 
     Args:
-        spec: a text file; a JSONL or JSON file of objects with the field "text", known by its suffix; else a data
-            set name, NAME or NAME:CONFIG.
+        spec: a text file; a JSONL or JSON file, known by its suffix, of objects with the field "text", or with chats,
+            "messages", that the tokenizer's chat template renders; else a data set name, NAME or NAME:CONFIG.
         tokenizer: where it starts every text with a BOS token, so does every window.
         vocab_size: tokens that the model has; see `check_tokens`.
         num_windows: how many windows to draw.
@@ -42,9 +44,9 @@ def text_windows(
     if Path(spec).is_dir():
         raise ToolError(f"{spec}: a text file was expected, this is a folder")
     if Path(spec).is_file():
-        tokens = _tokens(_documents(Path(spec)), tokenizer)
+        tokens = _tokens(_documents(Path(spec), tokenizer), tokenizer)
     else:
-        texts = _dataset(spec, seed)
+        texts = _dataset(spec, tokenizer, seed)
         tokens = _tokens(texts, tokenizer, enough=4 * num_windows * stride)
     check_tokens([*prefix, *tokens], tokenizer, vocab_size, spec)
     available = len(tokens) // stride
@@ -97,19 +99,20 @@ def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, enough: in
     closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
         found = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        tokens += found + closing if found else []
+        ends = found[-CLOSING_TOKENS:]  # chat templates close a text themselves
+        tokens += found if not found or (closing and closing[0] in ends) else found + closing
         if enough is not None and len(tokens) >= enough:
             break
     return tokens
 
 
-def _documents(file: Path) -> Iterator[str]:
+def _documents(file: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     suffix = file.suffix.lower()
     if suffix in TABLES:
         raise ToolError(f"{file}: {suffix} files are not read; convert it to JSON Lines with the field {TEXT_FIELD!r}")
     text = _decoded(file)
     if suffix in RECORDS:
-        yield from _records(text, file)
+        yield from _records(text, file, tokenizer)
     else:
         yield text
 
@@ -128,18 +131,18 @@ def _decoded(file: Path) -> str:
         raise ToolError(f"{file}: cannot be read ({error})") from None
 
 
-def _records(text: str, file: Path) -> Iterator[str]:
+def _records(text: str, file: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """The documents of a JSON list, or of an object on each line.
 
     Lines end at newlines alone: JSON strings may hold U+2028, U+0085 and others that `splitlines` cuts at.
     """
     if text.lstrip().startswith("["):
         for number, record in enumerate(_parsed(text, str(file)), start=1):
-            yield _text_of(record, f"{file}: record {number}")
+            yield _text_of(record, tokenizer, f"{file}: record {number}")
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _text_of(_parsed(line, f"{file}:{number}"), f"{file}:{number}")
+            yield _text_of(_parsed(line, f"{file}:{number}"), tokenizer, f"{file}:{number}")
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -149,10 +152,16 @@ def _parsed(text: str, place: str) -> Any:
         raise ToolError(f"{place}: not JSON ({error}); a list of objects, or an object a line, was expected") from None
 
 
-def _text_of(record: Any, place: str) -> str:
-    text = record.get(TEXT_FIELD) if isinstance(record, dict) else None
+def _text_of(record: Any, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
+    fields = record if isinstance(record, dict) else {}
+    text = fields.get(TEXT_FIELD)
+    if text is None and CHAT_FIELD in fields:
+        text = _rendered(fields[CHAT_FIELD], tokenizer, place)
     if not isinstance(text, str):
-        raise ToolError(f'{place}: an object with a string "{TEXT_FIELD}" was expected, found {record!r:.80}')
+        raise ToolError(
+            f'{place}: an object with a string "{TEXT_FIELD}" or a chat "{CHAT_FIELD}" was expected, '
+            f"found {record!r:.80}"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
@@ -160,7 +169,28 @@ def _text_of(record: Any, place: str) -> str:
     return text
 
 
-def _dataset(spec: str, seed: int) -> Iterator[str]:
+def _rendered(messages: Any, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
+    """Render a chat, a list of {"role": ..., "content": ...}, by the tokenizer's chat template."""
+    turns = messages if isinstance(messages, list) else [None]
+    wrong = [turn for turn in turns if not (isinstance(turn, dict) and _is_turn(turn))]
+    if wrong:
+        raise ToolError(
+            f'{place}: "{CHAT_FIELD}" takes objects with strings "role" and "content", found {wrong[0]!r:.80}'
+        )
+    if tokenizer.chat_template is None:
+        raise ToolError(f"{place}: chats need a chat template, which {tokenizer.name_or_path} has none of")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # templates are programs: they raise whatever their authors chose
+        reason = first_line(error)
+        raise ToolError(f'{place}: the chat template does not render its "{CHAT_FIELD}" ({reason})') from None
+
+
+def _is_turn(turn: dict[str, Any]) -> bool:
+    return all(isinstance(turn.get(name), str) for name in ("role", "content"))
+
+
+def _dataset(spec: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[str]:
     """Documents of a data set's training split, shuffled and streamed."""
     if importlib.util.find_spec("datasets") is None:
         raise ToolError(
@@ -176,4 +206,4 @@ def _dataset(spec: str, seed: int) -> Iterator[str]:
     except Exception as error:  # network, names and configs: a class of its own each
         reason = first_line(error)
         raise ToolError(f"{spec}: no such file, and not readable as a data set ({reason})") from None
-    return (_text_of(row, spec) for row in itertools.chain([first], itertools.islice(rows, 1, None)))
+    return (_text_of(row, tokenizer, spec) for row in itertools.chain([first], itertools.islice(rows, 1, None)))

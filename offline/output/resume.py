@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from infoquant_vllm.format import read_json
 from offline.errors import ToolError
+from offline.mixture import parse_mixture
 from offline.model.source import TOKENIZER_FILES, Source
 from offline.output.atomic import fsync, not_written, replace_folder
 from offline.recipe import Recipe
@@ -85,8 +86,8 @@ def fingerprint(source: Source, recipe: Recipe, calibration: str, seed: int, dev
     shards = {name: hash_file(folder / name) for name in sorted(set(source.weight_map.values()))}
     tokenizer = {name: hash_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     text = {"name": calibration}
-    if Path(calibration).is_file():
-        text["content"] = hash_file(Path(calibration))
+    files = [Path(part.spec) for part in parse_mixture(calibration) if Path(part.spec).is_file()]
+    text |= {f"content of {file}": hash_file(file) for file in files}
     return {
         "model": {"config.json": hash_file(folder / "config.json")} | tokenizer | shards,
         "recipe": {name: str(value) for name, value in recipe.model_dump(mode="json").items()},

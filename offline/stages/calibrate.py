@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from offline.errors import ToolError
 from offline.memory import SELF_BATCH
+from offline.mixture import SELF, parse_mixture, sequences_of
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
 from offline.output.atomic import atomic_file, check_writable
@@ -32,10 +33,11 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def calibration_tokens(
     spec: str, source: Source, num_sequences: int, sequence_length: int, seed: int, report: Report | None = None
 ) -> torch.Tensor:
-    """The calibration set as int64 [num_sequences, sequence_length].
+    """Return the calibration set, int64 [num_sequences, sequence_length].
 
     Args:
-        spec: "self", a `.safetensors` file of `save_tokens`, or whatever `text_windows` reads.
+        spec: "self", a `.safetensors` file of `save_tokens`, what `text_windows` reads, or a mixture of these (see
+            `parse_mixture`), whose sequences are shuffled.
         source: the model, for its tokenizer and, with "self", its text.
         num_sequences: how many sequences.
         sequence_length: tokens in each; bounded by the model's positions.
@@ -45,9 +47,25 @@ def calibration_tokens(
     limit = source.hf_config.get("max_position_embeddings", sequence_length)
     if sequence_length > limit:
         raise ToolError(f"{source.folder}: sequences of {sequence_length} tokens, the model takes {limit}")
+    parts = parse_mixture(spec)
+    if len(parts) == 1:
+        return _tokens_of(parts[0].spec, source, num_sequences, sequence_length, seed, report)
+    counts = sequences_of(parts, num_sequences, spec)
+    texts = [
+        _tokens_of(part.spec, source, count, sequence_length, seed, report)
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    order = torch.randperm(num_sequences, generator=torch.Generator().manual_seed(seed))
+    return torch.cat(texts)[order]
+
+
+def _tokens_of(
+    spec: str, source: Source, num_sequences: int, sequence_length: int, seed: int, report: Report | None
+) -> torch.Tensor:
+    """Return the tokens of one text, int64 [num_sequences, sequence_length]."""
     if spec.endswith(TOKENS_SUFFIX):
         return read_tokens(Path(spec), num_sequences, sequence_length, source.shape.vocab_size)
-    if spec != "self":
+    if spec != SELF:
         return text_windows(spec, source.tokenizer(), source.shape.vocab_size, num_sequences, sequence_length, seed)
     generator = torch.Generator().manual_seed(seed)
     model, tokenizer = source.model(torch.float32), source.tokenizer()  # faster than bf16 on CPUs without AMX

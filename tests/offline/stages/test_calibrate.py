@@ -175,7 +175,7 @@ def test_empty_text_is_refused(source: Source, tmp_path: Path) -> None:
         calibration_tokens(write(tmp_path / "empty.txt", ""), source, 10, 64, 0)
 
 
-@pytest.mark.parametrize(("line", "message"), [("{", "not JSON"), ('{"body": "x"}', '"text" was expected'), ("3", "3")])
+@pytest.mark.parametrize(("line", "message"), [("{", "not JSON"), ('{"body": "x"}', '"text" or a chat'), ("3", "3")])
 def test_line_that_is_no_document_is_named(source: Source, tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(ToolError, match=rf"words\.jsonl:2: .*{message}"):
         calibration_tokens(write(tmp_path / "words.jsonl", '{"text": "a"}\n' + line), source, 1, 8, 0)
