@@ -7,7 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 from infoquant_vllm.format import FormatError
 from offline.errors import ToolError
 from offline.evaluate.tasks import TaskEvaluation
-from offline.output.writer import atomic_file
+from offline.output.atomic import atomic_file
 
 EVALUATION_FILE = "infoquant_evaluation.json"
 CARD_FILE = "README.md"

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from infoquant_vllm.format import is_checkpoint, read_json
 from offline.errors import ToolError, first_line
-from offline.evaluate.metrics import is_checkpoint, stored_dtype
 from offline.evaluate.simulate import load_simulated
 from offline.model.reference import load_reference
-from offline.model.source import Source, read_tokenizer
+from offline.model.source import Source, config_dtype, read_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -146,9 +146,12 @@ def _local(model: str) -> "LM":
 
     folder = Path(model)
     if is_checkpoint(folder):
-        return HFLM(pretrained=load_simulated(folder, stored_dtype(folder)), tokenizer=read_tokenizer(folder))
+        return HFLM(
+            pretrained=load_simulated(folder, config_dtype(read_json(folder / "config.json"))),
+            tokenizer=read_tokenizer(folder),
+        )
     source = Source.open(model)
-    reference = load_reference(source.folder, stored_dtype(source.folder))
+    reference = load_reference(source.folder, config_dtype(source.hf_config))
     return HFLM(pretrained=reference, tokenizer=source.tokenizer())
 
 
