@@ -25,10 +25,11 @@ demo: $(STAMP)  ## quantize a real model, serve it, ask it something, print what
 serve: $(STAMP)  ## the same, and the server stays up
 	$(BIN)/python -m benchmarks.demo --stay
 
-bench: $(STAMP)  ## speed, memory and time of everything, in short; writes benchmarks/results
+bench: $(STAMP)  ## measure speed and memory in short, write benchmarks/results and print the tables
 	$(BIN)/python -m benchmarks.speed.suite
 
-test: lint dist $(VLLM_SOURCES_FOLDER) $(TRITONS)  ## all that is checked, a file of tests at a time on each core
+test: $(STAMP)  ## all that is checked, on two cores: lint beside the distributions, then a file of tests on each
+	$(MAKE) --jobs 2 --output-sync lint dist $(VLLM_SOURCES_FOLDER) $(TRITONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(STAMP)  ## ten minutes of corrupted checkpoints, at random; `make test` has a few seconds of the same ones

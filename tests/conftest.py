@@ -1,4 +1,4 @@
-"""Real models, made once and kept in `.demo/`, and the order and failure reports of tests with servers."""
+"""Fixtures of real models, made once and kept in `.demo/`; the order of tests; failure reports with server logs."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -14,6 +14,8 @@ from offline.text import text_windows
 from tests.common.engine import Engine, running_engine
 
 LOG_TAIL = 3000
+LONGEST = ("triton/test_compiled", "server/test_equality", "offline/test_memory", "tests/server/", "tests/engine/")
+"""Files of tests by duration; the second makes the quantized model that other servers load."""
 
 EIGHT_BITS = """\
 name: control-8-bit
@@ -63,8 +65,9 @@ def engine() -> Generator[Engine]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that take minutes and those that start servers last."""
-    items.sort(key=lambda item: ("tests/server/" in item.nodeid, "offline/test_memory" in item.nodeid))
+    """Start with the files that take minutes: a worker that ends with one would leave the others idle."""
+    places = {item: [part in item.nodeid for part in LONGEST] for item in items}
+    items.sort(key=lambda item: places[item].index(True) if any(places[item]) else len(LONGEST))
 
 
 @pytest.hookimpl(wrapper=True)
