@@ -10,7 +10,7 @@ def register() -> None:
     from infoquant_vllm.config import InfoQuantConfig
     from infoquant_vllm.format import QUANT_METHOD
 
-    register_backend(AttentionBackendEnum.CUSTOM, "infoquant_vllm.attention.KV4Backend")
+    register_backend(AttentionBackendEnum.CUSTOM, "infoquant_vllm.attention.InfoQuantAttentionBackend")
     try:
         registered = get_quantization_config(QUANT_METHOD)
     except ValueError:

@@ -17,7 +17,7 @@ from infoquant_vllm.format import (
     QuantizationConfigData,
     parse_config,
 )
-from infoquant_vllm.ops.table import forced_family
+from infoquant_vllm.kernels.dispatch import forced_kernels
 from infoquant_vllm.summary import Summary
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class InfoQuantConfig(QuantizationConfig):
 
     def __init__(self, data: QuantizationConfigData | None = None):
         super().__init__()
-        forced_family()  # refuse an unknown INFOQUANT_KERNELS before any layer is built
+        forced_kernels()  # refuse an unknown INFOQUANT_KERNELS before any layer is built
         if data is None:  # vLLM found no quantization_config, but --quantization infoquant was given
             raise FormatError(
                 "the model is not quantized: its config.json has no quantization_config; "

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.rotary_embedding import Llama3RotaryEmbedding, RotaryEmbedding
 from vllm.platforms import current_platform
 
-from infoquant_vllm.ops.elementwise import add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
+from infoquant_vllm.kernels.ops import add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
 
 PROVIDER = "infoquant"
 

@@ -10,16 +10,15 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.utils import set_weight_attrs
 
 from infoquant_vllm.format import FormatError
+from infoquant_vllm.kernels.dispatch import backend
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
+from infoquant_vllm.kernels.ops import dense_linear, linear, rotate_rows, weight_rows
 from infoquant_vllm.loading import LoadTracker
-from infoquant_vllm.ops.dense_linear import dense_linear
-from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_weight
-from infoquant_vllm.ops.rotate_rows import rotate_rows
-from infoquant_vllm.ops.table import served_by
-from infoquant_vllm.ops.weight_rows import weight_rows
 from infoquant_vllm.summary import Summary
 
 MAX_ROTATION_ERROR = 1e-3
 MATRIX_TENSORS = ("weight", "weight_packed", "weight_scale")
+INT16_INPUT = InputQuant([], 0, None, 16, True)
 
 
 @dataclass
@@ -60,12 +59,12 @@ class InfoQuantEmbeddingMethod(QuantizeMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register E, sharded over the vocabulary, and the rotation and gain, whole on every rank."""
+        """Register E, sharded over the vocabulary, and R1 and the gain, whole on every rank."""
         model = get_current_vllm_config().model_config
         if model is not None and model.runner_type != "pooling" and model.head_dtype != params_dtype:
             raise FormatError(
                 f"{self.prefix}: head_dtype {model.head_dtype} is not served with a rotated tied embedding "
-                f"or an 8-bit vocabulary, leave it at the model's {params_dtype}"
+                f"or an 8-bit lm_head, leave it at the model's {params_dtype}"
             )
         tracker = LoadTracker({None: self.prefix})
         layer.infoquant_tracker, layer.infoquant_inverse = tracker, InverseRotation()
@@ -102,7 +101,7 @@ class InfoQuantEmbeddingMethod(QuantizeMethodBase):
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Refuse missing tensors and a rotation that is none; a tied lm_head shares what the embedding converts."""
+        """Refuse missing tensors and an R1 that is not orthogonal; pack E, which a tied lm_head shares."""
         if (layer.weight_packed if self.num_bits is not None else layer.weight).is_meta:
             if self.num_bits is not None:
                 self.summary.dropped()
@@ -112,24 +111,23 @@ class InfoQuantEmbeddingMethod(QuantizeMethodBase):
         if self.rotated:
             self._check_rotation(layer.r1.double())
         if self.num_bits is not None:
-            packed = layer.weight_packed
+            packed, kernels = layer.weight_packed, backend(layer.weight_packed.device.type)
             bf16 = 2 * packed.numel()
             if not self.tied:
-                packed.data = prepare_weight(packed.data, 8, True, 1)
-                layer.weight_scale.data = prepare_grid(layer.weight_scale.data)
-            kind = f"W8A16 ({served_by('linear', device=packed.device.type)})"
-            self.summary.vocabulary(kind, packed.nbytes + layer.weight_scale.nbytes, bf16)
+                packed.data = kernels.prepare_weight(packed.data, 8, True, 1)
+                layer.weight_scale.data = kernels.prepare_qparams(layer.weight_scale.data)
+            self.summary.lm_head(f"W8A16 ({kernels.name})", packed.nbytes + layer.weight_scale.nbytes, bf16)
 
     def _check_rotation(self, rotation: torch.Tensor) -> None:
         error = (rotation @ rotation.t() - torch.eye(len(rotation)).to(rotation)).abs().max().item()
         if error > MAX_ROTATION_ERROR:
             raise FormatError(
-                f"{self.prefix}.r1 is not orthogonal: |Q Q^T - I| is {error:.3g}, "
+                f"{self.prefix}.r1 is not orthogonal: |R1 R1^T - I| is {error:.3g}, "
                 f"expected at most {MAX_ROTATION_ERROR:g}; quantize the model again"
             )
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
-        """ids [tokens] to rows [tokens, H] of the residual stream."""
+        """Look up ids [tokens]: rows [tokens, H] of the residual stream."""
         if self.num_bits is not None:
             codes = weight_rows(layer.weight_packed, input_, layer.infoquant_hidden)
             rows = (codes * F.embedding(input_, layer.weight_scale)).to(layer.infoquant_dtype)
@@ -138,10 +136,10 @@ class InfoQuantEmbeddingMethod(QuantizeMethodBase):
         return rotate_rows(rows, layer.r1, None) if self.rotated else rows
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [rows, H], without the final norm's gain where rotated, to logits [rows, vocab]."""
+        """Map hidden states [rows, H], without the final norm's gain if rotated, to logits [rows, vocab]."""
         rows = rotate_rows(x, _inverse_rotation(layer), layer.final_norm_weight) if self.rotated else x
         if self.num_bits is not None:
-            return linear(rows, [], 0, None, 16, True, layer.weight_packed, layer.weight_scale, None, bias)
+            return linear(rows, INT16_INPUT, PackedWeight(layer.weight_packed, layer.weight_scale, None), bias)
         logits = dense_linear(rows, layer.weight)
         return logits if bias is None else logits + bias
 

@@ -1,4 +1,4 @@
-"""The method that gives an attention layer the quantized KV cache."""
+"""Give an attention layer the quantized KV cache."""
 
 from typing import Any
 
@@ -12,32 +12,32 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from infoquant_vllm.attention import BACKENDS
+from infoquant_vllm.attention import ATTENTION_BACKENDS
 from infoquant_vllm.format import FormatError, KVCacheArgs
+from infoquant_vllm.kernels.dispatch import backend
+from infoquant_vllm.kernels.operands import KVScheme
 from infoquant_vllm.loading import LoadTracker
-from infoquant_vllm.ops.table import require, served_by
 from infoquant_vllm.summary import Summary
 
-MAX_HEAD_SIZE = 512
 SERVED_CACHE_DTYPES = ("auto", "int4_per_token_head")
 
 
 class InfoQuantKVCacheMethod(BaseKVCacheMethod):
-    """Swaps a decoder layer's attention backend for one over 4-bit or 8-bit codes."""
+    """Replace a decoder layer's attention backend by one over 4-bit or 8-bit codes."""
 
     def __init__(self, quant_config: QuantizationConfig, args: KVCacheArgs, summary: Summary):
         super().__init__(quant_config)
         self.args, self.summary = args, summary
 
     def create_weights(self, layer: Any) -> None:
-        """Runs at the end of `Attention.__init__`: register the cache's tensors and take over the layer."""
+        """Register the cache's tensors and replace the backend, at the end of `Attention.__init__`."""
         super().create_weights(layer)
-        _refuse_what_is_not_served(layer)
-        if layer.head_size % 8 or layer.head_size > MAX_HEAD_SIZE:
-            raise FormatError(
-                f"{layer.layer_name}: head size {layer.head_size} is not a multiple of 8 up to {MAX_HEAD_SIZE}"
-            )
-        self._check_kernel(layer)
+        _refuse_unserved_features(layer)
+        try:
+            soft_cap = getattr(layer.impl, "logits_soft_cap", None)
+            backend(current_platform.device_type).check_kv_cache(layer.head_size, soft_cap)
+        except NotImplementedError as error:
+            raise FormatError(f"{layer.layer_name}: {error}") from None
         layer.infoquant_tracker = LoadTracker({None: layer.layer_name})
         sizes = {"key_clip_ratio": 2, "value_clip_ratio": 2} | (
             {"key_mean": layer.head_size} if self.args.key_mean else {}
@@ -47,9 +47,9 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
             param = torch.nn.Parameter(data, requires_grad=False)
             set_weight_attrs(param, {"weight_loader": layer.infoquant_tracker.track(name, _load_kv_heads)})
             layer.register_parameter(name, param)
-        backend = BACKENDS[self.args.num_bits]
-        layer.attn_backend, layer.backend = backend, AttentionBackendEnum.CUSTOM
-        layer.impl = backend.get_impl_cls()(
+        layer.attn_backend = ATTENTION_BACKENDS[self.args.num_bits]
+        layer.backend = AttentionBackendEnum.CUSTOM
+        layer.impl = layer.attn_backend.get_impl_cls()(
             layer.num_heads,
             layer.head_size,
             layer.impl.scale,
@@ -59,19 +59,9 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
             logits_soft_cap=getattr(layer.impl, "logits_soft_cap", None),
             attn_type=layer.attn_type,
             kv_sharing_target_layer_name=layer.kv_sharing_target_layer_name,
-            num_bits=self.args.num_bits,
-            key_transform=self.args.key_transform,
+            scheme=KVScheme(self.args.num_bits, self.args.key_transform == "hadamard"),
         )
         self.summary.expect()
-
-    def _check_kernel(self, layer: Any) -> None:
-        facts = dict(zip(("key_bits", "value_bits"), self.args.num_bits, strict=True)) | {"head_size": layer.head_size}
-        facts["soft_cap"] = getattr(layer.impl, "logits_soft_cap", None) or 0
-        try:
-            for operation in ("kv_store", "kv_attention"):
-                require(operation, current_platform.device_type, **facts)
-        except NotImplementedError as error:
-            raise FormatError(f"{layer.layer_name}: {error}") from None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse missing tensors."""
@@ -79,18 +69,18 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         layer.infoquant_tracker.finish(layer)
         keys, values = self.args.num_bits
         codes = f"KV{keys}" if keys == values else f"K{keys}V{values}"
-        kernels = served_by("kv_store", "kv_attention", device=layer.key_clip_ratio.device.type)
+        kernels = backend(layer.key_clip_ratio.device.type).name
         self.summary.cache(f"{codes} ({kernels})", layer.impl.kv_bytes_per_token_head, 4 * layer.head_size)
 
 
 def _load_kv_heads(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
-    """This rank's kv-heads out of all; ranks beyond their number share them."""
+    """Load this rank's kv-heads out of all; ranks beyond their number share them."""
     all_heads, heads = len(loaded_weight), len(param)
     start = get_tensor_model_parallel_rank() * all_heads // get_tensor_model_parallel_world_size()
     param.data.copy_(loaded_weight[start : start + heads])
 
 
-def _refuse_what_is_not_served(layer: Any) -> None:
+def _refuse_unserved_features(layer: Any) -> None:
     impl: Any = layer.impl
     refused = {
         f"{type(layer).__name__} layers": type(layer) is not Attention,

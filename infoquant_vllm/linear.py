@@ -1,4 +1,4 @@
-"""The linear method: parameters and their sharding, and the operations of a forward pass."""
+"""Linear layers: parameters, their sharding, and the forward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,26 +15,29 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, check_tp_divisible
+from infoquant_vllm.kernels.dispatch import backend
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
+from infoquant_vllm.kernels.ops import linear
 from infoquant_vllm.loading import LoadTracker, Shard
-from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_matrices, prepare_weight
-from infoquant_vllm.ops.table import require, served_by
 from infoquant_vllm.summary import Summary
 
-GRIDS = ("weight_scale", "weight_zero_point")
+QPARAMS = ("weight_scale", "weight_zero_point")
 INPUT_TENSORS = ("input_clip_ratio", "input_blocks", "input_left", "input_right")
 
 
 @register_weight_loader_v2_supported_method
 class InfoQuantLinearMethod(LinearMethodBase):
-    """Rotate and quantize the input, then multiply it with the 4-bit or 8-bit weights exactly.
+    """Rotate and quantize the input, then multiply it exactly by 4-bit or 8-bit weights.
 
-    An input of 16 bits has no clips. Under tensor parallelism a row-parallel layer computes from its share of
-    the features what one worker computes of them, or is refused (see `check_tp_divisible`).
+    16-bit activations have no clip ratios. A row-parallel layer computes on each TP rank what one rank would compute
+    of its shard of the features, or is refused (see `check_tp_divisible`).
     """
 
     def __init__(self, prefix: str, scheme: LinearScheme, sources: list[str], summary: Summary):
         """Serve the layer `prefix`, which holds the checkpoint's linears `sources` side by side."""
         self.prefix, self.scheme, self.sources, self.summary = prefix, scheme, sources, summary
+        transform = scheme.input_transform
+        self.hadamard = transform.block_size or 0 if transform.type == "hadamard" else 0
 
     def create_weights(
         self,
@@ -70,8 +73,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
             weight_loader=tracker.track("weight_packed", loader),
         )
         layer.register_parameter("weight_packed", packed)
-        grids = {"weight_scale": torch.float32} | ({} if weights.symmetric else {"weight_zero_point": torch.uint8})
-        for name, dtype in grids.items():
+        qparams = {"weight_scale": torch.float32} | ({} if weights.symmetric else {"weight_zero_point": torch.uint8})
+        for name, dtype in qparams.items():
             largest = 2**weights.num_bits - 1 if dtype == torch.uint8 else None
             data, load = torch.empty(rows, groups, dtype=dtype), tracker.track(name, loader, largest_code=largest)
             if weights.group_size is None:
@@ -120,52 +123,43 @@ class InfoQuantLinearMethod(LinearMethodBase):
             raise FormatError(f"{self.prefix}: sums over {features} features may overflow 32 bits")
 
     def _check_kernel(self) -> None:
-        weights, inputs = self.scheme.weights, self.scheme.input_activations
-        facts: dict[str, int] = {"weight_bits": weights.num_bits, "input_bits": inputs.num_bits}
-        facts |= {"weight_group": weights.group_size or 0, "input_group": inputs.group_size or 0}
+        groups = self.scheme.weights.group_size, self.scheme.input_activations.group_size
         try:
-            require("linear", current_platform.device_type, **facts)
+            backend(current_platform.device_type).check_linear(*groups)
         except NotImplementedError as error:
             raise FormatError(f"{self.prefix}: {error}") from None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Refuse missing tensors, then bring the weights into the kernel's layout."""
+        """Refuse missing tensors, then convert the weights to the layout of the kernels."""
         weights = self.scheme.weights
         layer.infoquant_tracker.finish(layer, weights.num_bits)
         packed = layer.weight_packed.data
+        kernels = backend(packed.device.type)
         matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
-        layer.infoquant_matrices = prepare_matrices(matrices, self._hadamard(), packed.device.type)
+        layer.infoquant_matrices = kernels.prepare_matrices(matrices, self.hadamard)
         inputs = self.scheme.input_activations.num_bits
         groups = max(1 if inputs == 16 else len(layer.input_clip_ratio), layer.weight_scale.shape[1])
-        layer.weight_packed = _frozen(prepare_weight(packed, weights.num_bits, weights.symmetric, groups))
-        for name in (*GRIDS, *INPUT_TENSORS):
+        layer.weight_packed = _frozen(kernels.prepare_weight(packed, weights.num_bits, weights.symmetric, groups))
+        for name in (*QPARAMS, *INPUT_TENSORS):
             if hasattr(layer, name):
                 data = getattr(layer, name).data
-                setattr(layer, name, _frozen(prepare_grid(data) if name in GRIDS else data))
+                setattr(layer, name, _frozen(kernels.prepare_qparams(data) if name in QPARAMS else data))
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
-        kind = f"W{weights.num_bits}A{inputs} ({served_by('linear', device=packed.device.type)})"
+        kind = f"W{weights.num_bits}A{inputs} ({kernels.name})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., K] in the model's dtype to [..., N] in the same."""
+        """Map x [..., K] to [..., N], both in the model's dtype."""
         args = self.scheme.input_activations
+        clip_ratio = None if args.num_bits == 16 else layer.input_clip_ratio
+        zero_point = None if self.scheme.weights.symmetric else layer.weight_zero_point
         out = linear(
             x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
-            layer.infoquant_matrices,
-            self._hadamard(),
-            None if args.num_bits == 16 else layer.input_clip_ratio,
-            args.num_bits,
-            args.symmetric,
-            layer.weight_packed,
-            layer.weight_scale,
-            None if self.scheme.weights.symmetric else layer.weight_zero_point,
+            InputQuant(layer.infoquant_matrices, self.hadamard, clip_ratio, args.num_bits, args.symmetric),
+            PackedWeight(layer.weight_packed, layer.weight_scale, zero_point),
             bias,
         )
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
-
-    def _hadamard(self) -> int:
-        transform = self.scheme.input_transform
-        return transform.block_size or 0 if transform.type == "hadamard" else 0
 
 
 def _frozen(data: torch.Tensor) -> torch.nn.Parameter:

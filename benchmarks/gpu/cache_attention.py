@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from infoquant_vllm.kernels import operands
 from infoquant_vllm.kernels.triton import kv4_attention, kv4_decode
 
 BITS = (4, 4)
@@ -40,7 +41,8 @@ def attention(
     longest: tokens of the longest sequence that the engine takes, which decoding's scratch and launches are for.
     """
     _, heads, size = query.shape
-    rest: list[Any] = [batch.starts, batch.lens, batch.table, True, size**-0.5, None, BITS, out]
+    sequences = operands.Sequences(batch.starts, batch.lens, batch.table)
+    rest: list[Any] = [sequences, operands.ScoreParams(size**-0.5), operands.KVScheme(BITS, hadamard=True), out]
     if batch.queries > FEW_QUERIES:
         return lambda cells: kv4_attention.kv_attention(query, cells, *rest)
     bounds = len(batch.lens), batch.queries, longest

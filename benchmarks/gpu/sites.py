@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.gpu.timing import copies
 from infoquant_vllm.format import ModelShape
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from infoquant_vllm.kernels.triton.codes import Codes
 from infoquant_vllm.kernels.triton.int4_linear import int4_linear
 from infoquant_vllm.kernels.triton.linear import linear, prepare_grid, prepare_matrices, prepare_weight
@@ -78,8 +79,8 @@ class QuantizedLinear:
 
     def calls(self, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
         """Return a call of the whole linear for each copy."""
-        quantizer = x, self.matrices, self.site.hadamard, self.clip, 4, False
-        return [partial(linear, *quantizer, *pair, None, None) for pair in self.weights]
+        inputs = InputQuant(self.matrices, self.site.hadamard, self.clip, 4, symmetric=False)
+        return [partial(linear, x, inputs, PackedWeight(*pair, None), None) for pair in self.weights]
 
     def quantize(self, x: torch.Tensor) -> Codes:
         """Run the quantizer alone."""

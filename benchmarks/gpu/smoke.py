@@ -15,6 +15,8 @@ import torch
 from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.cache_attention import BITS, BLOCK, FEW_QUERIES, Sequences, attention
 from infoquant_vllm.format import kv_bytes_per_token_head
+from infoquant_vllm.kernels import operands
+from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams
 from infoquant_vllm.kernels.torch import kv_cache as expected
 from infoquant_vllm.kernels.torch import linear as torch_linear
 from infoquant_vllm.kernels.triton import kv4_store
@@ -92,6 +94,9 @@ def device_facts(device: str) -> dict[str, Any]:
     return {"capability": f"{found.major}.{found.minor}"} | {name: getattr(found, name, None) for name in names}
 
 
+SCHEME = KVScheme(BITS, hadamard=True)
+
+
 class Cache:
     """Random keys and values of a case, and an empty cache with a block table that scatters its pages."""
 
@@ -108,7 +113,7 @@ class Cache:
 
     def store_arguments(self) -> list[Any]:
         """Return arguments of `kv_store`."""
-        return [self.key, self.value, self.cells, self.slots, self.clip, self.clip, None, True, BITS]
+        return [self.key, self.value, self.cells, self.slots, KVCalibration(self.clip, self.clip, None), SCHEME]
 
 
 def check_store(case: Case, device: str) -> dict[str, Any]:
@@ -128,8 +133,8 @@ def check_attention(case: Case, device: str) -> dict[str, Any]:
     query = torch.randn(case.sequences * case.queries, case.heads, case.size).bfloat16()
     right, found = torch.empty_like(query), torch.empty_like(query, device=device)
     batch = Sequences.of(case.queries, case.context, cache.table)
-    of_layer = True, case.size**-0.5, None, BITS
-    expected.kv_attention(query, cache.cells, batch.starts, batch.lens, batch.table, *of_layer, right)
+    sequences = operands.Sequences(batch.starts, batch.lens, batch.table)
+    expected.kv_attention(query, cache.cells, sequences, ScoreParams(case.size**-0.5), SCHEME, right)
     there = Sequences.of(case.queries, case.context, cache.table.to(device))
     attention(query.to(device), case.kv_heads, there, found, case.context)(cache.cells.to(device))
     return _compared(found.cpu(), right)
@@ -141,17 +146,23 @@ def check_linear(case: Product, device: str) -> dict[str, Any]:
     x, clip = torch.randn(case.tokens, case.features).bfloat16(), torch.full((case.groups, 2), 0.9)
     packed = torch.randint(0, 256, (case.channels, case.features // 2), dtype=torch.uint8)
     scale = torch.rand(case.channels, 1)
-    plain: list[Any] = [x, [], case.hadamard, clip, 4, False, packed, scale, None, None]
-    there = _on(device, plain)
-    there[1] = [matrix.to(device) for matrix in triton_linear.prepare_matrices([], case.hadamard)]
-    there[6] = triton_linear.prepare_weight(packed, 4, True, case.groups).to(device)
-    there[7] = triton_linear.prepare_grid(scale).to(device)
-    plain[6] = torch_linear.prepare_weight(packed, 4, True)
-    return _compared(triton_linear.linear(*there).cpu(), torch_linear.linear(*plain))
+    matrices = [matrix.to(device) for matrix in triton_linear.prepare_matrices([], case.hadamard)]
+    inputs = InputQuant([], case.hadamard, clip, 4, symmetric=False)
+    prepared = inputs._replace(matrices=matrices, clip_ratio=clip.to(device))
+    weight = triton_linear.prepare_weight(packed, 4, True, case.groups).to(device)
+    packed_weight = PackedWeight(weight, triton_linear.prepare_grid(scale).to(device), None)
+    found = triton_linear.linear(x.to(device), prepared, packed_weight, None)
+    plain = PackedWeight(torch_linear.prepare_weight(packed, 4, True), scale, None)
+    return _compared(found.cpu(), torch_linear.linear(x, inputs, plain, None))
 
 
 def _on(device: str, arguments: list[Any]) -> list[Any]:
-    return [each.to(device, copy=True) if isinstance(each, torch.Tensor) else each for each in arguments]
+    def move(value: Any) -> Any:
+        if isinstance(value, KVCalibration):
+            return KVCalibration(*map(move, value))
+        return value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
+
+    return list(map(move, arguments))
 
 
 def _compared(found: torch.Tensor, right: torch.Tensor) -> dict[str, Any]:

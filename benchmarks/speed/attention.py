@@ -22,7 +22,8 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.common.provenance import provenance, write_rows
 from infoquant_vllm.format import kv_bytes_per_token_head
-from infoquant_vllm.kernels.cpu import kv_cache as native_kernels
+from infoquant_vllm.kernels.cpu import kernels as native_kernels
+from infoquant_vllm.kernels.operands import KVCalibration, KVScheme, ScoreParams, Sequences
 from infoquant_vllm.kernels.torch import kv_cache as torch_kernels
 
 BLOCK = 128
@@ -117,11 +118,12 @@ def kernels(case: Case) -> dict[str, Callable[[], object]]:
     batch = (starts, lens, blocks.int()[None])
     codes = torch.zeros(len(blocks), kv_heads, BLOCK, kv_bytes_per_token_head(size, FOUR_BITS), dtype=torch.uint8)
     clip = torch.ones(kv_heads, 2)
-    native_kernels.kv_store(key, value, codes, slots, clip, clip, None, True, FOUR_BITS)
+    scheme = KVScheme(FOUR_BITS, hadamard=True)
+    native_kernels.kv_store(key, value, codes, slots, KVCalibration(clip, clip, None), scheme)
 
     def ours(module: ModuleType) -> Callable[[], object]:
         out = torch.empty_like(query)
-        return lambda: module.kv_attention(query, codes, *batch, True, size**-0.5, None, FOUR_BITS, out)
+        return lambda: module.kv_attention(query, codes, Sequences(*batch), ScoreParams(size**-0.5), scheme, out)
 
     return {
         BASELINE: bf16_kernel(query, key, value, slots, batch),

@@ -4,18 +4,18 @@ import torch
 from vllm import _custom_ops
 
 from benchmarks.common.interleaved import Candidate, copies
-from infoquant_vllm.kernels.cpu.library import operations
-from infoquant_vllm.kernels.cpu.quantized_linear import prepare_grid, prepare_weight, quantized_linear
+from infoquant_vllm.kernels.cpu.kernels import prepare_qparams, prepare_weight
+from infoquant_vllm.kernels.cpu.library import DTYPES, operations
 
 
 def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups: int) -> Candidate:
     """Our product of 4-bit weights with inputs of `num_bits`, both in so many groups (1: per row and per token)."""
     packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
     weight = prepare_weight(packed, 4, True, groups)
-    weights, scales = [weight.clone() for _ in copies(weight.nbytes)], prepare_grid(torch.rand(channels, groups))
+    weights, scales = [weight.clone() for _ in copies(weight.nbytes)], prepare_qparams(torch.rand(channels, groups))
     codes = torch.randint(0, 2**num_bits, (tokens, features), dtype=torch.uint8)
     scale, zero = torch.rand(tokens, groups), torch.randint(0, 2**num_bits, (tokens, groups), dtype=torch.int32)
-    rest = (scales, None, None, num_bits, torch.bfloat16)
+    rest, quantized_linear = (scales, None, None, num_bits, DTYPES[torch.bfloat16]), operations().quantized_linear
     return lambda i: quantized_linear(codes, scale, zero, weights[i % len(weights)], *rest)
 
 

@@ -20,9 +20,9 @@ from vllm import _custom_ops
 from benchmarks.common.interleaved import Candidate, copies, time_interleaved
 from benchmarks.common.provenance import provenance, write_rows
 from benchmarks.speed.gemms import bf16_handlers, int8_handlers, w4a8_weights
+from infoquant_vllm.kernels.cpu.kernels import linear, prepare_matrices, prepare_qparams, prepare_weight
 from infoquant_vllm.kernels.cpu.library import library
-from infoquant_vllm.kernels.cpu.linear import linear, prepare_matrices
-from infoquant_vllm.kernels.cpu.quantized_linear import prepare_grid, prepare_weight
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 
 MODELS = MappingProxyType(
     {  # by site: features, channels
@@ -123,13 +123,16 @@ def _ours(site: str, features: int, channels: int, codes: Codes) -> Maker:
     clip = None if codes.num_bits == 16 else torch.full((groups, 2), 0.9)
     packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
     weight = prepare_weight(packed, 4, weight_groups == 1, max(weight_groups, groups))
-    weights, scale = [weight.clone() for _ in copies(weight.nbytes)], prepare_grid(torch.rand(channels, weight_groups))
+    weights, scale = (
+        [weight.clone() for _ in copies(weight.nbytes)],
+        prepare_qparams(torch.rand(channels, weight_groups)),
+    )
     zeros = torch.randint(0, 16, (channels, weight_groups), dtype=torch.uint8)
-    zero = None if weight_groups == 1 else prepare_grid(zeros)
-    matrices, num_bits = prepare_matrices([], hadamard), codes.num_bits
+    zero = None if weight_groups == 1 else prepare_qparams(zeros)
+    inputs = InputQuant(prepare_matrices([], hadamard), hadamard, clip, codes.num_bits, symmetric=False)
 
     def run(x: torch.Tensor, i: int) -> torch.Tensor:
-        return linear(x, matrices, hadamard, clip, num_bits, False, weights[i % len(weights)], scale, zero, None)
+        return linear(x, inputs, PackedWeight(weights[i % len(weights)], scale, zero), None)
 
     return lambda x: partial(run, x)
 

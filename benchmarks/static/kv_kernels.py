@@ -11,6 +11,7 @@ import triton
 from benchmarks.static.cases import MODELS, Case, Entry, Model
 from benchmarks.static.launches import Launch
 from infoquant_vllm.format import kv_bytes_per_token_head
+from infoquant_vllm.kernels.operands import KVCalibration, KVScheme, ScoreParams, Sequences
 from infoquant_vllm.kernels.triton.kv4_attention import kv_attention
 from infoquant_vllm.kernels.triton.kv4_decode import decode_scratch, kv_decode
 from infoquant_vllm.kernels.triton.kv4_store import kv_store
@@ -83,7 +84,8 @@ def store_call(cache: Cache, tokens: int) -> Callable[[], Any]:
         slots, clip = torch.empty(tokens, dtype=torch.int64), torch.empty(cache.kv_heads, 2)
         offset = torch.empty(cache.kv_heads, cache.size) if cache.offset else None
     cells = cache.cells(tokens)
-    return lambda: kv_store(key, value, cells, slots, clip, clip, offset, cache.hadamard, cache.num_bits)
+    calibration, scheme = KVCalibration(clip, clip, offset), KVScheme(cache.num_bits, cache.hadamard)
+    return lambda: kv_store(key, value, cells, slots, calibration, scheme)
 
 
 def prompt_cases(model: Model) -> Iterator[Case]:
@@ -123,14 +125,15 @@ def attention_call(cache: Cache, sequences: int, queries: int, context: int) -> 
         starts, lens = torch.empty(sequences + 1, dtype=torch.int32), torch.empty(sequences, dtype=torch.int32)
         table = torch.empty(sequences, context // cache.block, dtype=torch.int32)
     cells, scale = cache.cells(sequences * context), cache.size**-0.5
-    given = (cells, starts, lens, table, cache.hadamard, scale, cache.window, cache.num_bits, torch.empty_like(query))
+    score, scheme = ScoreParams(scale, cache.window, cache.soft_cap), KVScheme(cache.num_bits, cache.hadamard)
+    given = (cells, Sequences(starts, lens, table), score, scheme, torch.empty_like(query))
     if queries > FEW_QUERIES:
-        return lambda: kv_attention(query, *given, cache.soft_cap)
+        return lambda: kv_attention(query, *given)
     bounds = (cache.heads, cache.kv_heads, cache.size, cache.window, sequences, queries, context, query.device)
 
     def decode() -> None:
         scratch = [torch.empty(shape, device="meta") for shape in decode_scratch(*bounds)]
-        kv_decode(query, *given, queries, scratch, cache.soft_cap)
+        kv_decode(query, *given, queries, scratch)
 
     return decode
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks.static.cases import MODELS
 from benchmarks.static.kv_kernels import FULL, Cache, attention_call, store_call
 from infoquant_vllm.format import InputTransform, LinearScheme, ModelShape, linear_tensors
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from infoquant_vllm.kernels.triton.linear import linear, prepare_grid, prepare_matrices, prepare_weight
 from offline.presets import PRESETS
 
@@ -149,9 +150,10 @@ def linear_call(
     own = [tensors[name] for name in ("input_blocks", "input_left", "input_right") if name in tensors]
     x = torch.empty(tokens, features, dtype=dtype, device="meta")
     given = torch.empty(channels, dtype=dtype, device="meta") if bias else None
-    quantizer = own or _matrices(hadamard), hadamard, tensors.get("input_clip_ratio"), inputs.num_bits, inputs.symmetric
-    grids = tensors["weight_scale"], tensors.get("weight_zero_point")
-    return lambda: linear(x, *quantizer, tensors["weight_packed"], *grids, given)
+    matrices, clip_ratio = own or _matrices(hadamard), tensors.get("input_clip_ratio")
+    quant = InputQuant(matrices, hadamard, clip_ratio, inputs.num_bits, inputs.symmetric)
+    weight = PackedWeight(tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"))
+    return lambda: linear(x, quant, weight, given)
 
 
 @cache

@@ -16,8 +16,9 @@ from infoquant_vllm.format import (
     kv_bytes_per_token_head,
     unpack_codes,
 )
+from infoquant_vllm.kernels.dispatch import backend
+from infoquant_vllm.kernels.operands import KVCalibration, KVScheme, ScoreParams, Sequences
 from infoquant_vllm.kernels.torch.kv_cache import SUB_BLOCK
-from infoquant_vllm.ops.table import kernel
 from offline.algorithms.rotations import transform_input
 
 EXACT_FLOAT32 = 2**24
@@ -174,7 +175,7 @@ class RotatedHead(nn.Module):
 
 
 def _rotate_rows(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
-    return kernel("rotate_rows", "cpu")(rows.flatten(0, -2), rotation, gain).view(rows.shape)
+    return backend("cpu").rotate_rows(rows.flatten(0, -2), rotation, gain).view(rows.shape)
 
 
 class SimulatedCache(nn.Module):
@@ -213,16 +214,15 @@ class SimulatedCache(nn.Module):
         slots = (torch.arange(batch)[:, None] * block + torch.arange(length)).flatten()
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
         ranges = self.get_buffer("key_clip_ratio"), self.get_buffer("value_clip_ratio"), self._key_mean
-        kernel("kv_store", "cpu")(*rows[1:], cells, slots, *ranges, self.rotate_keys, self.num_bits)
-        starts = torch.arange(batch + 1, dtype=torch.int32) * queries
-        lengths, table = (
-            torch.full((batch,), length, dtype=torch.int32),
-            torch.arange(batch, dtype=torch.int32)[:, None],
+        kernels, scheme = backend("cpu"), KVScheme(self.num_bits, self.rotate_keys)
+        kernels.kv_store(rows[1], rows[2], cells, slots, KVCalibration(*ranges), scheme)
+        sequences = Sequences(
+            query_starts=torch.arange(batch + 1, dtype=torch.int32) * queries,
+            seq_lens=torch.full((batch,), length, dtype=torch.int32),
+            block_table=torch.arange(batch, dtype=torch.int32)[:, None],
         )
         out = torch.empty(rows[0].shape, dtype=query.dtype)
-        kernel("kv_attention", "cpu")(
-            rows[0], cells, starts, lengths, table, self.rotate_keys, scale, window, self.num_bits, out
-        )
+        kernels.kv_attention(rows[0], cells, sequences, ScoreParams(scale, window), scheme, out)
         return out.view(batch, queries, heads, size)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from infoquant_vllm.format import apply_hadamard, unpack_codes
+from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams, Sequences
 
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Codes, scales and zero-points."""
@@ -113,23 +114,13 @@ def linear_int16(
     return add_bytes(products, bias, x.dtype)
 
 
-def linear(
-    x: torch.Tensor,
-    matrices: list[torch.Tensor],
-    hadamard: int,
-    clip: torch.Tensor | None,
-    num_bits: int,
-    symmetric: bool,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, inputs: InputQuant, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Compute a whole linear layer of x [tokens, K] and a checkpoint's tensors."""
+    matrices, hadamard, clip, num_bits, symmetric = inputs
     if clip is None:
-        return linear_int16(x, matrices, hadamard, packed, weight_scale, weight_zero, bias)
+        return linear_int16(x, matrices, hadamard, *weight, bias)
     codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric)
-    return quantized_linear(*codes, packed, weight_scale, weight_zero, bias, x.dtype)
+    return quantized_linear(*codes, *weight, bias, x.dtype)
 
 
 def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -150,13 +141,12 @@ def kv_store(
     value: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
-    key_clip_ratio: torch.Tensor,
-    value_clip_ratio: torch.Tensor,
-    key_mean: torch.Tensor | None,
-    hadamard: bool,
-    num_bits: tuple[int, int],
+    calibration: KVCalibration,
+    scheme: KVScheme,
 ) -> None:
     """Write key, value [tokens, kv_heads, head_size] into the cache, token by token."""
+    key_clip_ratio, value_clip_ratio, key_mean = calibration
+    num_bits, hadamard = scheme
     block, size = cache.shape[2], key.shape[2]
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
@@ -220,17 +210,15 @@ def kv_read(cache: torch.Tensor, blocks: torch.Tensor, size: int, num_bits: tupl
 def kv_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
-    query_starts: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    hadamard: bool,
-    scale: float,
-    window: int | None,
-    num_bits: tuple[int, int],
+    sequences: Sequences,
+    score: ScoreParams,
+    scheme: KVScheme,
     out: torch.Tensor,
-    soft_cap: float | None = None,
 ) -> None:
     """Attend from query [tokens, heads, head_size], sequence by sequence and head by head."""
+    query_starts, seq_lens, block_table = sequences
+    scale, window, soft_cap = score
+    num_bits, hadamard = scheme
     for i, length in enumerate(seq_lens.tolist()):
         start, end = query_starts[i : i + 2].tolist()
         if start == end:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes
-from infoquant_vllm.kernels.cpu import linear as whole
-from infoquant_vllm.kernels.cpu import quantized_linear as linear
-from infoquant_vllm.kernels.cpu.linear import prepare_matrices
+from infoquant_vllm.kernels.cpu import kernels
+from infoquant_vllm.kernels.cpu.library import DTYPES, operations
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from tests.common import oracles
 from tests.common.libraries import RUNNABLE, library
 
@@ -36,7 +36,7 @@ class Layer:
         (weight_bits, self.num_bits), (weight_groups, input_groups) = bits, groups
         low = -(2 ** (weight_bits - 1)) if signed else 0
         self.packed = pack_codes(torch.randint(low, low + 2**weight_bits, (channels, features)), weight_bits, signed)
-        self.weight = linear.prepare_weight(self.packed, weight_bits, signed, max(groups))
+        self.weight = kernels.prepare_weight(self.packed, weight_bits, signed, max(groups))
         self.scale = (torch.rand(channels, weight_groups) + 0.5) / features**0.5
         zeros = torch.randint(0, 2**weight_bits, (channels, weight_groups), dtype=torch.uint8)
         self.zero = None if signed else zeros
@@ -49,10 +49,10 @@ class Layer:
         return oracles.quantized_linear(*self.inputs, self.packed, self.scale, self.zero, self.bias, dtype)
 
     def found(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
-        zero = None if self.zero is None else linear.prepare_grid(self.zero)
+        zero = None if self.zero is None else kernels.prepare_qparams(self.zero)
         inputs = [each[rows] for each in self.inputs]
-        grid = linear.prepare_grid(self.scale)
-        return linear.quantized_linear(*inputs, self.weight, grid, zero, self.bias, self.num_bits, dtype)
+        grid = kernels.prepare_qparams(self.scale)
+        return operations().quantized_linear(*inputs, self.weight, grid, zero, self.bias, self.num_bits, DTYPES[dtype])
 
 
 @pytest.mark.parametrize("rows", [1, 5, 123])
@@ -86,9 +86,10 @@ def test_products_of_16_bit_inputs_are_those_of_the_reference(
     rows: int, bits: int, signed: bool, groups: int, dtype: torch.dtype
 ) -> None:
     layer, x = Layer(rows, 1000, bits=(bits, 8), signed=signed, groups=(groups, 1)), torch.randn(rows, 576).to(dtype)
-    zero = None if layer.zero is None else linear.prepare_grid(layer.zero)
-    transform, grids = (prepare_matrices([], 576), 576), (linear.prepare_grid(layer.scale), zero)
-    found = whole.linear(x, *transform, None, 16, False, layer.weight, *grids, layer.bias)
+    zero = None if layer.zero is None else kernels.prepare_qparams(layer.zero)
+    inputs = InputQuant(kernels.prepare_matrices([], 576), 576, None, 16, symmetric=False)
+    weight = PackedWeight(layer.weight, kernels.prepare_qparams(layer.scale), zero)
+    found = kernels.linear(x, inputs, weight, layer.bias)
     assert torch.equal(found, oracles.linear_int16(x, [], 576, layer.packed, layer.scale, layer.zero, layer.bias))
 
 
@@ -108,28 +109,28 @@ def test_a_whole_linear_is_that_of_the_reference(transform: str, num_bits: int, 
     layer, (matrices, hadamard) = Layer(7, groups=(9, 1)), TRANSFORMS[transform]
     x = torch.randn(7, 2 * 576).to(dtype)[:, 576:]  # rows that are not next to each other
     clip, bias = None if num_bits == 16 else torch.rand(9, 2), torch.randn(35).to(dtype)
-    transformed = prepare_matrices(matrices, hadamard), hadamard
-    found = whole.linear(
-        x, *transformed, clip, num_bits, True, layer.weight, linear.prepare_grid(layer.scale), None, bias
-    )
-    expected = oracles.linear(x, matrices, hadamard, clip, num_bits, True, layer.packed, layer.scale, None, bias)
+    inputs = InputQuant(matrices, hadamard, clip, num_bits, symmetric=True)
+    prepared = inputs._replace(matrices=kernels.prepare_matrices(matrices, hadamard))
+    weight = PackedWeight(layer.weight, kernels.prepare_qparams(layer.scale), None)
+    found = kernels.linear(x, prepared, weight, bias)
+    expected = oracles.linear(x, inputs, PackedWeight(layer.packed, layer.scale, None), bias)
     assert torch.equal(found, expected)
 
 
 def test_a_transform_without_its_matrix_and_other_dtypes_are_refused() -> None:
     layer = Layer(1)
-    grids = linear.prepare_grid(layer.scale), None, None
+    weight = PackedWeight(layer.weight, kernels.prepare_qparams(layer.scale), None)
     with pytest.raises(RuntimeError, match="dense factor"):
-        whole.linear(torch.randn(1, 576), [], 576, torch.ones(1, 2), 4, True, layer.weight, *grids)
+        kernels.linear(torch.randn(1, 576), InputQuant([], 576, torch.ones(1, 2), 4, True), weight, None)
     with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
-        whole.linear(torch.randn(1, 576).double(), [], 0, torch.ones(1, 2), 4, True, layer.weight, *grids)
+        kernels.linear(torch.randn(1, 576).double(), InputQuant([], 0, torch.ones(1, 2), 4, True), weight, None)
 
 
 @pytest.mark.parametrize("features", [576, 126])
 def test_rows_of_a_prepared_weight_are_the_checkpoints(features: int) -> None:
     packed = torch.randint(0, 256, (500, features), dtype=torch.uint8)
     rows = torch.tensor([[0, 499, 16], [31, 32, 77]])
-    found = linear.weight_rows(linear.prepare_weight(packed, 8, True, 1), rows, features)
+    found = kernels.weight_rows(kernels.prepare_weight(packed, 8, True, 1), rows, features)
     assert torch.equal(found, packed.view(torch.int8)[rows])
 
 
@@ -156,7 +157,7 @@ def test_the_largest_sums_that_the_format_admits_are_exact() -> None:
         codes.fill_(code)
         zero.fill_(0 if code else 15)
         layer.packed.fill_(weight_code * 17)
-        layer.weight = linear.prepare_weight(layer.packed, bits[0], False, 1)
+        layer.weight = kernels.prepare_weight(layer.packed, bits[0], False, 1)
         assert layer.zero is not None
         layer.zero.fill_(0 if weight_code else 2 ** bits[0] - 1)
         assert torch.equal(layer.found(torch.float32), layer.expected(torch.float32))
@@ -175,5 +176,5 @@ def test_what_is_not_a_number_stays_so_and_too_large_numbers_become_infinite() -
 @pytest.mark.parametrize(("bits", "channels"), [(4, 576), (8, 576), (4, 1000)])
 def test_prepared_weights_take_the_checkpoints_bytes_but_for_padding(bits: int, channels: int) -> None:
     packed = torch.randint(0, 256, (channels, 576 * bits // 8), dtype=torch.uint8)
-    weight = linear.prepare_weight(packed, bits, True, 9)
+    weight = kernels.prepare_weight(packed, bits, True, 9)
     assert weight.nbytes == packed.nbytes // channels * (-(-channels // 32) * 32)

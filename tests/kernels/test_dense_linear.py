@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from infoquant_vllm.kernels.cpu import dense_linear as compiled
+from infoquant_vllm.kernels.cpu import kernels as compiled
 from tests.common import oracles
 from tests.common.libraries import RUNNABLE, library
 

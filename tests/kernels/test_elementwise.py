@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from vllm import _custom_ops
 
-from infoquant_vllm.kernels.cpu import elementwise as compiled
+from infoquant_vllm.kernels.cpu import kernels as compiled
 from infoquant_vllm.kernels.torch import elementwise as reference
 from tests.common.libraries import RUNNABLE, library
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from infoquant_vllm.format import kv_bytes_per_token_head
-from infoquant_vllm.kernels.cpu import kv_cache as native
+from infoquant_vllm.kernels.cpu import kernels as native
+from infoquant_vllm.kernels.operands import KVCalibration, KVScheme, ScoreParams, Sequences
 from infoquant_vllm.kernels.torch import kv_cache as cpu
 from tests.common import oracles
 from tests.common.libraries import RUNNABLE, library
@@ -74,10 +75,16 @@ class Batch:
         shape = (len(self.blocks), kv_heads, self.block, kv_bytes_per_token_head(size, self.num_bits))
         return torch.full(shape, 255, dtype=torch.uint8)
 
+    @property
+    def sequences(self) -> Sequences:
+        """The sequences as the kernels take them."""
+        return Sequences(self.query_starts, self.lens, self.block_table)
+
     def store(self, kernels: ModuleType, hadamard: bool = True, offset: bool = True) -> torch.Tensor:
         """The cache after all tokens are stored."""
-        cache, ranges = self.empty_cache(), (*self.clips, self.key_mean if offset else None)
-        kernels.kv_store(self.key, self.value, cache, self.slots, *ranges, hadamard, self.num_bits)
+        cache, calibration = self.empty_cache(), KVCalibration(*self.clips, self.key_mean if offset else None)
+        scheme = KVScheme(self.num_bits, hadamard)
+        kernels.kv_store(self.key, self.value, cache, self.slots, calibration, scheme)
         return cache
 
     def attend(
@@ -92,8 +99,9 @@ class Batch:
         batch = {"query": self.query, "starts": self.query_starts, "lens": self.lens, "table": self.block_table} | other
         out = torch.empty_like(batch["query"])
         scale = self.query.shape[2] ** -0.5
-        rest = (batch["starts"], batch["lens"], batch["table"], True, scale, window, self.num_bits, out)
-        kernels.kv_attention(batch["query"], cache, *rest, **({"soft_cap": soft_cap} if soft_cap else {}))
+        sequences = Sequences(batch["starts"], batch["lens"], batch["table"])
+        score, scheme = ScoreParams(scale, window, soft_cap), KVScheme(self.num_bits, hadamard=True)
+        kernels.kv_attention(batch["query"], cache, sequences, score, scheme, out)
         return out
 
 
@@ -136,9 +144,8 @@ def test_keys_are_stored_alone_as_in_a_batch(kernels: ModuleType) -> None:
     alone = batch.empty_cache()
     for t in range(70):
         one = slice(t, t + 1)
-        kernels.kv_store(
-            batch.key[one], batch.value[one], alone, batch.slots[one], *batch.clips, batch.key_mean, True, (4, 4)
-        )
+        rows, calibration = (batch.key[one], batch.value[one]), KVCalibration(*batch.clips, batch.key_mean)
+        kernels.kv_store(*rows, alone, batch.slots[one], calibration, KVScheme((4, 4), hadamard=True))
     assert torch.equal(batch.store(kernels), alone)
 
 
@@ -204,7 +211,6 @@ def test_rounding_to_whole_numbers_costs_nothing_beside_the_codes(sink: float) -
     )
     weights = (batch.query[3, 0].double() @ keys.T * 128**-0.5).softmax(-1)
     out = torch.empty_like(batch.query)
-    rest = (batch.query_starts, batch.lens, batch.block_table, False, 128**-0.5, None, (4, 4), out)
-    cpu.kv_attention(batch.query, cache, *rest)
+    cpu.kv_attention(batch.query, cache, batch.sequences, ScoreParams(128**-0.5), KVScheme((4, 4), hadamard=False), out)
     expected = weights @ values
     assert (out[3, 0] - expected).norm() / expected.norm() < 1e-3  # that of the codes is 0.1

@@ -7,21 +7,23 @@ import psutil
 import pytest
 import torch
 
+from infoquant_vllm.kernels import ops
 from infoquant_vllm.kernels.cpu.library import library, operations
-from infoquant_vllm.ops import elementwise
-from infoquant_vllm.ops.linear import linear, prepare_grid, prepare_matrices, prepare_weight
+from infoquant_vllm.kernels.dispatch import backend
 
 native = pytest.mark.skipif(library().handle is None, reason="no library for this CPU")
 
 
 def _linear(tokens: int, num_bits: int = 4) -> tuple[Any, ...]:
     torch.manual_seed(0)
-    weight = prepare_weight(torch.randint(0, 256, (40, 288), dtype=torch.uint8), 4, False, 9)
-    grids = prepare_grid(torch.rand(40, 9)), prepare_grid(torch.randint(0, 16, (40, 9), dtype=torch.uint8))
+    kernels = backend("cpu")
+    weight = kernels.prepare_weight(torch.randint(0, 256, (40, 288), dtype=torch.uint8), 4, False, 9)
+    qparams = torch.rand(40, 9), torch.randint(0, 16, (40, 9), dtype=torch.uint8)
     clip = None if num_bits == 16 else torch.ones(1, 2)
     x = torch.randn(tokens, 1152).bfloat16()[:, ::2]  # a layout that kernels have to copy
     bias = torch.randn(40).bfloat16()
-    return x, prepare_matrices([], 64, "cpu"), 64, clip, num_bits, True, weight, *grids, bias
+    inputs = kernels.prepare_matrices([], 64), 64, clip, num_bits, True
+    return x, *inputs, weight, *map(kernels.prepare_qparams, qparams), bias
 
 
 def _elementwise(name: str) -> tuple[Any, ...]:
@@ -30,10 +32,10 @@ def _elementwise(name: str) -> tuple[Any, ...]:
 
 
 OPERATIONS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
-    "linear": (linear, lambda: _linear(5)),
-    "linear of 16-bit inputs": (linear, lambda: _linear(5, 16)),
+    "linear": (ops._linear, lambda: _linear(5)),
+    "linear of 16-bit inputs": (ops._linear, lambda: _linear(5, 16)),
     **{
-        name: (getattr(elementwise, name), lambda name=name: _elementwise(name))
+        name: (getattr(ops, name), lambda name=name: _elementwise(name))
         for name in ("rms_norm", "add_rms_norm", "silu_and_mul")
     },
 }

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from infoquant_vllm.kernels.cpu.rotate_quantize import rotate, rotate_quantize, rotate_quantize_wide
-from infoquant_vllm.kernels.cpu.rotate_rows import rotate_rows
+from infoquant_vllm.kernels.cpu.kernels import prepare_matrices, rotate_rows
+from infoquant_vllm.kernels.cpu.library import operations
 from infoquant_vllm.kernels.torch.dense import rotate_rows as torch_rows
 from infoquant_vllm.kernels.triton.rotate_rows import rotate_rows as gpu_rows
 from tests.common import oracles
@@ -32,6 +32,10 @@ TRANSFORMS = {  # features, and what they go through: ("hadamard", size), ("bloc
 }
 
 
+def rotate_quantize(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, *rest) -> tuple[torch.Tensor, ...]:
+    return operations().rotate_quantize(x, *_prepared(matrices, hadamard), *rest)
+
+
 @pytest.fixture(autouse=True, scope="module", params=RUNNABLE)
 def _library(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each library in turn."""
@@ -48,9 +52,13 @@ def _transform(kind: tuple, features: int) -> tuple[list[torch.Tensor], int]:
     return [torch.randn(size, size) for size in kind[1:]], 0
 
 
+def _prepared(matrices: list[torch.Tensor], hadamard: int) -> tuple[list[torch.Tensor], int]:
+    return prepare_matrices(matrices, hadamard), hadamard
+
+
 def _assert_wide_equal(x: torch.Tensor, *transform) -> None:
     expected = oracles.quantize_int16(oracles.apply_transform(x.float(), *transform))
-    for found, right in zip(rotate_quantize_wide(x, *transform), expected, strict=True):
+    for found, right in zip(operations().rotate_quantize_wide(x, *_prepared(*transform)), expected, strict=True):
         assert found.dtype == right.dtype
         assert torch.equal(found, right)
 
@@ -70,7 +78,7 @@ def test_codes_are_the_references(name: str, tokens: int, dtype: torch.dtype) ->
     transform, x = _transform(kind, features), (3 * torch.randn(tokens, features)).to(dtype)
     _assert_equal(x, *transform, 0.7 + 0.3 * torch.rand(1, 2), 4, False)
     _assert_wide_equal(x, *transform)
-    assert torch.equal(rotate(x, *transform), oracles.apply_transform(x.float(), *transform))
+    assert torch.equal(operations().rotate(x, *_prepared(*transform)), oracles.apply_transform(x.float(), *transform))
 
 
 @pytest.mark.parametrize("group_size", [1, 12, 16, 64, 128, 1536])

@@ -12,10 +12,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker import workspace
 
 from infoquant_vllm import attention, kv_cache, linear
-from infoquant_vllm.attention import KV4Backend, KVMetadata
+from infoquant_vllm.attention import InfoQuantAttentionBackend, InfoQuantAttentionMetadata
 from infoquant_vllm.format import FormatError
+from infoquant_vllm.kernels import dispatch
+from infoquant_vllm.kernels.operands import KVScheme, ScoreParams
 from infoquant_vllm.kernels.torch import kv_cache as cpu
-from infoquant_vllm.ops import table
 from tests.common.interpreted import configurations, interpreter_only, kv4_attention, kv4_decode, kv4_tiles
 from tests.kernels.test_kv_cache import Batch
 from tests.plugin.test_layers import Model, _rank, model_config
@@ -23,6 +24,7 @@ from tests.plugin.test_layers import Model, _rank, model_config
 __all__ = ["model_config"]
 
 pytestmark = interpreter_only
+SCHEME = KVScheme((4, 4), hadamard=True)
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +33,11 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for module in (kv_cache, linear):
         monkeypatch.setattr(module, "current_platform", SimpleNamespace(device_type="cuda", is_cpu=lambda: False))
-    for name in ("kernel", "has_kernel"):
-        of_cuda = getattr(table, name)
-        monkeypatch.setattr(attention, name, lambda operation, device, of_cuda=of_cuda: of_cuda(operation, "cuda"))
+    monkeypatch.setattr(attention, "backend", lambda device: dispatch.backend("cuda"))
     monkeypatch.setattr(kv4_tiles, "PARTS", 8)  # empty ones cost time here
-    table.kernel.cache_clear()
+    dispatch.backend.cache_clear()
     yield
-    table.kernel.cache_clear()
+    dispatch.backend.cache_clear()
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def builder(config: VllmConfig, drafts: int = 0) -> Any:
     if drafts:
         config.speculative_config = SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    spec = KV4Backend.customize_spec(spec)
+    spec = InfoQuantAttentionBackend.customize_spec(spec)
     assert spec.page_size_bytes == 16 * 2 * 72
-    return KV4Backend.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
+    return InfoQuantAttentionBackend.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
 
 
 def common(batch: Batch, tokens: int | None = None) -> CommonAttentionMetadata:
@@ -73,10 +73,12 @@ def common(batch: Batch, tokens: int | None = None) -> CommonAttentionMetadata:
 
 def make_impl(config: VllmConfig) -> Any:
     with set_current_vllm_config(config):
-        return KV4Backend.get_impl_cls()(4, 64, 64**-0.5, 2, key_transform="hadamard")
+        return InfoQuantAttentionBackend.get_impl_cls()(4, 64, 64**-0.5, 2, scheme=SCHEME)
 
 
-def attend(impl: Any, batch: Batch, metadata: KVMetadata, cache: torch.Tensor, padding: int = 0) -> torch.Tensor:
+def attend(
+    impl: Any, batch: Batch, metadata: InfoQuantAttentionMetadata, cache: torch.Tensor, padding: int = 0
+) -> torch.Tensor:
     """The output with the padding of a captured graph."""
     query = torch.cat((batch.query, torch.full((padding, 4, 64), torch.nan)))
     out = torch.zeros(len(query), 4, 64)
@@ -142,17 +144,18 @@ def test_cuda_graphs_are_declared_for_batches_without_prompts(config: VllmConfig
     made = builder(config, drafts=3)
     assert made.get_cudagraph_support(config, made.kv_cache_spec) == AttentionCGSupport.UNIFORM_BATCH
     assert made.get_varlen_cudagraph_max_query_len(config, made.kv_cache_spec) == made.reorder_batch_threshold == 4
-    assert KV4Backend.supports_device_cpu_query_lens_mismatch()  # which Model Runner V2 asks for drafts cut on the GPU
+    # Model Runner V2 asks for this if drafts are cut on the GPU.
+    assert InfoQuantAttentionBackend.supports_device_cpu_query_lens_mismatch()
 
 
 def test_a_device_without_a_kernel_for_decoding_takes_batches_as_they_come(
     config: VllmConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "has_kernel", table.has_kernel)
+    monkeypatch.setattr(attention, "backend", dispatch.backend)
     made = builder(config)
     assert made.reorder_batch_threshold is None
     assert made.build(0, common(Batch([1, 1], [5, 9], 1, 1, 64))).num_decodes == 0
-    assert make_impl(config).decoding is None
+    assert make_impl(config).bounds is None
 
 
 def test_scratch_is_claimed_by_the_run_that_measures_memory(
@@ -201,7 +204,7 @@ def test_launches_take_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) 
     cache, out = batch.store(cpu), torch.empty_like(batch.query)
     shapes = kv4_decode.decode_scratch(2, 1, 64, None, 2, 1, 400, torch.device("cpu"))
     scratch = [torch.empty(shape) for shape in shapes]
-    rest = cache, batch.query_starts, batch.lens, batch.block_table, True, 64**-0.5, None, (4, 4), out
+    rest = cache, batch.sequences, ScoreParams(64**-0.5), SCHEME, out
     for name in ("item", "tolist", "cpu", "__bool__", "__int__", "nonzero", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, _waits)
     grids: list[tuple[int, ...]] = []
@@ -218,7 +221,7 @@ def _waits(*_: object) -> None:
     raise AssertionError("this waits for the device")
 
 
-def test_a_linear_without_a_kernel_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "KERNELS", {})
-    with pytest.raises(FormatError, match="o_proj: infoquant: no kernel for linear on cuda"), _rank(0, 1):
+def test_a_linear_on_a_device_without_kernels_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "current_platform", SimpleNamespace(device_type="xpu"))
+    with pytest.raises(FormatError, match="o_proj: infoquant: no kernels for xpu"), _rank(0, 1):
         Model().create("self_attn.o_proj")

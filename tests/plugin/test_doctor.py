@@ -1,4 +1,4 @@
-"""`infoquant doctor`: what is in order, what is not, and what mends it."""
+"""`infoquant doctor`: what is in order, what is not, and how to fix it."""
 
 import json
 import subprocess
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from infoquant_vllm import doctor, doctor_kernels
-from infoquant_vllm.finding import Finding
+from infoquant_vllm import doctor
+from infoquant_vllm.doctor import Finding
+from infoquant_vllm.kernels.cpu import library as native
 from infoquant_vllm.kernels.cpu.library import Library
 from tests.offline.cli.test_main import INFOQUANT
 
@@ -31,7 +32,7 @@ def test_what_is_not_in_order_has_exit_code_1_and_advice(monkeypatch: pytest.Mon
     done = subprocess.run([*INFOQUANT, "doctor"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "unset VLLM_PLUGINS, or add infoquant" in done.stdout
-    assert "no-such-compiler: not there" in done.stdout
+    assert "no-such-compiler: missing" in done.stdout
     assert "--enforce-eager" in done.stdout
 
 
@@ -98,9 +99,9 @@ def test_a_package_that_is_not_a_plugin_of_this_vllm_is_told(monkeypatch: pytest
 def test_kernels_are_in_order_where_the_best_serve(
     monkeypatch: pytest.MonkeyPatch, runnable: list[str], loaded: Library, found: str, advice: str
 ) -> None:
-    monkeypatch.setattr(doctor_kernels, "runnable", lambda: runnable)
-    monkeypatch.setattr(doctor_kernels, "library", lambda: loaded)
-    finding = doctor_kernels.cpu_kernels()
+    monkeypatch.setattr(native, "runnable", lambda: runnable)
+    monkeypatch.setattr(native, "library", lambda: loaded)
+    finding = doctor.cpu_kernels()
     assert finding.in_order == (not advice)
     assert found in finding.found
     assert advice in finding.advice
@@ -108,4 +109,4 @@ def test_kernels_are_in_order_where_the_best_serve(
 
 def test_missing_headers_of_python_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert f"{tmp_path}/Python.h: not there" in doctor.compiler().found
+    assert f"{tmp_path}/Python.h: missing" in doctor.compiler().found

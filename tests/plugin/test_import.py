@@ -22,5 +22,5 @@ def test_registering_twice_leaves_one_quantization_method() -> None:
         "assert QUANTIZATION_METHODS.count('infoquant') == 1; "
         "assert get('infoquant').__module__ == 'infoquant_vllm.config'; "
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E; "
-        "assert E.CUSTOM.get_class().__name__ == 'KV4Backend'"
+        "assert E.CUSTOM.get_class().__name__ == 'InfoQuantAttentionBackend'"
     )

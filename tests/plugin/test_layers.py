@@ -18,7 +18,7 @@ import infoquant_vllm.kv_cache as infoquant_kv_cache
 from infoquant_vllm import register
 from infoquant_vllm.config import InfoQuantConfig
 from infoquant_vllm.format import FormatError
-from infoquant_vllm.ops.table import served_by
+from infoquant_vllm.kernels.dispatch import backend
 from tests.common import oracles
 from tests.common.checkpoints import hf_config, quantization_config, random_tensors, write_random
 
@@ -248,13 +248,13 @@ def test_a_weight_only_linear_multiplies_its_input_as_it_comes(transform: dict[s
     assert not hasattr(layer, "input_clip_ratio")
     packed, scale = (model.tensors[f"{LAYER}.mlp.down_proj.{name}"] for name in ("weight_packed", "weight_scale"))
     assert torch.equal(found, oracles.linear_int16(x, [], transform.get("block_size", 0), packed, scale, None, None))
-    assert model.config.summary.linears == {f"W4A16 ({served_by('linear')})": 1}
+    assert model.config.summary.linears == {f"W4A16 ({backend('cpu').name})": 1}
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"logits_soft_cap": 30.0}, r"infoquant: soft_cap 30.0: the kernel for kv_attention on cpu serves \(0,\)"),
+        ({"logits_soft_cap": 30.0}, r"infoquant: soft cap 30.0: the .* kernels have none"),
         ({"alibi_slopes": [0.5] * 4}, "alibi"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only"),
     ],
@@ -332,9 +332,9 @@ def test_a_rotation_that_is_none_is_refused() -> None:
 def test_the_cache_reserves_the_bytes_of_its_cells() -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from infoquant_vllm.attention import BACKENDS
+    from infoquant_vllm.attention import ATTENTION_BACKENDS
 
     plain = FullAttentionSpec(block_size=16, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
-    pages = {bits: backend.customize_spec(plain).page_size_bytes for bits, backend in BACKENDS.items()}
+    pages = {bits: backend.customize_spec(plain).page_size_bytes for bits, backend in ATTENTION_BACKENDS.items()}
     assert pages == {(4, 4): 48 * 72, (8, 8): 48 * 136, (8, 4): 48 * 104, (4, 8): 48 * 104}
     assert plain.page_size_bytes / pages[4, 4] >= 3.55

@@ -12,7 +12,7 @@ from vllm.config import ModelConfig
 
 from infoquant_vllm import register
 from infoquant_vllm.format import FormatError, unpack_codes
-from infoquant_vllm.ops.table import served_by
+from infoquant_vllm.kernels.dispatch import backend
 from tests.common import oracles
 from tests.common.checkpoints import write_random
 from tests.plugin.test_layers import Model, _rank
@@ -136,4 +136,4 @@ def test_the_start_up_line_names_the_vocabulary(vocabulary: Vocabulary) -> None:
         vocabulary.served()
     summary = vocabulary.model.config.summary
     assert summary.pending == 0
-    assert summary.line().startswith(f"vocabulary W8A16 ({served_by('linear')}) holds 0.1 MiB, 0.2 MiB in bf16")
+    assert summary.line().startswith(f"lm_head W8A16 ({backend('cpu').name}) holds 0.1 MiB, 0.2 MiB in bf16")

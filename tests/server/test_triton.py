@@ -8,7 +8,7 @@ import torch
 import offline
 from benchmarks.accuracy.scores import Scores, score
 from benchmarks.common.server import serve
-from infoquant_vllm.ops.table import FORCE
+from infoquant_vllm.kernels.dispatch import FORCE
 from tests.common.tiny import VOCAB_SIZE, write_source
 from tests.server.test_equality import next_nll
 

@@ -9,7 +9,7 @@ import torch
 import offline
 from benchmarks.accuracy.scores import score
 from benchmarks.common.server import Server, serve
-from infoquant_vllm.ops.table import served_by
+from infoquant_vllm.kernels.dispatch import backend
 from offline.evaluate.simulate import load_simulated
 from tests.common.tiny import VOCAB_SIZE, write_source
 
@@ -41,8 +41,8 @@ def server(checkpoint: Path) -> Iterator[Server]:
 
 def test_the_start_up_line_names_both(server: Server) -> None:
     line = server.logged(r"infoquant: (.+)")
-    assert f"8 linears W4A16 ({served_by('linear')})" in line
-    assert f"vocabulary W8A16 ({served_by('linear')}) holds" in line
+    assert f"8 linears W4A16 ({backend('cpu').name})" in line
+    assert f"lm_head W8A16 ({backend('cpu').name}) holds" in line
 
 
 def test_served_is_what_the_simulation_computes(server: Server, checkpoint: Path) -> None:

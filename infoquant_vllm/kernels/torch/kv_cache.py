@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 
 from infoquant_vllm.format import apply_hadamard
+from infoquant_vllm.kernels.operands import KVCalibration, KVScheme, ScoreParams, Sequences
 from infoquant_vllm.kernels.torch.quantize import quantize_kv
 
 SUB_BLOCK = 16  # tokens
@@ -37,18 +38,15 @@ def kv_store(
     value: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
-    key_clip_ratio: torch.Tensor,
-    value_clip_ratio: torch.Tensor,
-    key_mean: torch.Tensor | None,
-    hadamard: bool,
-    num_bits: tuple[int, int],
+    calibration: KVCalibration,
+    scheme: KVScheme,
 ) -> None:
     """Quantize key, value [tokens, kv_heads, head_size] and write them into the cache.
 
     Slot s is offset s % block of block s // block; tokens with a negative slot are padding and skipped.
-    key_clip_ratio, value_clip_ratio [kv_heads, 2]; key_mean [kv_heads, head_size] is subtracted from keys, which then
-    go through `apply_hadamard` (R3) if `hadamard`.
     """
+    key_clip_ratio, value_clip_ratio, key_mean = calibration
+    num_bits, hadamard = scheme
     mask = slots >= 0
     slots = slots[mask]
     if len(slots) == 0:
@@ -86,23 +84,19 @@ def _split(
 def kv_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
-    query_starts: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    hadamard: bool,
-    scale: float,
-    window: int | None,
-    num_bits: tuple[int, int],
+    sequences: Sequences,
+    score: ScoreParams,
+    scheme: KVScheme,
     out: torch.Tensor,
-    soft_cap: float | None = None,
 ) -> None:
     """Compute causal attention of query [tokens, heads, head_size] over the cache.
 
-    Sequence i has the queries query_starts[i] .. query_starts[i + 1], which are its last tokens, and seq_lens[i]
-    tokens in the blocks block_table[i]; all three int32. A query sees itself and the tokens before it, with a window
-    only the last `window` of these. With a soft_cap a score s counts as soft_cap * tanh(s / soft_cap) (Gemma 2, 2024,
-    section 2). Writes `out`, shaped as query, in its dtype; see `attend` for the arithmetic.
+    A query sees itself and the tokens before it. Writes `out`, shaped as query, in its dtype; see `attend` for the
+    arithmetic.
     """
+    query_starts, seq_lens, block_table = sequences
+    scale, window, soft_cap = score
+    num_bits, hadamard = scheme
     tokens, heads, size = query.shape
     q = query.float()
     q = (apply_hadamard(q) if hadamard else q).view(tokens, cache.shape[1], -1, size)  # [.., kv_heads, GQA group, ..]

@@ -8,6 +8,7 @@ sign extension; the result is divided by 16.
 import torch
 import torch.nn.functional as F
 
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from infoquant_vllm.kernels.torch.quantize import apply_transform, quantize_int16, rotate_quantize
 
 UNPACKED_FACTOR = 16
@@ -44,32 +45,19 @@ def weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torc
     return F.embedding(rows, weight)
 
 
-def linear(
-    x: torch.Tensor,
-    matrices: list[torch.Tensor],
-    hadamard: int,
-    clip: torch.Tensor | None,
-    num_bits: int,
-    symmetric: bool,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, inputs: InputQuant, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Multiply x [tokens, K] by a quantized weight [N, K]; return [tokens, N] in the dtype of x.
 
-    matrices, hadamard: the input transform, see `apply_transform`
-    clip: clip ratios [groups, 2] of the activations, which have `num_bits`; None: int16 activations
-    weight: from `prepare_weight`; weight_scale, weight_zero [N, groups]: as in the checkpoint; None: signed codes
+    The weight is from `prepare_weight`, its scales and zero-points as in the checkpoint; see `apply_transform`.
     """
-    weights = weight, weight_scale, weight_zero
+    matrices, hadamard, clip, num_bits, symmetric = inputs
     if clip is None:
         codes = quantize_int16(apply_transform(x.float(), matrices, hadamard))
-        high, low = quantized_product(*codes, 8, *weights).unflatten(0, (-1, 2)).unbind(1)
+        high, low = quantized_product(*codes, 8, *weight).unflatten(0, (-1, 2)).unbind(1)
         out = high + low
     else:
         codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric)
-        out = quantized_product(*codes, num_bits, *weights)
+        out = quantized_product(*codes, num_bits, *weight)
     return (out if bias is None else out.add_(bias)).to(x.dtype)
 
 

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from infoquant_vllm.kernels.operands import KVScheme, ScoreParams, Sequences
 from infoquant_vllm.kernels.triton import configurations
 from infoquant_vllm.kernels.triton.head_hadamard import dense_factor
 from infoquant_vllm.kernels.triton.kv4_attend import attend, read_query, store_halves
@@ -102,20 +103,18 @@ def kv4_attention_kernel(
 def kv_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
-    query_starts: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    hadamard: bool,
-    scale: float,
-    window: int | None,
-    num_bits: tuple[int, int],
+    sequences: Sequences,
+    score: ScoreParams,
+    scheme: KVScheme,
     out: torch.Tensor,
-    soft_cap: float | None = None,
 ) -> None:
     """As the reference but for last bits, of [tokens, heads, head_size] with any distance between tokens and heads.
 
     The sequences may be the last of a batch: `query` and `out` begin at token query_starts[0].
     """
+    query_starts, seq_lens, block_table = sequences
+    scale, window, soft_cap = score
+    num_bits, hadamard = scheme
     (tokens, _, size), kv_heads = query.shape, cache.shape[1]
     if tokens == 0:
         return

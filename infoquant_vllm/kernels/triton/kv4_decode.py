@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from infoquant_vllm.kernels.operands import KVScheme, ScoreParams, Sequences
 from infoquant_vllm.kernels.triton import configurations
 from infoquant_vllm.kernels.triton.head_hadamard import dense_factor
 from infoquant_vllm.kernels.triton.kv4_attend import LOWEST, approximate, attend, read_query, store_halves
@@ -221,17 +222,12 @@ def decode_scratch(
 def kv_decode(
     query: torch.Tensor,
     cache: torch.Tensor,
-    query_starts: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    hadamard: bool,
-    scale: float,
-    window: int | None,
-    num_bits: tuple[int, int],
+    sequences: Sequences,
+    score: ScoreParams,
+    scheme: KVScheme,
     out: torch.Tensor,
     queries: int,
     scratch: Sequence[torch.Tensor],
-    soft_cap: float | None = None,
 ) -> None:
     """As the reference but for last bits, of [tokens, heads, head_size] with any distance between tokens and heads.
 
@@ -239,6 +235,9 @@ def kv_decode(
     shapes of `decode_scratch`, whatever it holds.
     Launches depend on shapes alone: nothing waits for the device, and a CUDA graph serves every batch of its shapes.
     """
+    query_starts, seq_lens, block_table = sequences
+    scale, window, soft_cap = score
+    num_bits, hadamard = scheme
     tokens, heads, size = query.shape
     kv_heads = cache.shape[1]
     if tokens == 0:

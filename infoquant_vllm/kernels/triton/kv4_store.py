@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from infoquant_vllm.kernels.operands import KVCalibration, KVScheme
 from infoquant_vllm.kernels.triton.extremes import amax, amin, maximum, minimum
 from infoquant_vllm.kernels.triton.head_hadamard import dense_factor, hadamard_rows, hadamard_sizes
 
@@ -129,13 +130,12 @@ def kv_store(
     value: torch.Tensor,
     cache: torch.Tensor,
     slots: torch.Tensor,
-    key_clip_ratio: torch.Tensor,
-    value_clip_ratio: torch.Tensor,
-    key_mean: torch.Tensor | None,
-    hadamard: bool,
-    num_bits: tuple[int, int],
+    calibration: KVCalibration,
+    scheme: KVScheme,
 ) -> None:
     """As the reference, of [tokens, kv_heads, head_size] with any distance between tokens and heads."""
+    key_clip_ratio, value_clip_ratio, key_mean = calibration
+    num_bits, hadamard = scheme
     tokens, (_, kv_heads, size) = len(slots), key.shape
     assert key.stride(2) == value.stride(2) == 1, "features of a head must be side by side"
     assert cache.stride()[2:] == (cache.shape[3], 1), "cells of a page must be side by side"

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from infoquant_vllm.kernels.operands import KVScheme, ScoreParams, Sequences
 from infoquant_vllm.kernels.torch import kv_cache as cpu
 from tests.common import oracles
 from tests.common.interpreted import configurations, kv4_attention, kv4_decode, kv4_tiles
@@ -29,13 +30,14 @@ class Decoding:
     def __init__(self, queries: int = 1):
         self.queries = queries
 
-    def kv_attention(self, query: torch.Tensor, cache: torch.Tensor, *rest: Any, **other: Any) -> None:
-        _, lens, table, _, _, window, _, _ = rest
-        heads, context = (query.shape[1], cache.shape[1], query.shape[2]), table.shape[1] * cache.shape[2]
-        bounds = len(lens), self.queries, context
-        shapes = kv4_decode.decode_scratch(*heads, window, *bounds, query.device)
+    def kv_attention(
+        self, query: torch.Tensor, cache: torch.Tensor, sequences: Sequences, score: ScoreParams, *rest: Any
+    ) -> None:
+        heads, context = (query.shape[1], cache.shape[1], query.shape[2]), sequences.block_table.shape[1]
+        bounds = len(sequences.seq_lens), self.queries, context * cache.shape[2]
+        shapes = kv4_decode.decode_scratch(*heads, score.window, *bounds, query.device)
         scratch = [torch.full(shape, torch.nan) for shape in shapes]
-        kv4_decode.kv_decode(query, cache, *rest, self.queries, scratch, **other)
+        kv4_decode.kv_decode(query, cache, sequences, score, *rest, self.queries, scratch)
 
 
 def kernels_for(counts: list[int]) -> list[Any]:
@@ -156,7 +158,7 @@ def test_queries_and_outputs_may_be_parts_of_wider_tensors(kernels: Any) -> None
     expected = batch.attend(kernels, cache)
     query, out = torch.zeros(tokens, 9, 96).bfloat16(), torch.ones(4, 7, 96).bfloat16().transpose(0, 1)
     query[:, 2:6] = batch.query
-    rest = (batch.query_starts, batch.lens, batch.block_table, True, 96**-0.5, None, (4, 4))
+    rest = (batch.sequences, ScoreParams(96**-0.5), KVScheme((4, 4), hadamard=True))
     kernels.kv_attention(query[:, 2:6], cache, *rest, out[1 : tokens + 1])
     assert torch.equal(out[1 : tokens + 1], expected)
     assert (out[0] == 1).all()
@@ -172,7 +174,7 @@ def test_the_padding_of_a_captured_batch_is_left_alone(counts: list[int]) -> Non
     for row, used in enumerate((9, 2, 0, 0)):
         batch.block_table[row, used:] = 10**9
     query, out = torch.cat((batch.query, batch.query[:2] * torch.nan)), torch.full((tokens + 2, 2, 64), 7.0)
-    rest = (batch.query_starts, batch.lens, batch.block_table, True, 64**-0.5, None, (4, 4))
+    rest = (batch.sequences, ScoreParams(64**-0.5), KVScheme((4, 4), hadamard=True))
     Decoding(max(counts)).kv_attention(query, cache, *rest, out)
     assert (out[:tokens] - expected).abs().max() <= 0.01 * expected.abs().max()  # bf16, which the interpreter cuts off
     assert (out[tokens:] == 7).all()
@@ -238,7 +240,7 @@ def test_many_small_weights_beside_a_great_one_are_not_lost(queries: int) -> Non
     weights = (keys @ batch.query[0, 0].double() * 64**-0.5).softmax(-1)
     assert weights[0] > 0.5 > 100 * weights[1:].max()
     out = torch.empty_like(batch.query)
-    rest = (batch.query_starts, batch.lens, batch.block_table, False, 64**-0.5, None, (4, 4), out)
+    rest = (batch.sequences, ScoreParams(64**-0.5), KVScheme((4, 4), hadamard=False), out)
     expected = weights @ values
     for kernels in kernels_for([queries]):
         kernels.kv_attention(batch.query, cache, *rest)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from tests.common import oracles
 from tests.common.interpreted import kv4_attention, kv4_store, linear
 from tests.kernels.test_kv_cache import Batch
@@ -26,9 +27,9 @@ def test_rows_with_nan_or_infinity_come_out_as_the_reference_has_them(kind: str,
     x[1, 5], x[3, 383] = torch.nan, torch.inf
     weight, grid = linear.prepare_weight(packed, 4, True, 1), linear.prepare_grid(scale)
     prepared = linear.prepare_matrices(matrices, hadamard)
-    rest = (hadamard, clip, num_bits, False)
-    found, untouched = (linear.linear(rows, prepared, *rest, weight, grid, None, None) for rows in (x, clean))
-    expected = oracles.linear(x, matrices, *rest, packed, scale, None, None)
+    inputs, packed_weight = InputQuant(prepared, hadamard, clip, num_bits, False), PackedWeight(weight, grid, None)
+    found, untouched = (linear.linear(rows, inputs, packed_weight, None) for rows in (x, clean))
+    expected = oracles.linear(x, inputs._replace(matrices=matrices), PackedWeight(packed, scale, None), None)
     for out in (found, expected):
         assert out[1].isnan().all()
         assert not out[3].isfinite().any()

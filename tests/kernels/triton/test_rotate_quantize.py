@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from tests.common import oracles
 from tests.common.guards import SENTINEL, guarded
 from tests.common.interpreted import configurations, linear, rotate_quantize
@@ -181,12 +182,12 @@ def test_a_linear_is_the_references(
     scale, bias = torch.rand(48, weight_groups), torch.randn(48).bfloat16()
     zero = None if signed else torch.randint(0, 16, (48, weight_groups), dtype=torch.uint8)
     x, clip = torch.randn(tokens, 256).bfloat16(), None if num_bits == 16 else torch.ones(groups, 2)
-    expected = oracles.linear(x, matrices, hadamard, clip, num_bits, False, packed, scale, zero, bias)
+    inputs = InputQuant(matrices, hadamard, clip, num_bits, symmetric=False)
+    expected = oracles.linear(x, inputs, PackedWeight(packed, scale, zero), bias)
     weight = linear.prepare_weight(packed, 4, signed, max(groups if clip is not None else 1, weight_groups))
     grids = linear.prepare_grid(scale), None if zero is None else linear.prepare_grid(zero)
-    found = linear.linear(
-        x, linear.prepare_matrices(matrices, hadamard), hadamard, clip, num_bits, False, weight, *grids, bias
-    )
+    prepared = inputs._replace(matrices=linear.prepare_matrices(matrices, hadamard))
+    found = linear.linear(x, prepared, PackedWeight(weight, *grids), bias)
     exact = tokens > configurations.FEW_TOKENS or max(groups, weight_groups) == 1
     torch.testing.assert_close(found, expected, rtol=0 if exact else 1e-2, atol=0 if exact else 1e-2)
 

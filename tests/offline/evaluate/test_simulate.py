@@ -17,6 +17,7 @@ from infoquant_vllm.format import (
     kv_bytes_per_token_head,
     linear_tensors,
 )
+from infoquant_vllm.kernels.operands import KVCalibration, KVScheme, ScoreParams, Sequences
 from offline.errors import ToolError
 from offline.evaluate.simulate import load_simulated
 from offline.evaluate.simulated import SimulatedCache, SimulatedLinear, quantize_input, store_and_load, transform_input
@@ -139,7 +140,7 @@ def test_what_is_read_back_is_what_the_reference_reads(num_bits: tuple[int, int]
     key, value = torch.randn(2, TOKENS, 2, 64, generator=generator)
     clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
     cells = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
-    oracles.kv_store(key, value, cells, torch.arange(TOKENS), *clips, None, False, num_bits)
+    oracles.kv_store(key, value, cells, torch.arange(TOKENS), KVCalibration(*clips, None), KVScheme(num_bits, False))
     keys, values, params = oracles.kv_read(cells, torch.tensor([0]), 64, num_bits)
     for x, bits, clip, codes, scale, zero in (
         (key, num_bits[0], clips[0], keys, params[0], params[1]),
@@ -165,16 +166,17 @@ def test_attention_equals_the_reference_bit_by_bit(num_bits: tuple[int, int], ro
     for i in range(2):
         cells = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
         rows = key[i].transpose(0, 1), value[i].transpose(0, 1)
-        oracles.kv_store(*rows, cells, torch.arange(TOKENS), *clips, offset, rotate, num_bits)
-        expected = _attention(query[i].transpose(0, 1), cells, rotate, num_bits)
+        scheme = KVScheme(num_bits, rotate)
+        oracles.kv_store(*rows, cells, torch.arange(TOKENS), KVCalibration(*clips, offset), scheme)
+        expected = _attention(query[i].transpose(0, 1), cells, scheme)
         assert torch.equal(found[i], expected)
 
 
-def _attention(query: torch.Tensor, cells: torch.Tensor, rotate: bool, num_bits: tuple[int, int]) -> torch.Tensor:
+def _attention(query: torch.Tensor, cells: torch.Tensor, scheme: KVScheme) -> torch.Tensor:
     """The reference's attention of a sequence's last tokens [tokens, heads, head_size]; its cells are block 0."""
     starts, lens, table = (torch.tensor(x, dtype=torch.int32) for x in ([0, len(query)], [TOKENS], [[0]]))
     out = torch.empty_like(query)
-    oracles.kv_attention(query, cells, starts, lens, table, rotate, 0.125, None, num_bits, out)
+    oracles.kv_attention(query, cells, Sequences(starts, lens, table), ScoreParams(0.125), scheme, out)
     return out
 
 
@@ -198,10 +200,9 @@ def test_a_models_attention_is_the_references(tmp_path: Path) -> None:
     query, key = apply_rotary_pos_emb(query, key, cos[0], sin[0])
     cells = torch.zeros(1, 2, 32, 72, dtype=torch.uint8)
     cache, value = attention.attn, rows["v_proj"].view(TOKENS, 2, 64)
-    oracles.kv_store(
-        key, value, cells, torch.arange(TOKENS), cache.key_clip_ratio, cache.value_clip_ratio, None, True, (4, 4)
-    )
-    expected = _attention(query, cells, True, (4, 4))
+    calibration, scheme = KVCalibration(cache.key_clip_ratio, cache.value_clip_ratio, None), KVScheme((4, 4), True)
+    oracles.kv_store(key, value, cells, torch.arange(TOKENS), calibration, scheme)
+    expected = _attention(query, cells, scheme)
     found = recorded[0][0].view(TOKENS, 4, 64)
     assert (found - expected).norm() / expected.norm() < 2e-3
 
