@@ -17,7 +17,7 @@ installation page of PyTorch names, and run make again.
 endef
 export NO_TORCH
 
-.PHONY: demo serve bench test fuzz lint dist lock gpu-pack gpu-pack-model clean
+.PHONY: demo serve bench test fuzz lint docs dist lock gpu-pack gpu-pack-model clean
 
 demo: $(STAMP)  ## quantize a real model, serve it, ask it something, print what it costs and gains
 	$(BIN)/python -m benchmarks.demo
@@ -35,10 +35,13 @@ test: $(STAMP)  ## all that is checked, on two cores: lint beside the distributi
 fuzz: $(STAMP)  ## ten minutes of corrupted checkpoints, at random; `make test` has a few seconds of the same ones
 	FUZZ_SECONDS=200 $(BIN)/python -m pytest tests/format/test_fuzz.py
 
-lint: $(STAMP)
+lint: $(STAMP) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the documentation as a site, its links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build-docs
 
 dist: $(STAMP)  ## sdist and wheels, checked: what docs/release.md uploads
 	rm -rf dist build
@@ -67,7 +70,7 @@ gpu-pack-model: $(STAMP)  ## the demo's model at W4A4KV4 for such a machine, in 
 	touch $@
 
 clean:
-	rm -rf .venv .demo .gpu .gpu-model dist build .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo .gpu .gpu-model dist build build-docs .mypy_cache .ruff_cache .hypothesis
 	rm -f infoquant_vllm/kernels/cpu/*.so
 
 $(STAMP): $(PACKAGES) pyproject.toml hatch_build.py $(NATIVE)
