@@ -7,7 +7,7 @@ codes of Gaussian values, groups of 32 do best unclipped, of 64 at 0.95, tokens 
 import torch
 
 from infoquant_vllm.format import ActivationArgs
-from offline.evaluate.simulated import quantize_input
+from infoquant_vllm.kernels.torch.quantize import quantize_groups
 
 GRID = tuple(1.0 - 0.025 * step for step in range(17))
 
@@ -21,8 +21,8 @@ def search_clips(y: torch.Tensor, args: ActivationArgs, groups: int) -> torch.Te
     best = torch.full((groups,), torch.inf, device=y.device)
     found = torch.ones(groups, 2, device=y.device)
     for factor in GRID:
-        codes, scale = quantize_input(y, args, torch.full_like(found, factor))
-        error = codes.unflatten(1, (groups, -1)).mul_(scale[..., None]).sub_(y.unflatten(1, (groups, -1)))
+        codes, scale, zero = quantize_groups(y, torch.full_like(found, factor), args.num_bits, args.symmetric)
+        error = codes.sub_(zero).mul_(scale).sub_(y.unflatten(1, (groups, -1)))
         lost = error.square_().sum((0, 2))
         better = lost < best
         best, found = torch.where(better, lost, best), torch.where(better[:, None], factor, found)

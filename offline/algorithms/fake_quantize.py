@@ -1,8 +1,8 @@
-"""The quantizers of `simulated`, differentiable: rounding passes gradients as if it did nothing.
+"""Fake quantization: the values that codes stand for, of weights and, with gradients, of activations and KV.
 
-Straight-through estimation (Bengio et al., arXiv 1308.3432), with the gradient of the step, as in LSQ
-(Esser et al., arXiv 1902.08153): a step is a clipped range / levels, so it depends on the clip
-factors. Zero points and the extremes that a range is made of count as constants.
+Rounding passes gradients unchanged, a straight-through estimator (Bengio et al., arXiv 1308.3432). Scales have the
+gradient of LSQ (Esser et al., arXiv 1902.08153): a scale is a clipped range / levels, so it depends on the clip
+ratios. Zero-points, and the minimum and maximum of a range, count as constants.
 """
 
 from typing import Any
@@ -10,28 +10,48 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from infoquant_vllm.format import ActivationArgs
-from offline.evaluate.simulated import LARGEST_HALF, SMALLEST_CACHE_SCALE, quantize_input, store_and_load
+from infoquant_vllm.format import WeightArgs, unpack_codes
+from infoquant_vllm.kernels.torch.quantize import quantize_groups, quantize_kv
 
-HALF_STEP = 0.5001
-"""Steps: what rounding alone moves a value by at most, with room for float32; clipping moves it further."""
+MAX_ROUNDING = 0.5001
+"""Scales; rounding moves a value by no more (with room for float32), clipping moves it further."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def fake_quantize(x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric: bool) -> torch.Tensor:
-    """x [..., K] float32 through activation codes and back; the values are those of `quantize_input`.
+def integer_weights(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:
+    """Subtract zero-points from the codes of a linear's checkpoint tensors.
 
-    clip: [groups, 2] float32, factors on a group's (minimum, maximum)
+    Returns [N, K]: int8, or int16 for asymmetric 8-bit codes.
+    """
+    codes = unpack_codes(tensors["weight_packed"], args.num_bits, signed=args.symmetric)
+    if args.symmetric:
+        return codes
+    zeros = tensors["weight_zero_point"].to(torch.int16)
+    centered = (codes.to(torch.int16).unflatten(1, (zeros.shape[1], -1)) - zeros[:, :, None]).flatten(1)
+    return centered if args.num_bits == 8 else centered.to(torch.int8)
+
+
+def dequantized_weight(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:
+    """Dequantize a linear's checkpoint tensors to [N, K] float32."""
+    scale = tensors["weight_scale"]
+    codes = integer_weights(tensors, args).unflatten(1, (scale.shape[1], -1))
+    return (codes * scale[:, :, None]).flatten(1)
+
+
+def fake_quantize(x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric: bool) -> torch.Tensor:
+    """Quantize activations x [..., K] float32 as `quantize_groups` does and dequantize them.
+
+    clip: clip ratios [groups, 2] float32 of (minimum, maximum)
     Gradients go to x and clip.
     """
     return _FakeQuantize.apply(x, clip, num_bits, symmetric)
 
 
 def fake_store(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """x [..., kv_heads, tokens, head_size] float32 through cache codes and back, as `store_and_load`.
+    """Quantize keys or values x [..., kv_heads, tokens, head_size] float32 as `quantize_kv` does and dequantize them.
 
-    clip: [kv_heads, 2] float32, factors on a head's (minimum, maximum)
+    clip: clip ratios [kv_heads, 2] float32 of (minimum, maximum)
     Gradients go to x and clip.
     """
     return _FakeStore.apply(x, clip, num_bits)
@@ -40,10 +60,9 @@ def fake_store(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tens
 class _FakeQuantize(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric: bool) -> torch.Tensor:
-        args = ActivationArgs(num_bits=num_bits, symmetric=symmetric)  # type: ignore[arg-type]
-        codes, scale = quantize_input(x.flatten(0, -2), args, clip)
-        y = codes.unflatten(1, (len(clip), -1)).mul_(scale[..., None]).view(x.shape)
-        ctx.save_for_backward(x, y, scale[..., None], clip)
+        codes, scale, zero = quantize_groups(x.flatten(0, -2), clip, num_bits, symmetric)
+        y = codes.sub_(zero).mul_(scale).view(x.shape)
+        ctx.save_for_backward(x, y, scale, clip)
         ctx.num_bits, ctx.symmetric = num_bits, symmetric
         return y
 
@@ -55,7 +74,7 @@ class _FakeQuantize(Function):
         )
         to_x = _where_not_clipped(gradient, x, y, scale)
         to_scale = (torch.linalg.vecdot(gradient, y) - torch.linalg.vecdot(to_x, x)) / scale[..., 0]
-        smallest, largest = _ends(x)
+        smallest, largest = _range(x)
         if ctx.symmetric:
             steps = 2 ** (ctx.num_bits - 1) - 1
             below = -smallest * clip[:, 0] > largest * clip[:, 1]
@@ -69,20 +88,19 @@ class _FakeQuantize(Function):
 class _FakeStore(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tensor:
-        y = store_and_load(x, num_bits, clip)
-        ctx.save_for_backward(x, y, clip)
+        codes, scale, zero = quantize_kv(x, clip[:, None], num_bits)
+        y = codes.mul_(scale.float()[..., None]).add_(zero.float()[..., None])
+        ctx.save_for_backward(x, y, scale, zero, clip)
         ctx.levels = 2**num_bits - 1
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x, y, clip), (gradient,) = ctx.saved_tensors, gradients
-        smallest, largest = _ends(x)
-        low, high = smallest * clip[:, :1], largest * clip[:, 1:]
-        scale = ((high - low) / ctx.levels).clamp(SMALLEST_CACHE_SCALE, LARGEST_HALF).half().float()[..., None]
-        low = low.clamp(min=-LARGEST_HALF).half().float()[..., None]
+        (x, y, scale, zero, clip), (gradient,) = ctx.saved_tensors, gradients
+        scale, zero = scale.float()[..., None], zero.float()[..., None]
+        smallest, largest = _range(x)
         to_x = _where_not_clipped(gradient, x, y, scale)
-        to_scale = (torch.linalg.vecdot(gradient, y - low) - torch.linalg.vecdot(to_x, x - low)) / scale[..., 0]
+        to_scale = (torch.linalg.vecdot(gradient, y - zero) - torch.linalg.vecdot(to_x, x - zero)) / scale[..., 0]
         to_high = to_scale / ctx.levels
         to_low = (gradient - to_x).sum(-1) - to_high
         to_clip = torch.stack((to_low * smallest, to_high * largest), -1)
@@ -90,10 +108,10 @@ class _FakeStore(Function):
 
 
 def _where_not_clipped(gradient: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return gradient.masked_fill((y - x).abs_() > HALF_STEP * scale, 0)
+    return gradient.masked_fill((y - x).abs_() > MAX_ROUNDING * scale, 0)
 
 
-def _ends(x: torch.Tensor) -> Pair:
-    """The extremes of x [..., K] that ranges are made of, 0 among them: [...] each."""
+def _range(x: torch.Tensor) -> Pair:
+    """Return the minimum and maximum of x [..., K] and 0: [...] each."""
     smallest, largest = torch.aminmax(x, dim=-1)
     return smallest.clamp_(max=0), largest.clamp_(min=0)

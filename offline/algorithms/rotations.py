@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from infoquant_vllm.format import InputTransform, ModelShape, apply_hadamard, hadamard, hadamard_dense
+from infoquant_vllm.kernels.torch.quantize import apply_transform
 
 ROWS_AT_A_TIME = 256
 """Of a weight or a Hessian as it is transformed in float64."""
@@ -59,19 +60,18 @@ def transform_input(
     tensors: InputTensors,
     by_hadamard: Callable[[torch.Tensor], torch.Tensor] = apply_hadamard,
 ) -> torch.Tensor:
-    """y = x @ R for x [rows, K], in the dtype of x; `tensors` holds the transform's by their local names.
+    """Apply a checkpoint's input transform to x [rows, K], with the roundings of the server; keep the dtype of x.
 
-    Rounds as the server does: sums over a learned matrix are in float64. What trains gives
-    `hadamard_product` for `by_hadamard`.
+    `tensors` holds its matrices by their local names. Training passes `hadamard_product` as `by_hadamard`.
     """
-    if transform.type == "hadamard" and transform.block_size is not None:
-        return by_hadamard(x.unflatten(1, (-1, transform.block_size))).flatten(1)
-    if transform.type == "blocks" and transform.block_size is not None:
-        blocks = x.unflatten(1, (-1, transform.block_size)).transpose(0, 1)
-        return (blocks.double() @ tensors["input_blocks"].double()).to(x.dtype).transpose(0, 1).flatten(1)
-    if transform.type == "kronecker":
-        return apply_kronecker(x, tensors["input_left"], tensors["input_right"])
-    return x
+    return apply_transform(x, *transform_operands(transform, tensors), by_hadamard)
+
+
+def transform_operands(transform: InputTransform, tensors: InputTensors) -> tuple[list[torch.Tensor], int]:
+    """Return a transform as kernels take it: its matrices, and the size of its Hadamard blocks or 0."""
+    if transform.type == "hadamard":
+        return [], transform.block_size or 0
+    return [tensors[name] for name in ("input_blocks", "input_left", "input_right") if name in tensors], 0
 
 
 def hadamard_product(x: torch.Tensor) -> torch.Tensor:
@@ -104,13 +104,6 @@ def transform_hessian(hessian: torch.Tensor, transform: InputTransform, tensors:
         for rows in side.split(ROWS_AT_A_TIME):
             rows.copy_(transform_input(rows.double(), transform, tensors, hadamard_product))
     return hessian
-
-
-def apply_kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """x [..., a * b] @ (left [a, a] (x) right [b, b]): left first, each sum in float64, rounded to the dtype of x."""
-    rows = x.reshape(-1, len(left), len(right)).double()
-    halfway = (left.double().mT @ rows).to(x.dtype)
-    return (halfway.double() @ right.double()).to(x.dtype).view(x.shape)
 
 
 def _random_signs(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -7,10 +7,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infoquant_vllm.format import SITES, Checkpoint, FormatError, WeightArgs, read_json
+from offline.algorithms.fake_quantize import integer_weights
 from offline.algorithms.rotations import orthogonality_error
 from offline.errors import CheckError
 from offline.evaluate.compare_to_source import Comparison
-from offline.evaluate.simulated import integer_weights
 from offline.model.source import Source
 from offline.output.report import REPORT_FILE, Report
 from offline.output.sentence_modules import check_projection

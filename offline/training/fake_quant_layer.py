@@ -15,9 +15,8 @@ from infoquant_vllm.format import (
     WeightArgs,
     activation_groups,
 )
-from offline.algorithms.fake_quantize import fake_quantize
+from offline.algorithms.fake_quantize import dequantized_weight, fake_quantize
 from offline.algorithms.rotations import InputTensors, hadamard_product, transform_input
-from offline.evaluate.simulated import dequantized_weight
 from offline.recipe import KVCache, Recipe
 from offline.stages.quantize_layer import local_tensors
 from offline.training.fake_quant_cache import ATTENTION, TrainedCache, register_attention

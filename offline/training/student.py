@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from infoquant_vllm.format import SITES, KVCacheArgs, LinearScheme, QuantizationConfigData
-from offline.algorithms.fake_quantize import fake_quantize
+from offline.algorithms.fake_quantize import dequantized_weight, fake_quantize
 from offline.algorithms.rotations import Transforms, hadamard_product, transform_input
-from offline.evaluate.simulated import dequantized_weight
 from offline.model.source import Source
 from offline.stages.quantize_layer import local_tensors
 from offline.training.fake_quant_cache import ATTENTION, TrainedCache, register_attention

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from infoquant_vllm.format import SITES, ActivationArgs, Checkpoint
+from infoquant_vllm.kernels.torch.quantize import quantize_groups
+from offline.algorithms.fake_quantize import fake_store
 from offline.algorithms.rotations import transform_input
 from offline.errors import ToolError
 from offline.evaluate.metrics import Figure, compare
 from offline.evaluate.page.distribution import Distribution, Quantized, SiteFigures
 from offline.evaluate.simulate import load_simulated
-from offline.evaluate.simulated import SimulatedCache, SimulatedLinear, quantize_input, store_and_load
+from offline.evaluate.simulated import SimulatedCache, SimulatedLinear
 from offline.model.architectures import CausalLM
 from offline.model.source import Source, config_dtype
 from offline.progress import ProgressReport
@@ -130,7 +132,7 @@ class _Observed:
             attention, codes = layer.self_attn, layer.self_attn.attn
             keys, values = cache.layers[index].keys.float(), cache.layers[index].values.float()
             if not self._exact:
-                keys = codes.prepared(attention.rotary.turn(cache.layers[index].keys, 0))
+                keys = codes.prepare_keys(attention.rotary.apply_rope(cache.layers[index].keys, 0))
             for site, x, bits in zip("kv", (keys, values), codes.num_bits, strict=True):
                 self._sites[site][index].add(*_quantized_cells(x, bits, codes.get_buffer(CACHE_CLIPS[site])))
 
@@ -141,19 +143,16 @@ def _quantized_input(
     """Values [tokens, K] as the groups that share a scale, and their quantized values."""
     if clip is None:
         return y, None
-    codes, scale = quantize_input(y, args, clip)
-    groups = y.unflatten(1, (len(clip), -1))
-    if args.symmetric:
-        lowest = -(2 ** (args.num_bits - 1)) * scale
-    else:
-        lowest = torch.round(groups.amin(-1).clamp(max=0) * clip[:, 0] / scale) * scale
+    codes, scale, zero = quantize_groups(y, clip, args.num_bits, args.symmetric)
+    lowest = -zero * scale
     highest = lowest + (2**args.num_bits - 1) * scale
-    values = codes.unflatten(1, (len(clip), -1)) * scale[:, :, None]
-    return groups.flatten(0, 1), Quantized(values.flatten(0, 1), lowest.flatten(), highest.flatten())
+    values = (codes - zero) * scale
+    groups = y.unflatten(1, (len(clip), -1)).flatten(0, 1)
+    return groups, Quantized(values.flatten(0, 1), lowest.flatten(), highest.flatten())
 
 
 def _quantized_cells(x: torch.Tensor, num_bits: int, clip: torch.Tensor) -> tuple[torch.Tensor, Quantized]:
     """Keys or values [batch, kv_heads, tokens, head_size] as groups [cells, head_size], and what the cache returns."""
-    values = store_and_load(x, num_bits, clip)
+    values = fake_store(x, clip, num_bits)
     lowest, highest = x.amin(-1).clamp(max=0) * clip[:, :1], x.amax(-1).clamp(min=0) * clip[:, 1:]
     return x.flatten(0, 2), Quantized(values.flatten(0, 2), lowest.flatten(), highest.flatten())

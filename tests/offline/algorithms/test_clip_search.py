@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from infoquant_vllm.format import ActivationArgs
+from infoquant_vllm.kernels.torch.quantize import quantize_groups
 from offline.algorithms.clip_search import GRID, search_clips
-from offline.evaluate.simulated import quantize_input
 
 BY_TOKEN = ActivationArgs(num_bits=4, symmetric=False, strategy="token")
 
@@ -31,8 +31,8 @@ def test_no_other_factor_loses_less_in_any_group(num_bits: int, symmetric: bool)
     y /= y.square().mean(1, keepdim=True).sqrt()
 
     def lost(clip: torch.Tensor) -> torch.Tensor:
-        codes, scale = quantize_input(y, args, clip)
-        return (codes.unflatten(1, (4, -1)) * scale[..., None] - y.unflatten(1, (4, -1))).square().sum((0, 2))
+        codes, scale, zero = quantize_groups(y, clip, num_bits, symmetric)
+        return ((codes - zero) * scale - y.unflatten(1, (4, -1))).square().sum((0, 2))
 
     least = lost(search_clips(y, args, 4))
     for factor in GRID:

@@ -1,13 +1,13 @@
-"""The differentiable quantizers give the simulation's values, and the gradients of the same formulae."""
+"""The differentiable quantizers give the oracles' values, and the gradients of the same formulas."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from infoquant_vllm.format import ActivationArgs
+from infoquant_vllm.format import kv_bytes_per_token_head
 from offline.algorithms.fake_quantize import fake_quantize, fake_store
-from offline.evaluate.simulated import quantize_input, store_and_load
+from tests.common import oracles
 
 
 def through(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
@@ -65,26 +65,45 @@ def gradients(
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("num_bits", [4, 8])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_fake_quantize_has_the_simulations_values_and_its_formulas_gradients(
+def test_fake_quantize_has_the_oracles_values_and_its_formulas_gradients(
     groups: int, num_bits: int, symmetric: bool
 ) -> None:
     x, clip = inputs(2, 7, 48, clips=groups)
-    args = ActivationArgs(num_bits=num_bits, symmetric=symmetric)
-    codes, scale = quantize_input(x.flatten(0, 1), args, clip)
-    values = codes.unflatten(1, (groups, -1)) * scale[:, :, None]
-    assert torch.equal(fake_quantize(x, clip, num_bits, symmetric), values.reshape(x.shape))
+    codes, scale, zero = oracles.rotate_quantize(x.flatten(0, 1), [], 0, clip, num_bits, symmetric)
+    values = (codes.view(14, groups, -1) - zero[..., None]) * scale[..., None]
+    assert torch.equal(fake_quantize(x, clip, num_bits, symmetric), values.view(x.shape))
     found = gradients(lambda x, clip: fake_quantize(x, clip, num_bits, symmetric), x, clip)
     expected = gradients(lambda x, clip: plain_quantize(x, clip, num_bits, symmetric), x, clip)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
-def test_fake_store_has_the_caches_values_and_its_formulas_gradients(num_bits: int) -> None:
+def test_fake_store_has_the_gradients_of_its_formulas(num_bits: int) -> None:
     x, clip = inputs(2, 3, 7, 16, clips=3)
-    assert torch.equal(fake_store(x, clip, num_bits), store_and_load(x, num_bits, clip))
     found = gradients(lambda x, clip: fake_store(x, clip, num_bits), x, clip)
     expected = gradients(lambda x, clip: plain_store(x, clip, num_bits), x, clip)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_bits", [(4, 4), (8, 8), (8, 4), (4, 8)])
+def test_fake_store_has_the_values_that_the_cache_returns(num_bits: tuple[int, int]) -> None:
+    generator, tokens = torch.Generator().manual_seed(3), 23
+    key, value = torch.randn(2, tokens, 2, 64, generator=generator)
+    clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
+    cache = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
+    oracles.kv_store(key, value, cache, torch.arange(tokens), *clips, None, False, num_bits)
+    keys, values, params = oracles.kv_read(cache, torch.tensor([0]), 64, num_bits)
+    for x, bits, clip, codes, (scale, zero) in (
+        (key, num_bits[0], clips[0], keys, params[:2]),
+        (value, num_bits[1], clips[1], values, params[2:]),
+    ):
+        expected = codes * scale.float()[..., None] + zero.float()[..., None]
+        assert torch.equal(fake_store(x.transpose(0, 1), clip, bits), expected[:, :tokens])
+
+
+def test_fake_store_is_finite_beyond_half_precision() -> None:
+    huge = torch.full((1, 1, 64), 1e6)
+    assert torch.isfinite(fake_store(torch.cat((huge, -huge, 0 * huge), 1), torch.ones(1, 2), 4)).all()
 
 
 def test_tokens_of_zeros_get_finite_gradients() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from infoquant_vllm.format import InputTransform, hadamard
+from infoquant_vllm.kernels.torch.quantize import apply_transform
 from offline.algorithms.rotations import (
-    apply_kronecker,
     hadamard_product,
     random_hadamard,
     transform_hessian,
@@ -38,7 +38,7 @@ def test_kronecker_factors_act_in_order() -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(n, n, dtype=torch.float64, generator=generator) for n in (3, 4))
     x = torch.randn(5, 12, dtype=torch.float64, generator=generator)
-    torch.testing.assert_close(apply_kronecker(x, left, right), x @ torch.kron(left, right))
+    torch.testing.assert_close(apply_transform(x, [left, right], 0), x @ torch.kron(left, right))
 
 
 @pytest.mark.parametrize(

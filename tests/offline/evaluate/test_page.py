@@ -13,9 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import infoquant_vllm.kernels.torch.quantize as quantizers
 import offline
 import offline.evaluate.page.measure as measuring
-import offline.evaluate.simulated as simulated_modules
 from infoquant_vllm.format import ActivationArgs, Checkpoint
 from offline.cli.main import app
 from offline.errors import ToolError
@@ -174,9 +174,9 @@ def test_what_is_measured_is_what_the_simulation_quantizes(rotated: Path, monkey
         monkeypatch.setattr(module, name, lambda x, *args: values.append(x) or function(x, *args))
 
     for module, name in (
-        (simulated_modules, "quantize_input"),
-        (measuring, "quantize_input"),
-        (measuring, "store_and_load"),
+        (quantizers, "quantize_groups"),
+        (measuring, "quantize_groups"),
+        (measuring, "fake_store"),
     ):
         record(module, name)
     stored: list[torch.Tensor] = []
@@ -188,10 +188,10 @@ def test_what_is_measured_is_what_the_simulation_quantizes(rotated: Path, monkey
 
     monkeypatch.setattr(SimulatedCache, "attend", record_cells)
     measure(Checkpoint(rotated), None, tokens()[:1], silent)
-    cells = seen["offline.evaluate.page.measure", "store_and_load"]
+    cells = seen["offline.evaluate.page.measure", "fake_store"]
     inputs = (
-        seen["offline.evaluate.page.measure", "quantize_input"],
-        seen["offline.evaluate.simulated", "quantize_input"],
+        seen["offline.evaluate.page.measure", "quantize_groups"],
+        seen["infoquant_vllm.kernels.torch.quantize", "quantize_groups"],
     )
     assert len(cells) == len(stored) == 2 * 2
     assert all(map(torch.equal, cells, stored))
