@@ -109,7 +109,8 @@ def _unpack(weight: torch.Tensor) -> torch.Tensor:
     global _scratch  # noqa: PLW0603 (one buffer for all layers: a call's weights are dead when it returns)
     rows, half = weight.shape
     if _scratch.numel() < 2 * rows * half or _scratch.device != weight.device:
-        _scratch = torch.empty(2 * rows * half, dtype=torch.int8, device=weight.device)
+        with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
+            _scratch = torch.empty(2 * rows * half, dtype=torch.int8, device=weight.device)
     unpacked = _scratch[: 2 * rows * half].view(rows, 2 * half)
     torch.mul(weight, UNPACKED_FACTOR, out=unpacked[:, :half])
     torch.bitwise_and(weight, -UNPACKED_FACTOR, out=unpacked[:, half:])
