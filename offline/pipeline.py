@@ -31,7 +31,7 @@ from offline.stages.distill import distill
 from offline.stages.fold import fold_embeddings
 from offline.stages.lm_head import quantize_lm_head
 from offline.stages.quantize_layers import quantized_layers
-from offline.stages.rotate_shared import make_transforms
+from offline.stages.rotate import make_transforms
 from offline.training.student import Layer, Student
 
 SHARD_BYTES = 5 * 10**9
@@ -180,7 +180,7 @@ def _transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
         kept = run.store.load(ROTATION)
         return Transforms(kept["residual"], kept["heads"])
     with run.watch("rotation"):
-        transforms = make_transforms(run.source, run.recipe, tokens, run.seed, run.devices, run.progress, run.store)
+        transforms = make_transforms(run, tokens)
     if run.store.persistent and run.recipe.transform == "psot-shared" and transforms is not None:
         assert transforms.residual is not None  # that is what was learned
         assert transforms.heads is not None

@@ -1,83 +1,85 @@
-"""InfoQuant's own rotations (arXiv 2605.26175), one per layer and input, learned to press down peaks.
+"""Learn rotations for every layer and input by PSOT (see `algorithms/psot.py`).
 
-Each acts on the input of its linears at run time, so the residual stream stays in the source's
-basis; only those of the values fold into the weights.
+They act on the inputs of linears at run time, so the residual stream stays in the source's basis; only
+the rotations of the values, R2, fold into the weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from infoquant_vllm.format import ModelShape
 from offline.algorithms.outlier_tokens import outlier_weights
+from offline.algorithms.psot import Loss, head_loss, input_loss, learn_rotations
 from offline.algorithms.rotations import InputTensors, Transforms, random_hadamard, random_head_rotations
-from offline.algorithms.stiefel import cayley_step, retract
 from offline.model.hidden_states import HiddenStates
-from offline.model.source import Source
 from offline.output.store import Store
-from offline.progress import ProgressReport
-from offline.recipe import PsotLayer
+from offline.run import Run
 from offline.stages.fold import fold_layer
 
 NEXT = "next-rotations"
-"""What the next layer's rotations are learned from is kept under that name."""
+"""Name of the state from which the next layer's rotations are learned."""
 LAYERS_WITHOUT_OUTLIERS = 2
-"""The first layers, whose tokens all weigh the same."""
-
-Loss = Callable[[torch.Tensor, slice], torch.Tensor]
-"""Of rotations [matrices, size, size], over some of the sequences."""
+"""Number of first layers in which all tokens have the same weight."""
+OBSERVED = {"self_attn.q_proj": "qkv", "self_attn.o_proj": "o", "mlp.gate_proj": "gate_up"}
 
 
-def learn_layer_rotations(
-    source: Source,
-    tokens: torch.Tensor,
-    args: PsotLayer,
-    generator: torch.Generator,
-    devices: list[torch.device],
-    progress: ProgressReport,
-    store: Store,
-) -> Transforms:
-    """Rotations for the attention input, the MLP input and the values of every layer.
+def learn_layer_rotations(run: Run, tokens: torch.Tensor, generator: torch.Generator) -> Transforms:
+    """Return rotations for the attention input, the MLP input and the values of every layer.
 
-    Four activations of one layer, each up to as large as the calibration text's hidden states, are there
-    at a time, on disk where memory is short; the rotations of the inputs are kept in `store`.
+    Four activations of one layer, each up to as large as the calibration text's hidden states, are held
+    at a time, on disk where memory is short. The rotations of the inputs are saved in `run.store`.
     """
-    shape = source.shape
-    heads = random_head_rotations(shape, generator)
-    hidden, done, device = HiddenStates(source, tokens, None, devices, store.scratch), 0, devices[0]
+    layers, store = run.source.shape.num_hidden_layers, run.store
+    heads = random_head_rotations(run.source.shape, generator)
+    hidden, done = HiddenStates(run.source, tokens, None, run.devices, store.scratch), 0
     if store.exists(NEXT):
-        kept, done = store.load(NEXT), store.metadata(NEXT)["layer"]
-        hidden.restore(kept["hidden"], done)
-        heads.copy_(kept["heads"])
-        generator.set_state(kept["generator"])
-    for layer in range(done, shape.num_hidden_layers):
-        seen = _activations(source, hidden, layer, device, store)
-        weight = 1.0 if layer < LAYERS_WITHOUT_OUTLIERS else args.outlier_weight
-        weights = {name: outlier_weights(x.flatten(2), weight) for name, x in seen.items()}
-        rotations, losses = {}, []
-        for site in ("qkv", "gate_up"):
-            x = seen[site].unflatten(2, (args.blocks, 1, -1))
-            start = torch.stack([random_hadamard(x.shape[-1], generator) for _ in range(args.blocks)])
-            loss = input_loss(x, weights[site], args.temperature, device)
-            rotations[site], fall = _learn(start, loss, len(tokens), args, generator, device)
-            losses.append(fall)
-        outputs = seen["o"].unflatten(2, (shape.num_key_value_heads, -1, shape.head_dim))
-        values = seen["v"].unflatten(2, (shape.num_key_value_heads, 1, shape.head_dim))
-        pairs = ((outputs, weights["o"]), (values, weights["v"]))
-        heads[layer], fall = _learn(
-            heads[layer], head_loss(*pairs, args.temperature, device), len(tokens), args, generator, device
-        )
+        saved, done = store.load(NEXT), store.metadata(NEXT)["layer"]
+        hidden.restore(saved["hidden"], done)
+        heads.copy_(saved["heads"])
+        generator.set_state(saved["generator"])
+    for layer in range(done, layers):
+        rotations, heads[layer], losses = _learn_layer(run, hidden, layer, heads[layer], generator)
         store.save(_name(layer), {site: rotation.float() for site, rotation in rotations.items()})
         if store.persistent:
             state = {"hidden": hidden.values, "heads": heads, "generator": generator.get_state()}
             store.save(NEXT, state, layer=layer + 1)
-        falls = ", ".join(f"{fall:.3f}" for fall in (*losses, fall))
-        progress("rotations", layer + 1, shape.num_hidden_layers, f"losses at {falls} of the first epoch")
-    return Transforms(None, heads, _KeptInputs(store, shape.num_hidden_layers))
+        falls = ", ".join(f"{loss:.3f}" for loss in losses)
+        run.progress("rotations", layer + 1, layers, f"losses at {falls} of the first epoch")
+    return Transforms(None, heads, _SavedInputs(store, layers))
 
 
-class _KeptInputs(Sequence[dict[str, InputTensors]]):
-    """Each layer's rotations, read when they are asked for."""
+def _learn_layer(
+    run: Run, hidden: HiddenStates, layer: int, heads: torch.Tensor, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[float]]:
+    """Return rotations by site, those of the values, learned from `heads`, and what is left of each loss."""
+    args, shape = run.recipe.psot_layer, run.source.shape
+    seen = _activations(run, hidden, layer)
+    outlier_weight = 1.0 if layer < LAYERS_WITHOUT_OUTLIERS else args.outlier_weight
+    weights = {name: outlier_weights(x.flatten(2), outlier_weight) for name, x in seen.items()}
+    sequences = range(0, len(hidden.values), args.batch_sequences)
+    batches = [slice(first, first + args.batch_sequences) for first in sequences]
+    rates = torch.linspace(args.learning_rate, args.last_learning_rate, args.epochs).tolist()
+
+    def learn(start: torch.Tensor, loss: Loss) -> torch.Tensor:
+        rotation, left = learn_rotations(start, loss, batches, rates, generator, run.devices[0])
+        losses.append(left)
+        return rotation
+
+    rotations, losses = {}, list[float]()
+    for site in ("qkv", "gate_up"):
+        x = seen[site].unflatten(2, (args.blocks, 1, -1))
+        start = torch.stack([random_hadamard(x.shape[-1], generator) for _ in range(args.blocks)])
+        rotations[site] = learn(start, input_loss(x, weights[site], args.temperature))
+    outputs = seen["o"].unflatten(2, (shape.num_key_value_heads, -1, shape.head_dim))
+    values = seen["v"].unflatten(2, (shape.num_key_value_heads, 1, shape.head_dim))
+    loss = head_loss((outputs, weights["o"]), (values, weights["v"]), args.temperature)
+    return rotations, learn(heads, loss), losses
+
+
+class _SavedInputs(Sequence[dict[str, InputTensors]]):
+    """Each layer's rotations, read from disk when they are asked for."""
 
     def __init__(self, store: Store, layers: int):
         self._store, self._layers = store, range(layers)
@@ -94,118 +96,36 @@ def _name(layer: int) -> str:
     return f"rotations-{layer:05d}"
 
 
-def _activations(
-    source: Source, hidden: HiddenStates, layer: int, device: torch.device, store: Store
-) -> dict[str, torch.Tensor]:
-    """Inputs of attention, MLP and o_proj, and the values, [sequences, length, features] float32 on the CPU.
+def _activations(run: Run, hidden: HiddenStates, layer: int) -> dict[str, torch.Tensor]:
+    """Run a layer; returns inputs of attention, MLP and o_proj, and the values, [sequences, length, features] float32.
 
-    Norm gains are folded into the weights. Runs the layer.
+    They are on the CPU. Norm gains are folded into the weights.
     """
-    modules, shape = {"self_attn.q_proj": "qkv", "self_attn.o_proj": "o", "mlp.gate_proj": "gate_up"}, source.shape
-    features = {
-        "qkv": shape.hidden_size,
-        "o": shape.num_attention_heads * shape.head_dim,
-        "gate_up": shape.hidden_size,
-        "v": shape.num_key_value_heads * shape.head_dim,
-    }
-    size = hidden.values.shape[:2]
-    seen, filled = (
-        {site: store.scratch.empty(*size, width) for site, width in features.items()},
-        dict.fromkeys(features, 0),
-    )
-    state = {name: tensor.to(device) for name, tensor in fold_layer(source, layer, Transforms(None, None)).items()}
+    size, device = hidden.values.shape[:2], run.devices[0]
+    features = _features(run.source.shape)
+    seen = {site: run.store.scratch.empty(*size, width) for site, width in features.items()}
+    filled = dict.fromkeys(features, 0)
+    folded = fold_layer(run.source, layer, Transforms(None, None))
+    state = {name: tensor.to(device) for name, tensor in folded.items()}
 
     def keep(site: str, x: torch.Tensor) -> None:
         seen[site].flatten(0, 1)[filled[site] : filled[site] + len(x)] = x
         filled[site] += len(x)
 
     def observe(module: str, x: torch.Tensor) -> None:
-        keep(modules[module], x)
-        if modules[module] == "qkv":
+        keep(OBSERVED[module], x)
+        if OBSERVED[module] == "qkv":
             weight, bias = state["self_attn.v_proj.weight"], state.get("self_attn.v_proj.bias")
             keep("v", torch.nn.functional.linear(x, weight, bias))
 
-    hidden.forward_layer(state, list(modules), observe)
+    hidden.forward_layer(state, list(OBSERVED), observe)
     return seen
 
 
-def input_loss(x: torch.Tensor, weights: torch.Tensor, temperature: float, device: torch.device) -> Loss:
-    """The peaks of an input x [sequences, length, blocks, 1, size], found among all its features."""
-
-    def loss(rotations: torch.Tensor, sequences: slice) -> torch.Tensor:
-        rotated = rotate(x[sequences].to(device), rotations)
-        return peak_norm(center(rotated).flatten(2), weights[sequences].to(device), temperature)
-
-    return loss
-
-
-def head_loss(
-    outputs: tuple[torch.Tensor, torch.Tensor],
-    values: tuple[torch.Tensor, torch.Tensor],
-    temperature: float,
-    device: torch.device,
-) -> Loss:
-    """The peaks of o_proj's inputs and of the values, found in each head, both counting the same.
-
-    Each a pair of activations [sequences, length, kv_heads, heads of each, head_dim] and token weights.
-    """
-
-    def loss(rotations: torch.Tensor, sequences: slice) -> torch.Tensor:
-        first, second = (
-            peak_norm(
-                center(rotate(x[sequences].to(device), rotations)),
-                weights[sequences, :, None, None].to(device),
-                temperature,
-            )
-            for x, weights in (outputs, values)
-        )
-        return first + second * torch.where(second > 0, first / second, 1.0).detach()
-
-    return loss
-
-
-def rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """x [..., matrices, rows, size] times rotations [matrices, size, size]."""
-    return torch.einsum("...krd,kde->...kre", x, rotations)
-
-
-def center(x: torch.Tensor) -> torch.Tensor:
-    """x less its mean over the last axis."""
-    return x - x.mean(-1, keepdim=True)
-
-
-def peak_norm(y: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Frobenius norm of p A w, A = |y|, p = softmax(A / temperature) over the last axis.
-
-    y: [..., features]
-    weights: [...], of whole rows
-    """
-    size = y.abs()
-    return ((size / temperature).softmax(-1) * size * weights[..., None]).norm()
-
-
-def _learn(
-    start: torch.Tensor,
-    loss: Loss,
-    sequences: int,
-    args: PsotLayer,
-    generator: torch.Generator,
-    device: torch.device,
-) -> tuple[torch.Tensor, float]:
-    """Rotations [matrices, size, size] float64, learned from `start`; and the share of the loss that is left.
-
-    Inputs that are all zero have no peaks: their loss is 0, and the rotations stay as they are.
-    """
-    rotations = start.to(device, torch.float32)
-    batches = [slice(first, first + args.batch_sequences) for first in range(0, sequences, args.batch_sequences)]
-    losses = []
-    for rate in torch.linspace(args.learning_rate, args.last_learning_rate, args.epochs).tolist():
-        total = 0.0
-        for batch in batches:
-            rotations.requires_grad_()
-            value = loss(rotations, batch)
-            (gradient,) = torch.autograd.grad(value, rotations)
-            rotations = cayley_step(rotations.detach(), gradient, rate, generator)
-            total += value.item()
-        losses.append(total)
-    return retract(rotations.double()).cpu(), losses[-1] / losses[0] if losses[0] > 0 else 1.0
+def _features(shape: ModelShape) -> dict[str, int]:
+    return {
+        "qkv": shape.hidden_size,
+        "o": shape.num_attention_heads * shape.head_dim,
+        "gate_up": shape.hidden_size,
+        "v": shape.num_key_value_heads * shape.head_dim,
+    }

@@ -13,7 +13,7 @@ from offline.progress import silent
 from offline.recipe import Recipe, Site, Sites
 from offline.tensor_parallel import common_share, tp_sizes
 from tests.common.tiny import VOCAB_SIZE, write_source
-from tests.offline.algorithms.test_equivalence import LARGEST_RELATIVE_ERROR, recipe_for, relative_error, transforms_for
+from tests.offline.stages.test_fold import LARGEST_RELATIVE_ERROR, recipe_for, relative_error, transforms_for
 
 
 def shape(heads: int, kv_heads: int, intermediate: int, head_dim: int = 64) -> ModelShape:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from offline.algorithms.psot import cayley
 from offline.algorithms.stiefel import cayley_step, retract
-from offline.stages.rotate_shared import cayley
 
 
 def random_rotations(*shape: int) -> torch.Tensor:

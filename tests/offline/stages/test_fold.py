@@ -9,11 +9,10 @@ from infoquant_vllm.format import SITES
 from offline.algorithms.rotations import Transforms, transform_input, undo_in_weights
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
-from offline.output.store import Store
-from offline.progress import silent
 from offline.recipe import Psot, PsotLayer, Recipe
 from offline.stages.fold import fold_embeddings, fold_layer
-from offline.stages.rotate_shared import make_transforms
+from offline.stages.rotate import make_transforms
+from tests.common.runs import run_of
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 
 TRANSFORMS = ("none", "hadamard", "psot-shared", "psot-layer")
@@ -61,9 +60,7 @@ def transformed_model(source: Source, transforms: Transforms | None, recipe: Rec
 
 
 def transforms_for(source: Source, recipe: Recipe, tokens: torch.Tensor) -> Transforms | None:
-    return make_transforms(
-        source, recipe, tokens, 1, [torch.device("cpu")], silent, Store(source.folder.with_name("work"))
-    )
+    return make_transforms(run_of(source, recipe), tokens)
 
 
 @torch.no_grad()
