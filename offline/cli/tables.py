@@ -1,4 +1,4 @@
-"""Results as tables on standard output."""
+"""Print results as tables on standard output."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from offline.output.report import Report
 
 
 def print_report(report: Report, output: Path) -> None:
-    """What `quantize` did, or with a dry run would do."""
+    """Print what `quantize` wrote, or in a dry run would write."""
     table = _sizes_table(
         "would be written" if report.dry_run else str(output),
         {
@@ -29,7 +29,7 @@ def print_report(report: Report, output: Path) -> None:
     if report.plan is not None:
         _print_plan(console, report.plan)
     if not report.dry_run:
-        console.print(f"{report.calibration_tokens} calibration tokens, {sum(report.seconds.values()):.0f} seconds")
+        console.print(f"{report.calibration_tokens} calibration tokens, {sum(report.seconds.values()):.0f} s")
 
 
 def _print_plan(console: Console, plan: Plan) -> None:
@@ -56,7 +56,7 @@ def _print_plan(console: Console, plan: Plan) -> None:
 
 
 def print_verification(found: Verification, console: Console | None = None) -> None:
-    """The checks, errors by layer, and the verdict."""
+    """Print the checks, errors by layer, and the verdict."""
     console = Console() if console is None else console
     table = Table("check", "", "found", title=found.checkpoint)
     for check in found.checks:
@@ -64,7 +64,7 @@ def print_verification(found: Verification, console: Console | None = None) -> N
     console.print(table)
     columns = {
         "hidden states' relative error": (found.layer_errors, ".3f"),
-        "energy lost by rounding": (found.rounding_errors, ".2%"),
+        "output energy lost by rounding": (found.rounding_errors, ".2%"),
         "|Q^T Q - I|": (found.orthogonality_errors, ".1e"),
     }
     shown = {title: column for title, column in columns.items() if column[0]}
@@ -78,11 +78,11 @@ def print_verification(found: Verification, console: Console | None = None) -> N
 
 
 def print_inspection(found: Inspection) -> None:
-    """Model, schemes, sizes, recipe and figures."""
+    """Print model, schemes, sizes, recipe and figures."""
     console, shape = Console(), found.shape
     console.print(
         f"{found.checkpoint}: {shape.architecture}, {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, "
-        f"{shape.num_attention_heads} heads, {shape.num_key_value_heads} kv-heads of {shape.head_dim}, "
+        f"{shape.num_attention_heads} heads, {shape.num_key_value_heads} KV heads of size {shape.head_dim}, "
         f"format version {found.format_version}",
         soft_wrap=True,
     )
@@ -91,12 +91,12 @@ def print_inspection(found: Inspection) -> None:
         schemes.add_row(name, *scheme_words(scheme))
     console.print(schemes)
     cache = found.kv_cache
-    rotation = "rotated" if found.rotated_residual else "the source's, or folded into the embeddings"
-    kept = "as the model"
+    rotation = "online" if found.rotated_residual else "none, or folded into the weights"
+    stored = "unquantized"
     if cache is not None:
-        kept = f"keys {cache.key_bits} bits through {cache.key_transform}, values {cache.value_bits} bits"
-    vocabulary = "as the model" if found.lm_head_bits is None else f"{found.lm_head_bits} bits"
-    console.print(f"KV cache: {kept}; residual basis: {rotation}; vocabulary: {vocabulary}")
+        stored = f"keys {cache.key_bits} bits (transform: {cache.key_transform}), values {cache.value_bits} bits"
+    lm_head = "unquantized" if found.lm_head_bits is None else f"{found.lm_head_bits} bits"
+    console.print(f"KV cache: {stored}; R1: {rotation}; lm_head: {lm_head}")
     sizes = {part: (size.bytes, size.bf16_bytes) for part, size in found.sizes.items()}
     sizes["KV cache per token"] = (found.kv_bytes_per_token, found.kv_bf16_bytes_per_token)
     console.print(_sizes_table("sizes", sizes))
@@ -109,7 +109,7 @@ def print_inspection(found: Inspection) -> None:
 
 
 def print_evaluation(found: Evaluation) -> None:
-    """Figures with their standard errors, and the text they come from."""
+    """Print figures with their standard errors, and the text that was read."""
     console = Console()
     table = Table("figure", "mean", "standard error", title=f"{found.model}{' (simulated)' if found.simulated else ''}")
     rows = {
@@ -126,18 +126,18 @@ def print_evaluation(found: Evaluation) -> None:
 
 
 def print_page(found: Summary) -> None:
-    """Where the page is, and the worst places on it."""
+    """Print where the page is, and the worst errors on it."""
     console = Console()
     for what, worst in (("quantized input", found.worst_input), ("rounded weight", found.worst_weight)):
         if worst is not None:
-            console.print(f"worst {what}: layer {worst.layer}, {worst.place}, {worst.error:.2%} of its energy is noise")
+            console.print(f"worst {what}: layer {worst.layer}, {worst.place}, error {worst.error:.2%} of its energy")
     if found.before is None:
-        console.print("without --source SOURCE the page lacks the figures before quantizing")
+        console.print("the page lacks figures before quantizing; add --source SOURCE")
     console.print(found.page, markup=False, highlight=False, soft_wrap=True)
 
 
 def _error(figure: Figure) -> str:
-    return "one window: unknown" if figure.standard_error is None else f"{figure.standard_error:.2g}"
+    return "unknown (one window)" if figure.standard_error is None else f"{figure.standard_error:.2g}"
 
 
 def _sizes_table(title: str, sizes: dict[str, tuple[int, int]]) -> Table:

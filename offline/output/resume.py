@@ -53,7 +53,7 @@ def finished_before(output: Path, fingerprint: Fingerprint) -> bool:
 def resumable_folder(output: Path, fingerprint: Fingerprint) -> Iterator[Path]:
     """Yield a folder that takes the place of `output` when the block succeeds.
 
-    Whatever else ends the block, the resume folder keeps what was saved in it. Raises ToolError where that folder
+    However else the block ends, the resume folder keeps the saved steps. Raises ToolError where that folder
     has another fingerprint, or another run uses it.
     """
     folder = resume_folder(output)
@@ -72,11 +72,11 @@ def resumable_folder(output: Path, fingerprint: Fingerprint) -> Iterator[Path]:
             replace_folder(partial, output)
             shutil.rmtree(folder)
     except KeyboardInterrupt as error:
-        error.add_note(f"{folder} keeps what is done; run the same command with --resume to continue")
+        error.add_note(f"{folder} keeps finished steps; run the same command with --resume to continue")
         raise
     except (OSError, SafetensorError) as error:
         raise not_written(
-            output, error, f"; fix that and continue with --resume, {folder} keeps what is done"
+            output, error, f"; fix that and continue with --resume, {folder} keeps finished steps"
         ) from error
 
 

@@ -2,11 +2,13 @@
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks import demo
+from benchmarks.common.programs import DEMO_MODEL
 
 
 def test_the_printed_request_can_be_pasted_from_a_narrow_terminal(
@@ -20,3 +22,9 @@ def test_the_printed_request_can_be_pasted_from_a_narrow_terminal(
     assert (program, url) == ("curl", "http://127.0.0.1:60495/v1/chat/completions")
     assert header == "Content-Type: application/json"
     assert json.loads(body)["model"] == str(model)
+
+
+def test_demo_model_leaves_an_existing_folder_alone(tmp_path: Path) -> None:
+    done = subprocess.run([*DEMO_MODEL, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path}: exists already; remove it or give another folder\n"

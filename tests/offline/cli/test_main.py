@@ -24,12 +24,12 @@ calibration: {sequences: 4, sequence_length: 32}
 
 
 def infoquant(*arguments: object) -> Result:
-    """The command in this process: starting the executable takes seconds."""
+    """Run the command in this process: starting the executable takes seconds."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def executable(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in a process of its own."""
     return subprocess.run([*INFOQUANT, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(message: str, *arguments: object) -> None:
-    """Exit code 1, one message that holds `message`, nothing on standard output and no traceback."""
+    """Check for exit code 1, one error with `message`, nothing on standard output and no traceback."""
     done = infoquant(*arguments)
     assert done.exit_code == 1, done.stderr
     assert message in done.stderr
@@ -71,7 +71,10 @@ def refused(message: str, *arguments: object) -> None:
 def test_help_explains_every_command() -> None:
     done = executable("--help")
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("quantize", "verify", "inspect", "eval", "demo-model"))
+    assert all(
+        command in done.stdout
+        for command in ("quantize", "verify", "inspect", "eval", "sample", "push", "report", "doctor")
+    )
 
 
 def test_wrong_usage_has_exit_code_2(source: Path, tmp_path: Path, recipe: Path) -> None:
@@ -82,8 +85,8 @@ def test_wrong_usage_has_exit_code_2(source: Path, tmp_path: Path, recipe: Path)
 
 
 def test_verify_passes_what_quantize_writes(checkpoint: Path, source: Path) -> None:
-    done = executable("verify", checkpoint, "--against", source, "--json")
-    assert done.returncode == 0, done.stderr
+    done = infoquant("verify", checkpoint, "--against", source, "--json")
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["passed"]
     assert "passed" in infoquant("verify", checkpoint).stdout
 
@@ -99,15 +102,15 @@ def test_verify_has_exit_code_1_for_a_truncated_shard(checkpoint: Path, tmp_path
     assert shard.name in found["checks"][0]["detail"]
 
 
-def test_inspect_tells_the_schemes(checkpoint: Path) -> None:
-    found = json.loads(executable("inspect", checkpoint, "--json").stdout)
+def test_inspect_shows_the_schemes(checkpoint: Path) -> None:
+    found = json.loads(infoquant("inspect", checkpoint, "--json").stdout)
     assert found["schemes"]["mlp.down_proj"]["weights"]["num_bits"] == 4
     assert "bits per weight" in infoquant("inspect", checkpoint).stdout
 
 
 def test_eval_prints_figures(checkpoint: Path, source: Path) -> None:
-    done = executable("eval", checkpoint, "--reference", source, "--tokens", 64, "--window", 32, "--json")
-    assert done.returncode == 0, done.stderr
+    done = infoquant("eval", checkpoint, "--reference", source, "--tokens", 64, "--window", 32, "--json")
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["kl"]["mean"] > 0
 
 
@@ -193,15 +196,8 @@ def test_unquantized_model_is_no_checkpoint(source: Path) -> None:
     refused("no quantization_config; run `infoquant quantize`", "inspect", source)
 
 
-def test_demo_model_leaves_an_existing_folder_alone(tmp_path: Path) -> None:
-    done = executable("demo-model", tmp_path)
-    assert done.returncode == 1
-    assert f"error: {tmp_path}: exists already" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize("target", ["{file}/out", "/proc/out", "{folder}/" + 240 * "a"])
-@pytest.mark.parametrize("command", ["quantize", "quantize --resume", "sample", "report", "demo-model"])
+@pytest.mark.parametrize("command", ["quantize", "quantize --resume", "sample", "report"])
 def test_target_that_cannot_be_written_is_refused_before_any_work(
     command: str, target: str, source: Path, recipe: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -212,7 +208,6 @@ def test_target_that_cannot_be_written_is_refused_before_any_work(
         "quantize --resume": ("quantize", source, out, "--recipe", recipe, "--resume"),
         "sample": ("sample", source, out.with_suffix(".safetensors")),
         "report": ("report", checkpoint, "--output", out.with_suffix(".html")),
-        "demo-model": ("demo-model", out),
     }
     done = infoquant(*arguments[command])
     assert done.exit_code == 1
@@ -223,7 +218,7 @@ def test_target_that_cannot_be_written_is_refused_before_any_work(
 
 
 def ended_by(number: int, *arguments: object) -> tuple[int, str]:
-    """Exit code and last line of a run that got a signal as it began to sample its calibration text."""
+    """Return exit code and last line of a run that got a signal while it sampled its calibration text."""
     command = [*INFOQUANT, *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
@@ -241,16 +236,16 @@ def test_signal_leaves_nothing_behind(number: int, source: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_resumable_run_that_is_stopped_says_what_it_keeps(number: int, source: Path, tmp_path: Path) -> None:
+def test_interrupted_resumable_run_says_what_it_keeps(number: int, source: Path, tmp_path: Path) -> None:
     code, said = ended_by(number, "quantize", source, tmp_path / "out", "--resume")
     assert code == 128 + number
-    assert said.startswith(f"stopped; {tmp_path / 'out.resume'} keeps what is done")
+    assert said.startswith(f"stopped; {tmp_path / 'out.resume'} keeps finished steps")
     assert [path.name for path in tmp_path.iterdir()] == ["out.resume"]
 
 
 def test_version_names_tool_and_vllm() -> None:
-    done = executable("--version")
-    assert done.returncode == 0
+    done = infoquant("--version")
+    assert done.exit_code == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["infoquant-vllm", "vllm"]
     assert metadata.version("vllm") in done.stdout
 
@@ -263,7 +258,7 @@ def test_evaluation_of_few_tokens_is_one_window_of_them(source: Path) -> None:
             "eval", source, "--tokens", 100, "--window", 200)  # fmt: skip
 
 
-def test_sample_makes_the_folder_of_its_file(source: Path, tmp_path: Path) -> None:
+def test_sample_creates_the_folder_of_its_file(source: Path, tmp_path: Path) -> None:
     file = tmp_path / "new" / "tokens.safetensors"
     assert infoquant("sample", source, file, "--sequences", 1, "--length", 8).exit_code == 0
     assert file.is_file()

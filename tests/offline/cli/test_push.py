@@ -1,4 +1,4 @@
-"""`infoquant push`: what passes its checks goes to the hub whole; nothing is sent of what does not."""
+"""`infoquant push` uploads a checkpoint that passes its checks, and nothing of one that fails."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from tests.common.tiny import write_source
 
 
 class Hub:
-    """What HfApi is asked."""
+    """Record the calls to HfApi."""
 
     def __init__(self, error: Exception | None = None):
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_every_file_but_hidden_ones_goes_to_a_repository_that_need_not_exist(checkpoint: Path) -> None:
+def test_all_but_hidden_files_are_uploaded_to_a_new_repository(checkpoint: Path) -> None:
     for name in ("additional_chat_templates/tools.jinja", "1_Pooling/config.json"):
         (checkpoint / name).parent.mkdir()
         (checkpoint / name).write_text("{}")
@@ -50,19 +50,19 @@ def test_every_file_but_hidden_ones_goes_to_a_repository_that_need_not_exist(che
     assert (sent.files, sent.url) == (len(visible), "https://hub/organization/model/commit/1")
 
 
-def test_nothing_is_sent_of_a_checkpoint_that_fails_its_checks(checkpoint: Path) -> None:
+def test_checkpoint_that_fails_its_checks_is_not_uploaded(checkpoint: Path) -> None:
     shard = next(checkpoint.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     hub = Hub()
-    with pytest.raises(ToolError, match=f"not sent, its check 'headers' failed: .*{shard.name}"):
+    with pytest.raises(ToolError, match=f"not uploaded, its check 'headers' failed: .*{shard.name}"):
         push(checkpoint, "organization/model", api=hub)  # type: ignore[arg-type]
     assert hub.calls == []
 
 
-def test_wrong_name_and_a_hub_that_refuses_are_told(checkpoint: Path) -> None:
-    with pytest.raises(ToolError, match="a repository like organization/model was expected"):
+def test_wrong_name_and_refusal_of_the_hub_are_reported(checkpoint: Path) -> None:
+    with pytest.raises(ToolError, match="expected a repository like organization/model"):
         push(checkpoint, "model", api=Hub())  # type: ignore[arg-type]
-    with pytest.raises(ToolError, match=r"the hub did not take .* \(401 Unauthorized\)"):
+    with pytest.raises(ToolError, match=r"the hub refused .* \(401 Unauthorized\)"):
         push(checkpoint, "organization/model", api=Hub(OSError("401 Unauthorized\nmore")))  # type: ignore[arg-type]
-    with pytest.raises(ToolError, match=r"the hub did not take .* \(TimeoutError\)"):
+    with pytest.raises(ToolError, match=r"the hub refused .* \(TimeoutError\)"):
         push(checkpoint, "organization/model", api=Hub(TimeoutError()))  # type: ignore[arg-type]

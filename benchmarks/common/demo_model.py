@@ -1,6 +1,10 @@
-"""The demo model: SmolLM2-135M-Instruct out of a Python package, for machines that reach no model hub."""
+"""Write the demo model, SmolLM2-135M-Instruct out of a Python package: python -m benchmarks.common.demo_model FOLDER.
+
+For machines that reach no model hub.
+"""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -51,7 +55,7 @@ def demo_model(folder: Path) -> Path:
 
 
 def _gguf_file() -> Path:
-    """The file in the installed package, which is not imported: that would need the package `llm`."""
+    """Find the file in the installed package, without importing that: it would need the package `llm`."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ToolError(f"the package {package} is not installed; {INSTALL}")
@@ -83,7 +87,14 @@ def _write(file: Path, folder: Path) -> None:
 
 
 def _config(loaded: PreTrainedConfig) -> LlamaConfig:
-    """The same model without the traces of its quantized file."""
+    """Return the config without the traces of the quantized file."""
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version")
     fields = {name: value for name, value in loaded.to_dict().items() if name not in dropped}
     return LlamaConfig.from_dict(fields | {"dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]})
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{demo_model(Path(sys.argv[1]))}: {NAME}")
+    except ToolError as error:
+        sys.exit(f"error: {error}")
