@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from infoquant_vllm.format import (
     FORMAT_VERSION,
@@ -17,6 +17,7 @@ from infoquant_vllm.format import (
     KVCacheArgs,
     ModelShape,
     QuantizationConfigData,
+    StrictModel,
     WeightArgs,
     check_tp_divisible,
 )
@@ -28,11 +29,7 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class SiteActivations(_Strict):
+class SiteActivations(StrictModel):
     """`ActivationArgs` of the format, where strategy "head" takes its size from the model."""
 
     num_bits: Literal[4, 8, 16] = 4
@@ -52,7 +49,7 @@ class SiteActivations(_Strict):
         return ActivationArgs(num_bits=self.num_bits, symmetric=self.symmetric, strategy=self.strategy, group_size=size)
 
 
-class Site(_Strict):
+class Site(StrictModel):
     """Quantization of the linears that share an input: weights, input activations, and the input's clip ratio.
 
     clip_ratio: one number, or "search" for the best one of each layer and group (see `algorithms/clip_search.py`)
@@ -63,7 +60,7 @@ class Site(_Strict):
     clip_ratio: ClipRatio | Literal["search"] = 0.9
 
 
-class Sites(_Strict):
+class Sites(StrictModel):
     """The four inputs of a decoder layer."""
 
     qkv: Site = Site()
@@ -72,7 +69,7 @@ class Sites(_Strict):
     down: Site = Site()
 
 
-class KVCache(_Strict):
+class KVCache(StrictModel):
     """Bits of keys and values in the cache, and the factors that shrink their ranges.
 
     key_mean_positions: keys are quantized less their mean over that many positions (see
@@ -86,14 +83,14 @@ class KVCache(_Strict):
     key_mean_positions: Annotated[int, Field(ge=1, le=131_072)] | None = None
 
 
-class CalibrationSize(_Strict):
+class CalibrationSize(StrictModel):
     """How much text is read: `sequences` of `sequence_length` tokens."""
 
     sequences: Count = 64
     sequence_length: Annotated[int, Field(ge=8, le=131_072)] = 512
 
 
-class Gptq(_Strict):
+class Gptq(StrictModel):
     """Rounding of the weights.
 
     dampening_frac: as a share of the Hessian's mean diagonal
@@ -104,7 +101,7 @@ class Gptq(_Strict):
     refinements: Annotated[int, Field(ge=0, le=100)] = 0
 
 
-class Psot(_Strict):
+class Psot(StrictModel):
     """The optimization of the shared rotation: Adam with a cosine schedule."""
 
     steps: Count = 500
@@ -113,7 +110,7 @@ class Psot(_Strict):
     pool_tokens: Count = 120_000
 
 
-class PsotLayer(_Strict):
+class PsotLayer(StrictModel):
     """The optimization of each layer's own rotations: gradient descent over orthogonal matrices.
 
     As published: 15 epochs over 128 sequences of 2048 tokens, which wants a GPU.
@@ -133,7 +130,7 @@ class PsotLayer(_Strict):
     outlier_weight: Annotated[float, Field(gt=0)] = 30.0
 
 
-class LearnedClips(_Strict):
+class LearnedClips(StrictModel):
     """The optimization of clip factors in place of the sites' fixed ones, layer by layer: AdamW.
 
     As published: 128 sequences, 4 at a time.
@@ -148,7 +145,7 @@ class LearnedClips(_Strict):
     warmup_steps: Count = 16
 
 
-class Distillation(_Strict):
+class Distillation(StrictModel):
     """End-to-end training of a factor per row of weights and of clips against the source: Adam, warm-up and cosine.
 
     The rate is relative for scales and absolute for clips; 0 leaves them as they are.
@@ -161,7 +158,7 @@ class Distillation(_Strict):
     clip_learning_rate: Rate = 3e-3
 
 
-class Recipe(_Strict):
+class Recipe(StrictModel):
     """Everything that decides the output, apart from the source, the calibration text and the seed."""
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]

@@ -38,6 +38,7 @@ from infoquant_vllm.format.schema import (
     KVCacheArgs,
     LinearScheme,
     QuantizationConfigData,
+    StrictModel,
     WeightArgs,
     parse_config,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "LinearScheme",
     "ModelShape",
     "QuantizationConfigData",
+    "StrictModel",
     "TensorSpec",
     "WeightArgs",
     "activation_groups",

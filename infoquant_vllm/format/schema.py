@@ -16,11 +16,13 @@ Size = Annotated[int, Field(ge=1, le=2**17)]
 Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.]+$")]
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """Immutable model that refuses unknown fields and values of other types."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class WeightArgs(_Strict):
+class WeightArgs(StrictModel):
     """Describe weights: `weight_packed` with `weight_scale` [N, G], and `weight_zero_point` [N, G] if asymmetric."""
 
     num_bits: Bits
@@ -34,7 +36,7 @@ class WeightArgs(_Strict):
         return self
 
 
-class ActivationArgs(_Strict):
+class ActivationArgs(StrictModel):
     """Describe dynamic activation quantization: one (scale, zero-point) per token, or per group of its features.
 
     `input_clip_ratio` [activation groups, 2] multiplies (min, max). 16-bit activations are symmetric per token, the
@@ -52,7 +54,7 @@ class ActivationArgs(_Strict):
         return self
 
 
-class InputTransform(_Strict):
+class InputTransform(StrictModel):
     """Describe the online rotation of a linear's input before it is quantized, y = x @ R (R4 on down_proj).
 
     - hadamard: R is block-diagonal, of `hadamard(block_size)`
@@ -73,7 +75,7 @@ class InputTransform(_Strict):
         return self
 
 
-class LinearScheme(_Strict):
+class LinearScheme(StrictModel):
     """Describe how one linear layer is quantized."""
 
     weights: WeightArgs
@@ -87,7 +89,7 @@ class ConfigGroup(LinearScheme):
     targets: Annotated[list[Name], Field(min_length=1, max_length=100_000)]
 
 
-class KVCacheArgs(_Strict):
+class KVCacheArgs(StrictModel):
     """Describe the KV cache: asymmetric codes per token and KV head.
 
     `key_transform` hadamard is R3, applied to queries and keys after RoPE. `self_attn.attn.key_clip_ratio` and
@@ -107,7 +109,7 @@ class KVCacheArgs(_Strict):
         return self.key_bits, self.value_bits
 
 
-class QuantizationConfigData(_Strict):
+class QuantizationConfigData(StrictModel):
     """Hold `quantization_config` of config.json.
 
     rotated_hidden_states: R1 rotates the residual stream, and the gain of the final norm is folded away;
