@@ -1,14 +1,14 @@
-"""The error of the offline tool."""
+"""The errors of the offline tool."""
 
 
 class ToolError(Exception):
-    """Something a user can mend; the message names file, layer or option, what was found and what to do."""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what a library says, or the error's name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """A problem that a user can fix; the message names file, layer or option, what was found and what to do."""
 
 
 class CheckError(Exception):
-    """What a check of `infoquant verify` found wrong with a checkpoint."""
+    """A fault that a check of `infoquant verify` found in a checkpoint."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message, or the error's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""`quantize`: from a source model to a checkpoint folder, one decoder layer in memory at a time."""
+"""Quantize a source model into a checkpoint folder, with one decoder layer in memory at a time."""
 
 import hashlib
 import shutil
@@ -14,7 +14,7 @@ from offline.errors import ToolError
 from offline.memory import check_memory, make_plan
 from offline.model.source import Source
 from offline.output.atomic import atomic_folder, check_writable
-from offline.output.copied_files import copied_files
+from offline.output.copied_files import copied_files, copy_files
 from offline.output.model_card import model_card
 from offline.output.report import REPORT_FILE, Report, checkpoint_sizes, peak_memory_bytes
 from offline.output.resume import fingerprint, finished_before, resumable_folder, resume_folder
@@ -36,7 +36,7 @@ from offline.training.student import Layer, Student
 
 SHARD_BYTES = 5 * 10**9
 TOKENS, ROTATION = "tokens", "rotation"
-"""Names of what is kept of the first stages."""
+"""Entries of the store that the first stages save."""
 
 
 def quantize(
@@ -60,36 +60,31 @@ def quantize(
 
     Args:
         source: folder or hub id of the unquantized model.
-        output: the folder to make; whole or not there at all, whatever interrupts the run.
+        output: folder to write; it appears whole or not at all, whatever interrupts the run.
         preset: name of a built-in recipe, used where `recipe` is None.
-        recipe: a `Recipe`, or the path of a YAML file that holds one.
+        recipe: a `Recipe`, or the path of a YAML file with one.
         calibration: "self", a text or JSONL file, or a data set name (see `calibration_tokens`).
-        seed: same seed, source and calibration: same bytes, on the same machine.
-        max_tp_size: largest tensor-parallel size that may serve the checkpoint; None: that of the recipe, mostly 1.
-        device: "cpu", "cuda", or "auto" for all visible CUDA devices where there are any.
+        seed: the same seed, source and calibration give the same bytes on the same machine.
+        max_tp_size: largest tensor-parallel size that can serve the checkpoint; None: the recipe's, by default 1.
+        device: "cpu", "cuda" (one device), or "auto": all visible CUDA devices, or the CPU where there are none.
         overwrite: replace an output that this tool wrote earlier.
-        resume: keep what is done in `OUTPUT.resume` beside the output and go on from what an earlier run, ended
-            by whatever, kept there; gives the bytes of a run that nothing ended.
-        dry_run: check everything, compute sizes and memory (see `make_plan`), but write nothing. A source that
-            is a config.json and no weights will do.
-        shard_bytes: how large a file of the output may be, unless one tensor is larger.
-        log: a file that gets a line of JSON for every step, beside what is shown (see `JsonLog`).
-        progress: called while the run goes on; None draws bars on standard error.
+        resume: keep finished steps in `OUTPUT.resume` beside the output, and continue from those of an interrupted
+            run; the bytes are those of an uninterrupted run.
+        dry_run: check everything and compute sizes and memory (see `make_plan`), but write nothing. The source may
+            be a config.json without weights.
+        shard_bytes: largest size of an output file, unless one tensor is larger.
+        log: file that gets a line of JSON for every step (see `JsonLog`).
+        progress: called for every step; None draws bars on standard error.
 
     Returns the run's figures. Raises ToolError, naming what is wrong, before anything is changed.
     """
-    chosen = preset_named(preset) if recipe is None else recipe
-    chosen = chosen if isinstance(chosen, Recipe) else load_recipe(chosen)
-    if max_tp_size is not None:
-        if max_tp_size < 1:
-            raise ToolError(f"max_tp_size is {max_tp_size}, expected a number of workers from 1 on")
-        chosen = chosen.model_copy(update={"max_tp_size": max_tp_size})
+    output, chosen = Path(output), _recipe(preset, recipe, max_tp_size)
     model, devices = Source.open(source, headers_only=dry_run), _devices(device)
     marks = fingerprint(model, chosen, calibration, seed, devices[0]) if resume else {}
-    if resume and finished_before(Path(output), marks):
-        return Report.model_validate_json((Path(output) / REPORT_FILE).read_text(encoding="utf-8"))
-    check_output(Path(output), model.folder, overwrite)
-    copied_files(model.folder)  # or refused, before any work
+    if resume and finished_before(output, marks):
+        return Report.model_validate_json((output / REPORT_FILE).read_text(encoding="utf-8"))
+    check_output(output, model.folder, overwrite)
+    copied_files(model.folder)  # raises for files that cannot be copied, before any work
     source_modules(model.folder)
     try:
         config = chosen.quantization_config(model.shape)
@@ -108,17 +103,28 @@ def quantize(
         plan = make_plan(model, chosen, specs, calibration, shard_bytes, figures.total_bytes)
         return figures.model_copy(update={"plan": plan})
     check_memory(model, chosen, calibration)
-    check_writable(Path(output))
-    check_space(Path(output), figures.total_bytes * (2 if resume else 1))
+    check_writable(output)
+    check_space(output, figures.total_bytes * (2 if resume else 1))
     events = None if log is None else JsonLog(Path(log))
-    with console_progress() if progress is None else nullcontext(progress) as shown:
-        folder = resumable_folder(Path(output), marks) if resume else atomic_folder(Path(output))
-        with folder as partial:
-            store = Store(resume_folder(Path(output)), persistent=True) if resume else Store(partial / "work")
-            reports = shown if events is None else both(shown, events.progress)
-            run = Run(model, chosen, config, seed, devices, reports, store, events)
-            writer = Writer(partial, specs, shard_bytes)
-            return _write_checkpoint(run, writer, figures, calibration, Path(output).name)
+    with (
+        console_progress() if progress is None else nullcontext(progress) as shown,
+        resumable_folder(output, marks) if resume else atomic_folder(output) as partial,
+    ):
+        store = Store(resume_folder(output), persistent=True) if resume else Store(partial / "work")
+        reports = shown if events is None else both(shown, events.progress)
+        run = Run(model, chosen, config, seed, devices, reports, store, events)
+        writer = Writer(partial, specs, shard_bytes)
+        return _write_checkpoint(run, writer, figures, calibration, output.name)
+
+
+def _recipe(preset: str, recipe: Recipe | str | Path | None, max_tp_size: int | None) -> Recipe:
+    chosen = preset_named(preset) if recipe is None else recipe
+    chosen = chosen if isinstance(chosen, Recipe) else load_recipe(chosen)
+    if max_tp_size is None:
+        return chosen
+    if max_tp_size < 1:
+        raise ToolError(f"max_tp_size is {max_tp_size}, expected at least 1")
+    return chosen.model_copy(update={"max_tp_size": max_tp_size})
 
 
 def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: str, name: str) -> Report:
@@ -145,14 +151,14 @@ def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: st
             "peak_memory_bytes": peak_memory_bytes(),
         }
     )
-    writer.copy_from(run.source.folder)
+    copy_files(run.source.folder, writer.folder)
     write_modules(writer.folder, run.source, None if transforms is None else transforms.residual)
     writer.write_text("README.md", model_card(name, run.recipe, figures))
     writer.write_text("infoquant_recipe.yaml", run.recipe.dump())
     writer.write_text(REPORT_FILE, figures.model_dump_json(indent=2, exclude={"plan"}) + "\n")
     quantization_config = run.config.model_dump(mode="json", exclude_none=True)
     writer.finish(run.source.hf_config | {"quantization_config": quantization_config})
-    Checkpoint(writer.folder)  # reads the headers back: every tensor there, of the right shape and type
+    Checkpoint(writer.folder)  # reads the headers back: every tensor exists with the right shape and dtype
     return figures
 
 
@@ -175,14 +181,14 @@ def _calibration(run: Run, spec: str) -> torch.Tensor:
 
 
 def _transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
-    """The model's rotations; learned ones of the residual stream are kept, those of layers keep themselves."""
+    """Return the model's rotations; a learned R1 is saved here, learned rotations of layers by their own stage."""
     if run.store.exists(ROTATION):
         kept = run.store.load(ROTATION)
         return Transforms(kept["residual"], kept["heads"])
     with run.watch("rotation"):
         transforms = make_transforms(run, tokens)
     if run.store.persistent and run.recipe.transform == "psot-shared" and transforms is not None:
-        assert transforms.residual is not None  # that is what was learned
+        assert transforms.residual is not None  # the rotation that was learned
         assert transforms.heads is not None
         run.store.save(ROTATION, {"residual": transforms.residual, "heads": transforms.heads})
     return transforms
@@ -191,7 +197,7 @@ def _transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
 def _distilled(
     run: Run, args: Distillation, layers: list[Layer], tokens: torch.Tensor, transforms: Transforms | None
 ) -> Iterator[Layer]:
-    """The layers with what distillation changed."""
+    """Distill, and yield the layers with the tensors that distillation changed."""
     with run.watch("distillation"):
         student = Student(run.source, run.config, layers, transforms)
         distill(student, run.source, tokens, args, run.seed, run.progress)
@@ -200,7 +206,7 @@ def _distilled(
 
 
 def _devices(name: str) -> list[torch.device]:
-    """What works, on the first of which everything is but the copies of a layer that batches run through."""
+    """Return the devices to use; the first holds everything but the replicas of a layer that run batches."""
     if name not in ("auto", "cpu", "cuda"):
         raise ToolError(f"device is {name!r}, expected auto, cpu or cuda")
     found = torch.cuda.device_count()

@@ -1,22 +1,38 @@
-"""One run of the tool: what its stages read, and what they leave for the report."""
+"""The state of one run: its inputs, which every stage reads, and the figures that stages add."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from infoquant_vllm.format import QuantizationConfigData
 from offline.model.source import Source
-from offline.output.report import Stopwatch
 from offline.output.store import Store
 from offline.progress import JsonLog, ProgressReport
 from offline.recipe import Recipe
 
 
+class Stopwatch:
+    """Sum up wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the block's time to `stage`."""
+        began = time.monotonic()
+        yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - began, 2)
+
+
 @dataclass
 class Run:
-    """What every stage of one run reads, and the timings and errors that they leave.
+    """Inputs, services and figures of a run.
 
-    devices: the first holds what is computed, all of them run batches of the calibration text
+    devices: the first computes everything; all of them run batches of the calibration text
     """
 
     source: Source

@@ -1,4 +1,4 @@
-"""Text files and data sets as windows of tokens: what calibration and evaluation read."""
+"""Read text files and data sets as windows of tokens, for calibration and evaluation."""
 
 import importlib.util
 import itertools
@@ -19,22 +19,22 @@ CHAT_FIELD = "messages"
 CLOSING_TOKENS = 2  # an end-of-turn token and a newline
 RECORDS = (".jsonl", ".ndjson", ".json")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
-"""Files of records that would be no text of a kind that a model has read."""
+"""Tables: read as text they would be nothing that a model was trained on."""
 
 
 def text_windows(
     spec: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, num_windows: int, window: int, seed: int
 ) -> torch.Tensor:
-    """Windows of consecutive tokens, drawn without replacement across the whole text, in its order.
+    """Draw windows of consecutive tokens without replacement from the whole text, in its order.
 
     Args:
-        spec: a text file; a JSONL or JSON file, known by its suffix, of objects with the field "text", or with chats,
-            "messages", that the tokenizer's chat template renders; else a data set name, NAME or NAME:CONFIG.
-        tokenizer: where it starts every text with a BOS token, so does every window.
-        vocab_size: tokens that the model has; see `check_tokens`.
-        num_windows: how many windows to draw.
+        spec: a text file; a JSONL or JSON file (by suffix) of objects with the field "text", or with chats, "messages",
+            which the tokenizer's chat template renders; or a data set, NAME or NAME:CONFIG.
+        tokenizer: if it starts texts with a BOS token, every window starts with one.
+        vocab_size: size of the model's vocabulary, see `check_tokens`.
+        num_windows: number of windows to draw.
         window: tokens per window, BOS included.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Returns:
         int64 [num_windows, window]. Raises ToolError where the text holds too few tokens.
@@ -64,7 +64,7 @@ def text_windows(
 def encode_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int, place: str
 ) -> list[torch.Tensor]:
-    """Tokenize texts, int64 [tokens] each, begun as the tokenizer begins texts; see `check_tokens`."""
+    """Tokenize texts, int64 [tokens] each, with BOS where the tokenizer adds it; see `check_tokens`."""
     prefix = leading_tokens(tokenizer)
     encoded = [prefix + ids for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]
     for ids in encoded:
@@ -82,19 +82,19 @@ def check_tokens(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, voca
     raise ToolError(
         f"{place}: the tokenizer {tokenizer.name_or_path} makes token {largest} "
         f"({tokenizer.convert_ids_to_tokens(largest)!r}){role} of it, and vocab_size in config.json is {vocab_size}: "
-        "the model has no embedding for that token; take the tokenizer that the model was trained with, "
-        "or leave the token out of the text"
+        "the model has no embedding for that token; use the tokenizer that the model was trained with, "
+        "or remove the token from the text"
     )
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] where the tokenizer starts every text with it, else []."""
+    """Return [BOS] where the tokenizer starts texts with it, else []."""
     first = tokenizer("a").input_ids[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, enough: int | None = None) -> list[int]:
-    """The documents' tokens one after another, each closed by EOS; stops early at `enough`."""
+    """Concatenate the documents' tokens, EOS after each; stop early at `enough` tokens."""
     tokens: list[int] = []
     closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
@@ -118,11 +118,11 @@ def _documents(file: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 
 def _decoded(file: Path) -> str:
-    """A file's text without its byte order mark, every line end as a newline."""
+    """Read a file's text, without byte order mark and with newlines as line ends."""
     try:
         if file.stat().st_size > MAX_TEXT_BYTES:
             raise ToolError(
-                f"{file}: {file.stat().st_size} bytes, at most {MAX_TEXT_BYTES} are read; give a part of it"
+                f"{file}: {file.stat().st_size} bytes, at most {MAX_TEXT_BYTES} are read; give a smaller file"
             )
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -132,9 +132,9 @@ def _decoded(file: Path) -> str:
 
 
 def _records(text: str, file: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The documents of a JSON list, or of an object on each line.
+    """Yield the documents of a JSON list, or of one object per line.
 
-    Lines end at newlines alone: JSON strings may hold U+2028, U+0085 and others that `splitlines` cuts at.
+    Lines end only at newlines: JSON strings may contain U+2028, U+0085 and others at which `splitlines` splits.
     """
     if text.lstrip().startswith("["):
         for number, record in enumerate(_parsed(text, str(file)), start=1):
@@ -149,7 +149,7 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ToolError(f"{place}: not JSON ({error}); a list of objects, or an object a line, was expected") from None
+        raise ToolError(f"{place}: not JSON ({error}); expected a list of objects, or one object per line") from None
 
 
 def _text_of(record: Any, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
@@ -165,7 +165,7 @@ def _text_of(record: Any, tokenizer: PreTrainedTokenizerBase, place: str) -> str
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
-        raise ToolError(f"{place}: character {error.start} is {text[error.start]!r}, which is no text") from None
+        raise ToolError(f"{place}: character {error.start} is {text[error.start]!r}, which is not text") from None
     return text
 
 
@@ -191,10 +191,10 @@ def _is_turn(turn: dict[str, Any]) -> bool:
 
 
 def _dataset(spec: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[str]:
-    """Documents of a data set's training split, shuffled and streamed."""
+    """Yield documents of a data set's training split, shuffled and streamed."""
     if importlib.util.find_spec("datasets") is None:
         raise ToolError(
-            f"{spec}: no such file; to read it as a data set name, first `pip install 'infoquant-vllm[datasets]'`"
+            f"{spec}: no such file; to read it as a data set, first `pip install 'infoquant-vllm[datasets]'`"
         )
     import datasets
 

@@ -28,7 +28,7 @@ from benchmarks.common.provenance import provenance, write_rows, write_whole
 from benchmarks.common.server import serve, stop_on_sigterm
 from infoquant_vllm.format import read_json
 from offline.model.source import Source
-from offline.output.report import Stopwatch
+from offline.run import Stopwatch
 from offline.text import text_windows
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint beside the model it was made from: the same model, and behaving like it."""
+"""Compare a checkpoint with the model that it was made from: the same weights, and similar behavior."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,41 +10,38 @@ from torch import nn
 from infoquant_vllm.format import Checkpoint, read_json
 from offline.errors import CheckError
 from offline.evaluate.metrics import compare
+from offline.evaluate.passages import OWN_TEXT, PASSAGES
 from offline.evaluate.simulate import load_simulated
 from offline.model.architectures import CausalLM
 from offline.model.reference import load_reference
 from offline.model.source import Source, config_dtype, read_tokenizer
-from offline.prompts import OWN_TEXT, PASSAGES
 from offline.stages.lm_head import dequantized_lm_head
 from offline.text import encode_texts
 
 PROMPT_WORDS = 12
-LARGEST_KL = 2.0
-"""Nats per position. A usable 4-bit model is well below 1; one with a wrong rotation or layer far above."""
-LARGEST_BASIS_ERROR = 0.02
-"""Relative; bfloat16 embeddings rounded once more give 0.003."""
-LARGEST_ROUNDING_ERROR = 0.05
-"""Relative, of embeddings or lm_head in 8 bits; those of SmolLM2 have 0.012."""
+LARGEST_KL = 2.0  # nats per position; a usable 4-bit model is well below 1, one with a wrong rotation far above
+LARGEST_BASIS_ERROR = 0.02  # relative; bfloat16 embeddings rounded twice have 0.003
+LARGEST_ROUNDING_ERROR = 0.05  # relative, of 8-bit embeddings or lm_head; those of SmolLM2 have 0.012
 
 
 def continuation(folder: str | Path, tokens: int = 24) -> tuple[str, str]:
-    """The beginning of a passage, and how the checkpoint goes on from there when it takes the likeliest token."""
+    """Return the beginning of a passage, and its greedy continuation by the checkpoint."""
     dtype = config_dtype(read_json(Path(folder) / "config.json"))
     tokenizer, model = read_tokenizer(Path(folder)), load_simulated(folder, dtype)
     prompt = " ".join(PASSAGES[0].split()[:PROMPT_WORDS])
     (ids,) = encode_texts([prompt], tokenizer, model.config.vocab_size, OWN_TEXT)
-    written: list[int] = []
+    generated: list[int] = []
     for _ in range(tokens):
         with torch.no_grad():
-            token = int(model(torch.tensor([[*ids.tolist(), *written]])).logits[0, -1].argmax())
+            token = int(model(torch.tensor([[*ids.tolist(), *generated]])).logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             break
-        written.append(token)
-    return prompt, str(tokenizer.decode(written))
+        generated.append(token)
+    return prompt, str(tokenizer.decode(generated))
 
 
 class Comparison:
-    """A checkpoint and its source as transformers loads it, with the residual basis from one to the other."""
+    """Compare a checkpoint with its source as transformers loads it, through the basis of the residual stream."""
 
     def __init__(self, checkpoint: Checkpoint, source: str | Path):
         self._checkpoint = checkpoint
@@ -56,8 +53,8 @@ class Comparison:
     def _reference(self) -> CausalLM:
         return load_reference(self._source.folder, config_dtype(self._source.hf_config))
 
-    def same_ends(self) -> str:
-        """Sizes agree, and embeddings and lm_head are the source's, as they are or in a rotated basis."""
+    def same_vocabulary(self) -> str:
+        """Check that sizes agree, and that embeddings and lm_head are the source's, plain or in a rotated basis."""
         if self._checkpoint.shape != self._source.shape:
             raise CheckError(f"sizes differ: {self._checkpoint.shape} against {self._source.shape}")
         return f"{self._same_embeddings()}; {self._same_head()}"
@@ -82,17 +79,19 @@ class Comparison:
         error = ((theirs @ self._basis - ours).norm() / ours.norm()).item()
         if not error <= LARGEST_BASIS_ERROR:
             raise CheckError(
-                f"embeddings are no rotation of the source's: relative error {error:.2g}, "
+                f"embeddings are not a rotation of the source's: relative error {error:.2g}, "
                 f"at most {LARGEST_BASIS_ERROR:g}"
             )
         return f"embeddings are the source's in another basis, relative error {error:.1e}"
 
     def _same_head(self) -> str:
-        """Compare lm_head times the gain of the final norm, which makes the logits of normalized hidden states."""
+        """Compare lm_head times the gain of the final norm, which maps normalized hidden states to logits."""
         module, norm = self._reference.lm_head.weight, self._reference.model.norm.weight.double()
         if self._checkpoint.shape.tie_word_embeddings:
             if not torch.equal(module, self._reference.model.embed_tokens.weight):
-                raise CheckError("lm_head is the embedding, in the source as transformers loads it a matrix of its own")
+                raise CheckError(
+                    "lm_head is tied to the embeddings, but transformers loads the source with a separate lm_head"
+                )
             return "lm_head tied in both"
         theirs, limit = module.double() * norm, LARGEST_BASIS_ERROR
         if "lm_head.weight_packed" in self._checkpoint.weight_map:
@@ -100,7 +99,7 @@ class Comparison:
         else:
             ours = self._checkpoint.tensor("lm_head.weight").double()
         ours *= self._checkpoint.tensor("model.norm.weight").double()
-        if self._moments:  # of embeddings that may not span the whole hidden size
+        if self._moments:  # the embeddings alone may not span the hidden size
             self._basis = self._fit(theirs, ours)
         error = ((theirs @ self._basis - ours).norm() / ours.norm()).item()
         if not error <= limit:
@@ -108,7 +107,7 @@ class Comparison:
         return f"lm_head is the source's, relative error {error:.1e}"
 
     def _fit(self, theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-        """Return the basis [hidden, hidden] that leads from all rows seen so far to ours, by least squares."""
+        """Fit the basis [hidden, hidden] that maps all rows seen so far to ours, by least squares."""
         moments = [theirs.T @ x / theirs.square().sum() for x in (theirs, ours)]
         self._moments = [x + y for x, y in zip(self._moments, moments, strict=True)] if self._moments else moments
         return torch.linalg.lstsq(*self._moments).solution
@@ -119,7 +118,7 @@ class Comparison:
         return torch.eye(self._source.shape.hidden_size).double()
 
     def behavior(self, layer_errors: dict[str, float]) -> str:
-        """Compare predictions on the project's own passages; fills `layer_errors`, mean over tokens."""
+        """Compare predictions on the project's own passages; fill `layer_errors`, means over tokens."""
         windows = encode_texts(PASSAGES, self._source.tokenizer(), self._source.shape.vocab_size, OWN_TEXT)
         reference = self._reference
         model = load_simulated(self._checkpoint.folder, config_dtype(self._source.hf_config))
@@ -131,12 +130,12 @@ class Comparison:
         kl, agreement = figures["kl"].mean, figures["top1_agreement"].mean
         found = f"KL {kl:.3f}, top-1 agreement {agreement:.1%} over {sum(map(len, windows))} tokens"
         if not kl <= LARGEST_KL:
-            raise CheckError(f"{found}; KL of at most {LARGEST_KL:g} was expected")
+            raise CheckError(f"{found}; expected a KL of at most {LARGEST_KL:g}")
         return found
 
 
 def _record_layers(model: CausalLM) -> Sequence[list[torch.Tensor]]:
-    """Lists that fill with each decoder layer's output, [tokens, hidden] float32, as the model runs."""
+    """Return lists that fill with each decoder layer's output, [tokens, hidden] float32, as the model runs."""
     records: list[list[torch.Tensor]] = []
     for layer in model.model.layers:
         record: list[torch.Tensor] = []

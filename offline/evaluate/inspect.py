@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its config, headers and records, without reading weights."""
+"""Describe a checkpoint from its config, headers and records, without reading weights."""
 
 import math
 from pathlib import Path
@@ -13,17 +13,17 @@ from infoquant_vllm.format import (
     KVCacheArgs,
     LinearScheme,
     ModelShape,
-    kv_bytes_per_token_head,
     read_json,
 )
 from offline.errors import ToolError
+from offline.output.report import REPORT_FILE, kv_bytes_per_token
 from offline.output.shards import spec_bytes
 
 BF16_BYTES = 2
 
 
 class Size(BaseModel):
-    """Bytes on disk of one part, and of the same part in bfloat16 (0 where that has no such part)."""
+    """Bytes of one part on disk, and in the unquantized bfloat16 model (0 where that has no such part)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,7 +32,7 @@ class Size(BaseModel):
 
 
 class Inspection(BaseModel):
-    """What `inspect_checkpoint` found."""
+    """The description of a checkpoint."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,14 +40,14 @@ class Inspection(BaseModel):
     format_version: int
     shape: ModelShape
     schemes: dict[str, LinearScheme | None]
-    """By the linear's name inside its layer, or by full name where layers differ; None: unquantized."""
+    """Scheme by the linear's name inside its layer, or by full name where layers differ; None: unquantized."""
     kv_cache: KVCacheArgs | None
     rotated_residual: bool
     lm_head_bits: int | None
-    """Of lm_head and, in a tied model, of the embeddings; None: unquantized."""
+    """Bits of lm_head and, in a tied model, of the embeddings; None: unquantized."""
     sizes: dict[str, Size]
     bits_per_weight: float
-    """Bits on disk per weight of the decoder's linears, scales and transforms included."""
+    """Bits on disk per weight of the decoder's linears, with scales and transforms."""
     kv_bytes_per_token: int
     kv_bf16_bytes_per_token: int
     recipe: dict[str, Any] | None
@@ -55,18 +55,16 @@ class Inspection(BaseModel):
 
 
 def inspect_checkpoint(folder: str | Path) -> Inspection:
-    """Describe a checkpoint; raises ToolError where its headers do not agree with its config."""
+    """Describe a checkpoint; raise ToolError where its headers do not agree with its config."""
     try:
         checkpoint = Checkpoint(folder)
-        report = checkpoint.folder / "infoquant_report.json"
+        report = checkpoint.folder / REPORT_FILE
         found = read_json(report) if report.is_file() else None
     except FormatError as error:
         raise ToolError(str(error)) from None
     sizes = part_sizes(checkpoint)
     shape, cache = checkpoint.shape, checkpoint.config.kv_cache
     weights = sum(math.prod(size) for size in shape.linears().values())
-    heads = shape.num_hidden_layers * shape.num_key_value_heads
-    plain_kv = heads * 2 * shape.head_dim * BF16_BYTES
     return Inspection(
         checkpoint=str(folder),
         format_version=checkpoint.config.format_version,
@@ -77,17 +75,15 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         lm_head_bits=checkpoint.config.lm_head_bits,
         sizes=sizes,
         bits_per_weight=8 * sizes["linears"].bytes / weights,
-        kv_bytes_per_token=plain_kv
-        if cache is None
-        else heads * kv_bytes_per_token_head(shape.head_dim, cache.num_bits),
-        kv_bf16_bytes_per_token=plain_kv,
+        kv_bytes_per_token=kv_bytes_per_token(shape, cache, BF16_BYTES),
+        kv_bf16_bytes_per_token=kv_bytes_per_token(shape, None, BF16_BYTES),
         recipe=_recipe(checkpoint.folder / "infoquant_recipe.yaml"),
         report=found,
     )
 
 
 def scheme_words(scheme: LinearScheme | None) -> tuple[str, str, str]:
-    """Weights, inputs and input transform of a linear in words."""
+    """Describe weights, inputs and input transform of a linear in words."""
     if scheme is None:
         return "unquantized", "unquantized", "none"
     weights, inputs, transform = scheme.weights, scheme.input_activations, scheme.input_transform
@@ -101,8 +97,8 @@ def scheme_words(scheme: LinearScheme | None) -> tuple[str, str, str]:
 
 
 def part_sizes(checkpoint: Checkpoint) -> dict[str, Size]:
-    """Bytes of linears, embeddings, norms, transforms and clips, and of them all together."""
-    sizes = {part: [0, 0] for part in ("linears", "embeddings", "norms", "residual rotation", "cache clips", "total")}
+    """Sum up the bytes of linears, embeddings, norms, R1 and cache parameters, and of all together."""
+    sizes = {part: [0, 0] for part in ("linears", "embeddings", "norms", "R1", "cache parameters", "total")}
     linears = checkpoint.shape.linears()
     for name, spec in checkpoint.headers.items():
         for part in (_part(name, linears), "total"):
@@ -116,14 +112,14 @@ def _part(name: str, linears: dict[str, tuple[int, int]]) -> str:
     if module in linears:
         return "linears"
     if kind in ("key_clip_ratio", "value_clip_ratio", "key_mean"):
-        return "cache clips"
+        return "cache parameters"
     if kind in ("r1", "final_norm_weight"):
-        return "residual rotation"
+        return "R1"
     return "norms" if "norm" in module else "embeddings"
 
 
 def _plain_bytes(name: str, shape: tuple[int, ...], linears: dict[str, tuple[int, int]]) -> int:
-    """Bytes of the bfloat16 tensor that stands in this one's place in the unquantized model."""
+    """Return the bytes of the corresponding tensor in the unquantized bfloat16 model."""
     module, _, kind = name.rpartition(".")
     if kind == "weight_packed":
         return (math.prod(linears[module]) if module in linears else math.prod(shape)) * BF16_BYTES
@@ -131,7 +127,7 @@ def _plain_bytes(name: str, shape: tuple[int, ...], linears: dict[str, tuple[int
 
 
 def _schemes(checkpoint: Checkpoint) -> dict[str, LinearScheme | None]:
-    """Schemes by the linears' names inside their layer; by full names for linears whose layers differ."""
+    """Return schemes by the linears' names inside their layer, by full names for linears whose layers differ."""
     by_module = {module: checkpoint.config.scheme(module) for module in checkpoint.shape.linears()}
     by_end: dict[str, list[LinearScheme | None]] = {}
     for module, scheme in by_module.items():

@@ -1,4 +1,4 @@
-"""How well a model predicts text, and how far it is from a reference: figures with standard errors."""
+"""Measure perplexity, and KL divergence and top-1 agreement with a reference, with standard errors."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ WINDOW = 512
 
 
 class Figure(BaseModel):
-    """A mean over positions; its standard error is over windows, since positions of one are correlated."""
+    """A mean over positions with its standard error over windows, since positions of a window are correlated."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,7 +32,7 @@ class Figure(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """What `evaluate` found. Natural logarithms throughout."""
+    """The figures of `evaluate`, in natural logarithms."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,16 +58,16 @@ def evaluate(
     seed: int = 0,
     progress: ProgressReport = silent,
 ) -> Evaluation:
-    """Perplexity of a model and, with a reference, KL(reference || model) and top-1 agreement.
+    """Measure the perplexity of a model and, with a reference, KL(reference || model) and top-1 agreement.
 
     Args:
         model: an InfoQuant checkpoint, which is simulated, or an unquantized model.
         reference: folder or hub id of an unquantized model with the same tokenizer.
-        corpus: see `text_windows`; None samples the text from the reference, else from the model.
-        tokens: how many tokens to read; cut down to whole windows.
-        window: tokens that are predicted together, each from those before it in the window; None: 512, or all
-            tokens where they are fewer.
-        seed: of the windows drawn, or of the text sampled.
+        corpus: see `text_windows`; None samples the text from the reference, or from the model.
+        tokens: number of tokens to read, rounded down to whole windows.
+        window: tokens per window, each predicted from those before it in the window; None: 512, or `tokens`
+            where fewer.
+        seed: seed of the windows drawn, or of the text sampled.
         progress: called after every window.
     """
     window = min(WINDOW, tokens) if window is None else window
@@ -97,7 +97,7 @@ def compare(
     reference: CausalLM | None,
     progress: ProgressReport = silent,
 ) -> dict[str, Figure]:
-    """The figures of an `Evaluation` over windows of token ids."""
+    """Compute the figures of an `Evaluation` over windows of token ids."""
     columns: dict[str, list[float]] = {}
     for index, ids in enumerate(windows):
         theirs = None if reference is None else _logits(reference, ids)
@@ -112,7 +112,7 @@ def compare(
 
 
 def _window(ids: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor | None) -> dict[str, float]:
-    """Means over the positions of one window that predict a token of it."""
+    """Return means over the positions of one window that predict a token of it."""
     ours = logits[:-1].log_softmax(-1)
     values = {"perplexity": functional.nll_loss(ours, ids[1:]).item()}
     if reference is not None:
@@ -137,7 +137,7 @@ def _figure(values: list[float]) -> Figure:
 
 
 def _exponential(figure: Figure) -> Figure:
-    """Perplexity from the mean negative log-likelihood; its error to first order."""
+    """Return the perplexity for a mean negative log-likelihood, with its error to first order."""
     mean = math.exp(min(figure.mean, 700.0))
     return Figure(mean=mean, standard_error=None if figure.standard_error is None else mean * figure.standard_error)
 
@@ -151,7 +151,7 @@ def _text(
     seed: int,
     progress: ProgressReport,
 ) -> tuple[torch.Tensor, str]:
-    """The windows, and where they come from in words."""
+    """Return the windows, and their origin in words."""
     if corpus is not None:
         tokenizer = read_tokenizer(Path(model)) if source is None else source.tokenizer()
         shape = Checkpoint(model).shape if source is None else source.shape

@@ -1,4 +1,4 @@
-"""A checkpoint as a transformers model that computes what the server would."""
+"""Load a checkpoint as a transformers model that computes what the server does."""
 
 from pathlib import Path
 
@@ -26,14 +26,13 @@ ATTENTION = "infoquant_simulated_cache"
 
 
 def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> CausalLM:
-    """The checkpoint as a model in eval mode whose linears, KV cache and ends follow the format.
+    """Load a checkpoint in eval mode; linears, KV cache, embeddings and lm_head follow the format.
 
-    Everything between them (RoPE, residual stream, lm_head) runs in `dtype`, as in the server; norms
-    and activations are rounded to it, rotations and quantizers run in float32, attention and the
-    residual rotation in the server's own kernels. In float32 the codes are the server's; in bf16 its
-    roundings differ in places.
+    The rest (RoPE, residual stream, lm_head) runs in `dtype`, as in the server. Norms and activations are rounded to
+    it, rotations and quantizers run in float32, attention and R1 in the server's own kernels. In float32 the codes
+    are the server's; in bf16 some roundings differ.
 
-    Raises ToolError where the checkpoint is not whole or holds values that cannot be right.
+    Raises ToolError where the checkpoint is not whole or holds impossible values.
     """
     try:
         return _load(Checkpoint(folder), dtype)
@@ -53,7 +52,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> CausalLM:
     state = {name: checkpoint.tensor(name).to(dtype) for name in names}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    _replace_ends(model, checkpoint, dtype)
+    _replace_vocabulary(model, checkpoint, dtype)
     _replace_between(model)
     model.config.dtype = dtype
     return model.eval().requires_grad_(False)
@@ -85,8 +84,8 @@ def _replace_attention(model: CausalLM, checkpoint: Checkpoint) -> None:
         _set(model, name, SimulatedCache(cache, {local: checkpoint.tensor(f"{name}.{local}") for local in names}))
 
 
-def _replace_ends(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """An 8-bit vocabulary, and the rotations into and out of the residual basis of a tied model."""
+def _replace_vocabulary(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Replace 8-bit embeddings and lm_head, and add the rotations into and out of R1's basis of a tied model."""
     shape, scheme = checkpoint.shape, checkpoint.config.lm_head_scheme
     if scheme is not None:
         names = linear_tensors(scheme, shape.vocab_size, shape.hidden_size)
@@ -105,7 +104,7 @@ def _replace_ends(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -
 
 
 def _replace_between(model: CausalLM) -> None:
-    """Norms and activations."""
+    """Replace norms and activation functions."""
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             _set(model, name, SimulatedNorm(module.weight, module.variance_epsilon))

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, sane and, with its source at hand, still the same model."""
+"""Verify that a checkpoint is whole and sane and, given its source, that it is still the same model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,11 @@ LARGEST_ORTHOGONALITY_ERROR = 1e-4
 LARGEST_CONDITION = 1e4
 INPUT_TENSORS = ("input_clip_ratio", "input_blocks", "input_left", "input_right")
 SMALLEST_FULL_SHARE = 0.99
-SCALE_OF_ZEROS = 1e-11
-"""Above the scale of a row of zeros, which is 1e-12 times what distillation makes of it."""
+SCALE_OF_ZEROS = 1e-11  # above the scale of a row of zeros: 1e-12, times what distillation makes of it
 
 
 class Check(BaseModel):
-    """One check and what it found."""
+    """The result of one check."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,7 +34,7 @@ class Check(BaseModel):
 
 
 class Verification(BaseModel):
-    """All checks of one checkpoint; a later one that an earlier failure makes senseless is left out."""
+    """All checks of one checkpoint; after a failure, checks that depend on it are left out."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,22 +43,22 @@ class Verification(BaseModel):
     passed: bool
     checks: list[Check]
     layer_errors: dict[str, float] = {}
-    """Against a source: relative error of the hidden states after each layer."""
+    """Relative error of the hidden states after each layer, given a source."""
     rounding_errors: dict[str, float] = {}
-    """By layer, from the run's own report: share of its linears' output energy that weight rounding lost, the mean."""
+    """Share of the energy of a linear's output that weight rounding lost, mean by layer, from the run's report."""
     orthogonality_errors: dict[str, float] = {}
-    """By layer, from the report: largest entry of |Q^T Q - I| over its rotations, those folded into weights too."""
+    """Largest entry of |Q^T Q - I| over the rotations of each layer, folded ones included, from the run's report."""
 
 
 class _Checks:
-    """Runs checks one after another and keeps what they find."""
+    """Run checks one after another and keep their results."""
 
     def __init__(self, expected: int, progress: ProgressReport):
         self.done: list[Check] = []
         self._expected, self._progress = expected, progress
 
     def run(self, name: str, check: Callable[[], str]) -> bool:
-        """Whether `check` passed; its return value is the detail that is kept."""
+        """Run a check that returns its detail; return whether all checks have passed so far."""
         self._progress("checks", len(self.done), self._expected, name)
         try:
             self.done.append(Check(name=name, passed=True, detail=check()))
@@ -74,9 +73,9 @@ class _Checks:
 
 
 def verify(folder: str | Path, *, against: str | Path | None = None, progress: ProgressReport = silent) -> Verification:
-    """Read every tensor and check it; with `against`, compare with the model it was made from.
+    """Read and check every tensor; with `against`, compare with the model that it was made from.
 
-    Raises ToolError only for what is not the checkpoint's fault, such as a missing source.
+    Raises ToolError only for faults outside the checkpoint, such as a missing source.
     """
     checks = _Checks(6 if against is None else 8, progress)
     layer_errors: dict[str, float] = {}
@@ -84,7 +83,7 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
 
     def headers() -> str:
         opened.append(Checkpoint(folder))
-        return f"{len(opened[0].weight_map)} tensors, as the config asks for"
+        return f"{len(opened[0].weight_map)} tensors, as its config says"
 
     if checks.run("headers", headers) and checks.run("values", lambda: check_all_values(opened[0])):
         checks.run("codes", lambda: check_codes(opened[0]))
@@ -94,7 +93,7 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
             checks.run("hidden states", lambda: check_projection(opened[0], None))
         else:
             comparison, source = Comparison(opened[0], against), Source.open(against)
-            if checks.run("same model", comparison.same_ends):
+            if checks.run("same model", comparison.same_vocabulary):
                 checks.run("hidden states", lambda: check_projection(opened[0], source))
                 checks.run("behavior", lambda: comparison.behavior(layer_errors))
     report = _report(Path(folder))
@@ -110,7 +109,7 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
 
 
 def _report(folder: Path) -> Report | None:
-    """What the run that wrote the folder told of itself; None where it cannot be read, which is nobody's harm."""
+    """Read the report of the run that wrote the folder; None where it cannot be read, which is no fault."""
     try:
         return Report.model_validate(read_json(folder / REPORT_FILE))
     except (FormatError, ValidationError):
@@ -118,7 +117,7 @@ def _report(folder: Path) -> Report | None:
 
 
 def _by_layer(errors: dict[str, float]) -> dict[str, float]:
-    """Means over the linears of each decoder layer."""
+    """Return the mean over the linears of each decoder layer."""
     layers: dict[str, list[float]] = {}
     for name, error in errors.items():
         layers.setdefault(".".join(name.split(".")[:3]), []).append(error)
@@ -126,16 +125,16 @@ def _by_layer(errors: dict[str, float]) -> dict[str, float]:
 
 
 def check_all_values(checkpoint: Checkpoint) -> str:
-    """Read every tensor; FormatError for NaN, Inf, scales <= 0 and clips outside (0, 1]."""
+    """Read every tensor; raise FormatError for NaN, Inf, scales <= 0 and clip ratios outside (0, 1]."""
     numbers = sum(checkpoint.tensor(name).numel() for name in checkpoint.weight_map)
-    return f"{numbers} numbers, all finite, scales above 0, clips in (0, 1]"
+    return f"{numbers} numbers, all finite, scales above 0, clip ratios in (0, 1]"
 
 
 def check_codes(checkpoint: Checkpoint) -> str:
-    """Compare the codes of every row, or group of a row, with the range that its scale gives them.
+    """Compare the codes of every row, or group of a row, with the range of its quantizer.
 
-    A scale is made of the largest weights, so one of these gets a code near the end of the range, whatever the others
-    are; a row of codes that stay small was lost. Rows of the source's own zeros have the smallest scale there is.
+    A scale follows from the largest weights, so one of them has a code near the end of the range; a row with only
+    small codes was corrupted. Rows that are zero in the source have the smallest possible scale and are left out.
     """
     fewest = 1.0
     modules = {module: checkpoint.config.scheme(module) for module in checkpoint.shape.linears()}
@@ -147,14 +146,14 @@ def check_codes(checkpoint: Checkpoint) -> str:
         if full < SMALLEST_FULL_SHARE:
             raise CheckError(
                 f"{module}: the codes of {1 - full:.1%} of its rows or groups use less than half of the range that "
-                f"their scales give them, at most {1 - SMALLEST_FULL_SHARE:.0%} expected; quantize the model again"
+                f"their quantizers have, at most {1 - SMALLEST_FULL_SHARE:.0%} expected; quantize the model again"
             )
         fewest = min(fewest, full)
-    return f"codes use the ranges of their scales in at least {fewest:.1%} of the rows of every linear"
+    return f"codes use their range in at least {fewest:.1%} of the rows of every linear"
 
 
 def _full_ranges(checkpoint: Checkpoint, module: str, args: WeightArgs) -> float:
-    """The share of groups whose codes reach half of their range, of those that stand for other weights than zeros."""
+    """Return the share of groups whose codes reach half of their range, zero groups left out."""
     scale = checkpoint.tensor(f"{module}.weight_scale")
     integers = _integers(checkpoint, module, args).unflatten(1, (scale.shape[1], -1))
     reached = torch.maximum(integers.amax(2).int(), -integers.amin(2).int())
@@ -169,7 +168,7 @@ def _integers(checkpoint: Checkpoint, module: str, args: WeightArgs) -> torch.Te
 
 
 def check_rotations(checkpoint: Checkpoint) -> str:
-    """The residual rotation is orthogonal; learned input transforms can at least be undone."""
+    """Check that R1 is orthogonal and that learned input transforms are invertible."""
     worst_rotation = worst_transform = 0.0
     for name in checkpoint.weight_map:
         kind = name.rpartition(".")[2]
@@ -186,14 +185,15 @@ def check_rotations(checkpoint: Checkpoint) -> str:
         condition = torch.linalg.cond(matrix).max().item()
         if not condition <= LARGEST_CONDITION:
             raise CheckError(f"{name}: condition number {condition:.2g}, at most {LARGEST_CONDITION:g}")
-    return f"|Q^T Q - I| of the residual rotation {worst_rotation:.1e}, of input transforms {worst_transform:.1e}"
+    return f"|Q^T Q - I| of R1 {worst_rotation:.1e}, of input transforms {worst_transform:.1e}"
 
 
 def check_shared_inputs(checkpoint: Checkpoint) -> str:
-    """q, k and v, and gate and up, carry equal copies of their one input's scheme, clip and transform."""
+    """Check that linears with a shared input store equal copies of its scheme, clip ratio and transform."""
     copies = 0
     for layer in range(checkpoint.shape.num_hidden_layers):
-        for first, *others in (tuple(f"model.layers.{layer}.{end}" for end in ends) for ends in SITES.values()):
+        for linears in SITES.values():
+            first, *others = (f"model.layers.{layer}.{linear}" for linear in linears)
             for other in others:
                 copies += _compare_inputs(checkpoint, first, other)
     return f"{copies} copies equal"
@@ -203,7 +203,7 @@ def _compare_inputs(checkpoint: Checkpoint, first: str, other: str) -> int:
     schemes = checkpoint.config.scheme(first), checkpoint.config.scheme(other)
     inputs = [None if s is None else (s.input_activations, s.input_transform) for s in schemes]
     if inputs[0] != inputs[1]:
-        raise CheckError(f"{other}: its input is quantized otherwise than that of {first}, which is the same input")
+        raise CheckError(f"{other}: its input is quantized differently from that of {first}, but both share one input")
     copies = 0
     for kind in INPUT_TENSORS:
         if f"{first}.{kind}" in checkpoint.weight_map:

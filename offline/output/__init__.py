@@ -1,1 +1,1 @@
-"""Write the checkpoint folder and its records, so that nobody ever sees half of one."""
+"""Write the checkpoint folder and its records, whole or not at all."""

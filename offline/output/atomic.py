@@ -1,4 +1,4 @@
-"""Write files and folders so that nobody ever sees half of one."""
+"""Write files and folders atomically: readers see the old one or the whole new one."""
 
 import os
 import shutil

@@ -1,6 +1,6 @@
-"""The files of a source folder that a checkpoint keeps as they are: tokenizer, templates, license and the like.
+"""Copy the files of a source that a checkpoint keeps as they are: tokenizer, templates, license and the like.
 
-A folder from elsewhere is hostile input: names decide what is kept, never contents, and nothing that runs or unpickles.
+A downloaded folder is hostile input: names decide what is copied, never contents, and no code or pickle is copied.
 """
 
 import shutil
@@ -10,29 +10,30 @@ from pathlib import Path
 from offline.errors import ToolError
 
 FOLDERS = (".", "additional_chat_templates")
-"""All others hold copies of the model in other formats, or what training left."""
+"""Other folders hold copies of the model in other formats, or the state of its training."""
 SUFFIXES = ("", ".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".pdf")
 TOKENIZER = ("tokenizer*", "tekken.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TEXTS = ("*.jinja", "chat_template.json", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 CODE_AND_WEIGHTS = ("*.py", "*.so", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.safetensors", "*.gguf", "*.npz")
-"""Which no other pattern lets through."""
+"""Never copied, whatever other pattern matches."""
 WRITTEN = ("config.json", "README.md", "infoquant_*", "*.index.json")
-"""By this tool, about the checkpoint."""
+"""Files that this tool writes about the checkpoint."""
 OTHER_LOADERS = ("params.json", "*quant*config*.json", "adapter_*")
-"""Files that tell loaders of other formats what they would find."""
+"""Files that describe the source to loaders of other formats."""
 MODULE_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
-"""Of the files in a folder that `modules.json` names: configs, weights and tokenizers."""
+"""Copied from a folder that `modules.json` names: configs, weights and tokenizers."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 LARGEST_TOTAL = 2**30
 HUB_FILES = ("*.json", "*.model", "*.tiktoken", *TOKENIZER, *TEXTS)
-"""What the hub is asked for beside weights."""
+"""Patterns to download from the hub beside weights."""
 
 
 def copied_files(source: Path) -> list[Path]:
-    """The files to copy, relative to `source`, sorted; raises ToolError for links that lead elsewhere and for too many.
+    """Return the files to copy, relative to `source`, sorted.
 
-    A link may stay inside the folder or the hub's cache. One to elsewhere is followed where a well-known file has its
-    own name there, so that a folder of links to a model is a source too.
+    Links inside the folder or the hub's cache are followed. So is a link to elsewhere whose target is a well-known
+    file of the same name: a folder of links to a model is a source too. Raises ToolError for other links, and for
+    more than LARGEST_TOTAL bytes.
     """
     found = [file for folder in FOLDERS for file in (source / folder).glob("*") if _is_kept(file)]
     for file in found:
@@ -42,30 +43,30 @@ def copied_files(source: Path) -> list[Path]:
         largest = max(found, key=lambda file: file.stat().st_size)
         raise ToolError(
             f"{source}: {total} bytes in files beside the weights, {largest.name} the largest, at most {LARGEST_TOTAL} "
-            "are copied into a checkpoint; move away what does not belong to the model"
+            "are copied into a checkpoint; move files that do not belong to the model elsewhere"
         )
     return sorted(file.relative_to(source) for file in found)
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy the contents of `copied_files` into a checkpoint's folder."""
+    """Copy the `copied_files` of a source into a checkpoint's folder."""
     for name in copied_files(source):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
 
 
 def module_files(source: Path, name: str) -> list[Path]:
-    """Return the files to copy of a module's folder `name`, relative to `source`, sorted.
+    """Return the files to copy from a module's folder `name`, relative to `source`, sorted.
 
-    Raises ToolError for weights that are pickled, which would be lost, and for links that lead elsewhere.
+    Raises ToolError for pickled weights, which would be lost, and for links that lead outside.
     """
     files = [file for file in (source / name).iterdir() if file.is_file()]
     kept = [file for file in files if file.suffix.lower() in MODULE_SUFFIXES]
     pickled = sorted(file for file in files if file.suffix.lower() in PICKLES)
     if pickled and not any(file.suffix.lower() == ".safetensors" for file in kept):
         raise ToolError(
-            f"{pickled[0]}: weights of a module are read from safetensors files alone; save {name} as "
-            "model.safetensors, or take its entry out of modules.json"
+            f"{pickled[0]}: weights of a module are read from safetensors files only; save {name} as "
+            "model.safetensors, or remove its entry from modules.json"
         )
     for file in kept:
         _check_link(file, source)
@@ -73,7 +74,7 @@ def module_files(source: Path, name: str) -> list[Path]:
 
 
 def copy_module(source: Path, folder: Path, name: str) -> None:
-    """Copy the contents of `module_files` into a checkpoint's folder."""
+    """Copy the `module_files` of a source into a checkpoint's folder."""
     (folder / name).mkdir()
     for file in module_files(source, name):
         shutil.copyfile(source / file, folder / file)
@@ -93,8 +94,8 @@ def _check_link(file: Path, source: Path) -> None:
     known = target.name == file.name and _matches(file.name, TOKENIZER + TEXTS)
     if not (inside or cached or known):
         raise ToolError(
-            f"{file}: a link to {target}, outside the folder; files like it are copied into the checkpoint: "
-            "put the file itself there, or remove the link"
+            f"{file}: a link to {target}, outside the folder; this file would be copied into the checkpoint: "
+            "replace the link by the file, or remove it"
         )
 
 

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint."""
+"""Write the model card of a checkpoint."""
 
 from offline.model.source import HUB_ID
 from offline.output.report import Report
@@ -6,7 +6,7 @@ from offline.recipe import Recipe
 
 
 def model_card(name: str, recipe: Recipe, report: Report) -> str:
-    """README.md of the checkpoint folder: what it is, how to serve it, its figures and its recipe."""
+    """Return the README.md of a checkpoint: origin, how to serve it, figures and recipe."""
     return f"""---
 library_name: vllm
 pipeline_tag: text-generation
@@ -32,25 +32,25 @@ vllm serve PATH-OF-THIS-FOLDER
 | KV cache, bytes per token | {_row(report.source_kv_bytes_per_token, report.kv_bytes_per_token, 1)} |
 
 {_errors(report)}
-The whole recipe is in `infoquant_recipe.yaml`, the errors of each layer are in `infoquant_report.json`.
+The recipe is in `infoquant_recipe.yaml`, the errors of each layer are in `infoquant_report.json`.
 The license of the source model applies.
 """
 
 
 def _base_model(source: str) -> str:
-    """A line of metadata, where the source has a name on the hub: of others the hub refuses it."""
+    """Return the metadata of the source where it has a hub id; the hub refuses other names."""
     return f"base_model: {source}\nbase_model_relation: quantized\n" if HUB_ID.match(source) else ""
 
 
 def _errors(report: Report) -> str:
-    """What rounding lost, where it was measured."""
+    """Describe what weight rounding lost, where it was measured."""
     if not report.errors:
         return ""
     worst = max(report.errors, key=lambda name: report.errors[name])
     mean = sum(report.errors.values()) / len(report.errors)
     return (
-        f"On {report.calibration_tokens} calibration tokens the rounding of weights loses {mean:.2%} of the linears'"
-        f" output energy,\n{report.errors[worst]:.2%} in the worst of them (`{worst}`).\n"
+        f"On {report.calibration_tokens} calibration tokens, weight rounding loses {mean:.2%} of the energy of a"
+        f" linear's output on average,\n{report.errors[worst]:.2%} in the worst linear (`{worst}`).\n"
     )
 
 

@@ -1,17 +1,20 @@
-"""What a quantization run tells about itself: `infoquant_report.json`."""
+"""The report of a quantization run: `infoquant_report.json`."""
 
 import math
 import resource
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from infoquant_vllm.format import QuantizationConfigData, TensorSpec, kv_bytes_per_token_head
+from infoquant_vllm.format import (
+    KVCacheArgs,
+    ModelShape,
+    QuantizationConfigData,
+    TensorSpec,
+    kv_bytes_per_token_head,
+)
 from offline.memory import Plan
 from offline.model.source import Source
 from offline.output.sentence_modules import projection_bytes
@@ -21,7 +24,7 @@ REPORT_FILE = "infoquant_report.json"
 
 
 class Report(BaseModel):
-    """Figures of one run. Sizes are bytes of tensors; a dry run knows nothing else."""
+    """Figures of one run. Sizes are bytes of tensors; a dry run has only those and its plan."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,35 +43,21 @@ class Report(BaseModel):
     calibration_tokens: int = 0
     calibration_sha256: str | None = None
     errors: dict[str, float] = {}
-    """Share of each linear's output energy that weight rounding loses, by module name."""
+    """Share of the energy of each linear's output that weight rounding loses, by module name."""
     orthogonality_errors: dict[str, float] = {}
-    """Largest entry of |Q^T Q - I| over each layer's rotations, and over that of the residual stream."""
+    """Largest entry of |Q^T Q - I| over the rotations of each layer, and of R1 under "residual"."""
     seconds: dict[str, float] = {}
     """Wall time by stage."""
     plan: Plan | None = None
-    """Of a dry run."""
+    """Sizes and memory, from a dry run."""
     peak_memory_bytes: int | None = None
-    """The most main memory that the process held until the run's end."""
-
-
-class Stopwatch:
-    """Sums up wall time by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Count the block's time to `stage`."""
-        began = time.monotonic()
-        yield
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - began, 2)
+    """Peak main memory of the process by the end of the run."""
 
 
 def peak_memory_bytes() -> int:
-    """The most main memory that this process has held so far."""
+    """Return the peak main memory of this process so far."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux, whose getrusage counts what the parent held when it started this process
+    if status.is_file():  # on Linux getrusage includes the parent's memory at the fork
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
@@ -76,26 +65,29 @@ def peak_memory_bytes() -> int:
 
 
 def checkpoint_sizes(source: Source, config: QuantizationConfigData, specs: dict[str, TensorSpec]) -> dict[str, Any]:
-    """The size fields of a `Report` on a checkpoint that holds `specs`."""
+    """Compute the size fields of a `Report` for a checkpoint that holds `specs`."""
     shape, width = source.shape, source.unquantized_dtype.itemsize
     tensors = {name: spec_bytes(spec) for name, spec in specs.items()}
     linears = shape.linears()
     linear_bytes = sum(size for name, size in tensors.items() if name.rsplit(".", 1)[0] in linears)
     weights = sum(math.prod(size) for size in linears.values())
     biases = sum(rows for module, (rows, _) in linears.items() if shape.has_bias(module))
-    ends = (2 - shape.tie_word_embeddings) * shape.vocab_size * shape.hidden_size
+    vocabulary = (2 - shape.tie_word_embeddings) * shape.vocab_size * shape.hidden_size
     norms = sum(shape.norms().values())
-    cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    quantized = cached * width
-    if config.kv_cache is not None:
-        heads = shape.num_hidden_layers * shape.num_key_value_heads
-        quantized = heads * kv_bytes_per_token_head(shape.head_dim, config.kv_cache.num_bits)
     return {
         "source_linear_bytes": (weights + biases) * width,
         "linear_bytes": linear_bytes,
-        "source_bytes": (weights + biases + ends + norms) * width,
+        "source_bytes": (weights + biases + vocabulary + norms) * width,
         "total_bytes": sum(tensors.values()) + projection_bytes(source, config),
         "bits_per_weight": 8 * linear_bytes / weights,
-        "source_kv_bytes_per_token": cached * width,
-        "kv_bytes_per_token": quantized,
+        "source_kv_bytes_per_token": kv_bytes_per_token(shape, None, width),
+        "kv_bytes_per_token": kv_bytes_per_token(shape, config.kv_cache, width),
     }
+
+
+def kv_bytes_per_token(shape: ModelShape, cache: KVCacheArgs | None, itemsize: int) -> int:
+    """Return the KV cache's bytes per token; `itemsize` is that of an unquantized cache."""
+    heads = shape.num_hidden_layers * shape.num_key_value_heads
+    if cache is None:
+        return heads * 2 * shape.head_dim * itemsize
+    return heads * kv_bytes_per_token_head(shape.head_dim, cache.num_bits)

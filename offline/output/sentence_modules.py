@@ -1,7 +1,7 @@
-"""Modules of Sentence Transformers beside a checkpoint: the source's, and the one that maps hidden states back.
+"""Write and check the Sentence Transformers modules of a checkpoint: the source's, and the projection out of R1.
 
-vLLM reads from `modules.json` how embeddings are pooled, and which Dense modules they pass. The source's entries are
-kept. A checkpoint in a rotated basis puts its projection before their Dense ones (infoquant_vllm.format.projection).
+vLLM reads from `modules.json` how embeddings are pooled, and which Dense modules follow. The source's entries are
+kept. A checkpoint in a rotated basis inserts its projection before their Dense ones (infoquant_vllm.format.projection).
 """
 
 import json
@@ -31,9 +31,8 @@ from offline.output.copied_files import copy_module, module_files
 TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
 DENSE = "sentence_transformers.models.Dense"
 FOLDER = re.compile(r"^[\w-][\w.-]*$")
-ROWS = 4096  # of the embedding that are compared
-LARGEST_ERROR = 0.02
-"""Relative; embeddings and a projection in bfloat16 give 0.003."""
+ROWS = 4096  # embeddings compared
+LARGEST_ERROR = 0.02  # relative; embeddings and a projection in bfloat16 give 0.003
 
 
 def projection_bytes(source: Source, config: QuantizationConfigData) -> int:
@@ -42,7 +41,7 @@ def projection_bytes(source: Source, config: QuantizationConfigData) -> int:
 
 
 def source_modules(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of the source's `modules.json`, none where it has no such file; ToolError for a bad one."""
+    """Return the entries of the source's `modules.json`, [] where the file is missing; ToolError for a bad one."""
     file = folder / MODULES_FILE
     if not file.is_file():
         return []
@@ -55,7 +54,7 @@ def source_modules(folder: Path) -> list[dict[str, Any]]:
     for entry in modules:
         path = entry.get("path")
         if not isinstance(path, str) or path == PROJECTION_FOLDER or (path and not FOLDER.match(path)):
-            raise ToolError(f"{file}: the path {path!r} of a module is no name of a folder beside it")
+            raise ToolError(f"{file}: the path {path!r} of a module is not the name of a folder beside it")
         if path and not (folder / path).is_dir():
             raise ToolError(f"{folder / path}: no such folder, but {MODULES_FILE} names it")
         if path:
@@ -64,7 +63,7 @@ def source_modules(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_modules(folder: Path, source: Source, residual: torch.Tensor | None) -> None:
-    """Write the source's modules to the checkpoint's folder, and the projection where `residual` rotates the stream."""
+    """Write the source's modules to the checkpoint's folder, and the projection where R1 (`residual`) is given."""
     modules = source_modules(source.folder)
     for entry in modules:
         if entry["path"]:
@@ -72,8 +71,8 @@ def write_modules(folder: Path, source: Source, residual: torch.Tensor | None) -
     if residual is not None:
         modules = modules or [TRANSFORMER]
         kinds = [str(entry.get("type")).rpartition(".")[2] for entry in modules]
-        place = next((index for index, kind in enumerate(kinds) if kind in ("Dense", "Normalize")), len(modules))
-        modules.insert(place, {"name": PROJECTION_FOLDER, "path": PROJECTION_FOLDER, "type": DENSE})
+        first = next((index for index, kind in enumerate(kinds) if kind in ("Dense", "Normalize")), len(modules))
+        modules.insert(first, {"name": PROJECTION_FOLDER, "path": PROJECTION_FOLDER, "type": DENSE})
         _write_projection(folder, source, residual)
     if modules:
         numbered = [entry | {"idx": index} for index, entry in enumerate(modules)]
@@ -81,15 +80,15 @@ def write_modules(folder: Path, source: Source, residual: torch.Tensor | None) -
 
 
 def check_projection(checkpoint: Checkpoint, source: Source | None) -> str:
-    """Check the projection, and that it maps the checkpoint's embeddings to the source's times the final norm's gain.
+    """Check that the projection maps the checkpoint's embeddings to the source's times the final norm's gain.
 
     Raises FormatError or CheckError, naming the file or the error.
     """
     if not checkpoint.config.rotated_hidden_states:
-        return "as the source has them"
+        return "in the source's basis"
     found = read_projection(files_of(checkpoint.folder), checkpoint.shape.hidden_size, str(checkpoint.folder))
     if found is None:
-        return "in a rotated basis with no projection out of it, embeddings are not served"
+        return "in a rotated basis without a projection, so embeddings cannot be served"
     weight, tied = found.double(), checkpoint.config.online_r1
     if tied:
         rotation = checkpoint.tensor("model.embed_tokens.r1").double()
@@ -99,14 +98,14 @@ def check_projection(checkpoint: Checkpoint, source: Source | None) -> str:
         theirs = source.tensor("model.embed_tokens.weight")[:ROWS].double()
         ours = theirs @ rotation if tied else checkpoint.tensor("model.embed_tokens.weight")[:ROWS].double()
         _compare(ours @ weight.T, theirs * source.tensor("model.norm.weight").double())
-    return "a projection leads to the source's"
+    return "a projection maps them to the source's basis"
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor) -> None:
     error = ((found - expected).norm() / expected.norm()).item()
     if not error <= LARGEST_ERROR:
         raise CheckError(
-            f"{PROJECTION_WEIGHTS}: does not lead to the source's hidden states, relative error {error:.2g}, "
+            f"{PROJECTION_WEIGHTS}: does not map to the source's hidden states, relative error {error:.2g}, "
             f"at most {LARGEST_ERROR:g}"
         )
 

@@ -11,7 +11,6 @@ import torch
 from infoquant_vllm.format import FormatError, TensorSpec, check_values, is_checkpoint
 from offline.errors import ToolError
 from offline.output.atomic import fsync
-from offline.output.copied_files import copy_files
 from offline.output.shards import ShardWriter
 
 
@@ -31,10 +30,6 @@ class Writer:
             except FormatError as error:
                 raise ToolError(f"{error}; check the source with `infoquant eval`, or use another recipe") from None
             self._shards.write(name, tensor)
-
-    def copy_from(self, source: Path) -> None:
-        """Copy the files of the source that a checkpoint keeps (see `copied_files`)."""
-        copy_files(source, self.folder)
 
     def write_text(self, name: str, text: str) -> None:
         """Write one text file."""

@@ -43,8 +43,8 @@ SMALL = {
     "psot_layer": PsotLayer(epochs=2),
 }
 RECIPES = PRESETS | {"eight-bits": EIGHT_BITS}
-STAGES = ("rtn", "quarot", "paper", "best", "eight-bits")
-"""Recipes that go through every stage; the others differ from them in bits."""
+STAGES = ("rtn", "paper", "best", "eight-bits")
+"""Recipes that cover every stage; the others have fewer stages or other bits."""
 
 
 def fill(name: str, part: object, value: float) -> Callable[[Tensors], None]:
@@ -67,14 +67,14 @@ def zero_rows(tensors: Tensors) -> None:
 
 
 def zero_heads(tensors: Tensors) -> None:
-    """Queries of the first head in one layer, keys and values of the first and of the second in another."""
+    """Zero the queries of a head in one layer, the keys and the values of a head in another."""
     tensors[f"{FIRST}self_attn.q_proj.weight"][:HEAD_DIM] = 0
     tensors["model.layers.1.self_attn.k_proj.weight"][:HEAD_DIM] = 0
     tensors["model.layers.1.self_attn.v_proj.weight"][HEAD_DIM:] = 0
 
 
 def prune_inner(tensors: Tensors) -> None:
-    """Half of the intermediate features, as where their number was padded."""
+    """Zero half of the intermediate features, like padding."""
     for linear in ("mlp.gate_proj", "mlp.up_proj"):
         tensors[f"{FIRST}{linear}.weight"][INNER // 2 :] = 0
     tensors[f"{FIRST}mlp.down_proj.weight"][:, INNER // 2 :] = 0
@@ -86,7 +86,7 @@ def prune_block(tensors: Tensors) -> None:
 
 
 def massive_activations(tensors: Tensors) -> None:
-    """One feature of the residual stream a thousand times as large as the others, in the same token each time."""
+    """Make one feature of one token a thousand times as large as the others."""
     tensors[EMBEDDING][PADDING, 7] = 1000.0
 
 
@@ -111,7 +111,7 @@ HARMLESS: dict[str, Callable[[Tensors], None]] = {
     "massive-activations": massive_activations,
 }
 EVERYWHERE = ("zero-embedding-row", "zero-self_attn.v_proj", "identity-layer")
-"""Patterns for every preset."""
+"""Patterns that every recipe is tested with."""
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokens(ordinary: Path) -> Path:
-    """Calibration text that begins with the padding token, and meets it elsewhere."""
+    """Write calibration tokens that begin with the padding token and contain it elsewhere."""
     found = torch.randint(6, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(3))
     found[:, 9] = found[0, 0] = PADDING
     file = ordinary.with_name("tokens.safetensors")
@@ -130,7 +130,7 @@ def tokens(ordinary: Path) -> Path:
 
 
 def changed(source: Path, folder: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of the source with other weights."""
+    """Copy the source with changed weights."""
     tensors = load_file(source / FILE)
     change(tensors)
     folder.mkdir()
@@ -153,7 +153,7 @@ def quantized(source: Path, output: Path, tokens: Path, recipe: Recipe) -> Repor
 
 @pytest.fixture(scope="module")
 def ordinary_kl(ordinary: Path, tokens: Path) -> Callable[[str], float]:
-    """What a preset loses of the model that has nothing degenerate."""
+    """Return a function from a recipe to the KL of an ordinary model quantized with it."""
 
     @cache
     def found(preset: str) -> float:
@@ -182,7 +182,7 @@ def test_harmless_pattern_is_quantized_like_any_other_model(
 
 @pytest.mark.parametrize("preset", STAGES)
 @pytest.mark.parametrize("size", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
-def test_text_of_nothing_but_padding_calibrates(tmp_path: Path, size: str, preset: str) -> None:
+def test_padding_alone_can_calibrate(tmp_path: Path, size: str, preset: str) -> None:
     source = write_source(tmp_path / "whole", architecture=size, **SIZES)
     source = changed(source, tmp_path / "source", HARMLESS["zero-embedding-row"])
     save_tokens(tmp_path / "tokens.safetensors", torch.full((4, 32), PADDING))

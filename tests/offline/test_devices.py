@@ -1,4 +1,4 @@
-"""Several devices share the calibration text's batches and change nothing of the result."""
+"""Several devices share the batches of calibration text and give the bytes of one."""
 
 import time
 from pathlib import Path
@@ -25,7 +25,7 @@ SMALL = {
 
 
 def weights_of(source: Path, preset: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """The checkpoint's shard, of a run over so many devices with 3 batches and a half of 64 tokens."""
+    """Return the checkpoint's shard from a run over `devices` devices with 3.5 batches of 64 tokens."""
     monkeypatch.setattr("offline.model.hidden_states.TOKENS_PER_BATCH", 64)
     monkeypatch.setattr("offline.pipeline._devices", lambda _: [CPU] * devices)
     recipe, text, output = PRESETS[preset], source.with_name("text.txt"), source.with_name(f"{devices}")
@@ -45,7 +45,7 @@ def test_two_and_five_devices_write_the_bytes_that_one_writes(
     assert one == two == five
 
 
-def test_what_is_seen_comes_in_the_order_of_the_text_however_long_a_device_takes(
+def test_observations_come_in_the_order_of_the_text_however_slow_a_device_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, ran = _Replica.run, []
@@ -53,7 +53,7 @@ def test_what_is_seen_comes_in_the_order_of_the_text_however_long_a_device_takes
     def slowly(replica: _Replica, batch: torch.Tensor) -> None:
         turn = len(ran)
         ran.append(replica)
-        time.sleep(0.02 * (3 - turn % 3))  # of three that begin together the first ends last
+        time.sleep(0.02 * (3 - turn % 3))  # of three that start together the first finishes last
         run(replica, batch)
 
     monkeypatch.setattr("offline.model.hidden_states.TOKENS_PER_BATCH", 16)
@@ -90,7 +90,7 @@ def test_a_batch_that_fails_ends_the_run_with_its_error(tmp_path: Path, monkeypa
         ("cpu", 3, ["cpu"]),
     ],
 )
-def test_all_visible_devices_work_unless_one_is_named(
+def test_all_visible_devices_are_used_unless_one_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str, visible: int, found: list[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: visible)

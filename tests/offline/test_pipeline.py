@@ -1,4 +1,4 @@
-"""`quantize` writes whole checkpoints, the same ones for the same seed, and refuses what it must."""
+"""`quantize` writes whole checkpoints, the same for the same seed, and refuses wrong recipes and sizes."""
 
 import hashlib
 from itertools import product
@@ -39,7 +39,7 @@ def text(tmp_path: Path) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the report, which holds timings."""
+    """Return the SHA-256 of every file but the report, which has timings."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != "infoquant_report.json"]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -48,7 +48,7 @@ EVEN = [size for size in SIZES if size != "odd"]
 RUNS = sorted(
     {(preset, size) for preset in PRESETS for size in ("tied", "qwen3")} | set(product(("fast", "paper"), EVEN))
 )
-"""Every preset on two families, and the two kinds of rotations on all of them."""
+"""Every preset on two model families, and both kinds of learned rotations on all."""
 
 
 @pytest.mark.parametrize(("preset", "size"), RUNS)
@@ -65,7 +65,7 @@ def test_every_preset_writes_a_whole_checkpoint(tmp_path: Path, text: str, prese
 
 
 @pytest.mark.parametrize("preset", ["rtn", "quarot", "paper", "fast"])
-def test_sizes_that_are_no_powers_of_two_are_quantized(tmp_path: Path, text: str, preset: str) -> None:
+def test_sizes_that_are_not_powers_of_two_are_quantized(tmp_path: Path, text: str, preset: str) -> None:
     source = write_source(tmp_path / "source", **SIZES["odd"])
     quantize(source, tmp_path / "out", recipe=small(preset), calibration=text, progress=silent)
     assert Checkpoint(tmp_path / "out").shape.intermediate_size == 1376
@@ -79,14 +79,14 @@ def test_groups_that_do_not_divide_a_size_are_refused_by_name(tmp_path: Path, te
     assert not (tmp_path / "out").exists()
 
 
-def test_the_recipe_of_the_reproduction_page_is_one() -> None:
+def test_recipe_of_the_reproduction_page_is_valid() -> None:
     page = (Path(__file__).parents[2] / "docs" / "reproduction.md").read_text()
     recipe = Recipe.model_validate(yaml.safe_load(page.split("```yaml\n")[1].split("```")[0]))
     assert recipe.calibration.sequences * recipe.calibration.sequence_length == 128 * 2048
 
 
 def header(source: Path) -> int:
-    """Bytes of the one shard that are not tensors."""
+    """Return the header bytes of the only shard."""
     with (source / "model.safetensors").open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
@@ -148,7 +148,7 @@ def test_tied_model_stays_tied_and_keeps_its_embeddings(tmp_path: Path, text: st
     assert checkpoint.tensor("model.embed_tokens.weight").dtype == torch.bfloat16
 
 
-def test_dry_run_knows_the_sizes_and_writes_nothing(tmp_path: Path, text: str) -> None:
+def test_dry_run_predicts_the_sizes_and_writes_nothing(tmp_path: Path, text: str) -> None:
     source = write_source(tmp_path / "source")
     dry = quantize(source, tmp_path / "out", recipe=small("quarot"), dry_run=True, progress=silent)
     assert not (tmp_path / "out").exists()
@@ -172,7 +172,7 @@ learned_clips: {sequences: 128, batch_sequences: 4}
 """
 
 
-def test_published_setting_is_a_recipe(tmp_path: Path) -> None:
+def test_published_setting_is_a_valid_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(PUBLISHED)
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert recipe.psot_layer == PsotLayer(blocks=4, epochs=15, learning_rate=2.0, last_learning_rate=0.02)

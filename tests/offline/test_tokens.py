@@ -16,7 +16,7 @@ KNOWN = 259
 
 
 def source_with(folder: Path, role: str) -> Path:
-    """A model of exactly the tokenizer's vocabulary, and one more token in the tokenizer: an added word, BOS or EOS."""
+    """Write a model with the tokenizer's vocabulary, then add one token to the tokenizer: a word, BOS or EOS."""
     write_source(folder, vocab_size=KNOWN, hidden_size=128, head_dim=32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if role == "word":
@@ -71,14 +71,14 @@ def test_evaluation_text_is_refused(role: str, source: Path, checkpoint: Path, t
         refused(named(role), "eval", model, "--corpus", text, "--tokens", 64, "--window", 32)
 
 
-def test_reports_text_is_refused(role: str, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_text_of_the_report_is_refused(role: str, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     refused(named(role), "report", checkpoint, "--corpus", text, "--output", tmp_path / "page.html")
 
 
 def test_passages_of_verify_check_and_report_are_refused(
     role: str, source: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Which no EOS closes."""
+    """The passages end with no EOS, so only words and BOS matter."""
     commands = (
         ("verify", checkpoint, "--against", source),
         ("quantize", source, tmp_path / "out", "--preset", "rtn", "--check"),

@@ -1,4 +1,4 @@
-"""Models that are unusual but right are quantized as their source computes, with hardly any rounding to hide behind."""
+"""Unusual but valid models are quantized as their source computes, in 8 bits, so that faults show."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_source_of_links_with_a_name_in_another_script(tmp_path: Path) -> None:
 
 
 def test_massive_activations_in_float16(tmp_path: Path) -> None:
-    """One feature of one token, hundreds of times as large as the others from the first layer on."""
+    """Make one feature of one token hundreds of times as large as the others from the first layer on."""
     source = write_source(tmp_path / "source", dtype=torch.float16, tie_word_embeddings=False, **SMALL)
     tensors = load_file(source / "model.safetensors")
     tensors["model.embed_tokens.weight"][1, 7] = 3000.0

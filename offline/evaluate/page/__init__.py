@@ -1,1 +1,1 @@
-"""`infoquant report`: a checkpoint as a page for researchers, one file without scripts or outside resources."""
+"""`infoquant report`: write a page about a checkpoint, one HTML file without scripts or outside resources."""

@@ -1,4 +1,4 @@
-"""How values are distributed that share one quantization scale, summed up as they come."""
+"""Collect how values that share a quantization scale are distributed."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,13 @@ import torch
 
 LEVELS = 16
 BINS_PER_RMS = 8
-HISTOGRAM_LIMIT = 64
-"""RMS. No value of n lies beyond sqrt(n) times their RMS; those that do for n > 4096 count in the last bin."""
+HISTOGRAM_LIMIT = 64  # in RMS; one of n values is at most sqrt(n) RMS, larger ones (n > 4096) count in the last bin
 BINS = 2 * HISTOGRAM_LIMIT * BINS_PER_RMS
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a quantizer makes of groups of values: its values [groups, size], its outer levels [groups]."""
+    """Groups of values after quantization [groups, size], and their quantizers' outer levels [groups]."""
 
     values: torch.Tensor
     lowest: torch.Tensor
@@ -22,28 +21,28 @@ class Quantized:
 
 @dataclass(frozen=True)
 class SiteFigures:
-    """What `Distribution` found; None where nothing was quantized.
+    """Figures of one quantizer, means over its groups.
 
-    The first two are the criteria of InfoQuant (arXiv 2605.26175): easy values have a small range
-    and are well dispersed inside it. All are means over groups, every group counting the same.
+    Range and entropy are the criteria of InfoQuant (arXiv 2605.26175): values are easy to quantize whose range is
+    small and that are well dispersed inside it.
     """
 
     range: float
     """max(x, 0) - min(x, 0) in units of the group's RMS."""
     entropy: float
-    """Bits, 0 to 4, of the nearest of 16 levels spread evenly over that range."""
+    """Bits, 0 to 4: entropy of the nearest of 16 levels spread evenly over that range."""
     error: float | None
-    """|Q(x) - x|^2 / |x|^2, the share of the energy that rounding and clipping make noise of."""
+    """|Q(x) - x|^2 / |x|^2, the noise of rounding and clipping; None where unquantized."""
     levels: tuple[float, float] | None
-    """The quantizer's lowest and highest level in units of the RMS."""
+    """The quantizer's lowest and highest level in units of the RMS; None where unquantized."""
     density: torch.Tensor
-    """[BINS] float64: share of the values per RMS, from -HISTOGRAM_LIMIT to HISTOGRAM_LIMIT."""
+    """Share of values per RMS from -HISTOGRAM_LIMIT to HISTOGRAM_LIMIT, [BINS] float64."""
     occupancy: torch.Tensor
-    """[LEVELS] float64: share of a group's values at its most used of the 16 levels, the next, down to the least."""
+    """Share of a group's values at each of the 16 levels, most used first, [LEVELS] float64."""
 
 
 class Distribution:
-    """Sums over groups of values, from which `figures` come. Groups of nothing but zeros are left out."""
+    """Sum up groups of values for `figures`; groups of zeros are left out."""
 
     def __init__(self) -> None:
         self._groups = self._quantized = self._values = 0
@@ -52,7 +51,7 @@ class Distribution:
         self._occupancy = torch.zeros(LEVELS, dtype=torch.float64)
 
     def add(self, groups: torch.Tensor, quantized: Quantized | None) -> None:
-        """Count groups [groups, size] of floats, and what became of each, in the same order."""
+        """Add groups [groups, size] of floats, and the same groups after quantization."""
         energy = groups.double().square().mean(1)
         kept = energy.isfinite() & (energy > 0)
         rms = energy[kept].sqrt()
@@ -74,7 +73,7 @@ class Distribution:
             self._highest += (quantized.highest[kept] / rms).sum().item()
 
     def figures(self) -> SiteFigures:
-        """Means over all groups so far; NaN where there were none."""
+        """Return means over all groups so far, NaN without any."""
         groups, quantized = self._groups or float("nan"), self._quantized
         return SiteFigures(
             range=self._range / groups,
@@ -87,9 +86,9 @@ class Distribution:
 
 
 def _level_shares(unit: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Share of each group's values [groups, size] that is nearest to each of its levels: [groups, LEVELS]."""
+    """Return the share of each group's values [groups, size] at each of its levels, [groups, LEVELS]."""
     steps = (unit - low[:, None]) * ((LEVELS - 1) / (high - low))[:, None]
     nearest = steps.round().clamp(0, LEVELS - 1).long()
-    cells = nearest + LEVELS * torch.arange(len(unit), device=unit.device)[:, None]
-    counts = cells.flatten().bincount(minlength=LEVELS * len(unit)).view(-1, LEVELS)
+    bins = nearest + LEVELS * torch.arange(len(unit), device=unit.device)[:, None]
+    counts = bins.flatten().bincount(minlength=LEVELS * len(unit)).view(-1, LEVELS)
     return counts.double() / max(unit.shape[1], 1)

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a file with its page: measure, draw, fill in the template, write."""
+"""Write the page of a checkpoint: measure, draw, fill in the template."""
 
 import importlib.util
 from pathlib import Path
@@ -14,21 +14,18 @@ from offline.errors import ToolError
 from offline.evaluate.inspect import Inspection, inspect_checkpoint
 from offline.evaluate.page.measure import Measurement, clips, measure
 from offline.evaluate.page.summary import LABELS, Summary, mean, run_records, site_bits, site_words, summarize
+from offline.evaluate.passages import OWN_TEXT, PASSAGES
 from offline.model.source import Source, read_tokenizer
 from offline.output.atomic import atomic_file, check_writable
 from offline.output.report import Report
 from offline.progress import ProgressReport, silent
-from offline.prompts import OWN_TEXT, PASSAGES
 from offline.text import encode_texts, text_windows
 
-WINDOWS, WINDOW = 4, 512
-"""Windows read of a text that the user gives, and tokens of each."""
+WINDOWS, WINDOW = 4, 512  # windows read from a given text, and tokens per window
 TEMPLATE = "page.html"
-GENERATOR = '<meta name="generator" content="infoquant report">'
-"""By this line of its template a page is known for one of ours."""
+GENERATOR = '<meta name="generator" content="infoquant report">'  # line of the template that identifies our pages
 HEAD_BYTES = 1024
-LONGEST_TEXT = 20_000
-"""Characters of the recipe that are shown."""
+MAX_RECIPE_CHARACTERS = 20_000
 
 
 def make_page(
@@ -44,9 +41,9 @@ def make_page(
 
     Args:
         folder: the checkpoint.
-        output: the file; None names it CHECKPOINT-report.html beside the checkpoint.
-        source: folder or hub id of the model it was made from, for the figures before quantizing.
-        corpus: see `text_windows`; None reads the project's own passages.
+        output: file to write; None: CHECKPOINT-report.html beside the checkpoint.
+        source: folder or hub id of the model that it was made from, for figures before quantizing.
+        corpus: see `text_windows`; None: the project's own passages.
         overwrite: replace a page written earlier.
         progress: called after every window.
     """
@@ -69,10 +66,12 @@ def make_page(
     )
     name = checkpoint_folder.name
     factors = clips(checkpoint)
-    context = _words(name, checkpoint, inspection, records, summary) | _pictures(checkpoint, found, summary, factors)
+    context = _texts(name, checkpoint, inspection, records, summary) | _pictures(checkpoint, found, summary, factors)
     context["clips"] = {site: by_layer.mean(1).tolist() for site, by_layer in factors.items()}
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    _write(file, templates.get_template(TEMPLATE).render(context))
+    page = templates.get_template(TEMPLATE).render(context)
+    with atomic_file(file) as partial:
+        partial.write_bytes(page.encode("utf-8", errors="replace"))
     return summary
 
 
@@ -82,11 +81,15 @@ def _windows(corpus: str | None, tokenizer: PreTrainedTokenizerBase, vocab_size:
     return encode_texts(PASSAGES, tokenizer, vocab_size, OWN_TEXT)
 
 
-def _words(
+def _texts(
     name: str, checkpoint: Checkpoint, inspection: Inspection, records: Report | None, summary: Summary
 ) -> dict[str, Any]:
-    """What the template writes as text."""
-    recipe = None if inspection.recipe is None else yaml.safe_dump(inspection.recipe, sort_keys=False)[:LONGEST_TEXT]
+    """Return the template's variables that are text and numbers."""
+    recipe = (
+        None
+        if inspection.recipe is None
+        else yaml.safe_dump(inspection.recipe, sort_keys=False)[:MAX_RECIPE_CHARACTERS]
+    )
     sizes = {part: (size.bytes, size.bf16_bytes) for part, size in inspection.sizes.items()}
     views = {"after": summary.after} if summary.before is None else {"before": summary.before, "after": summary.after}
     means = {
@@ -117,7 +120,7 @@ def _words(
 def _pictures(
     checkpoint: Checkpoint, found: Measurement, summary: Summary, factors: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """The template's pictures as data URIs."""
+    """Return the template's pictures as data URIs."""
     from offline.evaluate.page import plots
 
     layers = checkpoint.shape.num_hidden_layers
@@ -139,7 +142,7 @@ def _pictures(
             for site in found.after
         },
         "error_maps": plots.to_svg(plots.error_maps(errors)),
-        "clip_factors": plots.to_svg(plots.clip_factors(factors)) if factors else None,
+        "clip_ratios": plots.to_svg(plots.clip_ratios(factors)) if factors else None,
     }
 
 
@@ -151,22 +154,16 @@ def _check_matplotlib() -> None:
 
 
 def _check_output(file: Path, overwrite: bool) -> None:
-    """Make its folder; refuse a file that exists, and with `overwrite` whatever this tool has not written."""
+    """Create the folder; refuse a file that exists, and with `overwrite` replace only a page of this tool."""
     check_writable(file)
     if not file.exists() and not file.is_symlink():
         return
     if not overwrite:
         raise ToolError(f"{file}: exists already; give another --output, or pass --overwrite to replace it")
     if not file.is_file() or file.is_symlink() or GENERATOR.encode() not in _head(file):
-        raise ToolError(f"{file}: something else than a page of this tool, which is not overwritten")
+        raise ToolError(f"{file}: not a page of this tool, so --overwrite does not replace it")
 
 
 def _head(file: Path) -> bytes:
     with file.open("rb") as opened:
         return opened.read(HEAD_BYTES)
-
-
-def _write(file: Path, page: str) -> None:
-    """Write the page whole or not at all; what UTF-8 cannot say becomes a question mark."""
-    with atomic_file(file) as partial:
-        partial.write_bytes(page.encode("utf-8", errors="replace"))

@@ -1,6 +1,5 @@
-"""What a checkpoint's quantizers see while it reads a text, and what its source has in the same places."""
+"""Measure the inputs of a checkpoint's quantizers on a text, and the same activations of its source."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,40 +20,40 @@ from offline.model.source import Source, config_dtype
 from offline.progress import ProgressReport
 
 CACHE_CLIPS = {"k": "key_clip_ratio", "v": "value_clip_ratio"}
-"""Sites of the KV cache: keys after RoPE, and values."""
+"""Sites of the KV cache (keys after RoPE, and values) and their clip ratios."""
 
 BySite = dict[str, list[SiteFigures]]
-"""By site the figures of every layer."""
+"""Figures of every layer by site."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found. Before: the source's own values, through the same quantizers."""
+    """Figures after transforms, and before: the source's own activations through the same quantizers."""
 
     tokens: int
     windows: int
     after: BySite
     before: BySite | None
     figures: dict[str, Figure]
-    """See `Evaluation`: the perplexity, and with a source its perplexity, KL and agreement."""
+    """Perplexity and, with a source, its perplexity, KL and top-1 agreement (see `Evaluation`)."""
 
 
 def measure(
     checkpoint: Checkpoint, source: Source | None, windows: list[torch.Tensor], progress: ProgressReport
 ) -> Measurement:
-    """Run the simulated checkpoint, and the source, over windows of token ids [length].
+    """Run the simulated checkpoint and the source over windows of token ids [length].
 
-    Raises ToolError where the source has other sizes than the checkpoint.
+    Raises ToolError where their sizes differ.
     """
     if source is not None and source.shape != checkpoint.shape:
         raise ToolError(
-            f"{source.folder}: not what {checkpoint.folder} was made from, sizes differ: "
+            f"{source.folder}: not the source of {checkpoint.folder}, sizes differ: "
             f"{source.shape} against {checkpoint.shape}"
         )
     model = load_simulated(checkpoint.folder, config_dtype(checkpoint.hf_config))
     reference = None if source is None else source.model(config_dtype(source.hf_config))
-    ours = _Observed(model, model, _as_quantized)
-    theirs = None if reference is None else _Observed(reference, model, _as_it_is)
+    ours = _Observer(model, model)
+    theirs = None if reference is None else _Observer(reference, model)
     figures = compare(windows, model, reference, progress)
     return Measurement(
         tokens=sum(map(len, windows)),
@@ -66,38 +65,25 @@ def measure(
 
 
 def clips(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """By site the factors on (minimum, maximum) of every layer's groups, [layers, groups, 2] float32.
+    """Return by site the clip ratios of (minimum, maximum) of every layer's groups, [layers, groups, 2] float32.
 
-    Sites that are quantized in some layers only are left out, as are those that are not at all.
+    Sites that are not quantized in every layer are left out.
     """
-    ends = {site: f"{linears[0]}.input_clip_ratio" for site, linears in SITES.items()}
-    ends |= {site: f"self_attn.attn.{name}" for site, name in CACHE_CLIPS.items()}
+    tensors = {site: f"{linears[0]}.input_clip_ratio" for site, linears in SITES.items()}
+    tensors |= {site: f"self_attn.attn.{name}" for site, name in CACHE_CLIPS.items()}
     found = {}
-    for site, end in ends.items():
-        names = [f"model.layers.{layer}.{end}" for layer in range(checkpoint.shape.num_hidden_layers)]
+    for site, tensor in tensors.items():
+        names = [f"model.layers.{layer}.{tensor}" for layer in range(checkpoint.shape.num_hidden_layers)]
         if all(name in checkpoint.weight_map for name in names):
             found[site] = torch.stack([checkpoint.tensor(name) for name in names])
     return found
 
 
-View = Callable[[torch.Tensor, SimulatedLinear], torch.Tensor]
-"""From a linear's input [tokens, K] to the values that are to be quantized."""
+class _Observer:
+    """Collect distributions by site and layer while `model` runs, quantized as `simulated` quantizes."""
 
-
-def _as_it_is(x: torch.Tensor, linear: SimulatedLinear) -> torch.Tensor:
-    return x.float()
-
-
-def _as_quantized(x: torch.Tensor, linear: SimulatedLinear) -> torch.Tensor:
-    return transform_input(x.float(), linear.scheme.input_transform, dict(linear.named_buffers()))
-
-
-class _Observed:
-    """Distributions by site and layer that fill as `model` runs, quantized as `simulated` would."""
-
-    def __init__(self, model: CausalLM, simulated: CausalLM, view: View):
-        self._layers, self._view = simulated.model.layers, view
-        self._exact = model is not simulated
+    def __init__(self, model: CausalLM, simulated: CausalLM):
+        self._layers, self._simulated = simulated.model.layers, model is simulated
         self._sites: dict[str, list[Distribution]] = {}
         for site, linears in SITES.items():
             self._sites[site] = [Distribution() for _ in self._layers]
@@ -111,36 +97,39 @@ class _Observed:
             model.register_forward_hook(lambda _, args, output: self._read_cache(output.past_key_values))
 
     def figures(self) -> BySite:
-        """Of everything seen so far."""
+        """Return the figures of everything seen so far."""
         return {site: [layer.figures() for layer in layers] for site, layers in self._sites.items()}
 
     def _watch(self, module: nn.Module, simulated: nn.Module, site: str, layer: int) -> None:
-        def count(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2)
+        def count(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2)
             if not isinstance(simulated, SimulatedLinear):
                 self._sites[site][layer].add(x, None)
                 return
-            scheme = simulated.scheme.input_activations
-            clip = None if scheme.num_bits == 16 else simulated.get_buffer("input_clip_ratio")
-            self._sites[site][layer].add(*_quantized_input(self._view(x, simulated), scheme, clip))
+            x, scheme = x.float(), simulated.scheme
+            if self._simulated:
+                x = transform_input(x, scheme.input_transform, dict(simulated.named_buffers()))
+            args = scheme.input_activations
+            clip = None if args.num_bits == 16 else simulated.get_buffer("input_clip_ratio")
+            self._sites[site][layer].add(*_quantized_input(x, args, clip))
 
         module.register_forward_pre_hook(count)
 
     def _read_cache(self, cache: Any) -> None:
-        """Count what transformers' cache holds after a pass; simulated models keep keys without their RoPE there."""
+        """Add the KV cache after a forward pass; that of a simulated model holds keys before RoPE."""
         for index, layer in enumerate(self._layers):
             attention, codes = layer.self_attn, layer.self_attn.attn
             keys, values = cache.layers[index].keys.float(), cache.layers[index].values.float()
-            if not self._exact:
+            if self._simulated:
                 keys = codes.prepare_keys(attention.rotary.apply_rope(cache.layers[index].keys, 0))
             for site, x, bits in zip("kv", (keys, values), codes.num_bits, strict=True):
-                self._sites[site][index].add(*_quantized_cells(x, bits, codes.get_buffer(CACHE_CLIPS[site])))
+                self._sites[site][index].add(*_quantized_entries(x, bits, codes.get_buffer(CACHE_CLIPS[site])))
 
 
 def _quantized_input(
     y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor | None
 ) -> tuple[torch.Tensor, Quantized | None]:
-    """Values [tokens, K] as the groups that share a scale, and their quantized values."""
+    """Split values [tokens, K] into the groups that share a scale, and quantize them."""
     if clip is None:
         return y, None
     codes, scale, zero = quantize_groups(y, clip, args.num_bits, args.symmetric)
@@ -151,8 +140,8 @@ def _quantized_input(
     return groups, Quantized(values.flatten(0, 1), lowest.flatten(), highest.flatten())
 
 
-def _quantized_cells(x: torch.Tensor, num_bits: int, clip: torch.Tensor) -> tuple[torch.Tensor, Quantized]:
-    """Keys or values [batch, kv_heads, tokens, head_size] as groups [cells, head_size], and what the cache returns."""
+def _quantized_entries(x: torch.Tensor, num_bits: int, clip: torch.Tensor) -> tuple[torch.Tensor, Quantized]:
+    """Split keys or values [batch, kv_heads, tokens, head_size] by token and head, and quantize them."""
     values = fake_store(x, clip, num_bits)
     lowest, highest = x.amin(-1).clamp(max=0) * clip[:, :1], x.amax(-1).clamp(min=0) * clip[:, 1:]
     return x.flatten(0, 2), Quantized(values.flatten(0, 2), lowest.flatten(), highest.flatten())

@@ -1,4 +1,4 @@
-"""The page's pictures. Nothing but numbers and the project's own names reaches them."""
+"""Draw the page's plots. Only numbers and names of this project go into them."""
 
 import base64
 import io
@@ -20,10 +20,9 @@ from offline.evaluate.page.measure import Measurement
 from offline.evaluate.page.summary import LABELS
 
 BEFORE, AFTER, LEVEL = "#D55E00", "#0072B2", "#555555"
-"""Vermillion and blue of Okabe and Ito, which the color-blind can tell apart too."""
+"""Vermillion and blue of Okabe and Ito, a palette for the color-blind."""
 LARGER = "after, larger"
-WIDTH = 11.0
-"""Inches."""
+WIDTH = 11.0  # inches
 SMALLEST_DENSITY = 1e-5
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}%")
 STYLE: dict[Any, Any] = {
@@ -41,7 +40,7 @@ STYLE: dict[Any, Any] = {
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as a data URI; the same figure gives the same bytes."""
+    """Return a figure as a data URI; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -49,7 +48,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def criteria(found: Measurement) -> Figure:
-    """Range, entropy and error of every site over the layers: a column per site, a row per figure."""
+    """Plot range, entropy and error over the layers: a column per site, a row per figure."""
     rows = {"range": "range, RMS", "entropy": "entropy, bits of 4", "error": "rounding error,\nshare of energy"}
     with _grid(len(rows), len(found.after), 5.6, sharex=True, sharey="row") as (figure, grid):
         for (name, label), axes in zip(rows.items(), grid, strict=True):
@@ -71,10 +70,10 @@ def criteria(found: Measurement) -> Figure:
 
 
 def histograms(found: Measurement, site: str, layers: Sequence[int], bits: Sequence[int]) -> Figure:
-    """Values of some layers of a site in units of their RMS, before above after, the levels drawn in.
+    """Plot histograms of some layers of a site in units of the RMS, before above after, with the levels.
 
-    `bits` are those of the site's codes by layer, 16 where it is not quantized. The axes are the
-    same; where that leaves little to see of what is quantized, it follows once more, larger.
+    `bits` are those of the site by layer, 16 where unquantized. The axes are the same; where they leave the
+    quantized values small, a further row shows these larger.
     """
     views = [("before", found.before, BEFORE), ("after", found.after, AFTER)]
     rows = [(word, [by_site[site][layer] for layer in layers], color) for word, by_site, color in views if by_site]
@@ -94,18 +93,18 @@ def histograms(found: Measurement, site: str, layers: Sequence[int], bits: Seque
                     text = f"range {figures.range:.1f} RMS, {figures.entropy:.2f} bits"
                     ax.set_title(text, loc="right", color=color)
         for ax in grid[-1]:
-            ax.set_xlabel("value / RMS of the values with its scale")
+            ax.set_xlabel("value / RMS of the values that share its scale")
     return figure
 
 
 def occupancy(found: Measurement) -> Figure:
-    """What share of the values that have a scale in common is at the most used of 16 levels, the next, and so on."""
+    """Plot the share of values at each of 16 levels, most used first."""
     ranks = range(1, LEVELS + 1)
     with _grid(1, len(found.after), 2.1, sharex=True, sharey=True) as (figure, grid):
         for site, ax in zip(found.after, grid[0], strict=True):
             for values, style in _series(found, site):
                 ax.plot(ranks, torch.stack([layer.occupancy for layer in values]).nanmean(0).numpy(), **style)
-            ax.axhline(1 / LEVELS, color=LEVEL, lw=0.8, ls=":", label="all levels alike: 4 bits")
+            ax.axhline(1 / LEVELS, color=LEVEL, lw=0.8, ls=":", label="uniform: 4 bits")
             ax.set_title(LABELS[site])
             ax.set_xlabel("level, most used first")
             ax.set_xticks([1, 4, 8, 12, 16])
@@ -115,7 +114,7 @@ def occupancy(found: Measurement) -> Figure:
 
 
 def error_maps(maps: dict[str, dict[str, list[float]]]) -> Figure:
-    """Maps over layers (across) and places (down) of shares of energy, one under the other; NaN stays gray."""
+    """Plot maps of errors over layers (across) and places (down), one under the other; NaN stays gray."""
     arrays = [np.array(list(rows.values()), dtype=float) for rows in maps.values()]
     heights, layers = [len(array) for array in arrays], arrays[0].shape[1]
     norm = _log_norm(np.concatenate(arrays))
@@ -139,12 +138,12 @@ def error_maps(maps: dict[str, dict[str, list[float]]]) -> Figure:
     return figure
 
 
-def clip_factors(clips: dict[str, torch.Tensor]) -> Figure:
-    """Factors on minimum and maximum over the layers; where a site has groups, their mean and their extremes."""
+def clip_ratios(clips: dict[str, torch.Tensor]) -> Figure:
+    """Plot clip ratios of minimum and maximum over the layers; for a site with groups, their mean and extremes."""
     with _grid(1, len(clips), 2.1, sharex=True, sharey=True) as (figure, grid):
         for (site, factors), ax in zip(clips.items(), grid[0], strict=True):
             layers, dot = range(len(factors)), "." if len(factors) == 1 else ""
-            for end, color, line, word in ((0, BEFORE, "-", "on the minimum"), (1, AFTER, "--", "on the maximum")):
+            for end, color, line, word in ((0, BEFORE, "-", "of the minimum"), (1, AFTER, "--", "of the maximum")):
                 values = factors[:, :, end]
                 ax.fill_between(layers, values.amin(1), values.amax(1), color=color, alpha=0.2, lw=0)
                 ax.plot(layers, values.mean(1), color=color, ls=line, lw=1.4, marker=dot, label=word)
@@ -153,14 +152,14 @@ def clip_factors(clips: dict[str, torch.Tensor]) -> Figure:
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         lowest = min(factors.amin().item() for factors in clips.values())
         grid[0][0].set_ylim(lowest - 0.05, 1.03)
-        grid[0][0].set_ylabel("clip factor")
+        grid[0][0].set_ylabel("clip ratio")
         _legend(figure, grid[0][0])
     return figure
 
 
 @contextmanager
 def _grid(rows: int, columns: int, height: float, **subplots: Any) -> Iterator[tuple[Figure, list[list[Axes]]]]:
-    """A figure with rows of axes, drawn in the page's style."""
+    """Yield a figure with rows of axes in the page's style."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         ratios = subplots.pop("height_ratios", None)
@@ -169,11 +168,11 @@ def _grid(rows: int, columns: int, height: float, **subplots: Any) -> Iterator[t
 
 
 def _series(found: Measurement, site: str) -> Iterator[tuple[list[SiteFigures], dict[str, Any]]]:
-    """Figures of a site over the layers and how their line looks; a single layer is a dot."""
+    """Yield the figures of a site over the layers with their line style; a single layer is a dot."""
     line = {"lw": 1.4, "marker": "." if len(found.after[site]) == 1 else ""}
     if found.before is not None:
         yield found.before[site], line | {"color": BEFORE, "label": "before (the source)", "ls": "--"}
-    yield found.after[site], line | {"color": AFTER, "label": "after (what is quantized)"}
+    yield found.after[site], line | {"color": AFTER, "label": "after (quantizer inputs)"}
 
 
 def _histogram(ax: Axes, figures: SiteFigures, limit: float, color: str, num_bits: int) -> None:
@@ -193,7 +192,7 @@ def _histogram(ax: Axes, figures: SiteFigures, limit: float, color: str, num_bit
 
 
 def _reach(figures: SiteFigures) -> float:
-    """RMS to which a histogram is shown: all but a 1e-5th of the values at either end, and every level."""
+    """Return the RMS to which a histogram is shown: all but 1e-5 of the values at either end, and every level."""
     covered = figures.density.cumsum(0) / BINS_PER_RMS
     shown = ((covered > 1e-5) & (covered < 1 - 1e-5)).nonzero() - BINS // 2
     levels = figures.levels or (-1.0, 1.0)
@@ -206,7 +205,7 @@ def _number(value: float | None) -> float:
 
 
 def _log_norm(values: np.ndarray) -> LogNorm:
-    """Colors from the largest value down to a fiftieth of it."""
+    """Scale colors from the largest value down to a fiftieth of it."""
     known = values[np.isfinite(values)]
     largest = max(known.max(), 1e-12) if len(known) else 1.0
     return LogNorm(largest / 50, largest)

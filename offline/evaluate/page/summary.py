@@ -1,4 +1,4 @@
-"""What the page says in words and numbers, from the checkpoint's records and from what was measured."""
+"""Summarize a measurement and the run's report in numbers and words."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from offline.evaluate.inspect import Inspection, scheme_words
 from offline.evaluate.metrics import Figure
 from offline.evaluate.page.distribution import SiteFigures
 from offline.evaluate.page.measure import BySite, Measurement
-from offline.output.report import Report
+from offline.output.report import REPORT_FILE, Report
 
 LABELS = {
     "qkv": "q, k, v input",
@@ -21,11 +21,11 @@ LABELS = {
     "k": "K of the cache",
     "v": "V of the cache",
 }
-"""What the page calls the sites."""
+"""Names of the sites on the page."""
 
 
 class LayerFigures(BaseModel):
-    """Scalars of a `SiteFigures` by layer; NaN where a layer had nothing but zeros."""
+    """The scalars of `SiteFigures` by layer; NaN for a layer of zeros."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,7 +35,7 @@ class LayerFigures(BaseModel):
 
 
 class Worst(BaseModel):
-    """Where a share of energy is largest."""
+    """The place with the largest error."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -45,7 +45,7 @@ class Worst(BaseModel):
 
 
 class Summary(BaseModel):
-    """What `make_page` measured, apart from the histograms. Before: of the source; None without one."""
+    """All numbers of a page but its histograms; `before` is None without a source."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,13 +58,13 @@ class Summary(BaseModel):
     after: dict[str, LayerFigures]
     before: dict[str, LayerFigures] | None
     weight_errors: dict[str, list[float]]
-    """By linear the share of its output's energy that rounding lost, by layer; NaN where the run kept none."""
+    """Share of the energy of each linear's output that rounding lost, by layer; NaN where unknown."""
     worst_input: Worst | None
     worst_weight: Worst | None
 
 
 def summarize(found: Measurement, records: Report | None, layers: int, **names: Any) -> Summary:
-    """The scalars of a measurement and of the run's records; `names` are the page, source and text."""
+    """Summarize a measurement and the run's report; `names` are the page, source and text."""
     weight_errors = _weight_errors(records, layers)
     errors = {site: [_number(layer.error) for layer in figures] for site, figures in found.after.items()}
     return Summary(
@@ -81,18 +81,18 @@ def summarize(found: Measurement, records: Report | None, layers: int, **names: 
 
 
 def run_records(inspection: Inspection) -> Report | None:
-    """The run's own report; raises ToolError where the checkpoint's file is not one."""
+    """Return the run's report; raise ToolError where the checkpoint's file is not one."""
     if inspection.report is None:
         return None
     try:
         return Report.model_validate(inspection.report)
     except ValidationError as error:
-        file = f"{inspection.checkpoint}/infoquant_report.json"
+        file = f"{inspection.checkpoint}/{REPORT_FILE}"
         raise ToolError(str(FormatError.from_validation(file, error))) from None
 
 
 def site_words(checkpoint: Checkpoint, site: str) -> tuple[str, str, str]:
-    """How weights, inputs and their transform are quantized at a site, in all ways that its layers have."""
+    """Describe weights, inputs and input transform of a site, with every variant among its layers."""
     if site not in SITES:
         cache = checkpoint.config.kv_cache
         assert cache is not None
@@ -105,7 +105,7 @@ def site_words(checkpoint: Checkpoint, site: str) -> tuple[str, str, str]:
 
 
 def site_bits(checkpoint: Checkpoint, site: str) -> list[int]:
-    """Bits of the codes at a site by layer; 16 where it is not quantized."""
+    """Return the bits of a site by layer, 16 where unquantized."""
     layers = range(checkpoint.shape.num_hidden_layers)
     if site not in SITES:
         cache = checkpoint.config.kv_cache
@@ -119,7 +119,7 @@ def _cache_bits(cache: KVCacheArgs, site: str) -> int:
 
 
 def mean(values: list[float] | list[float | None]) -> float:
-    """Of those that are numbers; NaN where none is."""
+    """Return the mean of the values that are numbers; NaN without any."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 
@@ -133,7 +133,7 @@ def _by_layer(by_site: BySite) -> dict[str, LayerFigures]:
 
 
 def _weight_errors(records: Report | None, layers: int) -> dict[str, list[float]]:
-    """Only under the names that linears have: those in the records may be anything."""
+    """Return rounding errors by linear; names in the report are untrusted, so only known ones are read."""
     if records is None or not records.errors:
         return {}
     names = [linear for linears in SITES.values() for linear in linears]

@@ -1,4 +1,4 @@
-"""Figures of `evaluate` are what their definitions say, with errors over windows."""
+"""Figures of `evaluate` follow their definitions, with standard errors over windows."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,7 @@ def checkpoint(source: Path) -> str:
 
 
 @torch.no_grad()
-def test_figures_are_their_definitions(source: Path, tmp_path: Path) -> None:
+def test_figures_follow_their_definitions(source: Path, tmp_path: Path) -> None:
     model = Source.open(write_source(tmp_path / "other", seed=1)).model(torch.float32)
     reference = Source.open(source).model(torch.float32)
     windows = torch.randint(3, VOCAB_SIZE, (5, 16), generator=torch.Generator().manual_seed(0))
@@ -68,7 +68,7 @@ def test_checkpoint_is_simulated(source: Path, corpus: str, checkpoint: str) -> 
     assert 0 < found.kl.mean < 2
 
 
-def test_text_is_sampled_and_said_so_where_none_is_given(source: Path, checkpoint: str) -> None:
+def test_text_is_sampled_where_none_is_given(source: Path, checkpoint: str) -> None:
     found = evaluate(checkpoint, reference=str(source), tokens=64, window=32)
     assert found.text == "sampled from source, seed 0"
 

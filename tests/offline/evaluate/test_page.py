@@ -1,4 +1,4 @@
-"""The page of `infoquant report`: its figures are their definitions, it is whole, and nothing hostile gets into it."""
+"""The page of `infoquant report` is complete, its figures follow their definitions, and hostile text stays text."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from offline.errors import ToolError
 from offline.evaluate.page import make
 from offline.evaluate.page.distribution import BINS, BINS_PER_RMS, Distribution, Quantized
 from offline.evaluate.page.make import make_page
-from offline.evaluate.page.measure import _quantized_cells, _quantized_input, clips, measure
+from offline.evaluate.page.measure import _quantized_entries, _quantized_input, clips, measure
 from offline.evaluate.page.summary import Summary, mean
 from offline.evaluate.simulated import SimulatedCache
 from offline.model.source import Source
@@ -90,7 +90,7 @@ def test_error_is_the_share_of_each_groups_energy() -> None:
     assert distribution(groups).figures().error is None
 
 
-def test_groups_of_zeros_count_nowhere() -> None:
+def test_groups_of_zeros_are_left_out() -> None:
     found = distribution(torch.zeros(2, 8)).figures()
     assert math.isnan(found.range)
     assert math.isnan(found.entropy)
@@ -115,7 +115,7 @@ def test_outer_levels_are_those_of_the_codes(symmetric: bool) -> None:
 
 def test_outer_levels_of_the_cache_are_those_of_its_codes() -> None:
     x = torch.randn(1, 2, 5, 64, generator=torch.Generator().manual_seed(2))
-    groups, found = _quantized_cells(x, 4, torch.full((2, 2), 0.6))
+    groups, found = _quantized_entries(x, 4, torch.full((2, 2), 0.6))
     torch.testing.assert_close(groups.view(x.shape), x)
     torch.testing.assert_close(found.lowest, found.values.amin(1), rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(found.highest, found.values.amax(1), rtol=2e-3, atol=1e-3)
@@ -128,7 +128,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(source: Path) -> Path:
-    """Codes of 8 bits without rotation or clipping: nearly the source's own values at every site."""
+    """Quantize to 8 bits without rotation or clipping: nearly the source's own values at every site."""
     site = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}, "clip": 1.0}
     fields = {
         "name": "eight",
@@ -298,15 +298,15 @@ def test_checkpoint_without_records_or_cache_has_a_page(tmp_path: Path) -> None:
         shutil.copy(file, folder)
     summary = make_page(folder)
     assert list(summary.after) == SITES[:4]
-    assert "The checkpoint holds no recipe." in (tmp_path / "bare-report.html").read_text()
+    assert "The checkpoint has no recipe." in (tmp_path / "bare-report.html").read_text()
 
 
-def test_page_that_exists_is_replaced_only_when_told_to(rotated: Path, tmp_path: Path) -> None:
+def test_existing_page_is_replaced_only_when_asked(rotated: Path, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text("mine")
     with pytest.raises(ToolError, match="exists already; give another --output, or pass --overwrite"):
         make_page(rotated, file)
-    with pytest.raises(ToolError, match="something else than a page of this tool"):
+    with pytest.raises(ToolError, match="not a page of this tool"):
         make_page(rotated, file, overwrite=True)
     assert file.read_text() == "mine"
     file.write_text(make.GENERATOR)
@@ -315,7 +315,7 @@ def test_page_that_exists_is_replaced_only_when_told_to(rotated: Path, tmp_path:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_folder_that_cannot_hold_the_page_is_refused_at_once(rotated: Path, tmp_path: Path) -> None:
+def test_unwritable_folder_is_refused_at_once(rotated: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ToolError, match=r"page\.html: cannot be written"):
         make_page(rotated, tmp_path / "file" / "page.html")
@@ -323,12 +323,12 @@ def test_folder_that_cannot_hold_the_page_is_refused_at_once(rotated: Path, tmp_
 
 def test_source_of_another_size_is_refused(rotated: Path, tmp_path: Path) -> None:
     other = write_source(tmp_path / "other", num_hidden_layers=1)
-    with pytest.raises(ToolError, match=r"other: not what .*rotated was made from, sizes differ"):
+    with pytest.raises(ToolError, match=r"other: not the source of .*rotated, sizes differ"):
         make_page(rotated, tmp_path / "page.html", source=other)
     assert not (tmp_path / "page.html").exists()
 
 
-def test_missing_matplotlib_is_named_with_what_mends_it(
+def test_missing_matplotlib_is_named_with_its_fix(
     rotated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(make.importlib.util, "find_spec", lambda name: None)

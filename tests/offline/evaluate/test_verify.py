@@ -1,4 +1,4 @@
-"""`verify` passes what `quantize` writes and finds what has been corrupted since, by check, layer and number."""
+"""`verify` passes what `quantize` writes and reports corruption by check, layer and value."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor
 
 
 def failure(found: Verification) -> tuple[str, str]:
-    """Name and detail of the one check that failed, which must be the verdict too."""
+    """Return name and detail of the only check that failed."""
     failed = [check for check in found.checks if not check.passed]
     assert len(failed) == 1
     assert not found.passed
@@ -75,7 +75,7 @@ def test_untied_model_is_recognized_in_its_rotated_basis(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def trained_head(source: Path) -> Path:
-    """A model that its config calls tied, with a head of its own, as fine-tuning leaves it."""
+    """Write a model that its config calls tied, with a separate lm_head, as fine-tuning leaves it."""
     folder = Path(shutil.copytree(source, source.with_name("trained-head")))
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
@@ -95,7 +95,7 @@ def test_trained_head_of_a_tied_config_is_quantized_as_the_source_serves_it(
     assert "lm_head is the source's" in found.checks[5].detail
 
 
-def test_dropped_head_fails_whatever_rule_the_tool_reads_by(
+def test_dropped_lm_head_fails_however_the_source_is_read(
     trained_head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offline.model.source._is_tied", lambda _: True)
@@ -103,7 +103,7 @@ def test_dropped_head_fails_whatever_rule_the_tool_reads_by(
     offline.quantize(trained_head, tmp_path / "out", recipe=recipe, progress=lambda *_: None)
     check, detail = failure(verify(tmp_path / "out", against=trained_head))
     assert check == "same model"
-    assert "lm_head is the embedding" in detail
+    assert "lm_head is tied to the embeddings" in detail
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -120,7 +120,7 @@ def test_head_of_another_model_fails(tmp_path: Path, bits: int | None) -> None:
     assert "lm_head is not the source's" in detail
 
 
-def test_scale_that_is_no_number_fails_with_its_place(folder: Path) -> None:
+def test_scale_of_nan_fails_with_its_place(folder: Path) -> None:
     name = f"{LAYER}.mlp.down_proj.weight_scale"
     spoil(folder, name, lambda t: t.index_fill(0, torch.tensor([3]), float("nan")))
     check, detail = failure(verify(folder))
@@ -142,7 +142,7 @@ LOST: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 
 
 @pytest.mark.parametrize("lost", LOST)
-def test_codes_that_stay_small_beside_their_scales_fail_with_the_linear(folder: Path, lost: str) -> None:
+def test_codes_too_small_for_their_scales_fail_with_the_linear(folder: Path, lost: str) -> None:
     change, share = LOST[lost]
     spoil(folder, f"{LAYER}.self_attn.q_proj.weight_packed", change)
     check, detail = failure(verify(folder))
@@ -168,7 +168,7 @@ def identity(name: str, weight: torch.Tensor) -> None:
 
 
 def massive(name: str, weight: torch.Tensor) -> None:
-    """A neuron that writes almost all that its layer writes, into one channel."""
+    """Let one neuron write almost all of its layer's output, into one channel."""
     if "layers.0.mlp.down_proj" in name:
         weight *= 0.01
         weight[5, 7] = 300.0
@@ -181,7 +181,7 @@ def headless(name: str, weight: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("preset", ["rtn", "quarot", "best"])
 @pytest.mark.parametrize("change", [zero_padded, pruned, identity, massive, headless])
-def test_what_the_source_had_is_no_fault(
+def test_oddities_of_the_source_are_no_fault(
     preset: str, change: Callable[[str, torch.Tensor], None], tmp_path: Path
 ) -> None:
     source = write_source(tmp_path / "source")
@@ -198,7 +198,7 @@ def test_what_the_source_had_is_no_fault(
     assert [check.detail for check in verify(tmp_path / "out").checks if not check.passed] == []
 
 
-def test_rotation_that_is_none_fails_with_its_error(folder: Path) -> None:
+def test_matrix_that_is_not_orthogonal_fails_with_its_error(folder: Path) -> None:
     spoil(folder, "model.embed_tokens.r1", lambda t: t * 1.01)
     check, detail = failure(verify(folder))
     assert check == "rotations"
@@ -224,14 +224,14 @@ def test_schemes_that_differ_for_one_input_fail(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     check, detail = failure(verify(folder))
     assert check == "shared inputs"
-    assert "model.layers.0.self_attn.k_proj: its input is quantized otherwise" in detail
+    assert "model.layers.0.self_attn.k_proj: its input is quantized differently" in detail
 
 
 def test_another_model_fails(whole: Path, tmp_path: Path) -> None:
     other = write_source(tmp_path / "other", seed=1, dtype=torch.bfloat16)
     check, detail = failure(verify(whole, against=other))
     assert check == "same model"
-    assert "embeddings are no rotation of the source's" in detail
+    assert "embeddings are not a rotation of the source's" in detail
 
 
 def test_model_of_another_size_fails(whole: Path, tmp_path: Path) -> None:
@@ -239,13 +239,13 @@ def test_model_of_another_size_fails(whole: Path, tmp_path: Path) -> None:
     assert failure(verify(whole, against=other))[0] == "same model"
 
 
-def test_spoilt_layer_shows_in_its_error(folder: Path, source: Path, whole: Path) -> None:
+def test_corrupted_layer_shows_in_its_error(folder: Path, source: Path, whole: Path) -> None:
     spoil(folder, f"{LAYER}.mlp.down_proj.weight_packed", lambda t: t.flip(0))
     errors = []
     for checkpoint in (whole, folder):
         layer_errors: dict[str, float] = {}
         comparison = Comparison(Checkpoint(checkpoint), source)
-        comparison.same_ends()
+        comparison.same_vocabulary()
         comparison.behavior(layer_errors)
         errors.append(layer_errors)
     assert errors[1]["model.layers.0"] == errors[0]["model.layers.0"]

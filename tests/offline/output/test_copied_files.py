@@ -1,4 +1,4 @@
-"""A checkpoint keeps the files of its source that are no weights and no code, and none from outside the source."""
+"""A checkpoint copies its source's files that are neither weights nor code, and none from outside the source."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_checkpoint_keeps_what_is_neither_weights_nor_code(tmp_path: Path) -> No
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text().endswith("tools.jinja")
 
 
-def test_hub_is_asked_for_what_is_kept() -> None:
+def test_copied_files_are_downloaded_from_the_hub() -> None:
     assert [name for name in KEPT if not any(Path(name).match(pattern) for pattern in HUB_FILES)] == []
 
 
@@ -79,7 +79,7 @@ def test_folder_of_links_and_the_hubs_cache_are_followed(tmp_path: Path) -> None
     assert copied_files(snapshot) == [Path("tokenizer.json")]
 
 
-def test_more_than_belongs_to_a_model_is_refused(tmp_path: Path) -> None:
+def test_more_bytes_than_a_model_needs_are_refused(tmp_path: Path) -> None:
     with (tmp_path / "notes.txt").open("wb") as file:
         file.truncate(2**30 + 1)
     with pytest.raises(ToolError, match=r"1073741825 bytes in files beside the weights, notes\.txt the largest"):

@@ -1,4 +1,4 @@
-"""`--resume`: a run killed at any moment goes on and writes the bytes of one that nobody killed."""
+"""`--resume`: a run killed at any moment resumes and writes the bytes of an uninterrupted one."""
 
 import json
 import os
@@ -54,7 +54,7 @@ while left:
         left -= 1
 print(number)
 """
-"""Forks a child for each run, so that importing torch takes its seconds once."""
+"""Program that forks a child for each run, so that torch is imported once."""
 TEXT = "".join(f"The number {n} is followed by {n + 1}, and its square is {n * n}.\n\n" for n in range(300))
 MEASURED = ("seconds", "peak_memory_bytes")
 STEPS: dict[str, dict[str, Any]] = {
@@ -76,15 +76,15 @@ def source(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file, the report without what it measured of this run."""
+    """Return the content of every file, the report without times and memory."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     found: dict[str, Any] = {str(file.relative_to(folder)): file.read_bytes() for file in files}
     report = json.loads(found["infoquant_report.json"])
     return found | {"infoquant_report.json": {name: report[name] for name in report if name not in MEASURED}}
 
 
-@pytest.mark.parametrize(("preset", "kills"), [("fast", 8), ("paper", 7), ("best", 5)])
-def test_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(
+@pytest.mark.parametrize(("preset", "kills"), [("paper", 7), ("best", 7)])
+def test_run_killed_at_random_moments_writes_the_bytes_of_an_uninterrupted_one(
     tmp_path: Path, source: Path, preset: str, kills: int
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
@@ -108,7 +108,7 @@ def stop_at(wanted: str, layer: int) -> Any:
 
 
 def begin(tmp_path: Path, source: Path, **changes: Any) -> None:
-    """Run until the second layer is there, or with `changes` go on from there."""
+    """Run until the second layer is done; with `changes` resume from there."""
     arguments: dict[str, Any] = {"recipe": small("fast"), "calibration": str(tmp_path / "text.txt"), "resume": True}
     quantize(source, tmp_path / "out", **(arguments | {"progress": stop_at("layers", 2)} | changes))
 
@@ -127,7 +127,7 @@ def test_finished_layers_are_not_computed_again(tmp_path: Path, source: Path, mo
     assert not resume_folder(tmp_path / "out").exists()
 
 
-def test_learning_of_the_rotation_goes_on_from_the_steps_that_were_kept(tmp_path: Path, source: Path) -> None:
+def test_learning_of_the_rotation_resumes_from_the_saved_steps(tmp_path: Path, source: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         begin(tmp_path, source, progress=stop_at("rotation", 55))
     steps: list[int] = []
@@ -171,7 +171,7 @@ def test_run_killed_after_its_output_was_in_place_is_finished(tmp_path: Path, so
         begin(tmp_path, source)
 
 
-def test_two_runs_do_not_work_in_one_folder(tmp_path: Path, source: Path) -> None:
+def test_two_runs_cannot_use_one_folder(tmp_path: Path, source: Path) -> None:
     def second(stage: str, done: int, total: int, detail: str = "") -> None:
         begin(tmp_path, source)
 

@@ -1,4 +1,4 @@
-"""Modules of Sentence Transformers beside a checkpoint: the source's and the projection among them."""
+"""A checkpoint has its source's Sentence Transformers modules, with the projection among them."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_the_sources_modules_are_kept_with_the_projection_before_their_dense_one
         assert (tmp_path / "out" / folder / "config.json").read_text() == (source / folder / "config.json").read_text()
 
 
-def test_a_modules_code_and_pickles_stay_where_they_are(tmp_path: Path) -> None:
+def test_code_and_pickles_of_a_module_are_not_copied(tmp_path: Path) -> None:
     source = with_modules(write_source(tmp_path / "source"), module("Transformer", ""), module("Dense", "2_Dense"))
     for name in ("modeling.py", "pytorch_model.bin", ".hidden.json.py"):
         (source / "2_Dense" / name).write_text("import os")
@@ -95,7 +95,7 @@ def test_a_module_with_pickled_weights_alone_is_refused_before_any_work(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_modules_link_to_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_link_out_of_a_module_is_refused(tmp_path: Path) -> None:
     source = with_modules(write_source(tmp_path / "source"), module("Transformer", ""), module("Dense", "2_Dense"))
     (tmp_path / "secret").write_text("{}")
     (source / "2_Dense" / "more.json").symlink_to(tmp_path / "secret")
@@ -104,10 +104,10 @@ def test_a_modules_link_to_elsewhere_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["../elsewhere", "a/b", PROJECTION_FOLDER, ".hidden"])
-def test_a_module_that_is_no_folder_beside_it_is_refused_before_anything_is_done(tmp_path: Path, path: str) -> None:
+def test_module_without_a_folder_is_refused_before_any_work(tmp_path: Path, path: str) -> None:
     source = write_source(tmp_path / "source")
     (source / MODULES_FILE).write_text(json.dumps([module("Pooling", path)]))
-    with pytest.raises(ToolError, match=rf"{MODULES_FILE}: the path '{path}' of a module is no name of a folder"):
+    with pytest.raises(ToolError, match=rf"{MODULES_FILE}: the path '{path}' of a module is not the name of a folder"):
         quantize(source, tmp_path / "out", recipe=ROTATED, progress=silent)
     assert not (tmp_path / "out").exists()
 
@@ -123,7 +123,7 @@ def test_another_rotation_as_the_projection_fails_verification(tmp_path: Path, a
     found = verify(tmp_path / "out", against=source if against else None)
     failed = [check for check in found.checks if not check.passed]
     assert [check.name for check in failed] == ["hidden states"]
-    assert f"{PROJECTION_WEIGHTS}: does not lead to the source's hidden states" in failed[0].detail
+    assert f"{PROJECTION_WEIGHTS}: does not map to the source's hidden states" in failed[0].detail
 
 
 @pytest.mark.parametrize(

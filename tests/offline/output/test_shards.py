@@ -1,4 +1,4 @@
-"""Shards written tensor by tensor are the files that the library would have written."""
+"""Shards written tensor by tensor have the bytes that the safetensors library writes."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ TENSORS = {
 SPECS = {name: TensorSpec(shape=tuple(t.shape), dtype=NAMES[t.dtype]) for name, t in TENSORS.items()}
 
 
-def test_file_is_the_librarys_byte_by_byte_whatever_the_order_of_writing(tmp_path: Path) -> None:
+def test_bytes_are_the_librarys_in_any_order_of_writing(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, SPECS, 10**9)
     for name in reversed(TENSORS):
         writer.write(name, TENSORS[name])
@@ -45,7 +45,7 @@ def test_shards_stay_within_their_size_and_hold_every_tensor_once(tmp_path: Path
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_tensor_that_is_not_as_announced_is_refused_and_so_is_a_file_that_lacks_one(tmp_path: Path) -> None:
+def test_tensor_unlike_its_spec_and_missing_tensor_are_refused(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, SPECS, 10**9)
     with pytest.raises(ValueError, match=r"c\.scale is .*float16 \[5, 1\], expected F32 \[5, 1\]"):
         writer.write("c.scale", TENSORS["c.scale"].half())

@@ -1,4 +1,4 @@
-"""An output folder is whole or not there, whatever interrupts the run."""
+"""An output folder is whole or absent, whatever interrupts the run."""
 
 import os
 import signal
@@ -101,7 +101,7 @@ def test_existing_output_is_refused_and_replaced_only_when_asked(tmp_path: Path,
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint", "source"]
 
 
-def test_overwrite_spares_folders_that_are_no_checkpoints(tmp_path: Path, source: Path) -> None:
+def test_overwrite_replaces_nothing_but_checkpoints(tmp_path: Path, source: Path) -> None:
     output = tmp_path / "precious"
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
@@ -121,7 +121,7 @@ def test_failure_while_quantizing_leaves_nothing_behind(tmp_path: Path, source: 
     assert [folder.name for folder in tmp_path.iterdir()] == ["source"]
 
 
-def test_folder_carries_tokenizer_card_recipe_and_report(tmp_path: Path, source: Path) -> None:
+def test_folder_has_tokenizer_card_recipe_and_report(tmp_path: Path, source: Path) -> None:
     quantize(source, tmp_path / "out", preset="rtn", progress=silent)
     written = {file.name for file in (tmp_path / "out").iterdir()}
     carried = {file.name for file in source.iterdir() if not file.name.endswith(".safetensors")}
@@ -129,7 +129,7 @@ def test_folder_carries_tokenizer_card_recipe_and_report(tmp_path: Path, source:
     assert "model.safetensors.index.json" in written
 
 
-def test_others_may_read_the_checkpoint_as_the_umask_says(tmp_path: Path, source: Path) -> None:
+def test_permissions_follow_the_umask(tmp_path: Path, source: Path) -> None:
     mask = os.umask(0o022)
     try:
         quantize(source, tmp_path / "out", preset="rtn", progress=silent)

@@ -150,7 +150,7 @@ def test_byte_order_mark_is_no_text(source: Source, tmp_path: Path, name: str) -
         ("words.csv", "text\na", r"words\.csv: \.csv files are not read; convert it to JSON Lines"),
         ("words.json", '[{"text": "a"}, 3]', r"words\.json: record 2: an object"),
         ("words.json", "[" * 100_000, r"words\.json: not JSON"),
-        ("words.jsonl", '{"text": "a\\ud800"}', r"words\.jsonl:1: character 1 is '.ud800', which is no text"),
+        ("words.jsonl", '{"text": "a\\ud800"}', r"words\.jsonl:1: character 1 is '.ud800', which is not text"),
     ],
 )
 def test_files_of_something_else_are_refused(

@@ -1,4 +1,4 @@
-"""A short text of the project's own, to compare a checkpoint with its source without any other data."""
+"""Short passages of the project's own, to compare a checkpoint with its source without other data."""
 
 OWN_TEXT = "the project's own passages"
 PASSAGES = (
