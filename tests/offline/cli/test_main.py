@@ -235,10 +235,9 @@ def test_signal_leaves_nothing_behind(number: int, source: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_resumable_run_says_what_it_keeps(number: int, source: Path, tmp_path: Path) -> None:
-    code, said = ended_by(number, "quantize", source, tmp_path / "out", "--resume")
-    assert code == 128 + number
+def test_interrupted_resumable_run_says_what_it_keeps(source: Path, tmp_path: Path) -> None:
+    code, said = ended_by(signal.SIGTERM, "quantize", source, tmp_path / "out", "--resume")
+    assert code == 128 + signal.SIGTERM
     assert said.startswith(f"stopped; {tmp_path / 'out.resume'} keeps finished steps")
     assert [path.name for path in tmp_path.iterdir()] == ["out.resume"]
 

@@ -257,15 +257,6 @@ def test_worst_places_are_the_largest_errors(page: tuple[Summary, str], rotated:
     assert summary.weight_errors["down_proj"] == [errors[f"model.layers.{layer}.mlp.down_proj"] for layer in (0, 1)]
 
 
-def test_without_the_source_the_page_says_so(plain: Path, tmp_path: Path) -> None:
-    summary = make_page(plain, tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text()
-    assert summary.before is None
-    assert "add <code>--source SOURCE</code>" in text
-    assert "range before" not in text
-    assert "The run recorded no errors of rounding weights" in text
-
-
 def test_hostile_records_stay_text(plain: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain, tmp_path / "a<b>&c"))
     report = json.loads((folder / "infoquant_report.json").read_text())
@@ -292,16 +283,23 @@ def test_records_of_another_kind_are_refused(plain: Path, tmp_path: Path) -> Non
         make_page(folder)
 
 
-def test_checkpoint_without_records_or_cache_has_a_page(tmp_path: Path) -> None:
+def test_page_without_source_records_or_cache_says_so(tmp_path: Path) -> None:
     folder = write_random(tmp_path / "bare", {"kv_cache": None}, vocab_size=VOCAB_SIZE)
     for file in write_source(tmp_path / "source").glob("tokenizer*"):
         shutil.copy(file, folder)
-    summary = make_page(folder)
+    summary, text = make_page(folder), (tmp_path / "bare-report.html").read_text()
     assert list(summary.after) == SITES[:4]
-    assert "The checkpoint has no recipe." in (tmp_path / "bare-report.html").read_text()
+    assert summary.before is None
+    assert "range before" not in text
+    for said in (
+        "add <code>--source SOURCE</code>",
+        "The run recorded no errors of rounding weights",
+        "The checkpoint has no recipe.",
+    ):
+        assert said in text
 
 
-def test_existing_page_is_replaced_only_when_asked(rotated: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_nothing_but_pages(rotated: Path, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text("mine")
     with pytest.raises(ToolError, match="exists already; give another --output, or pass --overwrite"):
@@ -309,10 +307,6 @@ def test_existing_page_is_replaced_only_when_asked(rotated: Path, tmp_path: Path
     with pytest.raises(ToolError, match="not a page of this tool"):
         make_page(rotated, file, overwrite=True)
     assert file.read_text() == "mine"
-    file.write_text(make.GENERATOR)
-    make_page(rotated, file, overwrite=True)
-    assert 'id="verdict"' in file.read_text()
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_unwritable_folder_is_refused_at_once(rotated: Path, tmp_path: Path) -> None:
@@ -336,16 +330,16 @@ def test_missing_matplotlib_is_named_with_its_fix(
         make_page(rotated, tmp_path / "page.html")
 
 
-def test_command_writes_the_page_and_prints_the_figures(plain: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("sentence of many. " * 150)
-    file = tmp_path / "page.html"
-    done = CliRunner().invoke(
-        app, ["report", str(plain), "--output", str(file), "--corpus", str(tmp_path / "text.txt"), "--json"]
-    )
+def test_command_replaces_a_page_and_prints_the_figures(plain: Path, tmp_path: Path) -> None:
+    text, file = tmp_path / "text.txt", tmp_path / "page.html"
+    text.write_text("sentence of many. " * 150)
+    file.write_text(make.GENERATOR)
+    arguments = ["report", str(plain), "--output", str(file), "--corpus", str(text), "--json"]
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    done = CliRunner().invoke(app, [*arguments, "--overwrite"])
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["page"], found["tokens"], found["windows"]) == (str(file), 2048, 4)
     assert len(found["after"]["k"]["entropy"]) == 2
-    again = CliRunner().invoke(app, ["report", str(plain), "--output", str(file)])
-    assert again.exit_code == 1
-    assert "exists already" in again.stderr
+    assert 'id="verdict"' in file.read_text()
+    assert sorted(tmp_path.iterdir()) == [file, text]
