@@ -156,7 +156,9 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started(
         run.run(bench, step(sys.executable, "-c", code, seconds=run.LEAST_SECONDS), tmp_path / "log") == "out of time"
     )
     assert time.monotonic() - began < run.LEAST_SECONDS + 10
-    assert not [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "987"]]
+    started = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "987"]]
+    _, left = psutil.wait_procs(started, timeout=5)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left)  # killed; its parent is gone, too
 
 
 def test_what_the_budget_does_not_reach_is_skipped(bench: Bench, tmp_path: Path) -> None:
