@@ -1,5 +1,4 @@
-"""What a served model costs and gains: the demo, and measurements through real `vllm serve` processes.
+"""Run the demo, and measure speed, memory and accuracy of served models and of kernels; see README.md.
 
-The demo lives here because it is the smallest of these measurements; it shares the server and the
-scoring with the others, and with the tests.
+Tests share the servers and the scoring with the benchmarks.
 """

@@ -27,7 +27,7 @@ console = Console(highlight=False)
 
 @dataclass
 class Measured:
-    """What one server told: tokens that fit into its KV cache, and its scores of the windows."""
+    """Tokens that fit into the KV cache of one server, and its scores of the windows."""
 
     kv_tokens: int
     scores: Scores
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def run(stay: bool) -> None:
-    """Every step in turn, each announced before it runs."""
+    """Run the steps; announce each one before it runs."""
     step("A real model, bf16: SmolLM2-135M-Instruct, dequantized from the GGUF file in a Python package")
     source = source_model()
     step("Quantize it to 4-bit weights, activations and KV cache")
@@ -104,7 +104,7 @@ def ask(server: Server, question: str) -> None:
 
 
 def announce(url: str, model: Path) -> None:
-    """Say where the server is, with a command to paste: no line of it is broken where the terminal ends."""
+    """Print the server's address and a command to paste, whose lines are not wrapped at the terminal's width."""
     body = {"model": str(model), "messages": [{"role": "user", "content": QUESTION}]}
     console.print(f"The server is up at {url}/v1 until Ctrl-C. For example:")
     console.print(f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
@@ -112,7 +112,7 @@ def announce(url: str, model: Path) -> None:
 
 
 def comparison(source: Path, checkpoint: Path, reference: Measured, ours: Measured) -> Table:
-    """The table of what the 4-bit model costs and gains."""
+    """Tabulate what the 4-bit model costs and gains."""
     report = json.loads((checkpoint / "infoquant_report.json").read_text())
     table = Table(title="SmolLM2-135M-Instruct served by vLLM")
     for heading in ("", "bf16", "W4A4KV4", "ratio"):
@@ -129,11 +129,11 @@ def comparison(source: Path, checkpoint: Path, reference: Measured, ours: Measur
 
 
 def sources(reference: Measured, ours: Measured) -> str:
-    """Where the table's figures come from."""
+    """Say where the table's figures come from."""
     loss = standard_error(ours.scores.nll - reference.scores.nll)
     return (
         "Linear layers: from the quantizer's report. Whole checkpoint: the safetensors files.\n"
-        "KV-cache tokens: what each of the two servers wrote into its log.\n"
+        "KV-cache tokens: from the logs of the two servers.\n"
         f"Perplexity: {ours.scores.nll.numel():,} tokens of Python's language reference in windows of {WINDOW}, from\n"
         f"the two servers' prompt log-probabilities (standard error of the log of the ratio: {loss:.3f}).\n"
     )

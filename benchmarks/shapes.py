@@ -1,9 +1,9 @@
-"""Models with the shapes of real ones, as Hugging Face folders: for speed, not for accuracy.
+"""Write Hugging Face folders of models with the shapes of real ones and random weights, to measure speed.
 
-A folder holds a config.json and a tokenizer, for `vllm serve FOLDER --load-format dummy`; with --weights also random
-bf16 weights, for `infoquant quantize`, or for `vllm serve` as they are. The tokenizer has a word per token, so that
-random prompts of any length can be written down. All are of the class Llama (Qwen2's shapes without its biases):
-transformers gives a Qwen2 model Qwen2's tokenizer whatever its folder holds.
+A folder holds a config.json and a tokenizer, for `vllm serve FOLDER --load-format dummy`. With --weights it also holds
+random bf16 weights, for `infoquant quantize` or `vllm serve`. The tokenizer has one word per token, so that prompts
+have any number of tokens. All models have the class Llama (Qwen2's shapes without its biases), because transformers
+loads Qwen2's own tokenizer for the class Qwen2, whatever the folder holds.
 """
 
 import argparse
@@ -69,10 +69,10 @@ SHAPES = MappingProxyType(
         "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49_152, 100_000.0, tied=True),
     }
 )
-"""What config.json says, by name."""
+"""The content of config.json by name."""
 STD = 0.02
 UNKNOWN, END = "<|unknown|>", "</s>"
-"""The first is the longest word, and so the letters that vLLM allows a text for each token, the space behind it too."""
+"""UNKNOWN is the longest word: vLLM limits the characters of a text to that length, and a space, per token."""
 
 
 def main() -> None:
@@ -95,9 +95,10 @@ def main() -> None:
 
 
 def write_config(data: dict[str, Any], output: Path, recipe: Recipe | None) -> None:
-    """Write config.json, of that recipe's checkpoint or of a bf16 model, and a tokenizer to the new folder `output`.
+    """Write config.json and a tokenizer to the new folder `output`.
 
     data: config.json of the bf16 model.
+    recipe: adds the quantization_config of its checkpoints; None leaves the model bf16.
     """
     if recipe is not None:
         quantization = recipe.quantization_config(ModelShape.from_hf(data))
@@ -108,8 +109,8 @@ def write_config(data: dict[str, Any], output: Path, recipe: Recipe | None) -> N
 
 
 def write(config: "LlamaConfig", output: Path) -> None:
-    """Write a model of that configuration, bf16, to the new folder `output`."""
-    import torch  # here alone: a config.json is written without it
+    """Write a random bf16 model to the new folder `output`."""
+    import torch  # here, since a config.json can be written without it
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: arithmetic while serving, and what its report says of size and making."""
+"""Count the arithmetic that a checkpoint adds while serving, and read its size and quantizing time from its report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +19,19 @@ REPORT_FILE = "infoquant_report.json"
 
 @dataclass(frozen=True)
 class MultiplyAdds:
-    """Per token: `own` of the linears and lm_head of the unquantized model, `added` by transforms at run time."""
+    """Multiply-adds per token: `own` in linears and lm_head of the unquantized model, `added` by online transforms."""
 
     own: int
     added: int
 
 
 def multiply_adds(shape: ModelShape, config: QuantizationConfigData | None) -> MultiplyAdds:
-    """Count the multiply-adds of a decoded token that do not depend on how long its context is.
+    """Count the multiply-adds of a decoded token that do not depend on the length of its context.
 
-    Added are, per layer, the input transforms, once for linears that share their input; the Hadamard
-    on queries and keys; and for a tied model with `online_r1` two products with
-    [hidden, hidden], after the embedding and before lm_head. Rotations folded into weights cost
-    nothing. Not counted are the element-wise work of the quantizers and, on both sides, attention itself.
+    `added` counts, per layer, the input transforms (once for linears that share their input) and R3, the
+    Hadamard on queries and keys; for a tied model with `online_r1` also two multiplications by
+    [hidden, hidden], after the embedding and before lm_head. Rotations fused into weights cost nothing.
+    The element-wise work of the quantizers is not counted, and attention itself in neither figure.
     """
     linears = shape.linears()
     own = sum(rows * features for rows, features in linears.values()) + shape.vocab_size * shape.hidden_size
@@ -51,7 +51,7 @@ def multiply_adds(shape: ModelShape, config: QuantizationConfigData | None) -> M
 
 
 def per_feature(transform: InputTransform) -> int:
-    """Multiply-adds per input feature: the sizes of the matrices it is multiplied by one after another."""
+    """Return the multiply-adds per input feature: the summed sizes of the transform's matrices."""
     if transform.type == "hadamard" and transform.block_size is not None:
         return hadamard_adds(transform.block_size)
     if transform.factors is not None:
@@ -60,16 +60,16 @@ def per_feature(transform: InputTransform) -> int:
 
 
 def hadamard_adds(size: int) -> int:
-    """Per feature, the steps of the butterflies, and the dense factor's order where it has one."""
+    """Return the additions per feature: the butterfly steps, and the order of a base Hadamard matrix."""
     order = len(hadamard_dense(size))
     return (size // order).bit_length() - 1 + (order if order > 1 else 0)
 
 
 def costs(folder: Path) -> dict[str, Any]:
-    """The cost fields of a result's row. None stands for what the folder does not tell.
+    """Return the cost fields of a result row; None for what the folder does not say.
 
-    Of an unquantized model's weights the bits are those of its dtype. Raises FormatError where
-    config.json is not one of a Llama-architecture model, quantized by InfoQuant or not at all.
+    An unquantized model has the bits per weight of its dtype. Raises FormatError unless config.json is
+    of a supported architecture, unquantized or quantized by InfoQuant.
     """
     hf_config = read_json(folder / "config.json")
     quantization = hf_config.get("quantization_config")

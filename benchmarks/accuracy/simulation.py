@@ -1,4 +1,4 @@
-"""KL divergence over the whole vocabulary, from the simulation: a server does not give all log-probabilities."""
+"""Compute the KL divergence over the whole vocabulary by simulation: a server returns only top-k log-probabilities."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +14,10 @@ from offline.model.source import Source, config_dtype
 
 
 class WholeVocabulary:
-    """The reference on some windows (int64 [windows, tokens]), to which checkpoints are compared.
+    """Compare checkpoints with a reference on some windows (int64 [windows, tokens]).
 
-    Its decoder runs once per window, however many checkpoints there are: the last hidden states are
-    kept, and the logits, which would not fit into memory, made of them again.
+    The reference's decoder runs once per window for all checkpoints: its last hidden states are kept, and the
+    logits, which would not fit into memory, are computed from them again.
     """
 
     def __init__(self, reference: Path, windows: torch.Tensor):
@@ -27,13 +27,13 @@ class WholeVocabulary:
         self.reference.model = RememberedDecoder(self.reference.model)
 
     def kl(self, checkpoint: Path) -> Figure:
-        """KL(reference || checkpoint) in nats per position, in the dtype that config.json names."""
+        """Return KL(reference || checkpoint) in nats per position, computed in the dtype that config.json names."""
         simulated = load_simulated(checkpoint, config_dtype(read_json(checkpoint / "config.json")))
         return compare(list(self.windows), simulated, self.reference)["kl"]
 
 
 class RememberedDecoder(nn.Module):
-    """A decoder that answers token ids it has seen from memory."""
+    """Cache the output of a decoder by its token ids."""
 
     def __init__(self, decoder: nn.Module):
         super().__init__()
@@ -41,7 +41,7 @@ class RememberedDecoder(nn.Module):
         self.remembered: dict[tuple[int, ...], torch.Tensor] = {}
 
     def forward(self, input_ids: torch.Tensor, **arguments: Any) -> BaseModelOutputWithPast:
-        """input_ids [1, tokens] to last_hidden_state [1, tokens, hidden]."""
+        """Map input_ids [1, tokens] to last_hidden_state [1, tokens, hidden]."""
         key = tuple(input_ids.flatten().tolist())
         if key not in self.remembered:
             self.remembered[key] = self.decoder(input_ids=input_ids, **arguments).last_hidden_state

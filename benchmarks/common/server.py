@@ -1,4 +1,4 @@
-"""A real `vllm serve` in processes of its own: started on a free loopback port, stopped for certain."""
+"""Start `vllm serve` on a free loopback port, wait until it answers, and stop all of its processes."""
 
 import os
 import re
@@ -26,7 +26,7 @@ LOG_TAIL = 4000
 
 
 class ServerError(RuntimeError):
-    """The server did not start; the message ends with the end of its log."""
+    """Say why a server did not start; the message ends with the end of its log."""
 
 
 @dataclass
@@ -40,36 +40,36 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Address without a path."""
+        """The address without a path."""
         return f"http://127.0.0.1:{self.port}"
 
     def client(self) -> OpenAI:
-        """A client that reports errors at once."""
+        """Return a client that does not retry."""
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
 
     def kv_tokens(self) -> int:
-        """How many tokens the KV cache holds, from the server's own log."""
+        """Read the number of tokens that fit into the KV cache from the server's log."""
         return int(self.logged(r"KV cache size: ([\d,]+) tokens").replace(",", ""))
 
     def logged(self, pattern: str) -> str:
-        """The first group of the first match of `pattern` in the server's log."""
+        """Return the first group of the first match of `pattern` in the server's log."""
         found = re.search(pattern, self.log.read_text(errors="replace"))
         if found is None:
             raise ServerError(f"{self.log}: no line matches {pattern!r}")
         return found[1]
 
     def metric(self, name: str) -> float:
-        """The sum of a counter over its labels, from /metrics."""
+        """Read a counter from /metrics, summed over its labels."""
         return sum(self.metrics(name))
 
     def metrics(self, name: str) -> list[float]:
-        """A counter for each set of labels, from /metrics."""
+        """Read a counter from /metrics, for each set of labels."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
             lines = reply.read().decode().splitlines()
         return [float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line)]
 
     def is_healthy(self) -> bool:
-        """Whether /health answers 200."""
+        """Return whether /health answers 200."""
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
                 return reply.status == 200
@@ -77,11 +77,11 @@ class Server:
             return False
 
     def members(self) -> list[psutil.Process]:
-        """The live processes of the server's group."""
+        """Return the live processes of the server's group."""
         return [p for p in psutil.process_iter() if _group(p) == self.process.pid]
 
     def gone_within(self, seconds: float) -> bool:
-        """Wait for every process of the group to end; False where one is left after `seconds`."""
+        """Wait for all processes of the group to end; return False if one is left after `seconds`."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None or self.members():
             if time.monotonic() > deadline:
@@ -90,7 +90,7 @@ class Server:
         return True
 
     def stop(self) -> None:
-        """SIGTERM to the server; SIGKILL to what is left of its group after GRACE_SECONDS, or at a second Ctrl-C."""
+        """Send SIGTERM to the server, and SIGKILL to its group after GRACE_SECONDS or at a second Ctrl-C."""
         if self.process.poll() is None:
             self.process.terminate()
         try:
@@ -110,7 +110,7 @@ def serve(
     environment: Mapping[str, str] = MappingProxyType({}),
     seconds: float = START_SECONDS,
 ) -> Iterator[Server]:
-    """A running server for `model`, ready to answer; stopped when the block is left.
+    """Serve `model` until the block is left; it is ready to answer when the block begins.
 
     Args:
         model: checkpoint folder.
@@ -120,7 +120,7 @@ def serve(
         environment: further variables.
         seconds: how long the start may take.
 
-    Raises ServerError where the server exits or does not answer within `seconds`.
+    Raises ServerError if the server exits or does not answer within `seconds`.
     """
     server = start(model, log, *arguments, kv_gib=kv_gib, environment=environment)
     try:
@@ -148,13 +148,13 @@ def start(
 
 
 def vllm_environment(kv_gib: int = 1) -> dict[str, str]:
-    """For a process that runs vLLM: GiB for its KV cache, and no word to the outside."""
+    """Return the environment of a process that runs vLLM: GiB for its KV cache, no usage statistics, no downloads."""
     settings = {"VLLM_CPU_KVCACHE_SPACE": str(kv_gib), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     return os.environ | settings
 
 
 def wait_until_healthy(server: Server, seconds: float = START_SECONDS) -> None:
-    """Poll /health; raises ServerError with the end of the log where the server exits or hangs."""
+    """Poll /health; raises ServerError with the end of the log if the server exits or hangs."""
     deadline = time.monotonic() + seconds
     while not server.is_healthy():
         exited = server.process.poll()

@@ -1,8 +1,8 @@
-"""Attention over the 4-bit KV cache against vLLM's bf16 attention on the CPU, kernel against kernel.
+"""Time attention over the 4-bit KV cache against vLLM's bf16 attention on the CPU.
 
-All kernels get the same queries, keys and values, of one sequence in a cache of shuffled blocks, and
-take turns in one process, so that a slow moment of the machine hits all of them. The bf16 cache is
-read by the operation behind vLLM's own backend. A row is one kernel at one length.
+All kernels get the same queries, keys and values of one sequence, in a cache of shuffled blocks. They run interleaved
+in one process, so that a slow moment of the machine affects all. The bf16 kernel is that of vLLM's CPU backend. A row
+is one kernel at one length.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from infoquant_vllm.kernels.torch import kv_cache as torch_kernels
 
 BLOCK = 128
 BASELINE, NATIVE, FALLBACK = "vLLM bf16", "KV4 native", "KV4 torch"
-FOUR_BITS = (4, 4)  # of keys and of values
-TURNS = 4  # at least
+FOUR_BITS = (4, 4)  # bits of keys and of values
+MIN_RUNS = 4
 SHAPES = {"8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}  # heads, kv-heads, head size
 DECODE_CONTEXTS = (256, 1024, 4096, 16384)
 PREFILL_LENGTHS = (512, 1024, 2048)
@@ -37,7 +37,7 @@ PREFILL_LENGTHS = (512, 1024, 2048)
 
 @dataclass(frozen=True)
 class Case:
-    """`queries` last tokens of a sequence of `context` tokens."""
+    """The last `queries` tokens of a sequence of `context` tokens."""
 
     shape: str
     context: int
@@ -45,14 +45,14 @@ class Case:
 
     @property
     def phase(self) -> str:
-        """What the server would call it."""
+        """The phase of serving that runs such a case."""
         return "decode" if self.queries == 1 else "prefill"
 
 
 def main() -> None:
     """Measure, print a table and write --json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.attention", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long a case is measured, more or less")
+    parser.add_argument("--seconds", type=float, default=3.0, help="approximate duration of a case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
@@ -64,17 +64,17 @@ def main() -> None:
 
 
 def measure(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per kernel: microseconds of every turn, their median, and the speed relative to bf16."""
+    """Return a row per kernel: median and quartiles in microseconds, and the speed relative to bf16."""
     torch.manual_seed(options.seed)
     calls = kernels(case)
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + options.seconds
     pair = [BASELINE, NATIVE]
-    while len(times[BASELINE]) < TURNS or time.perf_counter() < end:
+    while len(times[BASELINE]) < MIN_RUNS or time.perf_counter() < end:
         for name in pair:
             times[name].append(microseconds(calls[name]))
-        pair.reverse()  # neither always comes after the other
-    times[FALLBACK] = [microseconds(calls[FALLBACK]) for _ in range(TURNS)]
+        pair.reverse()  # so that neither always runs after the other
+    times[FALLBACK] = [microseconds(calls[FALLBACK]) for _ in range(MIN_RUNS)]
     medians = {name: statistics.median(turns) for name, turns in times.items()}
     heads, kv_heads, size = SHAPES[case.shape]
     return [
@@ -100,14 +100,14 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """That one call takes."""
+    """Time one call."""
     start = time.perf_counter()
     call()
     return 1e6 * (time.perf_counter() - start)
 
 
 def kernels(case: Case) -> dict[str, Callable[[], object]]:
-    """What is timed, by name, on one set of random queries, keys and values."""
+    """Return the timed calls by name, on one set of random queries, keys and values."""
     heads, kv_heads, size = SHAPES[case.shape]
     query = torch.randn(case.queries, heads, size, dtype=torch.bfloat16)
     key, value = torch.randn(2, case.context, kv_heads, size, dtype=torch.bfloat16)
@@ -139,10 +139,11 @@ def bf16_kernel(
     slots: torch.Tensor,
     batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> Callable[[], object]:
-    """The call that vLLM's CPU attention backend makes for a layer; what it prepares once per step is not timed."""
+    """Return the call that vLLM's CPU attention backend makes for a layer, without its preparation once per step."""
     starts, lens, table = batch
     _, kv_heads, size = key.shape
     isa = _get_attn_isa(query.dtype, BLOCK, size, "auto")
+    common: dict[str, Any] = {"causal": True, "dynamic_causal": None, "kv_cache_dtype": "auto"}
     cache = torch.zeros(table.shape[1], kv_heads, 2 * BLOCK, size, dtype=query.dtype)
     keys, values = cache.chunk(2, 2)
     vllm_ops.cpu_attn_reshape_and_cache(
@@ -156,12 +157,10 @@ def bf16_kernel(
         seq_lens=lens,
         dtype=query.dtype,
         query_start_loc=starts,
-        causal=True,
         sliding_window_size=-1,
         isa=isa,
         enable_kv_split=True,
-        dynamic_causal=None,
-        kv_cache_dtype="auto",
+        **common,
     )
     out = torch.empty_like(query)
     return lambda: vllm_ops.cpu_attention_with_kv_cache(
@@ -172,22 +171,20 @@ def bf16_kernel(
         query_start_loc=starts,
         seq_lens=lens,
         scale=size**-0.5,
-        causal=True,
         alibi_slopes=None,
         sliding_window=-1,
         block_table=table,
         softcap=0.0,
         scheduler_metadata=scheduled,
         s_aux=None,
-        dynamic_causal=None,
         k_scale=1.0,
         v_scale=1.0,
-        kv_cache_dtype="auto",
+        **common,
     )
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a terminal."""
+    """Format the rows for a terminal."""
     printed = Table(title=f"Attention of one layer, {rows[0]['threads']} threads (median, quartiles)")
     for heading in ("shape", "phase", "tokens", "kernel", "microseconds", "quartiles", "x bf16"):
         printed.add_column(heading)

@@ -1,9 +1,8 @@
-"""Checkpoints in the other integer formats that vLLM serves, rounded to nearest: for speed, not for accuracy.
+"""Write checkpoints in the other integer formats that vLLM serves, rounded to nearest, to measure speed.
 
-The formats are those of compressed-tensors: W8A8 (`int-quantized`, a scale per row, inputs per token),
-W4A16 (`pack-quantized`, a scale per 64 weights) and W4A4 (the same weights, symmetric inputs per token; for
-GPUs, which serve it by Humming). vLLM's GPTQ and AWQ layers run the same kernel on CPUs as W4A16; its W4A8
-needs AMX.
+The formats are those of compressed-tensors: W8A8 (`int-quantized`; weights per row, activations per token), W4A16
+(`pack-quantized`; weights in groups of 64) and W4A4 (the same weights, symmetric activations per token; for GPUs, where
+vLLM serves it by Humming). On CPUs vLLM's GPTQ and AWQ layers run the same kernel as W4A16; its W4A8 needs AMX.
 """
 
 import argparse
@@ -122,7 +121,7 @@ FLOAT8 = _config(
     {"num_bits": 8, "type": "float", "strategy": "channel"},
     {"num_bits": 8, "type": "float", "strategy": "token"},
 )
-"""What vLLM's own FP8 computes: a scale per row, inputs per token."""
+"""The scheme of vLLM's own FP8: weights per row, activations per token."""
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Products of a linear layer as candidates of `turns`: ours and those of others, on random numbers."""
+"""GEMMs of a linear layer on random operands, as candidates of `benchmarks.common.interleaved`."""
 
 import torch
 from vllm import _custom_ops
@@ -9,7 +9,7 @@ from infoquant_vllm.kernels.cpu.library import DTYPES, operations
 
 
 def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups: int) -> Candidate:
-    """Our product of 4-bit weights with inputs of `num_bits`, both in so many groups (1: per row and per token)."""
+    """Run our GEMM of 4-bit weights with activations of `num_bits`, both in `groups` (1: per row and per token)."""
     packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
     weight = prepare_weight(packed, 4, True, groups)
     weights, scales = [weight.clone() for _ in copies(weight.nbytes)], prepare_qparams(torch.rand(channels, groups))
@@ -20,7 +20,7 @@ def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups
 
 
 def read_weights(size: int) -> Candidate:
-    """Reading so many bytes once: what no product can beat."""
+    """Read `size` bytes once: a lower bound for any GEMM with weights of that size."""
     read, data = operations().read, [torch.randint(0, 256, (size,), dtype=torch.uint8) for _ in copies(size)]
     return lambda i: read(data[i % len(data)])
 
@@ -30,27 +30,27 @@ def _int8(*shape: int) -> torch.Tensor:
 
 
 def torch_int8(tokens: int, features: int, channels: int) -> Candidate:
-    """Torch's int8 product, 32-bit sums out."""
+    """Run torch's int8 GEMM with int32 output."""
     x, weights = _int8(tokens, features), [_int8(channels, features) for _ in copies(channels * features)]
     return lambda i: torch._int_mm(x, weights[i % len(weights)].t())
 
 
 def vllm_int8(tokens: int, features: int, channels: int) -> Candidate:
-    """The oneDNN product of vLLM's W8A8, of an input that is quantized already."""
+    """Run oneDNN's GEMM of vLLM's W8A8 on an input that is already quantized."""
     handlers, out = int8_handlers(features, channels), torch.empty(tokens, channels, dtype=torch.bfloat16)
     x, scale = _int8(tokens, features), torch.rand(tokens, 1)
     return lambda i: _custom_ops.onednn_scaled_mm(handlers[i % len(handlers)], x, out, scale, None, None, None)
 
 
 def int8_handlers(features: int, channels: int) -> list[_custom_ops.CPUDNNLGEMMHandler]:
-    """Random int8 weights as oneDNN holds them, bf16 out: enough of them that no cache holds all."""
+    """Make random int8 weights in oneDNN's layout, for bf16 output: more copies than fit into a cache."""
     scales, count = torch.rand(channels, 1), copies(channels * features)
     weights = [_int8(channels, features) for _ in count]
     return [_custom_ops.create_onednn_scaled_mm(w.t(), scales, torch.bfloat16, True, False) for w in weights]
 
 
 def torch_bf16(tokens: int, features: int, channels: int) -> Candidate:
-    """Torch's bf16 linear."""
+    """Run torch's bf16 linear."""
     size = 2 * channels * features
     weights = [torch.randn(channels, features, dtype=torch.bfloat16) for _ in copies(size)]
     x = torch.randn(tokens, features, dtype=torch.bfloat16)
@@ -58,25 +58,25 @@ def torch_bf16(tokens: int, features: int, channels: int) -> Candidate:
 
 
 def vllm_bf16(tokens: int, features: int, channels: int) -> Candidate:
-    """The oneDNN product behind vLLM's unquantized linears."""
+    """Run oneDNN's GEMM of vLLM's unquantized linears."""
     handlers, x = bf16_handlers(features, channels), torch.randn(tokens, features, dtype=torch.bfloat16)
     return lambda i: _custom_ops.onednn_mm(handlers[i % len(handlers)], x, None)
 
 
 def bf16_handlers(features: int, channels: int) -> list[_custom_ops.CPUDNNLGEMMHandler]:
-    """Random bf16 weights as oneDNN holds them: enough of them that no cache holds all."""
+    """Make random bf16 weights in oneDNN's layout: more copies than fit into a cache."""
     weights = [torch.randn(channels, features, dtype=torch.bfloat16) for _ in copies(2 * channels * features)]
     return [_custom_ops.create_onednn_mm(weight.t(), 32) for weight in weights]
 
 
 def vllm_w4a8(tokens: int, features: int, channels: int) -> Candidate:
-    """vLLM's W4A8, for processors with AMX; quantizes its bf16 input itself."""
+    """Run vLLM's W4A8 for CPUs with AMX; it quantizes its bf16 input."""
     weights, x = w4a8_weights(features, channels, 128), torch.randn(tokens, features, dtype=torch.bfloat16)
     return lambda i: _custom_ops.int4_scaled_mm_cpu(x, *weights[i % len(weights)], None)
 
 
 def w4a8_weights(features: int, channels: int, group: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Random 4-bit weights, zeros and scales as that product wants them: enough of them that no cache holds all."""
+    """Make random 4-bit weights, zero-points and scales in its layout: more copies than fit into a cache."""
 
     def weight() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         codes = torch.randint(-(2**31), 2**31, (features, channels // 8), dtype=torch.int32)

@@ -1,7 +1,7 @@
-"""The linear layers of real models, a decoder layer's together: ours against bf16 and vLLM's other formats.
+"""Time the linear layers of a decoder layer of real models: ours against bf16 and vLLM's other formats.
 
-One thread, candidates in turns; ours quantize (and rotate) their input too, as in the server, and so do
-vLLM's. A row is a model, a number of tokens and a candidate; its times are sums over qkv, o, gate_up and down.
+Candidates run interleaved on one thread. Rotating and quantizing the input is part of the time, as in a server. A row
+is a model, a number of tokens and a candidate; its time is the sum over qkv, o, gate_up and down.
 """
 
 import argparse
@@ -32,12 +32,12 @@ MODELS = MappingProxyType(
     }
 )
 TOKENS = (1, 16, 256)
-GROUP = 64  # of the W4A16 that is compared with
+GROUP = 64  # group size of vLLM's W4A16 and W4A8
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Bits of the inputs, and group sizes of weights and of inputs; None: one per row and per token."""
+    """Bits of the activations, and group sizes of weights and activations; None is per row and per token."""
 
     num_bits: int
     weight_group: int | None = None
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def layer(model: str, numbers: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """A row per number of tokens and candidate: microseconds of a decoder layer's linears, its sites' medians added."""
+    """Return a row per number of tokens and candidate: microseconds of all linears, the sum of the sites' medians."""
     sites: dict[int, dict[str, dict[str, float]]] = {tokens: {} for tokens in numbers}
     for site, (features, channels) in MODELS[model].items():
         makers = candidates(site, features, channels)
@@ -101,17 +101,17 @@ def _rows(model: str, tokens: int, sites: dict[str, dict[str, float]]) -> list[d
 
 
 Maker = Callable[[torch.Tensor], Candidate]
-"""From an input [tokens, features] to its product with weights that were made before, once for all inputs."""
+"""Makes the candidate for an input [tokens, features]; the weights are made once for all inputs."""
 
 
 def candidates(site: str, features: int, channels: int) -> dict[str, Maker]:
-    """bf16 first."""
+    """Return the makers of all candidates; the first one is bf16."""
     makers = {
         "vLLM bf16": _bf16(features, channels),
         "vLLM W8A8": _w8a8(features, channels),
         "vLLM W4A16": _w4a16(features, channels),
     }
-    if torch.cpu._is_amx_tile_supported():  # where vLLM serves W4A16's checkpoints so
+    if torch.cpu._is_amx_tile_supported():  # vLLM serves W4A16 checkpoints as W4A8 there
         makers["vLLM W4A8"] = _w4a8(features, channels)
     return makers | {name: _ours(site, features, channels, codes) for name, codes in OURS.items()}
 
@@ -138,13 +138,13 @@ def _ours(site: str, features: int, channels: int, codes: Codes) -> Maker:
 
 
 def _bf16(features: int, channels: int) -> Maker:
-    """What vLLM runs of a model as it is."""
+    """Run vLLM's kernel for unquantized models."""
     handlers = bf16_handlers(features, channels)
     return lambda x: lambda i: _custom_ops.onednn_mm(handlers[i % len(handlers)], x, None)
 
 
 def _w8a8(features: int, channels: int) -> Maker:
-    """What vLLM runs of compressed-tensors' W8A8: its input's scales, then oneDNN's product."""
+    """Run vLLM's kernels for compressed-tensors' W8A8: quantize the input per token, then oneDNN's GEMM."""
     handlers = int8_handlers(features, channels)
 
     def run(x: torch.Tensor, out: torch.Tensor, i: int) -> torch.Tensor:
@@ -155,7 +155,7 @@ def _w8a8(features: int, channels: int) -> Maker:
 
 
 def _w4a16(features: int, channels: int) -> Maker:
-    """The kernel behind vLLM's AWQ, GPTQ and compressed-tensors layers of 4-bit weights."""
+    """Run the kernel of vLLM's AWQ, GPTQ and compressed-tensors layers with 4-bit weights."""
     scale = torch.rand(features // GROUP, channels).bfloat16()
     count = copies(channels * features // 2)
     weights = [torch.randint(-(2**31), 2**31, (channels // 16, features * 2), dtype=torch.int32) for _ in count]
@@ -165,13 +165,13 @@ def _w4a16(features: int, channels: int) -> Maker:
 
 
 def _w4a8(features: int, channels: int) -> Maker:
-    """What vLLM runs of those layers where there is AMX, unless VLLM_CPU_INT4_W4A8=0; quantizes its input itself."""
+    """Run the kernel of those layers on CPUs with AMX, unless VLLM_CPU_INT4_W4A8=0; it quantizes its input."""
     weights = w4a8_weights(features, channels, GROUP)
     return lambda x: lambda i: _custom_ops.int4_scaled_mm_cpu(x, *weights[i % len(weights)], None)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a terminal."""
+    """Format the rows for a terminal."""
     printed = Table(title=f"{rows[0]['kernels']}, one thread, a decoder layer's linears together, microseconds")
     for heading in ("model", "tokens", "candidate", "median", "times as fast as bf16"):
         printed.add_column(heading)

@@ -1,9 +1,9 @@
-"""A served model under load: many requests at once over a cache too small for them, and callers who misbehave.
+"""Test a served model under load: a cache too small for its requests, client disconnects and oversized prompts.
 
-Requests of mixed length come 32 at a time. The cache holds a few of them, so that vLLM preempts some and begins them
-anew; callers go away in the middle of their answer, and ask what is too long. Held to: no error but a 400 for what is
-too long, every answer's tokens and log-probabilities those of the same request alone, no request left behind, memory
-flat from the first fifth on. Exit code 1 where one of them does not hold.
+Requests of mixed length come 32 at a time. The cache holds a few of them, so that vLLM preempts and recomputes some;
+clients disconnect in the middle of an answer and send prompts that are too long. The exit code is 1 unless the only
+errors are a 400 for each oversized prompt, each answer has the tokens and log-probabilities of the same request alone,
+no request is left in the server, and its memory does not grow after the first fifth.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from rich.table import Table
 from benchmarks.common.provenance import provenance, write_rows
 from benchmarks.common.server import Server, serve, stop_on_sigterm
 
-LENGTHS = (4, 16, 64, 200)  # of prompts, tokens; about as many of each
-ANSWERS = (1, 8, 24, 64)
+LENGTHS = (4, 16, 64, 200)  # tokens of prompts
+ANSWERS = (1, 8, 24, 64)  # tokens of answers
 MAX_MODEL_LEN = 320
 SERVED = ("--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN))
 SMALL_CACHE = ("--block-size", "32", "--num-gpu-blocks-override", "40")
-DISTINCT = 10  # every request is asked so often, with others beside it each time
+REPEATS = 10  # of each distinct request, among other requests each time
 LARGEST_DIFFERENCE = 1e-3  # of log-probabilities, nats
-LARGEST_GROWTH = 1.05  # of the server's memory
+LARGEST_GROWTH = 1.05  # factor of the server's memory
 
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids, how many to answer with, and after how many pieces of the answer the caller leaves (0: never)."""
+    """Token ids, tokens of the answer, and the streamed pieces after which the client disconnects (0: never)."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came: ok, left, or the error's status and message; tokens and log-probabilities where it is ok."""
+    """The reply: ok (with tokens and log-probabilities), left, or the error's status and message."""
 
     kind: str
     tokens: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found; `problems` is empty where all that was asked for holds."""
+    """The figures of a run; `problems` lists the conditions that do not hold."""
 
     requests: int
     answered: int
@@ -96,13 +96,13 @@ def main() -> None:
 
 
 def make_requests(count: int, vocabulary: int, seed: int) -> list[Request]:
-    """`count` requests in random order: of each distinct one some, one in 20 too long, one in 10 left by its caller."""
+    """Make `count` requests in random order: 1 in 20 is too long, 1 in 10 is aborted by its client, others repeat."""
     generator = random.Random(seed)
 
     def one(length: int, max_tokens: int, leaves_after: int = 0) -> Request:
         return Request(tuple(generator.randrange(3, vocabulary) for _ in range(length)), max_tokens, leaves_after)
 
-    distinct = [one(generator.choice(LENGTHS), generator.choice(ANSWERS)) for _ in range(max(1, count // DISTINCT))]
+    distinct = [one(generator.choice(LENGTHS), generator.choice(ANSWERS)) for _ in range(max(1, count // REPEATS))]
     oversized = [one(MAX_MODEL_LEN + generator.randrange(1, 2000), 8) for _ in range(max(1, count // 20))]
     leaving = [one(generator.choice(LENGTHS), 64, generator.randrange(1, 8)) for _ in range(max(1, count // 10))]
     rest = count - len(oversized) - len(leaving)
@@ -112,13 +112,13 @@ def make_requests(count: int, vocabulary: int, seed: int) -> list[Request]:
 
 
 class Caller:
-    """Sends requests to a server, from any number of threads."""
+    """Send requests to a server, from any number of threads."""
 
     def __init__(self, server: Server):
         self._client, self._model = server.client(), str(server.model)
 
     def ask(self, request: Request) -> Answer:
-        """Send a request and wait for its answer, or leave."""
+        """Send a request; wait for its answer, or disconnect."""
         try:
             return self._leave(request) if request.leaves_after else self._whole(request)
         except openai.APIStatusError as error:
@@ -136,9 +136,11 @@ class Caller:
             logprobs=0,
             extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
         )
-        told = reply.choices[0].logprobs
-        assert told is not None
-        return Answer("ok", tuple(told.tokens or ()), tuple(p for p in told.token_logprobs or () if p is not None))
+        logprobs = reply.choices[0].logprobs
+        assert logprobs is not None
+        return Answer(
+            "ok", tuple(logprobs.tokens or ()), tuple(p for p in logprobs.token_logprobs or () if p is not None)
+        )
 
     def _leave(self, request: Request) -> Answer:
         stream = self._client.completions.create(
@@ -150,14 +152,16 @@ class Caller:
         )
         pieces = 0
         with stream:
-            for pieces, _ in enumerate(stream, 1):  # busy, a server puts several tokens into one, and may be done first
+            for pieces, _ in enumerate(
+                stream, 1
+            ):  # a busy server streams several tokens in a piece, and may be done first
                 if pieces == request.leaves_after:
                     break
         return Answer("left" if pieces else "ended without a piece")
 
 
 def load(server: Server, requests: list[Request], concurrent: int) -> Result:
-    """Ask each distinct request alone, then all of them, `concurrent` at a time."""
+    """Send each distinct request alone, then all requests, `concurrent` at a time."""
     began, caller = time.monotonic(), Caller(server)
     plain = list(dict.fromkeys(r for r in requests if not r.too_long and not r.leaves_after))
     expected = {request: caller.ask(request) for request in plain}
@@ -179,7 +183,7 @@ def load(server: Server, requests: list[Request], concurrent: int) -> Result:
         f"answers: {dict(kinds)}, expected {len(pairs)} ok, {refused} of 400 and {left} left": kinds
         != Counter({"ok": len(pairs), "400": refused, "left": left}),
         f"log-probabilities {difference:.2g} from those of the request alone": difference > LARGEST_DIFFERENCE,
-        "no request was preempted; more of them at a time would need more cache": preemptions == 0,
+        "no request was preempted; raise --concurrent": preemptions == 0,
         f"memory grew to {growth:.3f} of what it was": growth > LARGEST_GROWTH,
         "requests are left in the server": not _idle_within(server, 30),
         "the server is not healthy": not server.is_healthy(),
@@ -192,12 +196,12 @@ def load(server: Server, requests: list[Request], concurrent: int) -> Result:
 
 
 def memory(server: Server) -> int:
-    """Resident bytes of the server's processes."""
+    """Return the resident bytes of the server's processes."""
     return sum(process.memory_info().rss for process in server.members())
 
 
 def table(found: Result) -> Table:
-    """The figures for a terminal."""
+    """Format the figures for a terminal."""
     printed = Table("", "found", title="A served model under load")
     for name, value in asdict(found).items():
         if name != "problems":
@@ -206,7 +210,7 @@ def table(found: Result) -> Table:
 
 
 def _difference(found: Answer, expected: Answer) -> float:
-    """The largest of a log-probability; infinite where the tokens differ."""
+    """Return the largest difference of a log-probability; infinite if the tokens differ."""
     if found.tokens != expected.tokens:
         return float("inf")
     return max((abs(a - b) for a, b in zip(found.logprobs, expected.logprobs, strict=True)), default=0.0)

@@ -1,7 +1,7 @@
-"""Time and peak memory of `infoquant quantize` against the size of the model: random models, one text.
+"""Measure time and peak memory of `infoquant quantize` by the size of the model, on random models.
 
-A row is one model; each is quantized in a process of its own, from a text, so that the time is that of
-the method. The peak is the whole process's, torch and transformers included.
+A row is one model and preset, in its own process. Calibration text is given, so that sampling it takes no time. The
+peak is that of the whole process, including torch and transformers.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.common.provenance import provenance, write_rows
 from benchmarks.shapes import write
 
 LAYERS = 6
-SIZES = (256, 384, 512, 768)  # hidden
+SIZES = (256, 384, 512, 768)  # hidden sizes
 VOCABULARY = 4096
 
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def measure(size: int, presets: list[str]) -> list[dict[str, Any]]:
-    """A row per preset, of a model of LAYERS layers of that hidden size."""
+    """Return a row per preset, for a model with LAYERS layers and this hidden size."""
     config = LlamaConfig(
         hidden_size=size,
         intermediate_size=3 * size,
@@ -77,7 +77,7 @@ def _row(source: Path, text: Path, preset: str, size: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a terminal."""
+    """Format the rows for a terminal."""
     printed = Table(title=f"infoquant quantize, models of {LAYERS} layers")
     for heading in ("preset", "hidden size", "weights, million", "seconds", "per million weights", "peak, MB"):
         printed.add_column(heading, justify="right")

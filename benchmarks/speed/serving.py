@@ -1,8 +1,8 @@
-"""Served models against each other, with vLLM's own `vllm bench serve`, `vllm bench throughput` and `latency`.
+"""Compare served models by `vllm bench serve`, `vllm bench throughput` and `vllm bench latency`.
 
-All servers are up throughout and take turns, each round in another order, so that a slow minute of
-the machine hits all. A case is IN:OUT:CONCURRENT, random prompts of IN tokens that are answered with
-OUT tokens, CONCURRENT requests at a time. Ratios are of the first model's figure in the same round.
+All servers run throughout. Each round measures all of them, in another order, so that a slow minute of the machine
+affects all. A case is IN:OUT:CONCURRENT: random prompts of IN tokens, answers of OUT tokens, CONCURRENT requests at a
+time. Ratios are to the first model in the same round.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.common.server import Server, serve, stop_on_sigterm, vllm_enviro
 CASES = ("64:64:1", "64:64:8", "1024:1:1")
 CONCURRENCY = ("64:64:1", "64:64:2", "64:64:4", "64:64:8", "64:64:16", "64:64:32")
 CONTEXTS = tuple(f"{context}:32:1" for context in (256, 1024, 4096, 16_000))
-FIGURES = {  # of `vllm bench serve`'s result file
+FIGURES = {  # key in the result file of `vllm bench serve`: name here
     "output_throughput": "tokens_per_s",
     "total_token_throughput": "all_tokens_per_s",
     **{
@@ -34,7 +34,7 @@ FIGURES = {  # of `vllm bench serve`'s result file
     },
 }
 OFFLINE_INPUT, OFFLINE_OUTPUT, OFFLINE_BATCH = 128, 64, 8
-ROOM = 64  # tokens of the context that a prompt may turn out longer by
+ROOM = 64  # tokens; random prompts can get longer than asked for
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Case:
 
     @property
     def figure(self) -> str:
-        """What counts: the first token's delay where there is only one, else tokens per second."""
+        """The figure that is compared: time to first token if that is the only one, else tokens per second."""
         return "median_ttft_ms" if self.output_tokens == 1 else "tokens_per_s"
 
     def gain(self, ours: dict[str, float], first: dict[str, float]) -> float:
-        """How many times as fast."""
+        """Return the speed relative to `first`."""
         ratio = ours[self.figure] / first[self.figure]
         return 1 / ratio if self.output_tokens == 1 else ratio
 
@@ -65,9 +65,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", type=case, default=[case(text) for text in CASES], metavar="IN:OUT:N")
     parser.add_argument("--concurrency", action="store_true", help="measure 1 to 32 requests at a time")
     parser.add_argument("--contexts", action="store_true", help="measure contexts of 256 to 16k tokens")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each server takes its turn")
-    parser.add_argument("--requests", type=int, default=4, help="in a turn, at least; two for each at a time at least")
-    parser.add_argument("--offline", action="store_true", help="also `vllm bench throughput` and `latency`, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each server and case")
+    parser.add_argument(
+        "--requests", type=int, default=4, help="requests per measurement; at least two per concurrent request"
+    )
+    parser.add_argument("--offline", action="store_true", help="also run `vllm bench throughput` and `latency`")
     parser.add_argument("--eager", action="store_true", help="serve with --enforce-eager")
     parser.add_argument("--kv-gib", type=int, default=1, help="memory for each server's KV cache")
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
@@ -84,7 +86,7 @@ def main() -> None:
 
 
 def case(text: str) -> Case:
-    """IN:OUT:CONCURRENT; raises ValueError, which argparse explains."""
+    """Parse IN:OUT:CONCURRENT; raises ValueError, which argparse reports."""
     return Case(*(int(part) for part in text.split(":")))
 
 
@@ -102,7 +104,7 @@ def served_rows(models: list[Path], cases: list[Case], options: argparse.Namespa
 
 
 def measure(servers: list[Server], chosen: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per server: the median of each figure over the rounds, and gains over the first server with spread."""
+    """Return a row per server: medians over the rounds, and the speed relative to the first server with its range."""
     requests = max(2 * chosen.concurrent, options.requests)
     rounds: list[list[dict[str, float]]] = []
     for number in range(options.rounds):
@@ -131,17 +133,17 @@ def measure(servers: list[Server], chosen: Case, options: argparse.Namespace) ->
 
 
 def turn_order(count: int, number: int) -> list[int]:
-    """Whose turn it is in a round: each round begins with another one."""
+    """Return the order of `count` servers in a round: each round begins with another one."""
     return [(index + number) % count for index in range(count)]
 
 
 def spread(gains: list[float]) -> dict[str, float]:
-    """Median and range of the times as fast."""
+    """Return median and range of the relative speed."""
     return {"times_as_fast": statistics.median(gains), "lowest": min(gains), "highest": max(gains)}
 
 
 def bench_serve(server: Server, chosen: Case, requests: int, seed: int) -> dict[str, float]:
-    """The figures of one run of `vllm bench serve`."""
+    """Return the figures of one run of `vllm bench serve`."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "result.json"
         arguments = client_arguments(server.url, chosen, requests, chosen.concurrent, seed)
@@ -164,7 +166,7 @@ def client_arguments(url: str, chosen: Case, requests: int, warmups: int, seed: 
 
 
 def offline_rows(models: list[Path], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """`vllm bench throughput` and `vllm bench latency`, engines without a server, one after the other."""
+    """Return rows of `vllm bench throughput` and `vllm bench latency`, which run an engine without a server."""
     rows = []
     for command, key, better in (("throughput", "tokens_per_second", 1), ("latency", "avg_latency", -1)):
         rounds = []
@@ -192,7 +194,7 @@ def offline_rows(models: list[Path], options: argparse.Namespace) -> list[dict[s
 
 
 def bench_offline(command: str, key: str, model: Path, options: argparse.Namespace) -> float:
-    """One figure of one run."""
+    """Return one figure of one run."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "result.json"
         arguments = ["--seed", options.seed, "--max-model-len", 1024, "--output-json", file]
@@ -207,7 +209,7 @@ def bench_offline(command: str, key: str, model: Path, options: argparse.Namespa
 
 
 def vllm_bench(command: str, model: Path, arguments: list[Any], kv_gib: int = 1) -> None:
-    """Run `vllm bench COMMAND`; where it fails, exit with the end of what it said."""
+    """Run `vllm bench COMMAND`; if it fails, exit with the end of its error output."""
     full = [*VLLM, "bench", command, "--model", str(model), *map(str, arguments)]
     done = subprocess.run(full, check=False, capture_output=True, text=True, env=vllm_environment(kv_gib))
     if done.returncode:
@@ -215,8 +217,8 @@ def vllm_bench(command: str, model: Path, arguments: list[Any], kv_gib: int = 1)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a terminal."""
-    printed = Table(title=f"vLLM, {rows[0]['mode']}, median of {len(rows[0]['rounds'])} rounds in turns")
+    """Format the rows for a terminal."""
+    printed = Table(title=f"vLLM, {rows[0]['mode']}, median of {len(rows[0]['rounds'])} rounds")
     for heading in (
         "command",
         "in, out, at a time",
