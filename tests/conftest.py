@@ -6,7 +6,6 @@ from pathlib import Path
 import tests.common.interpreted  # isort: skip # noqa: F401 (before anything else imports triton)
 import pytest
 import torch
-import yaml
 from transformers import AutoTokenizer
 
 from benchmarks.common.models import language_reference, quantized, source_model
@@ -44,7 +43,7 @@ def fast(smollm2: Path) -> Path:
     """SmolLM2 at W4A4KV4 with the preset `fast` on an eighth of its calibration text, which is enough to serve it."""
     short = PRESETS["fast"].model_copy(update={"calibration": CalibrationSize(sequences=32, sequence_length=128)})
     recipe = smollm2.with_name("fast-short.yaml")
-    recipe.write_text(yaml.safe_dump(short.model_dump(mode="json", exclude_defaults=True)))
+    recipe.write_text(short.dump())
     return quantized("fast-short", "--recipe", recipe)
 
 

@@ -1,4 +1,4 @@
-"""Every row says where it is from, also on a machine that lacks what would tell."""
+"""Every row says where it is from, also on a machine without git, packages or nvidia-smi."""
 
 import json
 from importlib.metadata import PackageNotFoundError
@@ -21,7 +21,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("torch.cpu.get_capabilities")
 
 
-def test_a_checkout_tells_its_commit_and_versions() -> None:
+def test_a_checkout_records_its_commit_and_versions() -> None:
     found = provenance.gpu_provenance(seed=3)
     assert found["seed"] == 3
     assert found["device"]
@@ -30,7 +30,7 @@ def test_a_checkout_tells_its_commit_and_versions() -> None:
 
 
 @pytest.mark.usefixtures("_bare")
-def test_what_a_machine_cannot_tell_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unknown_fact_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(provenance, "PACKED_COMMIT", tmp_path / "commit")
     found = provenance.gpu_provenance(seed=0)
     assert found["commit"] == "unknown"

@@ -4,7 +4,7 @@ from benchmarks.common.models import ROOT
 from benchmarks.readme import AMX, RESULTS, tables
 
 
-def test_every_table_of_figures_stands_there_as_the_command_prints_it() -> None:
+def test_the_documents_hold_every_table_as_the_command_prints_it() -> None:
     text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/speed.md"))
     printed = tables(RESULTS) + tables(RESULTS / AMX)
     assert len(printed) == len(list(RESULTS.rglob("*.json")))

@@ -1,5 +1,6 @@
 """The benchmarks that make bench runs: what their rows say, other formats, and random models."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig
 from benchmarks import shapes
 from benchmarks.common import interleaved
 from benchmarks.common.models import ROOT
+from benchmarks.readme import RESULTS
 from benchmarks.shapes import write
-from benchmarks.speed import baselines, linear
+from benchmarks.speed import baselines, linear, suite
 from benchmarks.speed.memory import compare, held_bytes
 from benchmarks.speed.serving import Case, case, spread, turn_order
 from infoquant_vllm.format import ModelShape, expected_tensors, parse_config
@@ -29,6 +31,22 @@ def test_a_case_says_what_counts_and_gains_are_never_below_zero() -> None:
         case("64:x:1")
     with pytest.raises(TypeError):
         case("64:1")
+
+
+def test_the_suite_runs_commands_that_exist_and_prints_their_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+    for name in ("source_model", "quantized", "_baseline"):
+        monkeypatch.setattr(suite, name, lambda *_: Path("model"))
+    monkeypatch.setattr(suite.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr("sys.argv", ["suite", "--results", str(tmp_path)])
+    (tmp_path / "memory.json").write_text((RESULTS / "memory.json").read_text())
+    suite.main()
+    assert all(importlib.util.find_spec(command[2]) for command in commands)
+    files = {Path(command[-1]).name for command in commands}
+    assert {"serving.json", "linear.json", "attention.json", "memory.json"} <= files
+    assert "| KV tokens in 1 GiB |" in capsys.readouterr().out
 
 
 def test_every_server_begins_a_round_in_turn() -> None:
@@ -61,7 +79,7 @@ def tiny_source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def test_a_random_models_tokenizer_writes_any_token_down(tiny_source: Path) -> None:
+def test_the_tokenizer_of_a_random_model_decodes_any_token(tiny_source: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_source)
     ids = [3, 63, 17, 2]
     assert tokenizer(tokenizer.decode(ids), add_special_tokens=False).input_ids == ids
