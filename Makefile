@@ -1,4 +1,4 @@
-# Everything a machine without a GPU needs: python3.11 (with venv), g++ and make.
+# Needs python3.11 (with venv), g++ and make; no GPU.
 PYTHON ?= python3.11
 BIN := .venv/bin
 PACKAGES := .venv/packages-installed
@@ -22,17 +22,17 @@ export NO_TORCH
 demo: $(STAMP)  ## quantize a real model, serve it, ask it something, print what it costs and gains
 	$(BIN)/python -m benchmarks.demo
 
-serve: $(STAMP)  ## the same, and the server stays up
+serve: $(STAMP)  ## the demo with a server that stays up
 	$(BIN)/python -m benchmarks.demo --stay
 
 bench: $(STAMP)  ## measure speed and memory in short, write benchmarks/results and print the tables
 	$(BIN)/python -m benchmarks.speed.suite
 
-test: $(STAMP)  ## all that is checked, on two cores: lint beside the distributions, then a file of tests on each
+test: $(STAMP)  ## run all checks on two cores: lint beside the distributions, then the tests
 	$(MAKE) --jobs 2 --output-sync lint dist $(VLLM_SOURCES_FOLDER) $(TRITONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-fuzz: $(STAMP)  ## ten minutes of corrupted checkpoints, at random; `make test` has a few seconds of the same ones
+fuzz: $(STAMP)  ## corrupt checkpoints at random for ten minutes; `make test` does so for seconds
 	FUZZ_SECONDS=200 $(BIN)/python -m pytest tests/format/test_fuzz.py
 
 lint: $(STAMP) docs
@@ -40,10 +40,10 @@ lint: $(STAMP) docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(STAMP)  ## the documentation as a site, its links checked
+docs: $(STAMP)  ## build the documentation as a site, and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build-docs
 
-dist: $(STAMP)  ## sdist and wheels, checked: what docs/release.md uploads
+dist: $(STAMP)  ## build and check the sdist and wheels that docs/release.md uploads
 	rm -rf dist build
 	$(BUILD) --sdist --outdir dist .
 	$(BUILD) --wheel --outdir build dist/*.tar.gz
@@ -51,17 +51,17 @@ dist: $(STAMP)  ## sdist and wheels, checked: what docs/release.md uploads
 	INFOQUANT_PURE_WHEEL=1 $(BUILD) --wheel --outdir dist dist/*.tar.gz
 	$(BIN)/twine check --strict dist/*
 
-lock:  ## choose new versions: resolve requirements/cpu.in into requirements/cpu.lock
+lock:  ## resolve requirements/cpu.in into new versions in requirements/cpu.lock
 	$(PYTHON) requirements/lock.py
 
 GPU_PACK_MB ?= 60
-gpu-pack: .gpu/packed  ## what a bare machine with a GPU lacks to run benchmarks/gpu/run.sh, as archives in .gpu
+gpu-pack: .gpu/packed  ## pack what a bare machine with a GPU needs for benchmarks/gpu/run.sh into .gpu
 	cp packaging/gpu/unpack.sh .gpu
 	git rev-parse --short HEAD > .gpu/commit
 	git diff --quiet HEAD || echo "$$(cat .gpu/commit)+changes" > .gpu/commit
 	ls -l .gpu
 
-gpu-pack-model: $(STAMP)  ## the demo's model at W4A4KV4 for such a machine, in parts, in .gpu-model
+gpu-pack-model: $(STAMP)  ## pack the demo's model at W4A4KV4 for such a machine into .gpu-model
 	PYTHONPATH=. $(BIN)/python packaging/gpu/pack_model.py .gpu-model
 
 .gpu/packed: requirements/gpu.lock packaging/gpu/pack.py packaging/gpu/prune_fatbin.py pyproject.toml

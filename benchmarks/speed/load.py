@@ -105,8 +105,8 @@ def make_requests(count: int, vocabulary: int, seed: int) -> list[Request]:
     distinct = [one(generator.choice(LENGTHS), generator.choice(ANSWERS)) for _ in range(max(1, count // REPEATS))]
     oversized = [one(MAX_MODEL_LEN + generator.randrange(1, 2000), 8) for _ in range(max(1, count // 20))]
     leaving = [one(generator.choice(LENGTHS), 64, generator.randrange(1, 8)) for _ in range(max(1, count // 10))]
-    rest = count - len(oversized) - len(leaving)
-    requests = [*oversized, *leaving, *(distinct[index % len(distinct)] for index in range(rest))]
+    repeated = count - len(oversized) - len(leaving)
+    requests = [*oversized, *leaving, *(distinct[index % len(distinct)] for index in range(repeated))]
     generator.shuffle(requests)
     return requests
 

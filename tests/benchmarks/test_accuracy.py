@@ -53,7 +53,7 @@ def test_a_reference_has_no_distance_to_itself() -> None:
 
 
 def test_text_figures_of_two_models() -> None:
-    """Both list two tokens of which one is shared; the rest is one event."""
+    """Both list two tokens of which one is shared; all others are one event."""
     reference = text_scores([[1.0], [1.0]], {0: math.log(0.5), 1: math.log(0.25)})
     ours = text_scores([[1.0], [1.0]], {0: math.log(0.25), 2: math.log(0.5)})
     found = text_figures(reference, ours)

@@ -88,7 +88,7 @@ def test_the_dry_run_launches_both_kernels_of_attention(dry_rows: list[dict[str,
 
 
 @interpreter_only
-def test_wrong_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_kernels_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (smoke.kv4_store, cache_attention.kv4_attention) == (kv4_store, kv4_attention)
     assert cache_attention.kv4_decode == kv4_decode
     right = int4_linear.int4_linear
@@ -167,11 +167,11 @@ def test_what_the_budget_does_not_reach_is_skipped(bench: Bench, tmp_path: Path)
     assert rows(bench.rows)[0]["reason"] == "no time left"
 
 
-def test_a_step_is_told_the_time_that_it_has(bench: Bench, tmp_path: Path) -> None:
+def test_a_step_gets_its_time_limit_as_an_argument(bench: Bench, tmp_path: Path) -> None:
     plan = Plan(tmp_path, None, dry_run=True)
     (first,) = plan.steps(("smoke",))
-    told = step(sys.executable, "-c", "import sys; print(sys.argv)", *first.command[3:])
-    run.run(bench, told, tmp_path / "log")
+    printing = step(sys.executable, "-c", "import sys; print(sys.argv)", *first.command[3:])
+    run.run(bench, printing, tmp_path / "log")
     assert "'--seconds', '15'" in (tmp_path / "log").read_text()
 
 
