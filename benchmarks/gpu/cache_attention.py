@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from infoquant_vllm.kernels import operands
-from infoquant_vllm.kernels.triton import kv4_attention, kv4_decode
+from infoquant_vllm.kernels.triton import attention as prompt
+from infoquant_vllm.kernels.triton import decode
 
 BITS = (4, 4)
 BLOCK = 16
@@ -44,8 +45,8 @@ def attention(
     sequences = operands.Sequences(batch.starts, batch.lens, batch.table)
     rest: list[Any] = [sequences, operands.ScoreParams(size**-0.5), operands.KVScheme(BITS, hadamard=True), out]
     if batch.queries > FEW_QUERIES:
-        return lambda cells: kv4_attention.kv_attention(query, cells, *rest)
+        return lambda cells: prompt.kv_attention(query, cells, *rest)
     bounds = len(batch.lens), batch.queries, longest
-    shapes = kv4_decode.decode_scratch(heads, kv_heads, size, None, *bounds, query.device)
+    shapes = decode.decode_scratch(heads, kv_heads, size, None, *bounds, query.device)
     rest += [batch.queries, [torch.empty(shape, device=query.device) for shape in shapes]]
-    return lambda cells: kv4_decode.kv_decode(query, cells, *rest)
+    return lambda cells: decode.kv_decode(query, cells, *rest)

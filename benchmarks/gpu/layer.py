@@ -15,7 +15,7 @@ from benchmarks.gpu.cache_attention import BITS
 from benchmarks.gpu.sites import LLAMA_HEADS, SMALL_HEADS, Heads, QuantizedLinear, sites
 from benchmarks.gpu.timing import microseconds
 from infoquant_vllm.kernels.operands import KVCalibration, KVScheme
-from infoquant_vllm.kernels.triton import kv4_store
+from infoquant_vllm.kernels.triton import kv_store
 
 BATCHES = (Batch(1, 1024, 1), Batch(16, 1024, 1), Batch(64, 1024, 1), Batch(64, 8192, 1), Batch(256, 1024, 1))
 SMALL_BATCHES = (Batch(2, 40, 1),)
@@ -47,7 +47,7 @@ def quantized_layer(batch: Batch, dry_run: bool, device: str) -> Callable[[], An
     def attention(qkv: torch.Tensor) -> None:
         key, value = qkv[:, heads.queries :].split(heads.keys, 1)
         calibration, scheme = KVCalibration(clip, clip, None), KVScheme(BITS, hadamard=True)
-        kv4_store.kv_store(key, value, cells, slots, calibration, scheme)
+        kv_store.kv_store(key, value, cells, slots, calibration, scheme)
         attend()
 
     return _layer(batch, heads, lambda name, x: made[name].calls(x)[0](), attention, dry_run, device)

@@ -10,10 +10,8 @@ import torch
 from benchmarks.gpu.timing import copies
 from infoquant_vllm.format import ModelShape
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
-from infoquant_vllm.kernels.triton.codes import Codes
-from infoquant_vllm.kernels.triton.int4_linear import int4_linear
-from infoquant_vllm.kernels.triton.linear import linear, prepare_grid, prepare_matrices, prepare_weight
-from infoquant_vllm.kernels.triton.rotate_quantize import rotate_quantize
+from infoquant_vllm.kernels.triton.linear import gemm, linear, prepare_grid, prepare_matrices, prepare_weight
+from infoquant_vllm.kernels.triton.rotate_quantize import Codes, rotate_quantize
 from infoquant_vllm.kernels.triton.weights import layout
 
 MODULES = MappingProxyType(
@@ -89,6 +87,5 @@ class QuantizedLinear:
 
     def products(self, codes: Codes) -> list[Callable[[], torch.Tensor]]:
         """Return a call of the product alone for each copy."""
-        return [
-            partial(int4_linear, codes, self.site.features, *pair, None, None, torch.bfloat16) for pair in self.weights
-        ]
+        weights = [PackedWeight(*pair, None) for pair in self.weights]
+        return [partial(gemm, codes, self.site.features, weight, None, torch.bfloat16) for weight in weights]

@@ -19,7 +19,7 @@ from infoquant_vllm.kernels import operands
 from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams
 from infoquant_vllm.kernels.torch import kv_cache as expected
 from infoquant_vllm.kernels.torch import linear as torch_linear
-from infoquant_vllm.kernels.triton import kv4_store
+from infoquant_vllm.kernels.triton import kv_store
 from infoquant_vllm.kernels.triton import linear as triton_linear
 
 TOLERANCE = 0.01  # of the greatest output: outputs are bf16
@@ -39,7 +39,7 @@ class Case:
     @property
     def kernel(self) -> str:
         """Which one serves it."""
-        return "kv4_decode" if self.queries <= FEW_QUERIES else "kv4_attention"
+        return "kv_decode" if self.queries <= FEW_QUERIES else "kv_attention"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def main() -> None:
     bench.attempt(lambda: device_facts(bench.device), what="device")
     cases, products = (CASES, PRODUCTS) if bench.dry_run else (GPU_CASES, GPU_PRODUCTS)
     checks: list[tuple[str, Any, Any]] = [
-        ("kv4_store", check_store, cases[0]),
+        ("kv_store", check_store, cases[0]),
         *((case.kernel, check_attention, case) for case in cases),
         *(("linear", check_linear, case) for case in products),
     ]
@@ -121,7 +121,7 @@ def check_store(case: Case, device: str) -> dict[str, Any]:
     store = Cache(case).store_arguments()
     there = _on(device, store)
     expected.kv_store(*store)
-    kv4_store.kv_store(*there)
+    kv_store.kv_store(*there)
     wrong = (there[2].cpu() != store[2]).float().mean().item()
     return {"error": wrong, "right": wrong == 0}
 

@@ -109,7 +109,7 @@ class Plan:
     def _profile(self) -> Iterator[Step]:
         tool = _tool("ncu")
         command = [tool or "ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv"]
-        command += ["--log-file", str(self.output / "ncu.csv"), "--kernel-name", "regex:int4|rotate|kv4|reduce"]
+        command += ["--log-file", str(self.output / "ncu.csv"), "--kernel-name", "regex:gemm|rotate|kv_|reduce"]
         command += [word for section in NCU_SECTIONS for word in ("--section", section)]
         missing = "" if tool and not self.dry_run else "no ncu here, or a dry run"
         yield Step("profile", "profile", (*command, *self._module("profile")), 120, missing=missing)

@@ -1,4 +1,4 @@
-"""The fastest tiles of `int4_linear` on this GPU for a checkpoint's linears, as a file for INFOQUANT_TILES.
+"""Find the fastest tiles of the GEMM on this GPU for a checkpoint's linears, as a file for INFOQUANT_TILES.
 
 Every linear as vLLM fuses it, at each of TOKENS; candidates are the table's own tile, FEW and MANY. A tile that gives
 other results than the table's is an error.
@@ -20,9 +20,11 @@ from benchmarks.gpu.sites import MODULES, sizes
 from benchmarks.gpu.smoke import TOLERANCE
 from benchmarks.gpu.timing import copies, microseconds
 from infoquant_vllm.format import Checkpoint
-from infoquant_vllm.kernels.triton.codes import Codes
-from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS, Measured, Tile, architecture, linear_tile
-from infoquant_vllm.kernels.triton.int4_linear import int4_linear
+from infoquant_vllm.kernels.operands import PackedWeight
+from infoquant_vllm.kernels.triton.common import architecture
+from infoquant_vllm.kernels.triton.linear import gemm
+from infoquant_vllm.kernels.triton.rotate_quantize import Codes
+from infoquant_vllm.kernels.triton.tiles import FEW_TOKENS, Measured, Tile, linear_tile
 from infoquant_vllm.kernels.triton.weights import Layout, layout, prepare_grid, prepare_weight
 
 TOKENS = (1, 16, FEW_TOKENS, 64, 128, 256, 512, 2048)
@@ -84,10 +86,13 @@ class Linear:
         codes = Codes.empty(tokens, self.input_groups, padded, sum_groups, self.num_bits, False, device)
         codes.values.random_(-8, 8)
         codes.scale.uniform_(0.5, 1.5)
-        for part in (codes.rest, codes.sums):
+        for part in (codes.zp_offset, codes.sums):
             if part is not None:
                 part.random_(0, 8)
-        return [partial(int4_linear, codes, self.features, each, grid, zero, None, torch.bfloat16) for each in weights]
+        return [
+            partial(gemm, codes, self.features, PackedWeight(each, grid, zero), None, torch.bfloat16)
+            for each in weights
+        ]
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.static.cases import MODELS
 from benchmarks.static.machines import MACHINES
-from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS
+from infoquant_vllm.kernels.triton.tiles import FEW_TOKENS
 
 PROMPT_ARCHS = (80, 86, 89, 90)
 MAX_ISSUE_PER_MMA = 0.6
@@ -29,7 +29,7 @@ def layers(rows: Rows) -> dict[tuple[str, int], dict[int, float]]:
     """Predicted seconds of all linears of a layer, by (model, arch) and then by tokens in their order."""
     found: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
     for row in rows:
-        if row["kernel"] in ("int4_linear", "reduce_splits") and row["scheme"] in LAYER_SCHEMES:
+        if row["kernel"] in ("gemm", "split_k_reduce") and row["scheme"] in LAYER_SCHEMES:
             own = found.setdefault((row["model"], row["arch"]), {}).setdefault(row["tokens"], {})
             own[row["layer"]] = own.get(row["layer"], 0) + row["predicted_seconds"]
     whole = MODELS[0].linears.keys()
@@ -61,22 +61,22 @@ def _broken(row: dict[str, Any]) -> Iterable[str]:
         yield f"{who}: {row['stack']} bytes of a stack, expected none {of}"
     if row["shared"] > machine.shared_limit:
         yield f"{who}: {row['shared']} bytes of shared memory, at most {machine.shared_limit} there {of}"
-    if row["kernel"] in ("int4_linear", "kv4_attention", "kv4_decode"):
+    if row["kernel"] in ("gemm", "kv_attention", "kv_decode"):
         # A decoding program has fewer rows than the instructions of a whole warp group take.
-        expected = "mma.sync" if row["kernel"] == "kv4_decode" else machine.instructions
+        expected = "mma.sync" if row["kernel"] == "kv_decode" else machine.instructions
         if not _is_int8(row["mma"], expected):
             yield f"{who}: tensor cores by {row['mma'] or 'nothing'}, expected int8 by {expected} {of}"
     yield from _beyond_its_own_bars(row, who, of)
 
 
 def _beyond_its_own_bars(row: dict[str, Any], who: str, of: str) -> Iterable[str]:
-    if row["kernel"] == "kv4_decode" and row["scheme"].startswith(OWN_CACHE):
+    if row["kernel"] == "kv_decode" and row["scheme"].startswith(OWN_CACHE):
         if row["bound"] != "dram":
             yield f"{who}: bound by {row['bound']}, expected memory {of}"
         if row["bytes"] > MAX_BYTES_PER_CACHE * row["must_read"]:
             share = row["bytes"] / row["must_read"]
             yield f"{who}: {share:.3f} of the cache's bytes, at most {MAX_BYTES_PER_CACHE} {of}"
-    if row["kernel"] != "int4_linear":
+    if row["kernel"] != "gemm":
         return
     prompt = row["scheme"] == "A4 per token" and row["tokens"] >= PROMPT
     if prompt and row["arch"] in PROMPT_ARCHS and row["issue_per_mma"] > MAX_ISSUE_PER_MMA:

@@ -1,4 +1,4 @@
-"""Tiles of `int4_linear` for an architecture: those of least predicted time, together over the shapes of all models."""
+"""Tiles of the GEMM for an architecture: those of least predicted time, together over the shapes of all models."""
 
 from collections.abc import Callable, Iterator
 from math import inf
@@ -11,7 +11,7 @@ from benchmarks.static.launches import launches
 from benchmarks.static.machines import MACHINES
 from benchmarks.static.predict import predict
 from benchmarks.static.sass import compiled
-from infoquant_vllm.kernels.triton.configurations import CHOICES, Choice, Tile, splits
+from infoquant_vllm.kernels.triton.tiles import TILE_TABLE, ArchTiles, Tile, split_k
 from infoquant_vllm.kernels.triton.weights import layout
 
 PROMPT = 2048
@@ -30,14 +30,14 @@ CANDIDATES = MappingProxyType(
 """By kind, for up to block_m tokens each, the last for prompts."""
 
 
-def choose(arch: int) -> Choice:
+def choose(arch: int) -> ArchTiles:
     """The best tile of each kind: of those within NEAR of the fastest the one that issues least beside its products."""
     row, groups = (tuple(_best(arch, kind, tiles) for tiles in CANDIDATES[kind]) for kind in ("row", "groups"))
-    return Choice(row, groups, _sms(arch))
+    return ArchTiles(row, groups, _sms(arch))
 
 
 def _sms(arch: int) -> int:
-    return CHOICES[arch].sms
+    return TILE_TABLE[arch].sms
 
 
 def _best(arch: int, kind: str, tiles: tuple[Tile, ...]) -> Tile:
@@ -71,5 +71,5 @@ def _calls(arch: int, kind: str, tokens: int, tile: Tile) -> Iterator[Callable[[
             for size in (128, 64) if kind == "groups" else (features,):
                 shape = layout(features, features // size, 4)
                 own = tile._replace(block_k=shape.block_k(tile.block_k))
-                own = own._replace(splits=splits(own, tokens, channels, shape, _sms(arch)))
+                own = own._replace(splits=split_k(own, tokens, channels, shape, _sms(arch)))
                 yield linear_call(tokens, features, channels, features // size, tile=own)

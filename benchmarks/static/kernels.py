@@ -12,10 +12,10 @@ import torch
 from benchmarks.static.cases import LAYER_TOKENS, MODELS, Case, Entry, Model
 from benchmarks.static.kv_kernels import KV_ENTRIES
 from benchmarks.static.launches import Launch
-from infoquant_vllm.kernels.triton.codes import Codes
-from infoquant_vllm.kernels.triton.configurations import Tile
-from infoquant_vllm.kernels.triton.int4_linear import int4_linear
-from infoquant_vllm.kernels.triton.rotate_quantize import prepare_matrices, rotate_quantize
+from infoquant_vllm.kernels.operands import PackedWeight
+from infoquant_vllm.kernels.triton.linear import gemm
+from infoquant_vllm.kernels.triton.rotate_quantize import Codes, prepare_matrices, rotate_quantize
+from infoquant_vllm.kernels.triton.tiles import Tile
 from infoquant_vllm.kernels.triton.weights import layout, prepare_weight
 
 TOKENS = (16, 2048)
@@ -84,7 +84,7 @@ def linear_call(
         shape = layout(features, finer, 4)
         sum_groups = 0 if signed else finer
         codes = Codes.empty(tokens, groups, shape.padded, sum_groups, num_bits, False, torch.device("meta"))
-    return lambda: int4_linear(codes, features, weight, grid, zero, None, torch.bfloat16, tile, num_bits == 16)
+    return lambda: gemm(codes, features, PackedWeight(weight, grid, zero), None, torch.bfloat16, tile, num_bits == 16)
 
 
 def linear_trips(launch: Launch) -> float:
@@ -169,7 +169,7 @@ def blocks_trips(launch: Launch) -> float:
     """Steps over the depth of a block, for every tile of columns, and again where a group is wider than a tile."""
     given = launch.arguments
     columns = given["GROUP_SIZE"] // given["COLUMNS"]
-    return given["BLOCK_SIZE"] / given["DEPTH"] * columns * (2 if columns > 1 else 1)
+    return given["BLOCK_SIZE"] / given["BLOCK_K"] * columns * (2 if columns > 1 else 1)
 
 
 def rotate_in_flight(launch: Launch) -> float:
@@ -180,8 +180,8 @@ def rotate_in_flight(launch: Launch) -> float:
 
 ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(
     {
-        "int4_linear_kernel": Entry(linear_cases, linear_trips, linear_macs, linear_in_flight, loaded=linear_loaded),
-        "reduce_splits_kernel": Entry(lambda model: iter(()), moved=reduce_moved),
+        "gemm_kernel": Entry(linear_cases, linear_trips, linear_macs, linear_in_flight, loaded=linear_loaded),
+        "split_k_reduce_kernel": Entry(lambda model: iter(()), moved=reduce_moved),
         "rotate_quantize_kernel": Entry(rotate_cases, in_flight=rotate_in_flight),
         "rotate_blocks_kernel": Entry(blocks_cases, blocks_trips),
         **KV_ENTRIES,

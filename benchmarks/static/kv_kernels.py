@@ -12,9 +12,9 @@ from benchmarks.static.cases import MODELS, Case, Entry, Model
 from benchmarks.static.launches import Launch
 from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels.operands import KVCalibration, KVScheme, ScoreParams, Sequences
-from infoquant_vllm.kernels.triton.kv4_attention import kv_attention
-from infoquant_vllm.kernels.triton.kv4_decode import decode_scratch, kv_decode
-from infoquant_vllm.kernels.triton.kv4_store import kv_store
+from infoquant_vllm.kernels.triton.attention import kv_attention
+from infoquant_vllm.kernels.triton.decode import decode_scratch, kv_decode
+from infoquant_vllm.kernels.triton.kv_store import kv_store
 
 CONTEXT, PROMPT = 16384, 2048
 STORED = (16, 2048)  # tokens
@@ -140,7 +140,7 @@ def attention_call(cache: Cache, sequences: int, queries: int, context: int) -> 
 
 def _context(launch: Launch) -> int:
     """Tokens of a sequence, of which the calls above fill the whole block table."""
-    return launch.arguments["table_ptr"].shape[1] * launch.arguments["BLOCK"]
+    return launch.arguments["table_ptr"].shape[1] * launch.values["BLOCK"]
 
 
 def _bytes(launch: Launch, *names: str) -> int:
@@ -149,19 +149,19 @@ def _bytes(launch: Launch, *names: str) -> int:
 
 def _step_macs(launch: Launch) -> float:
     """Of a chunk: both products, of two bytes for each whole number."""
-    given = launch.arguments
+    given = launch.values
     return 4.0 * given["ROWS"] * given["CHUNK"] * given["SIZE"]
 
 
 def _chunk_bytes(launch: Launch) -> float:
     """Of the stages that are under way."""
-    given = launch.arguments
+    given = launch.values
     return (launch.options["num_stages"] - 1) * given["CHUNK"] * given["cache_ptr"].shape[3]
 
 
 def prompt_steps(launch: Launch) -> list[int]:
     """Chunks that each program of a kv-head goes through."""
-    given, context = launch.arguments, _context(launch)
+    given, context = launch.values, _context(launch)
     sequences, step = given["num_sequences"], given["ROWS"] // given["GROUP"]
     queries = given["query_ptr"].shape[0] // sequences
     found = []
@@ -184,10 +184,10 @@ def prompt_busy(launch: Launch) -> int:
 
 def decode_steps(launch: Launch) -> tuple[int, int, int]:
     """Chunks of the context, parts with some, and programs to a sequence and kv-head that have some."""
-    given, context = launch.arguments, _context(launch)
+    given, context = launch.values, _context(launch)
     first = max(context - given["WINDOW"], 0) // given["CHUNK"] if given["WINDOW"] else 0
     chunks = triton.cdiv(context, given["CHUNK"]) - first
-    parts = triton.cdiv(chunks, max(triton.cdiv(chunks, given["PARTS"]), given["GROUP"]))
+    parts = triton.cdiv(chunks, max(triton.cdiv(chunks, given["KV_SPLITS"]), given["GROUP"]))
     return chunks, parts, min(parts, int(launch.grid[2]))
 
 
@@ -204,33 +204,33 @@ def decode_busy(launch: Launch) -> int:
 
 def decode_bytes(launch: Launch) -> int:
     """Pages of what is seen, block tables for every kv-head, queries for every program, and what is written."""
-    given = launch.arguments
+    given = launch.values
     chunks, parts, programs = decode_steps(launch)
     share = chunks * given["CHUNK"] / _context(launch)
     heads = given["query_ptr"].shape[0] * given["num_heads"]
-    kept = parts * heads * (given["HEAD"] * 4 + PARTIAL) if given["SPLIT"] else _bytes(launch, "out")
+    kept = parts * heads * (given["HEAD"] * 4 + PARTIAL) if given["PARTIAL"] else _bytes(launch, "out")
     tables = int(launch.grid[1] * share * _bytes(launch, "table"))
     return int(share * _bytes(launch, "cache")) + tables + programs * _bytes(launch, "query") + kept
 
 
 def reduce_bytes(launch: Launch) -> int:
     """What there may be of parts of these tokens, and the output."""
-    given = launch.arguments
-    rows = given["out_ptr"].shape[0] * given["num_heads"] * given["MOST_PARTS"]
+    given = launch.values
+    rows = given["out_ptr"].shape[0] * given["num_heads"] * given["MAX_SPLITS"]
     return rows * (given["HEAD"] * 4 + PARTIAL) + _bytes(launch, "out")
 
 
 KV_ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(
     {
-        "kv4_store_kernel": Entry(store_cases),
-        "kv4_attention_kernel": Entry(
+        "kv_store_kernel": Entry(store_cases),
+        "kv_attention_kernel": Entry(
             prompt_cases,
             prompt_trips,
             lambda launch: prompt_busy(launch) * prompt_trips(launch) * _step_macs(launch),
             _chunk_bytes,
             prompt_busy,
         ),
-        "kv4_decode_kernel": Entry(
+        "kv_decode_kernel": Entry(
             decode_cases,
             decode_trips,
             lambda launch: decode_busy(launch) * decode_trips(launch) * _step_macs(launch),
@@ -238,6 +238,6 @@ KV_ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(
             decode_busy,
             decode_bytes,
         ),
-        "kv4_reduce_kernel": Entry(lambda model: iter(()), moved=reduce_bytes),
+        "kv_splits_reduce_kernel": Entry(lambda model: iter(()), moved=reduce_bytes),
     }
 )

@@ -9,7 +9,7 @@ import torch
 from triton import JITFunction
 from triton.compiler import ASTSource
 
-from infoquant_vllm.kernels.triton import configurations
+from infoquant_vllm.kernels.triton import common
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8"}
 TYPES |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
@@ -34,6 +34,11 @@ class Launch:
         return total
 
     @property
+    def values(self) -> dict[str, Any]:
+        """Its arguments by name, those of tuples by the names of their fields in upper case."""
+        return flattened(self.arguments)
+
+    @property
     def nbytes(self) -> int:
         """Of its tensors, each read or written once."""
         return sum(value.nbytes for value in self.arguments.values() if isinstance(value, torch.Tensor))
@@ -56,6 +61,15 @@ class Launch:
         return ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
 
 
+def flattened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Replace a named tuple by its fields, their names in upper case."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        fields = value._asdict() if hasattr(value, "_asdict") else None
+        found |= {name: value} if fields is None else {field.upper(): each for field, each in fields.items()}
+    return found
+
+
 def _type(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
@@ -71,6 +85,6 @@ def launches(call: Callable[[], Any], arch: int) -> list[Launch]:
         arguments = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names if name in kwargs}
         recorded.append(Launch(kernel, tuple(grid), arguments, kwargs))
 
-    with patch.object(JITFunction, "run", record), patch.object(configurations, "architecture", lambda device: arch):
+    with patch.object(JITFunction, "run", record), patch.object(common, "architecture", lambda device: arch):
         call()
     return recorded

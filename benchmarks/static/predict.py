@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.static.cases import Case
 from benchmarks.static.kernels import ENTRIES
-from benchmarks.static.launches import Launch
+from benchmarks.static.launches import Launch, flattened
 from benchmarks.static.machines import Machine
 from benchmarks.static.sass import Code
 
@@ -104,7 +104,7 @@ def row(case: Case, launch: Launch, code: Code, machine: Machine) -> dict[str, A
 def configuration(launch: Launch) -> str:
     """All that its code depends on, in short: the same words mean the same code. What is not named is 0 or false."""
     source = launch.source()
-    constants = {launch.kernel.arg_names[index[0]]: value for index, value in source.constants.items()}
+    constants = flattened({launch.kernel.arg_names[index[0]]: value for index, value in source.constants.items()})
     words = [f"{name.lower()}={value}" for name, value in constants.items() if name.isupper() and value]
     absent = [name.removesuffix("_ptr") for name, value in constants.items() if value is None]
     specialized = {param.name for param in launch.kernel.params if not param.do_not_specialize}
@@ -118,6 +118,6 @@ def configuration(launch: Launch) -> str:
 
 def tile(launch: Launch) -> str:
     """What was chosen for a launch: its sizes, warps and stages."""
-    chosen = ("BLOCK_", "SPLITS", "ROWS", "CHUNK", "PARTS")
-    sizes = {name: value for name, value in launch.arguments.items() if name.startswith(chosen)}
+    chosen = ("BLOCK_", "SPLITS", "ROWS", "CHUNK", "KV_SPLITS")
+    sizes = {name: value for name, value in launch.values.items() if name.startswith(chosen)}
     return " ".join(f"{name.lower()}={value}" for name, value in {**sizes, **launch.options}.items() if value)

@@ -31,7 +31,7 @@ def layer_table(rows: Rows) -> str:
 
 
 def _in_layer(row: dict[str, Any]) -> bool:
-    return row["kernel"] in ("int4_linear", "reduce_splits") and row["scheme"] in LAYER_SCHEMES
+    return row["kernel"] in ("gemm", "split_k_reduce") and row["scheme"] in LAYER_SCHEMES
 
 
 def _bars(broken: Sequence[str]) -> str:

@@ -157,7 +157,7 @@ def _native() -> Backend:
 
 
 def _triton() -> Backend:
-    from infoquant_vllm.kernels.triton import kv4_attention, kv4_decode, kv4_store, linear, rotate_rows
+    from infoquant_vllm.kernels.triton import attention, decode, kv_store, linear
 
     return replace(
         _torch(),  # for norms, SwiGLU and RoPE, which vLLM's own operations compute on a GPU, and for dense_linear
@@ -167,11 +167,11 @@ def _triton() -> Backend:
         prepare_matrices=linear.prepare_matrices,
         weight_rows=linear.weight_rows,
         linear=linear.linear,
-        rotate_rows=rotate_rows.rotate_rows,
-        kv_store=kv4_store.kv_store,
-        kv_attention=kv4_attention.kv_attention,
-        kv_decode=kv4_decode.kv_decode,
-        decode_scratch=kv4_decode.decode_scratch,
+        rotate_rows=linear.rotate_rows,
+        kv_store=kv_store.kv_store,
+        kv_attention=attention.kv_attention,
+        kv_decode=decode.kv_decode,
+        decode_scratch=decode.decode_scratch,
         group_multiple=32,
         max_head_size=256,
     )

@@ -22,12 +22,12 @@ from benchmarks.gpu.steps import STAGES, Plan, Step
 from benchmarks.speed.serving import Case
 from tests.common.checkpoints import write_random
 from tests.common.interpreted import (
-    configurations,
-    int4_linear,
+    attention,
+    decode,
     interpreter_only,
-    kv4_attention,
-    kv4_decode,
-    kv4_store,
+    kv_store,
+    linear,
+    tiles,
     weights,
 )
 
@@ -83,30 +83,30 @@ def test_the_dry_run_counts_its_tests(dry_rows: list[dict[str, Any]]) -> None:
 @interpreter_only
 def test_the_dry_run_launches_both_kernels_of_attention(dry_rows: list[dict[str, Any]]) -> None:
     checked = [(row["kernel"], row["queries"]) for row in dry_rows if row["stage"] == "smoke" and "queries" in row]
-    assert checked == [("kv4_store", 1), ("kv4_decode", 1), ("kv4_decode", 4), ("kv4_attention", 12)]
+    assert checked == [("kv_store", 1), ("kv_decode", 1), ("kv_decode", 4), ("kv_attention", 12)]
     assert [row["queries"] for row in dry_rows if row["stage"] == "attention"] == [1, 4, 40]
 
 
 @interpreter_only
 def test_wrong_kernels_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (smoke.kv4_store, cache_attention.kv4_attention) == (kv4_store, kv4_attention)
-    assert cache_attention.kv4_decode == kv4_decode
-    right = int4_linear.int4_linear
-    monkeypatch.setattr(smoke.triton_linear, "int4_linear", lambda *a, **k: 1.05 * right(*a, **k))
+    assert smoke.kv_store is kv_store
+    assert (cache_attention.decode, cache_attention.prompt) == (decode, attention)
+    right = linear.gemm
+    monkeypatch.setattr(smoke.triton_linear, "gemm", lambda *a, **k: 1.05 * right(*a, **k))
     assert not smoke.check_linear(smoke.PRODUCTS[0], "cpu")["right"]
-    monkeypatch.setattr(kv4_store, "kv_store", lambda *arguments: None)
+    monkeypatch.setattr(kv_store, "kv_store", lambda *arguments: None)
     assert not smoke.check_store(smoke.CASES[0], "cpu")["right"]
     one, few, prompt = smoke.CASES
     assert smoke.check_attention(few, "cpu")["right"]
-    monkeypatch.setattr(kv4_decode, "kv_decode", lambda *arguments: arguments[-3].fill_(1))
+    monkeypatch.setattr(decode, "kv_decode", lambda *arguments: arguments[-3].fill_(1))
     assert [smoke.check_attention(case, "cpu")["right"] for case in (one, few, prompt)] == [False, False, True]
-    monkeypatch.setattr(kv4_attention, "kv_attention", lambda *arguments: arguments[-1].fill_(1))
+    monkeypatch.setattr(attention, "kv_attention", lambda *arguments: arguments[-1].fill_(1))
     assert not smoke.check_attention(prompt, "cpu")["right"]
 
 
 @interpreter_only
 def test_the_smoke_stage_cuts_contexts_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv4_decode, "kv4_reduce_kernel", None)
+    monkeypatch.setattr(decode, "kv_splits_reduce_kernel", None)
     smoke.check_attention(smoke.CASES[0], "cpu")
     with pytest.raises(TypeError):  # it would be launched
         smoke.check_attention(smoke.CASES[1], "cpu")
@@ -275,10 +275,10 @@ def test_the_fastest_right_tile_is_what_the_table_reads_back(tmp_path: Path, mon
     checkpoint, file = write_random(tmp_path / "checkpoint"), tmp_path / "tiles.json"
     monkeypatch.setattr("sys.argv", ["tune", str(checkpoint), "--output", str(file)])
     tune.main()
-    (entry, *_) = configurations.measured(str(file))
-    monkeypatch.setenv(configurations.TILES, str(file))
+    (entry, *_) = tiles.measured(str(file))
+    monkeypatch.setenv(tiles.TILES, str(file))
     shape = weights.layout(entry.features, entry.features // (entry.group_size or entry.features), 4)
-    assert configurations.linear_tile(entry.arch, 1, entry.channels, shape) == entry.tile
+    assert tiles.linear_tile(entry.arch, 1, entry.channels, shape) == entry.tile
     assert entry.tile == list(tune.candidates(2, shape))[-1]  # the fastest, as it was the last
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infoquant_vllm.kernels.triton.kv4_attend import products, signed_bytes
+from infoquant_vllm.kernels.triton.attend import multiply_int16, signed_bytes
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def chained_kernel(
     b = tl.load(b_ptr + inner[:, None] * MIDDLE + middle[None, :])
     c = tl.load(c_ptr + middle[:, None] * COLUMNS + column[None, :])
     high, low = signed_bytes(tl.dot(a, b, out_dtype=tl.int32) & 0x7EFF)
-    tl.store(out_ptr + row[:, None] * COLUMNS + column[None, :], products(high, low, c, ROWS))
+    tl.store(out_ptr + row[:, None] * COLUMNS + column[None, :], multiply_int16(high, low, c, ROWS))
 
 
 def chained(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

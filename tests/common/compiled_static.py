@@ -19,7 +19,7 @@ from benchmarks.static.predict import predict, row
 from benchmarks.static.report import markdown
 from benchmarks.static.sass import Code, compiled, main_loop
 
-KNOWN_MISSES = re.compile("kv4_attention sm_(90|100): tensor cores by mma.sync|kv4_decode .* bound by issue")
+KNOWN_MISSES = re.compile("kv_attention sm_(90|100): tensor cores by mma.sync|kv_decode .* bound by issue")
 """See docs/gpu-kernels.md."""
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -54,18 +54,18 @@ def test_code_without_a_loop_has_none() -> None:
 
 def test_a_launch_is_what_the_launcher_makes_of_a_gpu() -> None:
     first, second = launches(linear_call(16, 4096, 4096), 80)
-    assert first.kernel.__name__ == "int4_linear_kernel"
-    assert second.kernel.__name__ == "reduce_splits_kernel"
+    assert first.kernel.__name__ == "gemm_kernel"
+    assert second.kernel.__name__ == "split_k_reduce_kernel"
     given = first.arguments
     splits = first.grid[1]
     assert first.programs == 4096 // given["BLOCK_N"] * splits
-    assert given["steps"] == splits * given["share"]
+    assert given["steps"] == splits * given["split_steps"]
     weights = 4096 * 4096 // 2
     partial = 4 * splits * 16 * 4096
     assert weights + partial < first.nbytes < 1.05 * weights + partial
     source = first.source()
     assert source.signature["weight_ptr"] == "*u8"
-    assert source.signature["rest_ptr"] == "constexpr"
+    assert source.signature["zp_offset_ptr"] == "constexpr"
     assert (first.kernel.arg_names.index("N"),) in source.attrs
     assert (first.kernel.arg_names.index("M"),) not in source.attrs
 
@@ -124,7 +124,7 @@ def test_what_was_compiled_is_within_every_bar_and_what_a_gpu_is_good_at(rows: l
     assert (prompt["bound"], few["bound"]) == ("l2", "dram")
 
 
-CACHE_KERNELS = ("kv4_store_kernel", "kv4_attention_kernel", "kv4_decode_kernel")
+CACHE_KERNELS = ("kv_store_kernel", "kv_attention_kernel", "kv_decode_kernel")
 
 
 @pytest.mark.parametrize(
@@ -146,16 +146,16 @@ def test_kernels_of_the_cache_are_within_the_bars(arch: int, cache: str) -> None
         if case.scheme.startswith(cache)
         for launch in launches(case.call, arch)
     ]
-    assert {each["kernel"] for each in found} >= {"kv4_store", "kv4_attention", "kv4_decode", "kv4_reduce"}
+    assert {each["kernel"] for each in found} >= {"kv_store", "kv_attention", "kv_decode", "kv_splits_reduce"}
     assert [line for line in broken(found) if not KNOWN_MISSES.search(line)] == []
     for each in found:
-        if each["kernel"] == "kv4_decode" and each["tokens"] == 16 and cache == "4 bits":
+        if each["kernel"] == "kv_decode" and each["tokens"] == 16 and cache == "4 bits":
             assert each["bound"] == "dram"
 
 
 def test_a_cache_that_is_read_twice_is_told(rows: list[dict[str, Any]]) -> None:
     corrupted = rows[1] | {
-        "kernel": "kv4_decode",
+        "kernel": "kv_decode",
         "scheme": "4 bits, context of 16384",
         "must_read": rows[1]["bytes"] // 2,
     }
@@ -171,7 +171,7 @@ def test_broken_bars_are_told(rows: list[dict[str, Any]]) -> None:
 def test_no_tokens_of_a_layer_take_more_than_their_share_of_time() -> None:
     found = [
         row(case, launch, compiled(launch, 90), MACHINES[90])
-        for case in ENTRIES["int4_linear_kernel"].cases(MODELS[0])
+        for case in ENTRIES["gemm_kernel"].cases(MODELS[0])
         if case.scheme in LAYER_SCHEMES
         for launch in launches(case.call, 90)
     ]
@@ -180,7 +180,7 @@ def test_no_tokens_of_a_layer_take_more_than_their_share_of_time() -> None:
 
 
 def test_a_cliff_and_a_fall_are_told() -> None:
-    whole = {"kernel": "int4_linear", "model": "LLaMA-3-8B", "arch": 90, "scheme": "A4 per token"}
+    whole = {"kernel": "gemm", "model": "LLaMA-3-8B", "arch": 90, "scheme": "A4 per token"}
     seconds = {16: 1.0, 32: 1.9, 33: 2.4, 64: 2.0}
     made = [
         whole | {"layer": layer, "tokens": tokens, "predicted_seconds": each}

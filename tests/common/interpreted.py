@@ -12,17 +12,15 @@ import pytest
 import triton.experimental.gluon  # noqa: F401 (or the first launch imports it, and looks for the variable)
 
 from infoquant_vllm.kernels.triton import (
-    configurations,
-    epilogue,
-    int4_linear,
-    kv4_attend,
-    kv4_attention,
-    kv4_decode,
-    kv4_store,
-    kv4_tiles,
+    attend,
+    attention,
+    common,
+    decode,
+    gemm,
+    kv_store,
     linear,
-    nibbles,
     rotate_quantize,
+    tiles,
     weights,
 )
 from tests.common import chained
@@ -34,30 +32,28 @@ DEVICE = os.environ.get("INFOQUANT_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
     for module, name in (
         (chained, "chained"),
-        (int4_linear, "int4_linear"),
-        (kv4_attention, "kv_attention"),
-        (kv4_decode, "kv_decode"),
-        (kv4_store, "kv_store"),
+        (attention, "kv_attention"),
+        (decode, "kv_decode"),
+        (kv_store, "kv_store"),
+        (linear, "gemm"),
         (linear, "linear"),
         (rotate_quantize, "rotate_quantize"),
     ):
         setattr(module, name, moved(getattr(module, name), DEVICE))
 
-interpreter_only = pytest.mark.skipif(DEVICE != "cpu", reason="tests something of the interpreter's, or on a CPU")
+interpreter_only = pytest.mark.skipif(DEVICE != "cpu", reason="tests the interpreter or what runs on a CPU")
 
 __all__ = [
+    "attend",
+    "attention",
     "chained",
-    "configurations",
-    "epilogue",
-    "int4_linear",
+    "common",
+    "decode",
+    "gemm",
     "interpreter_only",
-    "kv4_attend",
-    "kv4_attention",
-    "kv4_decode",
-    "kv4_store",
-    "kv4_tiles",
+    "kv_store",
     "linear",
-    "nibbles",
     "rotate_quantize",
+    "tiles",
     "weights",
 ]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from infoquant_vllm.kernels.triton.codes import Codes
+from infoquant_vllm.kernels.triton.rotate_quantize import Codes
 from tests.common.moved import moved
 
 
@@ -35,7 +35,7 @@ def test_tuples_with_names_come_and_go_and_other_values_are_left_alone() -> None
 
     found, nothing, sizes = moved(launcher, "cpu")(codes, None, (4, 4))
     assert isinstance(found, Codes)
-    assert found.rest is None
+    assert found.zp_offset is None
     assert (nothing, sizes) == (None, (4, 4))
     assert (codes.values == 3).all()
     assert (found.values == 3).all()

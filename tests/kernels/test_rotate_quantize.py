@@ -8,7 +8,7 @@ import torch
 from infoquant_vllm.kernels.cpu.kernels import prepare_matrices, rotate_rows
 from infoquant_vllm.kernels.cpu.library import operations
 from infoquant_vllm.kernels.torch.dense import rotate_rows as torch_rows
-from infoquant_vllm.kernels.triton.rotate_rows import rotate_rows as gpu_rows
+from infoquant_vllm.kernels.triton.linear import rotate_rows as gpu_rows
 from tests.common import oracles
 from tests.common.libraries import RUNNABLE, library
 

@@ -17,7 +17,8 @@ from infoquant_vllm.format import FormatError
 from infoquant_vllm.kernels import dispatch
 from infoquant_vllm.kernels.operands import KVScheme, ScoreParams
 from infoquant_vllm.kernels.torch import kv_cache as cpu
-from tests.common.interpreted import configurations, interpreter_only, kv4_attention, kv4_decode, kv4_tiles
+from tests.common.interpreted import attention as prompt_kernel
+from tests.common.interpreted import decode, interpreter_only, tiles
 from tests.kernels.test_kv_cache import Batch
 from tests.plugin.test_layers import Model, _rank, model_config
 
@@ -34,7 +35,7 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (kv_cache, linear):
         monkeypatch.setattr(module, "current_platform", SimpleNamespace(device_type="cuda", is_cpu=lambda: False))
     monkeypatch.setattr(attention, "backend", lambda device: dispatch.backend("cuda"))
-    monkeypatch.setattr(kv4_tiles, "PARTS", 8)  # empty ones cost time here
+    monkeypatch.setattr(tiles, "SEQUENCE_SPLITS", 8)  # empty ones cost time here
     dispatch.backend.cache_clear()
     yield
     dispatch.backend.cache_clear()
@@ -184,16 +185,16 @@ def test_scratch_is_claimed_by_the_run_that_measures_memory(
 
 
 def test_scratch_of_an_8b_model_stops_growing_where_a_gpu_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv4_tiles, "PARTS", 256)
-    monkeypatch.setattr(configurations, "architecture", lambda device: 90)
+    monkeypatch.setattr(tiles, "SEQUENCE_SPLITS", 256)
+    monkeypatch.setattr(tiles.common, "architecture", lambda device: 90)
     heads, kv_heads, size = 32, 8, 128
     for context in (8192, 131072):
         found = {}
         for sequences in (16, 256, 1024):
             bounds = sequences, 1, context
-            shapes = kv4_decode.decode_scratch(heads, kv_heads, size, None, *bounds, torch.device("cpu"))
+            shapes = decode.decode_scratch(heads, kv_heads, size, None, *bounds, torch.device("cpu"))
             found[sequences] = 4 * sum(map(torch.Size.numel, map(torch.Size, shapes)))
-            every = 4 * sequences * heads * kv4_tiles.parts_of(kv_heads) * (size + 2)
+            every = 4 * sequences * heads * tiles.kv_splits(kv_heads) * (size + 2)
             print(f"{sequences} sequences of {context}: {found[sequences]:,} bytes; of every part {every:,}")
         assert found[16] < found[256] == found[1024] <= 70 * 2**20
 
@@ -202,17 +203,17 @@ def test_launches_take_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) 
     """Whatever would wait for a GPU, or let data decide about an allocation or a grid, is an error here."""
     batch = Batch([1, 1], [400, 20], 2, 1, 64, dtype=torch.float32)
     cache, out = batch.store(cpu), torch.empty_like(batch.query)
-    shapes = kv4_decode.decode_scratch(2, 1, 64, None, 2, 1, 400, torch.device("cpu"))
+    shapes = decode.decode_scratch(2, 1, 64, None, 2, 1, 400, torch.device("cpu"))
     scratch = [torch.empty(shape) for shape in shapes]
     rest = cache, batch.sequences, ScoreParams(64**-0.5), SCHEME, out
     for name in ("item", "tolist", "cpu", "__bool__", "__int__", "nonzero", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, _waits)
     grids: list[tuple[int, ...]] = []
-    launcher = type(kv4_attention.kv4_attention_kernel)
+    launcher = type(prompt_kernel.kv_attention_kernel)
     monkeypatch.setattr(launcher, "run", lambda self, *a, grid, **k: grids.append(grid))
     for _ in range(2):
-        kv4_decode.kv_decode(batch.query, *rest, 1, scratch)
-        kv4_attention.kv_attention(batch.query, *rest)
+        decode.kv_decode(batch.query, *rest, 1, scratch)
+        prompt_kernel.kv_attention(batch.query, *rest)
         batch.lens[0] = 9
     assert grids[:3] == grids[3:] == [(2, 1, 2), (2, 2, 1), (2, 1)]
 

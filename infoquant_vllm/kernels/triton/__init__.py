@@ -1,1 +1,1 @@
-"""Kernels for GPUs, sm_80 and later, in Triton; one per file, beside the launchers that the operations call."""
+"""Kernels for NVIDIA GPUs, sm_80 and later, in Triton, and the launchers that the operations call."""

@@ -1,217 +1,80 @@
-"""Input transform and activation quantizer in one pass: rows are read once, and codes written once."""
+"""Input transform and quantization of activations on a GPU; semantics: kernels/reference/rotate_quantize.py."""
 
-from math import frexp, sqrt
+from math import frexp, gcd, sqrt
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from infoquant_vllm.format import hadamard as hadamard_matrix
 from infoquant_vllm.format import hadamard_dense
-from infoquant_vllm.kernels.triton.codes import Codes
-from infoquant_vllm.kernels.triton.configurations import FEW_TOKENS, current_device
-from infoquant_vllm.kernels.triton.extremes import amax, amin
-from infoquant_vllm.kernels.triton.hadamard import butterflies
-from infoquant_vllm.kernels.triton.quantize import grid, store_rows, stored_codes
-from infoquant_vllm.kernels.triton.rotate_blocks import rotate_blocks
+from infoquant_vllm.kernels.triton.common import current_device
+from infoquant_vllm.kernels.triton.quantize import DEPTH, rotate_blocks_kernel, rotate_quantize_kernel
+from infoquant_vllm.kernels.triton.tiles import FEW_TOKENS
 
-PER_WARP, PER_WARP_OF_PAIRS = 2048, 1024  # features that a warp holds, and where they meet a right matrix
-MAX_FEATURES = 16384  # of a row that a program transforms; pairs of matrices for wider rows are torch's work
+PER_WARP, PER_WARP_OF_PAIRS = 2048, 1024  # features that a warp holds, and those it holds with a right matrix
+MAX_FEATURES = 16384  # of a row that a program transforms; wider rows go through torch.matmul
 MAX_ORDER = 128  # of a matrix that a program multiplies with
-DEPTH = 16  # features that a product on tensor cores sums at the least
-WIDTH = 4096  # features, those of all its tokens, that a program holds if it can choose
-
-_DEPTH = tl.constexpr(DEPTH)
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+WIDTH = 4096  # features of all its tokens that a program holds where it can choose
 
 
-@triton.jit(do_not_specialize=["M"])
-def rotate_quantize_kernel(
-    x_ptr,
-    left_ptr,
-    right_ptr,
-    clip_ptr,
-    values_ptr,
-    scale_ptr,
-    rest_ptr,
-    sums_ptr,
-    M,
-    x_stride,
-    values_stride,
-    HADAMARD: tl.constexpr,
-    SIGNS: tl.constexpr,
-    FACTOR: tl.constexpr,
-    EXACT_FACTOR: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
-    BLOCKS_PADDED: tl.constexpr,
-    OUTER_PADDED: tl.constexpr,
-    INNER_PADDED: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    SUM_SIZE: tl.constexpr,
-    SUM_PADDED: tl.constexpr,
-    NUM_BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Segments of BLOCKS * OUTER * INNER features of ROWS tokens: transform, range per group, codes.
+class Codes(NamedTuple):
+    """Quantized rows: value[t, k] = (values[t, k] - zp_offset[g, t]) * scale[g, t].
 
-    x [M, x_stride]; a segment's block X [OUTER, INNER] becomes left^T X right: butterflies in place of right for a
-    Hadamard (times FACTOR in the end), left_ptr [OUTER, OUTER] its dense factor or a Kronecker pair's first, None
-    for none. The dense factor goes first, when x still has 16 bits: its entries are +-1 (SIGNS) or the Hartley
-    matrix's. Other products are float32 in three TF32 steps. clip [groups, 2]; values [rows, values_stride]
-    int8, scale, rest [groups, rows], sums [finer groups, rows] as in `Codes`. A token has one row, at 16 bits
-    two: of high and of low bytes.
+    4-bit codes are stored less their zero point, which fits in an int8, so that the GEMM has nothing to correct; 8-bit
+    ones are stored less 128, and what is left of the zero point is in zp_offset.
     """
-    SEGMENT: tl.constexpr = BLOCKS * OUTER * INNER
-    LINES: tl.constexpr = ROWS * BLOCKS_PADDED * OUTER_PADDED
-    line, inner = tl.arange(0, LINES), tl.arange(0, INNER_PADDED)
-    outer, block = line % OUTER_PADDED, line // OUTER_PADDED % BLOCKS_PADDED
-    token = (tl.program_id(0) * ROWS + line // (OUTER_PADDED * BLOCKS_PADDED)).to(tl.int64)
-    feature = tl.program_id(1) * SEGMENT + ((block * OUTER + outer) * INNER)[:, None] + inner[None, :]
-    mask = ((token < M) & (outer < OUTER) & (block < BLOCKS))[:, None] & (inner < INNER)[None, :]
-    y = tl.load(x_ptr + token[:, None] * x_stride + feature, mask, other=0)
-    if left_ptr is not None:
-        y = _from_left(left_ptr, y, SIGNS, ROWS * BLOCKS_PADDED, OUTER, OUTER_PADDED, INNER_PADDED)
-    y = y.to(tl.float32)
-    if HADAMARD:
-        y = butterflies(y, LINES, INNER_PADDED)
-    if right_ptr is not None:
-        right = _deepened(_matrix(right_ptr, INNER, INNER_PADDED))
-        y = tl.dot(tl.trans(_deepened(tl.trans(y))), right, input_precision="tf32x3")
 
-    COUNT: tl.constexpr = LINES * INNER_PADDED // ROWS // GROUP_PADDED
-    y = tl.reshape(y, (ROWS, COUNT, GROUP_PADDED))
-    low, high = amin(y, 2) * FACTOR, amax(y, 2) * FACTOR  # as if y had been multiplied: that keeps the order
-    m, group, known = _groups(M, ROWS, COUNT, SEGMENT // GROUP_SIZE, BLOCKS, BLOCKS_PADDED)
-    scale, inverse, zero = grid(low, high, clip_ptr, group, known, NUM_BITS, SYMMETRIC)
-    if EXACT_FACTOR:
-        inverse *= FACTOR
-    else:
-        y *= FACTOR
-    codes = stored_codes(y, inverse[:, :, None], zero[:, :, None], NUM_BITS)
-    codes = tl.reshape(codes, (LINES, INNER_PADDED))
-    store_rows(scale_ptr, rest_ptr, scale, zero, group, m, known, M, NUM_BITS)
-    values, blocks = values_ptr + feature, (BLOCKS, BLOCKS_PADDED)
-    if NUM_BITS == 16:
-        high_byte, codes = codes >> 8, (codes & 255) - 128
-        tl.store(values + 2 * token[:, None] * values_stride, high_byte.to(tl.int8), mask)
-        tl.store(values + (2 * token[:, None] + 1) * values_stride, codes.to(tl.int8), mask)
-        if sums_ptr is not None:
-            _store_sums(sums_ptr, high_byte, mask, M, 2, 0, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED, *blocks)
-            _store_sums(sums_ptr, codes, mask, M, 2, 1, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED, *blocks)
-    else:
-        tl.store(values + token[:, None] * values_stride, codes.to(tl.int8), mask)
-        if sums_ptr is not None:
-            _store_sums(sums_ptr, codes, mask, M, 1, 0, ROWS, SEGMENT, SUM_SIZE, SUM_PADDED, *blocks)
+    values: torch.Tensor
+    """int8 [tokens, padded features]; the padding is arbitrary, as it meets weights of zero"""
+    scale: torch.Tensor
+    """float32 [groups, tokens]"""
+    zp_offset: torch.Tensor | None
+    """int32 [groups, tokens]; None: zeros"""
+    sums: torch.Tensor | None
+    """int32 [finer groups, tokens]: sums of `values`, for weights with zero points"""
 
-
-@triton.jit
-def _groups(
-    M,
-    ROWS: tl.constexpr,
-    COUNT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCKS_PADDED: tl.constexpr,
-):
-    """(token [ROWS, 1], group [1, COUNT], which of them there are [ROWS, COUNT]) of this program."""
-    m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    index = tl.arange(0, COUNT)[None, :]
-    known = index < GROUPS
-    if BLOCKS > 1 and GROUPS % BLOCKS == 0:  # padding lies behind each block
-        place = index % (COUNT // BLOCKS_PADDED)
-        index = index // (COUNT // BLOCKS_PADDED) * (GROUPS // BLOCKS) + place
-        known = (place < GROUPS // BLOCKS) & (index < GROUPS)
-    return m, tl.program_id(1) * GROUPS + index, (m < M) & known
-
-
-@triton.jit
-def _store_sums(
-    sums_ptr,
-    codes,
-    mask,
-    M,
-    ROWS_PER_TOKEN: tl.constexpr,
-    ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SUM_SIZE: tl.constexpr,
-    SUM_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCKS_PADDED: tl.constexpr,
-):
-    COUNT: tl.constexpr = codes.numel // ROWS // SUM_PADDED
-    m, group, known = _groups(M, ROWS, COUNT, SEGMENT // SUM_SIZE, BLOCKS, BLOCKS_PADDED)
-    sums = tl.sum(tl.reshape(tl.where(mask, codes, 0), (ROWS, COUNT, SUM_PADDED)), 2)
-    tl.store(sums_ptr + (group * M + m) * ROWS_PER_TOKEN + ROW, sums, known)
-
-
-@triton.jit
-def _from_left(
-    left_ptr,
-    x,
-    SIGNS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    OUTER: tl.constexpr,
-    OUTER_PADDED: tl.constexpr,
-    INNER_PADDED: tl.constexpr,
-):
-    """left^T X of each block X of x [BLOCKS * OUTER_PADDED, INNER_PADDED], by one product of them side by side.
-
-    SIGNS: left's entries are +-1, so that x can stay in its 16 bits (not under the interpreter, whose dot cannot).
-    """
-    left = tl.trans(_deepened(_matrix(left_ptr, OUTER, OUTER_PADDED)))
-    if SIGNS and not _INTERPRETED:
-        left = left.to(x.dtype)
-    else:
-        x = x.to(tl.float32)
-    blocks = tl.permute(tl.reshape(x, (BLOCKS, OUTER_PADDED, INNER_PADDED)), (1, 0, 2))
-    blocks = _deepened(tl.reshape(blocks, (OUTER_PADDED, BLOCKS * INNER_PADDED)))
-    product = tl.dot(left, blocks, input_precision="tf32x3")
-    blocks = tl.permute(tl.reshape(product, (OUTER_PADDED, BLOCKS, INNER_PADDED)), (1, 0, 2))
-    return tl.reshape(blocks, (BLOCKS * OUTER_PADDED, INNER_PADDED))
-
-
-@triton.jit
-def _matrix(ptr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """[SIZE, SIZE] float32, zeros behind it."""
-    index = tl.arange(0, PADDED)
-    known = index < SIZE
-    return tl.load(ptr + index[:, None] * SIZE + index[None, :], known[:, None] & known[None, :], other=0)
-
-
-@triton.jit
-def _deepened(x):
-    """x [k, n] with rows of zeros behind it, for a product that sums over enough of them."""
-    for _ in tl.static_range(4):
-        if x.shape[0] < _DEPTH:
-            x = tl.reshape(tl.permute(tl.join(x, tl.zeros_like(x)), (2, 0, 1)), (2 * x.shape[0], x.shape[1]))
-    return x
+    @classmethod
+    def empty(
+        cls,
+        tokens: int,
+        groups: int,
+        padded: int,
+        sum_groups: int,
+        num_bits: int,
+        symmetric: bool,
+        device: torch.device,
+    ) -> "Codes":
+        """Allocate codes of `num_bits`, at 16 bits a row of high and a row of low bytes for each token."""
+        rows = 2 * tokens if num_bits == 16 else tokens
+        has_zp_offset = num_bits == 16 or (num_bits == 8 and not symmetric)
+        return cls(
+            torch.empty(rows, padded, dtype=torch.int8, device=device),
+            torch.empty(groups, rows, dtype=torch.float32, device=device),
+            torch.empty(groups, rows, dtype=torch.int32, device=device) if has_zp_offset else None,
+            torch.empty(sum_groups, rows, dtype=torch.int32, device=device) if sum_groups else None,
+        )
 
 
 def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
-    """The matrices of an input transform, contiguous; of a Hadamard its dense factor, where it has one.
+    """Return the matrices of an input transform, contiguous; for a Hadamard its base matrix, if larger than 1.
 
-    Where a Hadamard with one is too wide for a program it becomes a Kronecker pair.
+    A Hadamard with a base matrix that is too wide for a program becomes a Kronecker pair.
     """
     if not hadamard:
         return [matrix.contiguous() for matrix in matrices]
-    dense = hadamard_dense(hadamard)
-    order, device = len(dense), current_device()
+    base = hadamard_dense(hadamard)
+    order, device = len(base), current_device()
     if order == 1:
         return []
-    factors = [dense]
+    factors = [base]
     if order > MAX_ORDER or hadamard > MAX_FEATURES:
-        factors = [dense / sqrt(order), hadamard_matrix(hadamard // order)]
+        factors = [base / sqrt(order), hadamard_matrix(hadamard // order)]
     return [factor.to(device, torch.float32).contiguous() for factor in factors]
 
 
 class Segment(NamedTuple):
-    """What a program transforms and quantizes of a token: `blocks` blocks of outer * inner features."""
+    """The part of a token that a program quantizes: `blocks` blocks of outer * inner features."""
 
     blocks: int
     outer: int
@@ -219,18 +82,18 @@ class Segment(NamedTuple):
 
     @property
     def features(self) -> int:
-        """Of a token."""
+        """Features of a token."""
         return self.blocks * self.outer * self.inner
 
     @property
     def padded(self) -> tuple[int, int, int]:
-        """Each size to a power of two."""
+        """Each size, rounded up to a power of two."""
         return tuple(map(triton.next_power_of_2, self))
 
     def padded_group(self, size: int) -> int:
-        """Places that a group of `size` features takes; raises ValueError where they would have gaps.
+        """Return the elements that a group of `size` features takes; raises ValueError if padding would split it.
 
-        Behind each block there may be a gap, so that groups must not lie across two.
+        Behind each block there may be padding, so that groups must not lie across two.
         """
         blocks, outer, inner = self.padded
         if size == self.features:
@@ -245,13 +108,13 @@ class Segment(NamedTuple):
 
 
 def segment(features: int, factors: tuple[int, int], group_size: int) -> Segment:
-    """How a token is cut; factors: (outer, inner) sizes of the transform's block, product 1 for none."""
+    """Cut a token into segments; factors: (outer, inner) sizes of the transform's block, product 1 for none."""
     size = factors[0] * factors[1]
     if size == 1:
-        several = WIDTH // group_size if group_size & (group_size - 1) == 0 else 1
-        while features // group_size % max(several, 1):
-            several //= 2
-        return Segment(1, 1, group_size * max(several, 1))
+        groups = WIDTH // group_size if group_size & (group_size - 1) == 0 else 1
+        while features // group_size % max(groups, 1):
+            groups //= 2
+        return Segment(1, 1, group_size * max(groups, 1))
     if group_size % size == 0:
         return Segment(group_size // size, *factors)
     if size % group_size == 0:
@@ -269,10 +132,10 @@ def rotate_quantize(
     padded: int,
     sum_groups: int,
 ) -> Codes:
-    """x [tokens, K], rows any stride apart, transformed and quantized; arguments as the reference's.
+    """Transform and quantize x [tokens, K], rows any stride apart; arguments are the reference's.
 
-    clip None: 16 bits, one group. matrices: as `prepare_matrices` makes them. padded: features of a
-    stored row, what is behind K stays as it is found; sum_groups: groups whose codes are summed, 0 for none.
+    clip None: 16 bits, one group. matrices: from `prepare_matrices`. padded: features of a stored row, those behind K
+    are not written; sum_groups: groups whose codes are summed, 0 for none.
     """
     tokens, features = x.shape
     groups = 1 if clip is None else len(clip)
@@ -280,41 +143,42 @@ def rotate_quantize(
     x = x if x.stride(1) == 1 else x.contiguous()
     if tokens == 0:
         return codes
-    sum_size = features // (sum_groups or groups)
-    common = {
+    quantizer = {
         "GROUP_SIZE": features // groups,
-        "SUM_SIZE": sum_size,
+        "SUM_SIZE": features // (sum_groups or groups),
         "NUM_BITS": num_bits,
         "SYMMETRIC": symmetric or num_bits == 16,
+        "enable_fp_fusion": False,
     }
     if matrices and matrices[0].dim() == 3:
-        rotate_blocks(x, matrices[0], clip, codes, common)
-    else:
-        _rotate_rows(x, matrices, hadamard, clip, codes, common)
-    return codes
-
-
-def _rotate_rows(
-    x: torch.Tensor,
-    matrices: list[torch.Tensor],
-    hadamard: int,
-    clip: torch.Tensor | None,
-    codes: Codes,
-    common: dict[str, int],
-) -> None:
-    tokens, features = x.shape
+        _launch_blocks(x, matrices[0], clip, codes, quantizer)
+        return codes
     left, right = (*matrices, None, None)[:2]
     if left is not None and right is not None and (features > MAX_FEATURES or max(map(len, matrices)) > MAX_ORDER):
         pairs = x.float().reshape(tokens, -1, len(left), len(right))
         x = torch.matmul(torch.matmul(left.t(), pairs), right).view(tokens, features)
         left, right, hadamard = None, None, 0
+    _launch_rows(x, (left, right), hadamard, clip, codes, quantizer)
+    return codes
+
+
+def _launch_rows(
+    x: torch.Tensor,
+    matrices: tuple[torch.Tensor | None, torch.Tensor | None],
+    hadamard: int,
+    clip: torch.Tensor | None,
+    codes: Codes,
+    quantizer: dict[str, int],
+) -> None:
+    """Fill `codes` from x [tokens, K]; quantizer: the kernel's constants of it."""
+    (tokens, features), (left, right) = x.shape, matrices
     outer = len(left) if left is not None else 1
     inner = hadamard // outer if hadamard else len(right) if right is not None else 1
     factor = 1 / sqrt(hadamard) if hadamard else 1.0
-    part = segment(features, (outer, inner), common["GROUP_SIZE"])
+    part = segment(features, (outer, inner), quantizer["GROUP_SIZE"])
     blocks, outer_padded, inner_padded = part.padded
-    width = blocks * max(outer_padded, DEPTH if left is not None else 1)
-    width *= max(inner_padded, DEPTH if right is not None else 1)
+    width = blocks * max(outer_padded, DEPTH.value if left is not None else 1)
+    width *= max(inner_padded, DEPTH.value if right is not None else 1)
     rows = max(1, WIDTH // width) if tokens > FEW_TOKENS else 1
     held = rows * width if right is None else max(rows * width, outer_padded**2, inner_padded**2)
     rotate_quantize_kernel[triton.cdiv(tokens, rows), features // part.features](
@@ -322,8 +186,7 @@ def _rotate_rows(
         left,
         right,
         clip,
-        codes.values,
-        *codes[1:],
+        *codes,
         tokens,
         x.stride(0),
         codes.values.shape[1],
@@ -337,10 +200,38 @@ def _rotate_rows(
         BLOCKS_PADDED=blocks,
         OUTER_PADDED=outer_padded,
         INNER_PADDED=inner_padded,
-        GROUP_PADDED=part.padded_group(common["GROUP_SIZE"]),
-        SUM_PADDED=part.padded_group(common["SUM_SIZE"]),
+        GROUP_PADDED=part.padded_group(quantizer["GROUP_SIZE"]),
+        SUM_PADDED=part.padded_group(quantizer["SUM_SIZE"]),
         ROWS=rows,
-        **common,
+        **quantizer,
         num_warps=max(1, min(16, held // (PER_WARP if right is None else PER_WARP_OF_PAIRS))),
-        enable_fp_fusion=False,
+    )
+
+
+def _launch_blocks(
+    x: torch.Tensor, blocks: torch.Tensor, clip: torch.Tensor | None, codes: Codes, quantizer: dict[str, int]
+) -> None:
+    """Fill `codes` from x [tokens, K] and blocks [K / size, size, size]; quantizer: the kernel's constants of it."""
+    tokens, features = x.shape
+    size, group_size = blocks.shape[1], quantizer["GROUP_SIZE"]
+    columns = gcd(size, group_size, quantizer["SUM_SIZE"], 64)
+    if columns < 16 or max(size, group_size) % min(size, group_size):
+        raise ValueError(
+            f"blocks of {size} and groups of {group_size} features: the Triton kernels need multiples of 16 that nest"
+        )
+    rows = 64 if tokens > FEW_TOKENS else 16
+    rotate_blocks_kernel[triton.cdiv(tokens, rows), features // group_size](
+        x,
+        blocks,
+        clip,
+        *codes,
+        tokens,
+        x.stride(0),
+        codes.values.shape[1],
+        BLOCK_SIZE=size,
+        ROWS=rows,
+        COLUMNS=columns,
+        BLOCK_K=gcd(size, 32),
+        **quantizer,
+        num_warps=4,
     )

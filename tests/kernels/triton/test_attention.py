@@ -9,7 +9,7 @@ import torch
 from infoquant_vllm.kernels.operands import KVScheme, ScoreParams, Sequences
 from infoquant_vllm.kernels.torch import kv_cache as cpu
 from tests.common import oracles
-from tests.common.interpreted import configurations, kv4_attention, kv4_decode, kv4_tiles
+from tests.common.interpreted import attention, decode, tiles
 from tests.kernels.test_kv_cache import BATCHES, BITS, Batch
 
 TOLERANCE = 5e-4
@@ -18,7 +18,7 @@ TOLERANCE = 5e-4
 
 @pytest.fixture(autouse=True)
 def _few_parts_in_memory_that_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(kv4_tiles, "PARTS", 8)  # empty ones cost time here
+    monkeypatch.setattr(tiles, "SEQUENCE_SPLITS", 8)  # empty ones cost time here
     torch.use_deterministic_algorithms(True)  # which also fills what is allocated
     yield
     torch.use_deterministic_algorithms(False)
@@ -35,14 +35,14 @@ class Decoding:
     ) -> None:
         heads, context = (query.shape[1], cache.shape[1], query.shape[2]), sequences.block_table.shape[1]
         bounds = len(sequences.seq_lens), self.queries, context * cache.shape[2]
-        shapes = kv4_decode.decode_scratch(*heads, score.window, *bounds, query.device)
+        shapes = decode.decode_scratch(*heads, score.window, *bounds, query.device)
         scratch = [torch.full(shape, torch.nan) for shape in shapes]
-        kv4_decode.kv_decode(query, cache, sequences, score, *rest, self.queries, scratch)
+        decode.kv_decode(query, cache, sequences, score, *rest, self.queries, scratch)
 
 
 def kernels_for(counts: list[int]) -> list[Any]:
     """Those that serve sequences of so many queries."""
-    return [kv4_attention] + ([Decoding(max(counts))] if max(counts) <= 9 else [])
+    return [attention] + ([Decoding(max(counts))] if max(counts) <= 9 else [])
 
 
 def assert_like_the_reference(batch: Batch, window: int | None = None, **other: Any) -> None:
@@ -90,11 +90,11 @@ def test_a_query_is_the_same_bits_however_many_there_are_of_its_sequence(window:
 def test_rows_are_the_same_bits_by_one_program_or_many(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(counts, [900, 300], 4, 2, 64, dtype=torch.float32)
     cache = batch.store(cpu)
-    monkeypatch.setattr(kv4_tiles, "PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "PROGRAMS_PER_SM", 1)
     found = []
     for processors in (16, 8, 4):  # to a program one part, two, all four
-        monkeypatch.setattr(configurations, "multiprocessors", lambda device, count=processors: count)
-        assert kv4_tiles.decode_slots(2, 2, 4, processors) == processors // 4
+        monkeypatch.setattr(tiles, "multiprocessors", lambda device, count=processors: count)
+        assert tiles.decode_programs(2, 2, 4, processors) == processors // 4
         found.append(batch.attend(Decoding(4), cache))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -150,7 +150,7 @@ def test_more_heads_to_a_kv_head_than_a_tile_has_rows(heads: int) -> None:
     assert_like_the_reference(Batch([3], [70], heads, 1, 64, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("kernels", [kv4_attention, Decoding(4)])
+@pytest.mark.parametrize("kernels", [attention, Decoding(4)])
 def test_queries_and_outputs_may_be_parts_of_wider_tensors(kernels: Any) -> None:
     counts = [1, 4]
     batch = Batch(counts, [30, 20], 4, 2, 96)
@@ -192,7 +192,7 @@ def test_the_last_sequences_of_a_batch_are_served_alone() -> None:
     cache = batch.store(cpu)
     expected = batch.attend(cpu, cache)
     last = {"query": batch.query[3:], "starts": batch.query_starts[2:], "lens": batch.lens[2:]}
-    found = batch.attend(kv4_attention, cache, table=batch.block_table[2:], **last)
+    found = batch.attend(attention, cache, table=batch.block_table[2:], **last)
     assert (found - expected[3:]).abs().max() <= TOLERANCE * expected.abs().max()
 
 
@@ -210,12 +210,12 @@ def test_a_decoding_row_is_the_same_bits_in_every_batch() -> None:
 def test_a_prompt_is_the_same_bits_in_every_cut(window: int | None) -> None:
     batch = Batch([150], [150], 2, 1, 64, dtype=torch.float32)
     cache = batch.store(cpu)
-    whole = batch.attend(kv4_attention, cache, window)
+    whole = batch.attend(attention, cache, window)
     ends = [2, 37, 64, 130, 150]
     for first, last in zip([0, *ends], ends, strict=False):
         starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, last - first], [last]))
         part = {"query": batch.query[first:last], "starts": starts, "lens": lens}
-        assert torch.equal(batch.attend(kv4_attention, cache, window, **part), whole[first:last])
+        assert torch.equal(batch.attend(attention, cache, window, **part), whole[first:last])
 
 
 def test_huge_scores_and_queries_of_zeros_are_those_of_the_reference() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.common import oracles
-from tests.common.interpreted import kv4_store
+from tests.common.interpreted import kv_store
 from tests.kernels.test_kv_cache import BITS, Batch
 
 
@@ -14,7 +14,7 @@ from tests.kernels.test_kv_cache import BITS, Batch
 def test_stored_cells_are_those_of_the_reference(num_bits: tuple[int, int], size: int, block: int, keys: str) -> None:
     batch, changed = Batch([1], [21], 3, 3, size, num_bits, block), keys != "as they are"
     batch.slots[::4] = -1
-    found = batch.store(kv4_store, changed, changed)
+    found = batch.store(kv_store, changed, changed)
     assert torch.equal(found, batch.store(oracles, changed, changed))
     assert not torch.equal(found, batch.empty_cache())
 
@@ -23,7 +23,7 @@ def test_stored_cells_are_those_of_the_reference(num_bits: tuple[int, int], size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_sizes_and_dtypes_are_stored_alike(size: int, dtype: torch.dtype) -> None:
     batch = Batch([1], [9], 1, 1, size, dtype=dtype)
-    assert torch.equal(batch.store(kv4_store), batch.store(oracles))
+    assert torch.equal(batch.store(kv_store), batch.store(oracles))
 
 
 def test_rows_of_a_wider_tensor_are_stored_where_they_are_and_padding_is_left_out() -> None:
@@ -32,11 +32,11 @@ def test_rows_of_a_wider_tensor_are_stored_where_they_are_and_padding_is_left_ou
     expected = batch.store(oracles)
     joined = torch.cat((batch.key, batch.value), 1)
     batch.key, batch.value = joined[:, :2], joined[:, 2:]
-    assert torch.equal(batch.store(kv4_store), expected)
+    assert torch.equal(batch.store(kv_store), expected)
     batch.key, batch.value = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (batch.key, batch.value))
-    assert torch.equal(batch.store(kv4_store), expected)
+    assert torch.equal(batch.store(kv_store), expected)
     batch.slots = batch.slots[:0]
-    assert torch.equal(batch.store(kv4_store), batch.empty_cache())
+    assert torch.equal(batch.store(kv_store), batch.empty_cache())
 
 
 @pytest.mark.parametrize("values", ["zeros", "huge", "tiny"])
@@ -46,7 +46,7 @@ def test_ranges_at_their_limits_are_stored_alike(values: str) -> None:
     batch.key, batch.value = batch.key * factor, batch.value * factor
     found, expected = (
         oracles.kv_read(batch.store(kernels, offset=False), batch.block_table[0, :1], 64, (4, 4))
-        for kernels in (kv4_store, oracles)
+        for kernels in (kv_store, oracles)
     )
     # As numbers: a zero may be -0, whose sign no torch and no GPU promises.
     assert all(torch.equal(a[..., :8, :], b[..., :8, :]) for a, b in zip(found[:2], expected[:2], strict=True))

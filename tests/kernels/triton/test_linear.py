@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes, unpack_codes
+from infoquant_vllm.kernels.operands import PackedWeight
 from tests.common import oracles
 from tests.common.guards import guarded
-from tests.common.interpreted import configurations, int4_linear, nibbles, weights
+from tests.common.interpreted import common, linear, tiles, weights
 
-WHOLE = configurations.Tile(32, 32, 128, 4, 3)
+WHOLE = tiles.Tile(32, 32, 128, 4, 3)
 SPLIT = WHOLE._replace(block_n=16, block_m=16, splits=3)
 
 
@@ -42,7 +43,7 @@ class Case:
         weight = self.packed, self.weight_scale, self.weight_zero, self.bias
         return oracles.quantized_linear(self.codes, self.scale, self.zero, *weight, dtype)
 
-    def found(self, tile: Any, dtype: torch.dtype = torch.float32, pairs: bool = False) -> torch.Tensor:
+    def found(self, tile: Any, dtype: torch.dtype = torch.float32, int16: bool = False) -> torch.Tensor:
         features, groups = self.codes.shape[1], max(self.groups)
         weight = weights.prepare_weight(self.packed, self.bits[1], self.signed, groups)
         grids = [None if grid is None else weights.prepare_grid(grid) for grid in (self.weight_scale, self.weight_zero)]
@@ -50,7 +51,7 @@ class Case:
         tile = tile._replace(block_k=block_k)
         codes = self.stored()
         with guarded():
-            return int4_linear.int4_linear(codes, features, weight, *grids, self.bias, dtype, tile, pairs)
+            return linear.gemm(codes, features, PackedWeight(weight, *grids), self.bias, dtype, tile, int16)
 
     def stored(self) -> Any:
         """The codes as the quantizer leaves them; whatever was there is behind them."""
@@ -62,7 +63,7 @@ class Case:
         values[:, :features] = codes
         sums = codes.view(tokens, groups, features // groups).sum(-1, dtype=torch.int32).t().contiguous()
         rest = None if self.bits[0] == 4 else (self.zero - 128).t().contiguous()
-        return int4_linear.Codes(values, self.scale.t().contiguous(), rest, None if self.signed else sums)
+        return linear.Codes(values, self.scale.t().contiguous(), rest, None if self.signed else sums)
 
     def check(self) -> None:
         assert torch.equal(self.found(WHOLE), self.expected())
@@ -117,7 +118,7 @@ def test_high_and_low_bytes_of_a_token_are_added_as_the_reference_adds(
     bias, case.bias = case.bias, None
     expected = oracles.add_bytes(case.expected(), bias, dtype)
     case.bias = bias
-    found = case.found(tile, dtype, pairs=True)
+    found = case.found(tile, dtype, int16=True)
     assert found.dtype == dtype
     if groups == (1, 1) or tile == WHOLE:
         assert torch.equal(found, expected)
@@ -152,11 +153,11 @@ def test_no_tokens_and_no_bias() -> None:
 def test_the_tables_tile_serves(tokens: int) -> None:
     for case in (Case(tokens, 512), Case(tokens, 512, (4, 8), signed=False)):
         layout = weights.layout(512, max(case.groups), 4)
-        tile = configurations.linear_tile(80, tokens, 48, layout)
+        tile = tiles.linear_tile(80, tokens, 48, layout)
         assert (case.found(tile) - case.expected()).abs().max() <= 1e-5 * case.expected().abs().max()
 
 
-@pytest.mark.parametrize("ptx", [nibbles.LOW, nibbles.HIGH])
+@pytest.mark.parametrize("ptx", [common._LOW_SIGNED.value, common._HIGH_SIGNED.value])
 def test_both_ways_to_unpack_do_the_same(ptx: str) -> None:
     """The interpreter's, a byte at a time, and the PTX's, four at a time, whose two instructions are done here."""
     words = torch.randint(-(2**31), 2**31, (1000,)).int()
@@ -165,11 +166,12 @@ def test_both_ways_to_unpack_do_the_same(ptx: str) -> None:
         value = int(number, 0)
         registers[target] = registers[source] << value if name == "shl" else registers[source] & (value - 2**32)
     codes = words.view(torch.int8)
-    expected = codes << 4 if ptx == nibbles.LOW else codes & -16
+    expected = codes << 4 if ptx == common._LOW_SIGNED.value else codes & -16
     assert torch.equal(registers["$0"].view(torch.int8), expected)
     assert torch.equal(
         expected.int(),
-        unpack_codes(codes.view(torch.uint8)[:, None], 4, True)[:, int(ptx == nibbles.HIGH)] * nibbles.FACTOR,
+        unpack_codes(codes.view(torch.uint8)[:, None], 4, True)[:, int(ptx == common._HIGH_SIGNED.value)]
+        * common.NIBBLE_FACTOR.value,
     )
 
 

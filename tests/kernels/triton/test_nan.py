@@ -8,7 +8,7 @@ import torch
 from infoquant_vllm.format import pack_codes
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from tests.common import oracles
-from tests.common.interpreted import kv4_attention, kv4_store, linear
+from tests.common.interpreted import attention, kv_store, linear
 from tests.kernels.test_kv_cache import Batch
 from tests.kernels.triton.test_attention import Decoding
 from tests.kernels.triton.test_rotate_quantize import transform
@@ -49,7 +49,7 @@ def test_keys_and_values_that_are_no_numbers_are_stored_as_the_reference_stores_
     batch.key[3, 0, 7], batch.value[5, 1, 63] = value, value
     found, expected = (
         oracles.kv_read(batch.store(kernels, hadamard), batch.block_table[0, :2], 64, num_bits)
-        for kernels in (kv4_store, oracles)
+        for kernels in (kv_store, oracles)
     )
     torch.testing.assert_close(found[2][..., :24], expected[2][..., :24], rtol=0, atol=0, equal_nan=True)
     for codes, right, token in ((found[0], expected[0], 3), (found[1], expected[1], 5)):
@@ -58,7 +58,7 @@ def test_keys_and_values_that_are_no_numbers_are_stored_as_the_reference_stores_
         assert same.all()
 
 
-@pytest.mark.parametrize(("counts", "ours"), [([1, 1], Decoding()), ([4, 3], Decoding(4)), ([9, 4], kv4_attention)])
+@pytest.mark.parametrize(("counts", "ours"), [([1, 1], Decoding()), ([4, 3], Decoding(4)), ([9, 4], attention)])
 def test_attention_of_queries_and_to_keys_that_are_no_numbers_is_nan(counts: list[int], ours: Any) -> None:
     batch = Batch(counts, [70, 40], 4, 2, 64, dtype=torch.float32)
     cache = batch.store(oracles)

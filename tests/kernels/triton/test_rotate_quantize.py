@@ -7,7 +7,7 @@ from infoquant_vllm.format import pack_codes
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from tests.common import oracles
 from tests.common.guards import SENTINEL, guarded
-from tests.common.interpreted import configurations, linear, rotate_quantize
+from tests.common.interpreted import linear, rotate_quantize, tiles
 
 Transform = tuple[list[torch.Tensor], int]
 FLIPS = 2e-3
@@ -59,8 +59,8 @@ def check(
         assert wrong.sum() <= flips * wrong.numel()
     torch.testing.assert_close(found.scale.t(), scale, rtol=1e-6 if flips else 0, atol=0)
     if num_bits != 4:
-        rest = torch.zeros_like(zero) if found.rest is None else found.rest.t()
-        assert torch.equal(rest, zero - 128)
+        offset = torch.zeros_like(zero) if found.zp_offset is None else found.zp_offset.t()
+        assert torch.equal(offset, zero - 128)
     if sum_groups:
         sums = values.view(len(values), sum_groups, features // sum_groups).sum(-1)
         assert torch.equal(found.sums, sums.t().int())
@@ -188,7 +188,7 @@ def test_a_linear_is_the_references(
     grids = linear.prepare_grid(scale), None if zero is None else linear.prepare_grid(zero)
     prepared = inputs._replace(matrices=linear.prepare_matrices(matrices, hadamard))
     found = linear.linear(x, prepared, PackedWeight(weight, *grids), bias)
-    exact = tokens > configurations.FEW_TOKENS or max(groups, weight_groups) == 1
+    exact = tokens > tiles.FEW_TOKENS or max(groups, weight_groups) == 1
     torch.testing.assert_close(found, expected, rtol=0 if exact else 1e-2, atol=0 if exact else 1e-2)
 
 

@@ -1,25 +1,24 @@
-"""Attention over the quantized cache for prompts and their chunks; what a program does: `attend`, in kv4_attend."""
+"""Attention over the quantized cache for prompts and their chunks; the loop of a program is `attend`."""
 
 import torch
 import triton
 import triton.language as tl
 
 from infoquant_vllm.kernels.operands import KVScheme, ScoreParams, Sequences
-from infoquant_vllm.kernels.triton import configurations
-from infoquant_vllm.kernels.triton.head_hadamard import dense_factor
-from infoquant_vllm.kernels.triton.kv4_attend import attend, read_query, store_halves
-from infoquant_vllm.kernels.triton.kv4_tiles import Layer, prompt_constants, query_scales
+from infoquant_vllm.kernels.triton import common
+from infoquant_vllm.kernels.triton.attend import Pages, attend, layer_of, query_scales, read_query, store_halves
+from infoquant_vllm.kernels.triton.tiles import attention_tile
 
 
-# What is of a batch, a slice of which begins anywhere, may not compile anything while serving.
+# A batch's own tensors are slices that begin anywhere: specializing on their alignment would compile while serving.
 @triton.jit(do_not_specialize=["num_sequences", "starts_ptr", "lens_ptr", "table_ptr"])
-def kv4_attention_kernel(
+def kv_attention_kernel(
     query_ptr,
     cache_ptr,
     starts_ptr,
     lens_ptr,
     table_ptr,
-    factor_ptr,
+    hadamard_ptr,
     out_ptr,
     norm,
     log_scale,
@@ -31,25 +30,14 @@ def kv4_attention_kernel(
     table_stride,
     out_token_stride,
     out_head_stride,
-    WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ORDER: tl.constexpr,
-    LOG_N: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """ROWS // GROUP queries of one sequence, all heads of a kv-head.
+    """Attend from ROWS // GROUP queries of one sequence, all heads of a kv-head.
 
-    How many programs a batch takes is bounded by its shapes; those beyond its queries return at once.
+    hadamard_ptr: the base matrix of the queries' Hadamard, None without one. The number of programs is bounded by the
+    batch's shapes; those beyond its queries return at once.
     """
-    QUERIES: tl.constexpr = ROWS // GROUP
+    QUERIES: tl.constexpr = SHAPE.rows // SHAPE.group
     program, kv_head = tl.program_id(0), tl.program_id(1)
     sequence, beyond, base = program * 0, num_sequences, tl.load(starts_ptr)
     while beyond - sequence > 1:  # sequence i begins at program (starts[i] - base) // QUERIES + i
@@ -63,41 +51,29 @@ def kv4_attention_kernel(
     if from_start >= end - start:
         return
     length = tl.load(lens_ptr + sequence)
-    row = tl.arange(0, ROWS)
-    query = from_start + row // GROUP
-    there = (row < QUERIES * GROUP) & (query < end - start)
+    row = tl.arange(0, SHAPE.rows)
+    query = from_start + row // SHAPE.group
+    mask = (row < QUERIES * SHAPE.group) & (query < end - start)
     position = length - (end - start) + query
     first_seen = length - (end - start) + from_start
     last_seen = tl.minimum(first_seen + QUERIES, length)
-    first = tl.maximum(first_seen - WINDOW + 1, 0) // CHUNK * CHUNK if WINDOW > 0 else 0
+    first = 0
+    if SHAPE.window > 0:
+        first = tl.maximum(first_seen - SHAPE.window + 1, 0) // SHAPE.chunk * SHAPE.chunk
 
     token = (start + query).to(tl.int64)
-    head = kv_head * GROUP + row % GROUP
+    head = kv_head * SHAPE.group + row % SHAPE.group
     rows_ptr = query_ptr + token * query_token_stride + head * query_head_stride
-    whole, step = read_query(rows_ptr, factor_ptr, norm, there, HEAD, ROWS, SIZE, ORDER, LOG_N, HADAMARD)
-    result, upper, _, total = attend(
-        whole,
-        step,
-        position,
-        first,
-        last_seen,
+    integers, step = read_query(rows_ptr, hadamard_ptr, norm, mask, SHAPE)
+    pages = Pages(
         cache_ptr + kv_head.to(tl.int64) * cache_head_stride,
         table_ptr + sequence.to(tl.int64) * table_stride,
         cache_block_stride,
-        log_scale,
-        WINDOW,
-        SOFT_CAP,
-        BLOCK,
-        HEAD,
-        ROWS,
-        SIZE,
-        CHUNK,
-        KEY_BITS,
-        VALUE_BITS,
     )
+    result, upper, _, total = attend(integers, step, position, first, last_seen, pages, log_scale, SHAPE)
     out_ptr += token * out_token_stride + head * out_head_stride
-    share = tl.where(there, 1.0 / total, 0.0)[:, None]
-    store_halves(out_ptr, there, result * share, upper * share, ROWS, HEAD, result.shape[1], VALUE_BITS)
+    scale = tl.where(mask, 1.0 / total, 0.0)[:, None]
+    store_halves(out_ptr, mask, result * scale, upper * scale, SHAPE.head, SHAPE.value_bits)
 
 
 def kv_attention(
@@ -108,7 +84,7 @@ def kv_attention(
     scheme: KVScheme,
     out: torch.Tensor,
 ) -> None:
-    """As the reference but for last bits, of [tokens, heads, head_size] with any distance between tokens and heads.
+    """Compute the reference's attention, but for last bits; [tokens, heads, head_size] may have any strides of both.
 
     The sequences may be the last of a batch: `query` and `out` begin at token query_starts[0].
     """
@@ -118,16 +94,16 @@ def kv_attention(
     (tokens, _, size), kv_heads = query.shape, cache.shape[1]
     if tokens == 0:
         return
-    layer = Layer.of(query, cache, out, hadamard, window, num_bits, soft_cap)
-    constants = prompt_constants(configurations.architecture(query.device), layer)
-    programs = tokens // (constants["ROWS"] // constants["GROUP"]) + len(seq_lens)
-    kv4_attention_kernel[(programs, kv_heads)](
+    layer = layer_of(query, cache, out, hadamard, window, num_bits, soft_cap)
+    tile = attention_tile(common.architecture(query.device), "kv_attention", size, layer.group)
+    programs = tokens // (tile.rows // layer.group) + len(seq_lens)
+    kv_attention_kernel[(programs, kv_heads)](
         query,
         cache,
         query_starts,
         seq_lens,
         block_table,
-        dense_factor(size, query.device) if hadamard else None,
+        common.base_matrix(size, query.device) if hadamard else None,
         out,
         *query_scales(size, scale),
         len(seq_lens),
@@ -135,5 +111,5 @@ def kv_attention(
         *cache.stride()[:2],
         block_table.stride(0),
         *out.stride()[:2],
-        **constants,
+        **layer.constants(tile),
     )

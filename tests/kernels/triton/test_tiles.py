@@ -7,89 +7,89 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.common.interpreted import configurations, kv4_tiles, weights
+from tests.common.interpreted import common, tiles, weights
 
 LAYOUT = weights.layout(4096, 1, 4)
 ENTRY = {"arch": 90, "tokens": 16, "channels": 4096, "features": 4096, "group_size": 0, "tile": [32, 16, 128, 2, 5, 4]}
 
 
-@pytest.mark.parametrize("arch", configurations.CHOICES)
+@pytest.mark.parametrize("arch", tiles.TILE_TABLE)
 @pytest.mark.parametrize("tokens", [1, 17, 33, 300, 4096])
 @pytest.mark.parametrize(("features", "groups"), [(4096, 1), (4096, 32), (576, 9), (96, 3), (13824, 1)])
 def test_steps_fill_the_features_and_every_split_has_some(arch: int, tokens: int, features: int, groups: int) -> None:
     layout = weights.layout(features, groups, 4)
-    tile = configurations.linear_tile(arch, tokens, 4096, layout)
+    tile = tiles.linear_tile(arch, tokens, 4096, layout)
     assert layout.padded % tile.block_k == 0 or layout.group_size % tile.block_k == 0
     assert tile.splits <= layout.steps(tile.block_k)
 
 
-@pytest.mark.parametrize("arch", configurations.CHOICES)
+@pytest.mark.parametrize("arch", tiles.TILE_TABLE)
 @pytest.mark.parametrize(("features", "channels"), [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)])
 @pytest.mark.parametrize("groups", [1, 32])
 def test_programs_fill_at_least_half_of_the_sms_whatever_the_tokens(
     arch: int, features: int, channels: int, groups: int
 ) -> None:
-    layout, sms = weights.layout(features, groups, 4), configurations.CHOICES[arch].sms
+    layout, sms = weights.layout(features, groups, 4), tiles.TILE_TABLE[arch].sms
     for tokens in (1, 16, 17, 32, 33, 64, 65, 128, 256, 512, 8192):
-        tile = configurations.linear_tile(arch, tokens, channels, layout)
+        tile = tiles.linear_tile(arch, tokens, channels, layout)
         programs = -(-channels // tile.block_n) * -(-tokens // tile.block_m) * tile.splits
         assert 2 * programs > sms
 
 
 @pytest.mark.parametrize("tokens", [17, 33, 65, 129, 1000])
 def test_all_tokens_of_a_class_have_one_tile(tokens: int) -> None:
-    last = configurations.token_class(tokens)
+    last = tiles.token_class(tokens)
     assert last / 2 < tokens <= last
     layout = weights.layout(4096, 32, 4)
-    assert configurations.linear_tile(90, tokens, 4096, layout) == configurations.linear_tile(90, last, 4096, layout)
+    assert tiles.linear_tile(90, tokens, 4096, layout) == tiles.linear_tile(90, last, 4096, layout)
 
 
 def test_a_device_without_an_index_is_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus = [SimpleNamespace(multi_processor_count=132), SimpleNamespace(multi_processor_count=148)]
+    gpus = [
+        SimpleNamespace(major=9, minor=0, multi_processor_count=132),
+        SimpleNamespace(major=10, minor=0, multi_processor_count=148),
+    ]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (10, 0)][index])
-    configurations._architecture.cache_clear()
-    configurations._multiprocessors.cache_clear()
+    common._properties.cache_clear()
     for current, expected in ((0, (90, 132)), (1, (100, 148))):
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
         for device in (torch.device("cuda"), torch.device("cuda", current)):
-            assert (configurations.architecture(device), configurations.multiprocessors(device)) == expected
-    configurations._architecture.cache_clear()
-    configurations._multiprocessors.cache_clear()
+            assert (common.architecture(device), tiles.multiprocessors(device)) == expected
+    common._properties.cache_clear()
 
 
 def test_a_gpu_between_two_of_the_table_takes_the_older_ones_tiles() -> None:
-    assert configurations.linear_tile(103, 64, 4096, LAYOUT) == configurations.linear_tile(100, 64, 4096, LAYOUT)
+    assert tiles.linear_tile(103, 64, 4096, LAYOUT) == tiles.linear_tile(100, 64, 4096, LAYOUT)
 
 
 def test_a_file_overrides_the_table_for_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tiles.json"
     file.write_text(json.dumps([ENTRY | {"tokens": 32, "tile": [64, 32, 64, 4, 3, 1]}, ENTRY]))
-    table = configurations.linear_tile(90, 1, 2048, LAYOUT)
-    monkeypatch.setenv(configurations.TILES, str(file))
-    assert configurations.linear_tile(90, 16, 4096, LAYOUT) == (32, 16, 128, 2, 5, 4)
-    assert configurations.linear_tile(90, 17, 4096, LAYOUT) == (64, 32, 64, 4, 3, 1)
-    assert configurations.linear_tile(90, 1, 2048, LAYOUT) == table
+    table = tiles.linear_tile(90, 1, 2048, LAYOUT)
+    monkeypatch.setenv(tiles.TILES, str(file))
+    assert tiles.linear_tile(90, 16, 4096, LAYOUT) == (32, 16, 128, 2, 5, 4)
+    assert tiles.linear_tile(90, 17, 4096, LAYOUT) == (64, 32, 64, 4, 3, 1)
+    assert tiles.linear_tile(90, 1, 2048, LAYOUT) == table
 
 
 def test_a_file_overrides_the_table_for_its_attention_beside_linears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "tiles.json"
-    given = {"arch": 90, "kernel": "kv4_decode", "head_size": 128, "group": 4, "tile": [16, 64, 2, 4]}
+    given = {"arch": 90, "kernel": "kv_decode", "head_size": 128, "group": 4, "tile": [16, 64, 2, 4]}
     file.write_text(json.dumps([ENTRY, given]))
-    table = kv4_tiles.attention_tile(90, "kv4_attention", 128, 4)
-    monkeypatch.setenv(configurations.TILES, str(file))
-    assert kv4_tiles.attention_tile(90, "kv4_decode", 128, 4) == (16, 64, 2, 4)
-    assert kv4_tiles.attention_tile(90, "kv4_attention", 128, 4) == table
-    assert configurations.linear_tile(90, 16, 4096, LAYOUT) == (32, 16, 128, 2, 5, 4)
+    table = tiles.attention_tile(90, "kv_attention", 128, 4)
+    monkeypatch.setenv(tiles.TILES, str(file))
+    assert tiles.attention_tile(90, "kv_decode", 128, 4) == (16, 64, 2, 4)
+    assert tiles.attention_tile(90, "kv_attention", 128, 4) == table
+    assert tiles.linear_tile(90, 16, 4096, LAYOUT) == (32, 16, 128, 2, 5, 4)
 
 
-@pytest.mark.parametrize("arch", kv4_tiles.CHOICES)
+@pytest.mark.parametrize("arch", tiles.TILE_TABLE)
 @pytest.mark.parametrize("group", [1, 7, 12, 40])
 def test_a_tile_has_rows_for_all_heads_of_a_kv_head(arch: int, group: int) -> None:
-    for kernel in ("kv4_attention", "kv4_decode"):
-        assert kv4_tiles.attention_tile(arch, kernel, 128, group).rows >= group
+    for kernel in ("kv_attention", "kv_decode"):
+        assert tiles.attention_tile(arch, kernel, 128, group).rows >= group
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path, corrupted: str) 
     file = tmp_path / "tiles.json"
     file.write_text(corrupted)
     with pytest.raises(ValueError, match="INFOQUANT_TILES"):
-        configurations.measured(str(file))
+        tiles.measured(str(file))
