@@ -15,15 +15,13 @@ from typing import Any, NamedTuple
 import triton
 from rich.console import Console
 
-from benchmarks.static.launches import Launch, launches
-from benchmarks.static.machines import MACHINES
-from benchmarks.static.predict import configuration
-from benchmarks.static.sass import stack_and_shared
+from benchmarks.static.launches import Launch, launches, stack_and_shared
+from benchmarks.static.predict import MACHINES, configuration
 from benchmarks.static.variants import Calls, other_calls, serving_calls
 from offline.presets import PRESETS
 
 OTHERS_ARCHS = (80, 90)
-"""For these all is compiled, for other architectures what serves LLaMA-3-8B."""
+"""Compiled with all variants; other architectures with those that serve LLaMA-3-8B."""
 KNOWN_SPILLS = re.compile(
     r"rotate_quantize_kernel (sm_(80|86|89) .*outer=64 inner=64 |.* outer=96 inner=4 )"
     r"|gemm_kernel sm_(80|86|89) weight_bits=8 .*block_n=128 block_m=128 "
@@ -38,29 +36,29 @@ KNOWN_SPILLS = re.compile(
 
 
 class Variant(NamedTuple):
-    """A launch, for an architecture."""
+    """A launch for an architecture."""
 
     launch: Launch
     arch: int
 
     @property
     def name(self) -> str:
-        """Its kernel, and all that its code depends on."""
+        """Name its kernel and all that its code depends on."""
         return f"{self.launch.kernel.__name__} sm_{self.arch} {configuration(self.launch)}"
 
 
 class Compiled(NamedTuple):
-    """What became of a variant; problem: why it does not compile or cannot be launched, "" where it can."""
+    """The outcome of a variant; problem: why it does not compile or cannot be launched, "" if it can."""
 
     name: str
     arch: int
     problem: str
     stack: int
-    """bytes of a thread: registers were spilled there"""
+    """bytes of a thread, to which registers were spilled"""
 
 
 def main() -> None:
-    """Print the count per architecture, every spill and every failure; exit status 1 where one is not known."""
+    """Print the count per architecture, every spill and every failure; exit status 1 if one is not known."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
     parser.add_argument("--archs", nargs="+", type=int, choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--presets", nargs="+", choices=PRESETS, help="only what these need; default: all and more")
@@ -75,7 +73,7 @@ def main() -> None:
 
 
 def variants(archs: Sequence[int], presets: Iterable[str] | None = None) -> list[Variant]:
-    """All that presets (None: any checkpoint) make vLLM compile on GPUs of these architectures, each once."""
+    """List what presets (None: any checkpoint) make vLLM compile on GPUs of these architectures, each once."""
     found: list[Variant] = []
     for arch in archs:
         wanted = _of(serving_calls(PRESETS if presets is None else presets), arch)
@@ -86,20 +84,20 @@ def variants(archs: Sequence[int], presets: Iterable[str] | None = None) -> list
 
 
 def _of(calls: Calls, arch: int) -> dict[tuple[Any, ...], Variant]:
-    """By all that Triton compiles them for."""
+    """Return variants by all that Triton compiles them for."""
     found = [launch for call in calls for launch in launches(call, arch)]
     return {(launch.source().hash(), *sorted(launch.options.items())): Variant(launch, arch) for launch in found}
 
 
 def compile_all(wanted: Sequence[Variant], workers: int) -> list[Compiled]:
-    """Compile all of them in so many processes."""
+    """Compile all variants in so many processes."""
     _WANTED[:] = wanted
     with ProcessPoolExecutor(workers, get_context("fork")) as pool:
         return list(pool.map(_compile, range(len(wanted)), chunksize=4))
 
 
 _WANTED: list[Variant] = []
-"""What processes are forked with: a launch cannot be sent to one."""
+"""Inherited by forked processes, as a launch cannot be pickled."""
 
 
 def _compile(index: int) -> Compiled:
@@ -108,25 +106,25 @@ def _compile(index: int) -> Compiled:
     try:
         stack, shared = stack_and_shared(launch, arch)
         if shared > limit:
-            problem = f"{shared} bytes of shared memory, at most {limit} there"
-    except Exception as error:  # whatever the compiler ends with
+            problem = f"{shared} bytes of shared memory, at most {limit} on that GPU"
+    except Exception as error:  # any exception of the compiler
         problem = f"{type(error).__name__}: {error}"
     return Compiled(variant.name, arch, problem, stack)
 
 
 def summary(found: Iterable[Compiled]) -> str:
-    """How many per architecture."""
+    """Count variants per architecture."""
     counts = Counter(each.arch for each in found)
     return f"{sum(counts.values())} variants compiled, " + ", ".join(f"{n} for sm_{arch}" for arch, n in counts.items())
 
 
 def failed(found: Iterable[Compiled]) -> list[Compiled]:
-    """Those that do not compile, or ask for more shared memory than there is."""
+    """List variants that do not compile, or need more shared memory than a program can have."""
     return [each for each in found if each.problem]
 
 
 def spilled(found: Iterable[Compiled]) -> list[Compiled]:
-    """Those with more values than registers."""
+    """List variants with spilled registers."""
     return [each for each in found if each.stack]
 
 

@@ -1,4 +1,4 @@
-"""Models, and what is known of a kernel beside its code."""
+"""Models, and facts about kernels that their code does not show."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from benchmarks.static.launches import Launch
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a model, and over how many GPUs it is cut."""
+    """Sizes of a model, and its TP size."""
 
     name: str
     hidden: int
@@ -22,7 +22,7 @@ class Model:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(features, channels) of a rank's linears."""
+        """Return (features, channels) of a TP rank's linears."""
         heads, kv_heads, inner = self.heads // self.ranks, self.kv_heads // self.ranks, self.intermediate // self.ranks
         return {
             "qkv": (self.hidden, (heads + 2 * kv_heads) * self.head_size),
@@ -33,7 +33,7 @@ class Model:
 
 
 LAYER_TOKENS = (1, 16, 32, 33, 64, 128, 256, 512, 2048, 8192)
-"""For which a layer's linears are predicted: no step between two may be larger than the growth of the tokens."""
+"""Numbers of tokens of a prediction: from one to the next no layer may slow down by more than the tokens grow."""
 MODELS = (
     Model("LLaMA-3-8B", 4096, 14336, 32, 8),
     Model("LLaMA-2-13B", 5120, 13824, 40, 40),
@@ -45,7 +45,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a public launcher, on the meta device, and what to call it."""
+    """A call of a public launcher, on the meta device, and its name."""
 
     model: str
     layer: str
@@ -53,25 +53,25 @@ class Case:
     tokens: int
     call: Callable[[], Any]
     macs: int = 0
-    """that the product needs, without padding"""
+    """multiply-accumulates without padding"""
     reads: int = 0
-    """bytes that cannot but be read, where there is a bar on them"""
+    """bytes that must be read, if there is a threshold on them; else 0"""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel by its function's name: calls that launch it, and facts about a launch that its code does not tell."""
+    """A kernel by its function's name: calls that launch it, and facts about a launch that its code does not show."""
 
     cases: Callable[[Model], Iterator[Case]]
     trips: Callable[[Launch], float] = lambda launch: 1.0
-    """of the main loop"""
+    """iterations of the main loop"""
     macs: Callable[[Launch], float] = lambda launch: 0.0
     """on INT8 tensor cores in all of the kernel, padding included"""
     in_flight: Callable[[Launch], float] = lambda launch: inf
-    """bytes that a program has asked memory for at once"""
+    """bytes that a program has in flight"""
     busy: Callable[[Launch], int] = lambda launch: launch.programs
-    """programs that have something to do"""
+    """programs with work"""
     moved: Callable[[Launch], int] = lambda launch: launch.nbytes
     """bytes read and written"""
     loaded: Callable[[Launch], float] = lambda launch: 0.0
-    """bytes that a program loads in a turn of the main loop, most of them from the L2 cache"""
+    """bytes that a program loads in an iteration of the main loop, mostly from the L2 cache"""

@@ -1,7 +1,4 @@
-"""The kernels that are looked at, and those of linears: their calls for a model, and how much a loop of theirs does.
-
-A kernel more is an entry more in `ENTRIES`.
-"""
+"""The kernels that are compiled; for those of linears their calls for a model and the work of a launch."""
 
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
@@ -22,7 +19,7 @@ TOKENS = (16, 2048)
 
 
 def linear_cases(model: Model) -> Iterator[Case]:
-    """Products of W4A4: input of o_proj per head, else per token; of the first model other schemes too."""
+    """Yield GEMMs of W4A4: input of o_proj per head, else per token; of the first model other schemes too."""
     for layer, (features, channels) in model.linears.items():
         groups = features // model.head_size if layer == "o" else 1
         for tokens in LAYER_TOKENS:
@@ -75,7 +72,7 @@ def linear_call(
     num_bits: int = 4,
     tile: Tile | None = None,
 ) -> Callable[[], Any]:
-    """A product as `linear` makes it; tile: another than the table's."""
+    """Return a GEMM's call as `linear` makes it; tile: another than the table's."""
     finer = max(groups, weight_groups)
     with torch.device("meta"):
         weight = prepare_weight(torch.empty(channels, features // 2, dtype=torch.uint8), 4, signed, finer)
@@ -88,35 +85,35 @@ def linear_call(
 
 
 def linear_trips(launch: Launch) -> float:
-    """Steps of a program, on average."""
+    """Return the average steps of a program."""
     return launch.arguments["steps"] / launch.grid[1]
 
 
 def linear_macs(launch: Launch) -> float:
-    """Of all programs: whole tiles, whatever of them is needed."""
+    """Count multiply-accumulates of all programs, in whole tiles."""
     given = launch.arguments
     return launch.grid[0] * given["BLOCK_N"] * given["BLOCK_M"] * given["codes_stride"]
 
 
 def linear_loaded(launch: Launch) -> float:
-    """Weights and codes of a step."""
+    """Return the bytes of weights and codes of a step."""
     given = launch.arguments
     step = given["codes_stride"] // given["steps"]
     return given["BLOCK_N"] * step * given["WEIGHT_BITS"] // 8 + given["BLOCK_M"] * step
 
 
 def linear_in_flight(launch: Launch) -> float:
-    """Of the stages that are under way."""
+    """Return the bytes of the stages in flight."""
     return (launch.options["num_stages"] - 1) * linear_loaded(launch)
 
 
 def reduce_moved(launch: Launch) -> int:
-    """All but the weight, of which it reads no more than the sums behind the rows."""
+    """Return all bytes but the weight's, of which only the sums behind the rows are read."""
     return launch.nbytes - int(launch.arguments["weight_ptr"].nbytes)
 
 
 def rotate_cases(model: Model) -> Iterator[Case]:
-    """Quantizers as `fast` needs them; of the first model other transforms too."""
+    """Yield quantizers as `fast` needs them; of the first model other transforms too."""
     for layer, (features, _) in model.linears.items():
         groups = features // model.head_size if layer == "o" else 1
         hadamard = features if layer == "down" else 0
@@ -139,7 +136,7 @@ def rotate_cases(model: Model) -> Iterator[Case]:
 
 
 def blocks_cases(model: Model) -> Iterator[Case]:
-    """Learned blocks: half a row each, as in the paper, and of a head's size."""
+    """Yield learned blocks: half a row each, as in the paper, and of a head's size."""
     if model is not MODELS[0]:
         return
     for size in (128, model.hidden // 2):
@@ -157,7 +154,7 @@ def rotate_call(
     matrices: list[torch.Tensor] | None = None,
     num_bits: int = 4,
 ) -> Callable[[], Any]:
-    """A quantizer's call as `linear` makes it."""
+    """Return a quantizer's call as `linear` makes it."""
     given = [matrix.to("meta") for matrix in prepare_matrices(list(matrices or []), hadamard)]
     x = torch.empty(tokens, features, dtype=torch.bfloat16, device="meta")
     clip = torch.empty(groups, 2, device="meta")
@@ -166,14 +163,14 @@ def rotate_call(
 
 
 def blocks_trips(launch: Launch) -> float:
-    """Steps over the depth of a block, for every tile of columns, and again where a group is wider than a tile."""
+    """Count steps over the depth of a block, for each tile of columns, and twice if a group is wider than a tile."""
     given = launch.arguments
     columns = given["GROUP_SIZE"] // given["COLUMNS"]
     return given["BLOCK_SIZE"] / given["BLOCK_K"] * columns * (2 if columns > 1 else 1)
 
 
 def rotate_in_flight(launch: Launch) -> float:
-    """All that a program reads of its tokens."""
+    """Return the bytes that a program reads of its tokens."""
     given = launch.arguments
     return 2 * given["ROWS"] * given["BLOCKS"] * given["OUTER"] * given["INNER"]
 

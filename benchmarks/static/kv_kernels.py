@@ -1,4 +1,4 @@
-"""The kernels of the quantized KV cache: their calls for a model, and how much of them there is to do."""
+"""The kernels of the quantized KV cache: their calls for a model and the work of a launch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from infoquant_vllm.kernels.triton.kv_store import kv_store
 CONTEXT, PROMPT = 16384, 2048
 STORED = (16, 2048)  # tokens
 DECODING = (1, 16)  # sequences
-FULL = 1024  # sequences, with which no context is cut
+FULL = 1024  # sequences, enough that no context is split over programs
 VERIFIED = 4  # queries of a sequence whose drafts are verified
 FEW_QUERIES = 8
-PARTIAL = 4 * 2  # bytes of a part's power and total
+PARTIAL = 4 * 2  # bytes of a KV split's power and total
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A layer's heads, and the cache that they look at."""
+    """A layer's heads and its cache."""
 
     heads: int
     kv_heads: int
@@ -37,12 +37,12 @@ class Cache:
     soft_cap: float | None = None
     block: int = 16
     hadamard: bool = True
-    offset: bool = True
-    """whether keys are stored less one"""
+    key_mean: bool = True
+    """whether it is subtracted from keys"""
     dtype: torch.dtype = torch.bfloat16
 
     def cells(self, tokens: int) -> torch.Tensor:
-        """Of so many tokens, [blocks, kv_heads, block, bytes]."""
+        """Return a cache of so many tokens, [blocks, kv_heads, block, bytes]."""
         shape = (
             triton.cdiv(tokens, self.block),
             self.kv_heads,
@@ -61,7 +61,7 @@ OTHERS = MappingProxyType(
         "keys of 8 bits": Cache(28, 4, num_bits=(8, 4)),
     }
 )
-"""Beside the models' own, for the first of them."""
+"""Caches beside the models' own, for the first model."""
 
 
 def _caches(model: Model) -> Iterator[tuple[str, Cache]]:
@@ -71,25 +71,25 @@ def _caches(model: Model) -> Iterator[tuple[str, Cache]]:
 
 
 def store_cases(model: Model) -> Iterator[Case]:
-    """Keys through a Hadamard, less an offset."""
+    """Yield calls with keys less their mean, through a Hadamard."""
     for name, cache in _caches(model):
         for tokens in STORED:
             yield Case(model.name, "cache", name, tokens, store_call(cache, tokens))
 
 
 def store_call(cache: Cache, tokens: int) -> Callable[[], Any]:
-    """Keys and values of `tokens` into pages of their own."""
+    """Return a call that stores keys and values of `tokens`."""
     with torch.device("meta"):
         key, value = torch.empty(2, tokens, cache.kv_heads, cache.size, dtype=cache.dtype)
         slots, clip = torch.empty(tokens, dtype=torch.int64), torch.empty(cache.kv_heads, 2)
-        offset = torch.empty(cache.kv_heads, cache.size) if cache.offset else None
+        key_mean = torch.empty(cache.kv_heads, cache.size) if cache.key_mean else None
     cells = cache.cells(tokens)
-    calibration, scheme = KVCalibration(clip, clip, offset), KVScheme(cache.num_bits, cache.hadamard)
+    calibration, scheme = KVCalibration(clip, clip, key_mean), KVScheme(cache.num_bits, cache.hadamard)
     return lambda: kv_store(key, value, cells, slots, calibration, scheme)
 
 
 def prompt_cases(model: Model) -> Iterator[Case]:
-    """Of the model's own caches also a prompt's last chunk."""
+    """Yield prompts; of the model's own caches also a prompt's last chunk."""
     for name, cache in _caches(model):
         for context in (PROMPT, CONTEXT) if name == "4 bits" else (PROMPT,):
             macs = 2 * cache.heads * cache.size * sum(_seen(cache, context - PROMPT + i + 1) for i in range(PROMPT))
@@ -98,7 +98,7 @@ def prompt_cases(model: Model) -> Iterator[Case]:
 
 
 def decode_cases(model: Model) -> Iterator[Case]:
-    """Sequences of CONTEXT tokens."""
+    """Yield decoding sequences of CONTEXT tokens."""
     for name, cache in _caches(model):
         own = name == "4 bits"
         for sequences in (*DECODING, FULL) if own else DECODING:
@@ -119,7 +119,7 @@ def _seen(cache: Cache, tokens: int) -> int:
 
 
 def attention_call(cache: Cache, sequences: int, queries: int, context: int) -> Callable[[], Any]:
-    """The last `queries` of each sequence over `context` tokens."""
+    """Return a call of the last `queries` of each sequence over `context` tokens."""
     with torch.device("meta"):
         query = torch.empty(sequences * queries, cache.heads, cache.size, dtype=cache.dtype)
         starts, lens = torch.empty(sequences + 1, dtype=torch.int32), torch.empty(sequences, dtype=torch.int32)
@@ -139,7 +139,7 @@ def attention_call(cache: Cache, sequences: int, queries: int, context: int) -> 
 
 
 def _context(launch: Launch) -> int:
-    """Tokens of a sequence, of which the calls above fill the whole block table."""
+    """Return the tokens of a sequence: the calls above fill the whole block table."""
     return launch.arguments["table_ptr"].shape[1] * launch.values["BLOCK"]
 
 
@@ -148,19 +148,19 @@ def _bytes(launch: Launch, *names: str) -> int:
 
 
 def _step_macs(launch: Launch) -> float:
-    """Of a chunk: both products, of two bytes for each whole number."""
+    """Count multiply-accumulates of a chunk: both products, of two bytes for each integer."""
     given = launch.values
     return 4.0 * given["ROWS"] * given["CHUNK"] * given["SIZE"]
 
 
 def _chunk_bytes(launch: Launch) -> float:
-    """Of the stages that are under way."""
+    """Return the bytes of the stages in flight."""
     given = launch.values
     return (launch.options["num_stages"] - 1) * given["CHUNK"] * given["cache_ptr"].shape[3]
 
 
 def prompt_steps(launch: Launch) -> list[int]:
-    """Chunks that each program of a kv-head goes through."""
+    """Count the chunks of each program of a kv-head."""
     given, context = launch.values, _context(launch)
     sequences, step = given["num_sequences"], given["ROWS"] // given["GROUP"]
     queries = given["query_ptr"].shape[0] // sequences
@@ -172,49 +172,49 @@ def prompt_steps(launch: Launch) -> list[int]:
 
 
 def prompt_trips(launch: Launch) -> float:
-    """On average."""
+    """Return the average chunks of a program."""
     steps = prompt_steps(launch)
     return sum(steps) / len(steps)
 
 
 def prompt_busy(launch: Launch) -> int:
-    """Those with queries."""
+    """Count the programs with queries."""
     return len(prompt_steps(launch)) * int(launch.grid[1])
 
 
 def decode_steps(launch: Launch) -> tuple[int, int, int]:
-    """Chunks of the context, parts with some, and programs to a sequence and kv-head that have some."""
+    """Count chunks of the context, KV splits, and programs with work to a sequence and kv-head."""
     given, context = launch.values, _context(launch)
     first = max(context - given["WINDOW"], 0) // given["CHUNK"] if given["WINDOW"] else 0
     chunks = triton.cdiv(context, given["CHUNK"]) - first
-    parts = triton.cdiv(chunks, max(triton.cdiv(chunks, given["KV_SPLITS"]), given["GROUP"]))
-    return chunks, parts, min(parts, int(launch.grid[2]))
+    splits = triton.cdiv(chunks, max(triton.cdiv(chunks, given["KV_SPLITS"]), given["GROUP"]))
+    return chunks, splits, min(splits, int(launch.grid[2]))
 
 
 def decode_trips(launch: Launch) -> float:
-    """On average, of the programs with some."""
+    """Return the average chunks of a program with work."""
     chunks, _, programs = decode_steps(launch)
     return chunks / programs
 
 
 def decode_busy(launch: Launch) -> int:
-    """Those with a part of the context."""
+    """Count the programs with a KV split."""
     return int(launch.grid[0] * launch.grid[1]) * decode_steps(launch)[2]
 
 
 def decode_bytes(launch: Launch) -> int:
-    """Pages of what is seen, block tables for every kv-head, queries for every program, and what is written."""
+    """Sum visible pages, block tables for every kv-head, queries for every program, and what is written."""
     given = launch.values
-    chunks, parts, programs = decode_steps(launch)
+    chunks, splits, programs = decode_steps(launch)
     share = chunks * given["CHUNK"] / _context(launch)
     heads = given["query_ptr"].shape[0] * given["num_heads"]
-    kept = parts * heads * (given["HEAD"] * 4 + PARTIAL) if given["PARTIAL"] else _bytes(launch, "out")
+    kept = splits * heads * (given["HEAD"] * 4 + PARTIAL) if given["PARTIAL"] else _bytes(launch, "out")
     tables = int(launch.grid[1] * share * _bytes(launch, "table"))
     return int(share * _bytes(launch, "cache")) + tables + programs * _bytes(launch, "query") + kept
 
 
 def reduce_bytes(launch: Launch) -> int:
-    """What there may be of parts of these tokens, and the output."""
+    """Sum the most KV splits that these tokens can have, and the output."""
     given = launch.values
     rows = given["out_ptr"].shape[0] * given["num_heads"] * given["MAX_SPLITS"]
     return rows * (given["HEAD"] * 4 + PARTIAL) + _bytes(launch, "out")

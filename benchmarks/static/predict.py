@@ -1,14 +1,63 @@
-"""Predictions from a launch, its code and a GPU's data sheet; nothing here was measured."""
+"""Predict times from a launch, its code and a GPU's data sheet; nothing here was measured."""
 
 from dataclasses import asdict, dataclass
 from math import ceil
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.static.cases import Case
 from benchmarks.static.kernels import ENTRIES
-from benchmarks.static.launches import Launch, flattened
-from benchmarks.static.machines import Machine
-from benchmarks.static.sass import Code
+from benchmarks.static.launches import Code, Launch, flattened
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU. Rates are dense, clocks are boost clocks: no kernel reaches all of it."""
+
+    name: str
+    arch: int
+    sms: int
+    clock: float
+    """cycles per second"""
+    dram: float
+    """bytes per second"""
+    macs: int
+    """of int8 on tensor cores, per cycle and SM"""
+    shared_per_sm: int
+    """bytes; 1 KiB of them is kept for each program"""
+    warps_per_sm: int
+    instructions: str
+    """How Triton reaches the INT8 tensor cores: part of the PTX."""
+    l2: int = 32
+    """bytes per cycle and SM from the L2 cache: assumed, half of what an SM can take; no data sheet has it"""
+
+    @property
+    def shared_limit(self) -> int:
+        """Return the most bytes of shared memory of a program."""
+        return self.shared_per_sm - 1024
+
+    def occupancy(self, warps: int, registers: int, shared: int) -> int:
+        """Return how many programs of so many warps, registers per thread and shared bytes run on an SM at once."""
+        per_warp = -(-registers * 32 // 256) * 256
+        by_registers = 65536 // (per_warp * warps)
+        return min(by_registers, self.shared_per_sm // (shared + 1024), self.warps_per_sm // warps, 32)
+
+
+MMA, WGMMA, TCGEN05 = "mma.sync.aligned.m16n8k32.row.col", "wgmma.mma_async.sync.aligned.m64n", "tcgen05.mma"
+MACHINES = MappingProxyType(
+    {
+        machine.arch: machine
+        for machine in (
+            Machine("A100 SXM 80 GB", 80, 108, 1.41e9, 2.039e12, 2048, 164 * 1024, 64, MMA),
+            Machine("A40", 86, 84, 1.74e9, 0.696e12, 1024, 100 * 1024, 48, MMA),
+            Machine("L40S", 89, 142, 2.52e9, 0.864e12, 1024, 100 * 1024, 48, MMA),
+            Machine("H100 SXM", 90, 132, 1.83e9, 3.352e12, 4096, 228 * 1024, 64, WGMMA),
+            Machine("B200", 100, 148, 1.85e9, 8.0e12, 8192, 228 * 1024, 64, TCGEN05, l2=64),
+            Machine("RTX 5090", 120, 170, 2.407e9, 1.792e12, 1024, 100 * 1024, 48, MMA),
+        )
+    }
+)
+
 
 LATENCY = 800e-9  # seconds from asking DRAM to its answer, under load
 SUB_CORES = 4  # of an SM, each issues one instruction of a warp in a cycle
@@ -16,7 +65,7 @@ SUB_CORES = 4  # of an SM, each issues one instruction of a warp in a cycle
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds that a launch spends at the least on each of its resources.
+    """The least seconds that a launch spends on each of its resources.
 
     The two ratios are the main loop's cycles of issue over those of tensor cores (None: there are none) and of memory,
     spread over all SMs alike.
@@ -32,17 +81,17 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of the resource that takes longest, as if all others hid behind it."""
+        """Return the time of the slowest resource, as if all others were hidden behind it."""
         return max(self.dram, self.l2, self.issue, self.mma)
 
     @property
     def bound(self) -> str:
-        """Its name."""
+        """Return the name of the slowest resource."""
         return max(("dram", "l2", "issue", "mma"), key=lambda name: getattr(self, name))
 
 
 def predict(launch: Launch, code: Code, machine: Machine) -> Prediction:
-    """Programs are dealt out to SMs evenly, the busiest SM decides; all of the code outside the main loop runs once.
+    """Predict a launch: programs are spread over SMs evenly, the busiest decides; code outside the main loop runs once.
 
     Memory gives what its data sheet says, or what is asked for at once within its latency, if that is less.
     """
@@ -71,7 +120,7 @@ def predict(launch: Launch, code: Code, machine: Machine) -> Prediction:
 
 
 def row(case: Case, launch: Launch, code: Code, machine: Machine) -> dict[str, Any]:
-    """All that is known of a launch, for people and for plots."""
+    """Return the row of a launch, for people and for plots."""
     prediction = predict(launch, code, machine)
     return {
         "kernel": launch.kernel.__name__.removesuffix("_kernel"),
@@ -102,7 +151,7 @@ def row(case: Case, launch: Launch, code: Code, machine: Machine) -> dict[str, A
 
 
 def configuration(launch: Launch) -> str:
-    """All that its code depends on, in short: the same words mean the same code. What is not named is 0 or false."""
+    """Name all that a launch's code depends on: the same words mean the same code. What is not named is 0 or false."""
     source = launch.source()
     constants = flattened({launch.kernel.arg_names[index[0]]: value for index, value in source.constants.items()})
     words = [f"{name.lower()}={value}" for name, value in constants.items() if name.isupper() and value]
@@ -117,7 +166,7 @@ def configuration(launch: Launch) -> str:
 
 
 def tile(launch: Launch) -> str:
-    """What was chosen for a launch: its sizes, warps and stages."""
+    """Name a launch's tile: its sizes, warps and stages."""
     chosen = ("BLOCK_", "SPLITS", "ROWS", "CHUNK", "KV_SPLITS")
     sizes = {name: value for name, value in launch.values.items() if name.startswith(chosen)}
     return " ".join(f"{name.lower()}={value}" for name, value in {**sizes, **launch.options}.items() if value)

@@ -1,26 +1,108 @@
-"""Predictions for people: Markdown."""
+"""Thresholds that every kernel must meet, and predictions as Markdown."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
-from benchmarks.static.bars import LAYER_SCHEMES, layers
 from benchmarks.static.cases import LAYER_TOKENS, MODELS
-from benchmarks.static.machines import MACHINES
+from benchmarks.static.predict import MACHINES
+from infoquant_vllm.kernels.triton.tiles import FEW_TOKENS
 
 PREDICTED = "Predicted from compiled code and data sheets; nothing on this page was measured on a GPU."
+PROMPT_ARCHS = (80, 86, 89, 90)
+MAX_ISSUE_PER_MMA = 0.6
+PROMPT = 2048  # tokens from which MAX_ISSUE_PER_MMA holds
+MAX_ISSUE_PER_DRAM = 0.5
+MAX_BYTES_PER_CACHE = 1.05
+MAX_STEP = 1.2  # of a layer's time: one token more can cost a tile of them more, and tokens need not fill tiles
+MAX_FALL = 0.9
+LAYER_SCHEMES = ("A4 per token", "A4 per head")  # of W4A4's linears
+OWN_CACHE = "4 bits, "  # prefix of the scheme of a model's own cache
 Rows = list[dict[str, Any]]
 
 
+def broken(rows: Rows) -> list[str]:
+    """List what misses a threshold, a line each; empty if nothing does."""
+    return list(dict.fromkeys([line for row in rows for line in _broken(row)] + steps(rows)))
+
+
+def layers(rows: Rows) -> dict[tuple[str, int], dict[int, float]]:
+    """Sum the predicted seconds of a layer's linears, by (model, arch) and then by tokens in their order."""
+    found: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
+    for row in rows:
+        if row["kernel"] in ("gemm", "split_k_reduce") and row["scheme"] in LAYER_SCHEMES:
+            times = found.setdefault((row["model"], row["arch"]), {}).setdefault(row["tokens"], {})
+            times[row["layer"]] = times.get(row["layer"], 0) + row["predicted_seconds"]
+    whole = MODELS[0].linears.keys()
+    return {
+        key: {tokens: sum(own.values()) for tokens, own in sorted(by_tokens.items()) if own.keys() == whole}
+        for key, by_tokens in found.items()
+    }
+
+
+def steps(rows: Rows) -> list[str]:
+    """List where a layer's predicted time grows by more than its tokens, or falls, as tokens grow."""
+    lines = []
+    for (model, arch), seconds in layers(rows).items():
+        for (fewer, before), (more, after) in pairwise(seconds.items()):
+            who = f"linears of {model} sm_{arch}, {fewer} to {more} tokens: {1e6 * before:.1f} to {1e6 * after:.1f} us"
+            if after > max(more / fewer, MAX_STEP) * before:
+                lines.append(f"{who}, expected at most {max(more / fewer, MAX_STEP):.2f} times")
+            elif after < MAX_FALL * before:
+                lines.append(f"{who}, expected at least {MAX_FALL} times")
+    return lines
+
+
+def _broken(row: dict[str, Any]) -> Iterable[str]:
+    machine = MACHINES[row["arch"]]
+    who, of = f"{row['kernel']} sm_{row['arch']}", f"({row['scheme']}, {row['tokens']} tokens; {row['launch']})"
+    if row["spills"]:
+        yield f"{who}: {row['spills']} loads and stores of spilled registers, expected none {of}"
+    elif row["stack"]:
+        yield f"{who}: {row['stack']} bytes of a stack, expected none {of}"
+    if row["shared"] > machine.shared_limit:
+        yield f"{who}: {row['shared']} bytes of shared memory, at most {machine.shared_limit} on that GPU {of}"
+    if row["kernel"] in ("gemm", "kv_attention", "kv_decode"):
+        # A decoding program has fewer rows than the instructions of a whole warp group take.
+        expected = "mma.sync" if row["kernel"] == "kv_decode" else machine.instructions
+        if not _is_int8(row["mma"], expected):
+            yield f"{who}: tensor cores by {row['mma'] or 'nothing'}, expected int8 by {expected} {of}"
+    yield from _broken_of_kernel(row, who, of)
+
+
+def _broken_of_kernel(row: dict[str, Any], who: str, of: str) -> Iterable[str]:
+    if row["kernel"] == "kv_decode" and row["scheme"].startswith(OWN_CACHE):
+        if row["bound"] != "dram":
+            yield f"{who}: bound by {row['bound']}, expected memory {of}"
+        if row["bytes"] > MAX_BYTES_PER_CACHE * row["must_read"]:
+            share = row["bytes"] / row["must_read"]
+            yield f"{who}: {share:.3f} of the cache's bytes, at most {MAX_BYTES_PER_CACHE} {of}"
+    if row["kernel"] != "gemm":
+        return
+    prompt = row["scheme"] == "A4 per token" and row["tokens"] >= PROMPT
+    if prompt and row["arch"] in PROMPT_ARCHS and row["issue_per_mma"] > MAX_ISSUE_PER_MMA:
+        share = f"{row['issue_per_mma']:.2f} of the tensor cores' cycles"
+        yield f"{who}: issue takes {share}, at most {MAX_ISSUE_PER_MMA} {of}"
+    few = row["scheme"] in LAYER_SCHEMES and row["tokens"] <= FEW_TOKENS
+    if few and row["issue_per_dram"] > MAX_ISSUE_PER_DRAM:
+        share = f"{row['issue_per_dram']:.2f} of memory's cycles"
+        yield f"{who}: issue takes {share}, at most {MAX_ISSUE_PER_DRAM} {of}"
+
+
+def _is_int8(mma: str, instructions: str) -> bool:
+    return mma.startswith(instructions) and ("s8" in mma or "kind::i8" in mma)
+
+
 def markdown(rows: Rows, broken: Sequence[str]) -> str:
-    """Layers by tokens, what is beyond a bar, what was compiled, and the first model's other launches."""
+    """Render layers by tokens, missed thresholds, what was compiled, and the first model's other launches."""
     others = [row for row in rows if row["model"] == MODELS[0].name and not _in_layer(row)]
     title = f"# GPU kernels without a GPU\n\n{PREDICTED}"
-    return "\n\n".join((title, layer_table(rows), _bars(broken), _compiled(rows), _times(others))) + "\n"
+    return "\n\n".join((title, layer_table(rows), _missed(broken), _compiled(rows), _times(others))) + "\n"
 
 
 def layer_table(rows: Rows) -> str:
-    """Predicted microseconds of a layer's linears."""
+    """Render the predicted microseconds of a layer's linears."""
     lines = [
         (model, f"sm_{arch} {MACHINES[arch].name}", *(f"{1e6 * seconds[tokens]:.1f}" for tokens in LAYER_TOKENS))
         for (model, arch), seconds in layers(rows).items()
@@ -34,11 +116,11 @@ def _in_layer(row: dict[str, Any]) -> bool:
     return row["kernel"] in ("gemm", "split_k_reduce") and row["scheme"] in LAYER_SCHEMES
 
 
-def _bars(broken: Sequence[str]) -> str:
-    """A line for all launches that miss a bar alike."""
+def _missed(broken: Sequence[str]) -> str:
+    """Render a line for all launches that miss a threshold alike."""
     counts = Counter(line.rpartition(" (")[0] or line for line in broken)
     lines = [f"- {line}" + (f" ({count} launches)" if count > 1 else "") for line, count in counts.items()]
-    return "## Beyond a bar\n" + "\n".join(lines or ["Every kernel is within every bar."])
+    return "## Missed thresholds\n" + "\n".join(lines or ["Every kernel meets every threshold."])
 
 
 def _compiled(rows: Rows) -> str:

@@ -1,4 +1,4 @@
-"""Calls that reach every variant of the kernels that serving and the kernels' tests launch, on the meta device."""
+"""Calls, on the meta device, that launch every variant of the kernels that serving needs, and more."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -17,16 +17,16 @@ from offline.presets import PRESETS
 Calls = Iterator[Callable[[], Any]]
 
 TOKENS = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513, 1024, 2048, 4096, 8192)
-FEW, MANY = 7, 40  # on both sides of the number of tokens whose features are split
+FEW, MANY = 7, 40  # on both sides of FEW_TOKENS
 CONTEXT = 8192
 BATCHES = ((FEW, 1), (FULL, 1), (1, FEW))
-"""Sequences that decode, and the queries of each: whose contexts are cut, are not cut, and those with drafts."""
+"""Decoding sequences, and the queries of each: split over programs, not split, and with drafts."""
 CHANNELS = 48
 GROUPINGS = (
     *((0, 0, 384), (64, 0, 384), (0, 64, 384), (64, 64, 384), (32, 64, 384), (64, 32, 384)),
     *((128, 0, 384), (256, 256, 512), (96, 32, 288)),
 )
-"""Of inputs and of weights (0: one group), and features."""
+"""Group sizes of inputs and of weights (0: one group), and features."""
 QUANTIZERS = ((4, FEW), (8, MANY), (16, FEW), (4, MANY), (8, FEW), (16, MANY))
 """Bits of the input, and tokens."""
 DTYPES = {"U8": torch.uint8, "F32": torch.float32}
@@ -48,11 +48,11 @@ TRANSFORMS = (
     *((InputTransform(type="kronecker", factors=(size, 4096 // size)), 4096) for size in (8, 64, 512)),
     *((InputTransform(type="blocks", block_size=size), 1920) for size in (16, 32, 64, 192, 960)),
 )
-"""With the features of a row; factors that are smaller than a tensor core's product are among them."""
+"""Input transforms and the features of a row; some factors are smaller than a tensor core's product."""
 
 
 def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
-    """A LLaMA-3-8B of some presets with up to 8192 tokens: its linears, an lm_head of 8 bits, and its cache."""
+    """Yield calls of LLaMA-3-8B with up to 8192 tokens: its linears, an lm_head of 8 bits, and its cache."""
     model = MODELS[0]
     for name in presets:
         config = PRESETS[name].model_copy(update={"lm_head_bits": 8}).quantization_config(LLAMA)
@@ -61,7 +61,7 @@ def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
         for tokens, (site, (features, channels)) in product(TOKENS, model.linears.items()):
             yield linear_call(config.config_groups[site], tokens, features, channels)
         rotated = config.kv_cache.key_transform == "hadamard"
-        layer = Cache(model.heads, model.kv_heads, hadamard=rotated, offset=config.kv_cache.key_mean)
+        layer = Cache(model.heads, model.kv_heads, hadamard=rotated, key_mean=config.kv_cache.key_mean)
         for tokens in TOKENS:
             yield linear_call(config.lm_head_scheme, tokens, LLAMA.hidden_size, LLAMA.vocab_size)
             yield store_call(layer, tokens)
@@ -72,7 +72,7 @@ def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
 
 
 def other_calls() -> Calls:
-    """What other checkpoints and models may ask for: each choice with some of the others."""
+    """Yield calls of other checkpoints and models: each option with some of the others."""
     yield from product_calls()
     yield from transform_calls()
     for layer, batch in zip(cache_layers(), cycle(BATCHES), strict=False):
@@ -82,7 +82,7 @@ def other_calls() -> Calls:
 
 
 def product_calls() -> Calls:
-    """Weights and inputs of all bits in all groupings, symmetric or not, of few and of many tokens."""
+    """Yield linears of all bits in all groupings, symmetric or not, of few and of many tokens."""
     given = product(GROUPINGS, (True, False), (FEW, MANY), (4, 8, 16), (4, 8))
     for (input_group, weight_group, features), symmetric, tokens, input_bits, weight_bits in islice(given, 0, None, 11):
         group = input_group if input_bits != 16 else 0
@@ -94,7 +94,7 @@ def product_calls() -> Calls:
 
 
 def transform_calls() -> Calls:
-    """Input transforms of all kinds and sizes."""
+    """Yield linears with input transforms of all kinds and sizes."""
     for (transform, features), (bits, tokens) in zip(TRANSFORMS, cycle(QUANTIZERS), strict=False):
         yield linear_call(linear_scheme(4, bits, transform=transform), tokens, features, CHANNELS)
     for (transform, features), dtype in zip(TRANSFORMS[::2], cycle((torch.float16, torch.float32)), strict=False):
@@ -102,15 +102,15 @@ def transform_calls() -> Calls:
 
 
 def cache_layers() -> Iterator[Cache]:
-    """Heads of all sizes and groups, codes of all bits, windows and bounds on scores; few kv-heads compile slowly."""
+    """Yield heads of all sizes and groups, codes of all bits, windows and soft-caps; few kv-heads compile slowly."""
     for size, bits in zip((32, 64, 80, 96, 128, 192, 256), cycle(product((4, 8), (4, 8))), strict=False):
         yield Cache(16, 8, size, bits)
     yield from (Cache(16, 8, 128, bits) for bits in ((4, 8), (8, 4), (8, 8)))
     yield from (Cache(heads, 2, 64) for heads in (2, 14, 24, 80))
     yield Cache(16, 8, 64, (8, 4), hadamard=False, window=512, block=48)
-    yield Cache(16, 8, 128, offset=False, soft_cap=50.0)
+    yield Cache(16, 8, 128, key_mean=False, soft_cap=50.0)
     yield Cache(16, 8, 256, window=4096, soft_cap=50.0, dtype=torch.float16)
-    yield Cache(16, 8, 64, hadamard=False, offset=False, dtype=torch.float32)
+    yield Cache(16, 8, 64, hadamard=False, key_mean=False, dtype=torch.float32)
 
 
 def linear_scheme(
@@ -121,7 +121,7 @@ def linear_scheme(
     symmetric: bool = True,
     transform: InputTransform | None = None,
 ) -> LinearScheme:
-    """The scheme of a linear; a group of 0 features is all of them."""
+    """Return the scheme of a linear; a group of 0 features is all of them."""
     return LinearScheme.model_validate(
         {
             "weights": _grouped("channel", weight_group) | {"num_bits": weight_bits, "symmetric": symmetric},
@@ -143,7 +143,7 @@ def linear_call(
     dtype: torch.dtype = torch.bfloat16,
     bias: bool = False,
 ) -> Callable[[], Any]:
-    """A linear as a layer of vLLM calls it."""
+    """Return the call of a linear as a vLLM layer makes it."""
     inputs, transform = scheme.input_activations, scheme.input_transform
     hadamard = (transform.block_size or 0) if transform.type == "hadamard" else 0
     tensors = _tensors(scheme, channels, features)
@@ -162,7 +162,7 @@ def _matrices(hadamard: int) -> list[torch.Tensor]:
 
 
 def _tensors(scheme: LinearScheme, channels: int, features: int) -> dict[str, Any]:
-    """What a layer holds of a linear after loading."""
+    """Return a layer's tensors of a linear after loading."""
     given = {
         name: torch.empty(spec.shape, dtype=DTYPES[str(spec.dtype)], device="meta")
         for name, spec in linear_tensors(scheme, channels, features).items()

@@ -1,4 +1,4 @@
-"""What is said of GPU kernels without a GPU: readings of machine code, arithmetic and bars.
+"""Tests of what benchmarks.static reads from machine code, of its arithmetic and of its thresholds.
 
 Run by test_benchmarks_static.py, in a process of its own.
 """
@@ -10,14 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.static.bars import LAYER_SCHEMES, broken, layers, steps
 from benchmarks.static.cases import LAYER_TOKENS, MODELS, Case
 from benchmarks.static.kernels import ENTRIES, linear_call, rotate_call
-from benchmarks.static.launches import launches
-from benchmarks.static.machines import MACHINES
-from benchmarks.static.predict import predict, row
-from benchmarks.static.report import markdown
-from benchmarks.static.sass import Code, compiled, main_loop
+from benchmarks.static.launches import Code, compiled, launches, main_loop
+from benchmarks.static.predict import MACHINES, predict, row
+from benchmarks.static.report import LAYER_SCHEMES, broken, layers, markdown, steps
 
 KNOWN_MISSES = re.compile("kv_attention sm_(90|100): tensor cores by mma.sync|kv_decode .* bound by issue")
 """See docs/gpu-kernels.md."""
