@@ -248,7 +248,9 @@ class InfoQuantAttentionImpl(AttentionImpl[InfoQuantAttentionMetadata]):
             )
         if batch.num_decode_tokens < tokens:
             rows = slice(batch.num_decode_tokens, tokens)
-            part = Sequences(query_starts[decodes:], seq_lens[decodes:], block_table[decodes:])
+            part = batch.sequences
+            if decodes > 0:
+                part = Sequences(query_starts[decodes:], seq_lens[decodes:], block_table[decodes:])
             kernels.kv_attention(query[rows], kv_cache, part, self.score, self.scheme, output[rows])
 
     def _scratch(self, device: torch.device) -> list[torch.Tensor]:

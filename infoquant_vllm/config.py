@@ -17,7 +17,7 @@ from infoquant_vllm.format import (
     QuantizationConfigData,
     parse_config,
 )
-from infoquant_vllm.kernels.dispatch import forced_kernels
+from infoquant_vllm.kernels.dispatch import MIN_CAPABILITY, forced_kernels
 from infoquant_vllm.summary import Summary
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class InfoQuantConfig(QuantizationConfig):
     @classmethod
     def get_min_capability(cls) -> int:
         """Return the first compute capability with int8 tensor cores, times ten."""
-        return 80
+        return MIN_CAPABILITY
 
     @staticmethod
     def get_config_filenames() -> list[str]:

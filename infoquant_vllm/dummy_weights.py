@@ -1,4 +1,4 @@
-"""Valid made-up tensors for `--load-format dummy`, which serves a config.json alone: to time a shape, not to read."""
+"""Fill layers with valid random tensors for `--load-format dummy`, which times a shape from its config.json alone."""
 
 import zlib
 
@@ -13,15 +13,15 @@ IDENTITIES = ("input_blocks", "input_left", "input_right", "r1")
 def fill_dummy_weights(tensors: dict[str, torch.Tensor], module: str, num_bits: int | None) -> None:
     """Fill the tensors of one layer in place, without temporaries of their size; `module` is the seed.
 
-    Scales are such that a linear's outputs are about as large as its inputs, so that activations stay finite through
-    any number of layers. An unquantized matrix keeps the values that vLLM gave it.
+    Scales make a linear's outputs about as large as its inputs, so that activations stay finite in many layers.
+    An unquantized matrix keeps the values that vLLM gave it.
     """
     for name, data in tensors.items():
         if name == "weight_packed":
             _fill_with_random_bytes(data, zlib.crc32(module.encode()))
         elif name == "weight_scale" and num_bits is not None:
             features = tensors["weight_packed"].shape[1] * 8 // num_bits
-            data.fill_(3**0.5 / (2 ** (num_bits - 1) * features**0.5))  # codes are as good as uniform
+            data.fill_(3**0.5 / (2 ** (num_bits - 1) * features**0.5))  # codes are nearly uniform
         elif name == "weight_zero_point" and num_bits is not None:
             data.fill_(2 ** (num_bits - 1))
         elif name in ONES:
@@ -33,7 +33,7 @@ def fill_dummy_weights(tensors: dict[str, torch.Tensor], module: str, num_bits: 
 
 
 def _fill_with_random_bytes(data: torch.Tensor, seed: int) -> None:
-    """Draw eight bytes at a time: generators draw one number after the other, whatever its size."""
+    """Draw eight bytes at a time: generators draw one number after another, whatever its size."""
     generator = torch.Generator(device=data.device).manual_seed(seed)
     flat = data.view(-1)
     whole = len(flat) // 8 * 8

@@ -33,7 +33,7 @@ def check_engine_options(data: QuantizationConfigData, config: "VllmConfig", no_
     if no_weights is not None and config.load_config.load_format != "dummy":
         raise FormatError(
             f"{no_weights}: holds no weights ({INDEX_FILE} is missing); copy the checkpoint "
-            "again, or pass --load-format dummy to time its shape with made-up ones"
+            "again, or pass --load-format dummy to time its shape with random ones"
         )
     model = config.model_config
     if model is None:

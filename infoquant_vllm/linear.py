@@ -36,8 +36,10 @@ class InfoQuantLinearMethod(LinearMethodBase):
     def __init__(self, prefix: str, scheme: LinearScheme, sources: list[str], summary: Summary):
         """Serve the layer `prefix`, which holds the checkpoint's linears `sources` side by side."""
         self.prefix, self.scheme, self.sources, self.summary = prefix, scheme, sources, summary
-        transform = scheme.input_transform
+        activations, transform = scheme.input_activations, scheme.input_transform
         self.hadamard = transform.block_size or 0 if transform.type == "hadamard" else 0
+        self.num_bits, self.symmetric = activations.num_bits, activations.symmetric
+        self.has_clip_ratio, self.has_zero_point = activations.num_bits != 16, not scheme.weights.symmetric
 
     def create_weights(
         self,
@@ -87,7 +89,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
         activations, transform = self.scheme.input_activations, self.scheme.input_transform
         sharded = {"input_clip_ratio": activations.group_size is not None, "input_blocks": True}
         shapes: dict[str, tuple[int, ...]] = {}
-        if activations.num_bits != 16:
+        if self.has_clip_ratio:
             shapes["input_clip_ratio"] = (activation_groups(activations, features), 2)
         if transform.type == "blocks" and transform.block_size is not None:
             shapes["input_blocks"] = (features // transform.block_size, transform.block_size, transform.block_size)
@@ -137,29 +139,28 @@ class InfoQuantLinearMethod(LinearMethodBase):
         kernels = backend(packed.device.type)
         matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
         layer.infoquant_matrices = kernels.prepare_matrices(matrices, self.hadamard)
-        inputs = self.scheme.input_activations.num_bits
-        groups = max(1 if inputs == 16 else len(layer.input_clip_ratio), layer.weight_scale.shape[1])
+        groups = max(len(layer.input_clip_ratio) if self.has_clip_ratio else 1, layer.weight_scale.shape[1])
         layer.weight_packed = _frozen(kernels.prepare_weight(packed, weights.num_bits, weights.symmetric, groups))
         for name in (*QPARAMS, *INPUT_TENSORS):
             if hasattr(layer, name):
                 data = getattr(layer, name).data
                 setattr(layer, name, _frozen(kernels.prepare_qparams(data) if name in QPARAMS else data))
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
-        kind = f"W{weights.num_bits}A{inputs} ({kernels.name})"
+        kind = f"W{weights.num_bits}A{self.num_bits} ({kernels.name})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map x [..., K] to [..., N], both in the model's dtype."""
-        args = self.scheme.input_activations
-        clip_ratio = None if args.num_bits == 16 else layer.input_clip_ratio
-        zero_point = None if self.scheme.weights.symmetric else layer.weight_zero_point
+        clip_ratio = layer.input_clip_ratio if self.has_clip_ratio else None
+        zero_point = layer.weight_zero_point if self.has_zero_point else None
+        is_flat = x.dim() == 2
         out = linear(
-            x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
-            InputQuant(layer.infoquant_matrices, self.hadamard, clip_ratio, args.num_bits, args.symmetric),
+            x if is_flat else x.reshape(-1, x.shape[-1]),
+            InputQuant(layer.infoquant_matrices, self.hadamard, clip_ratio, self.num_bits, self.symmetric),
             PackedWeight(layer.weight_packed, layer.weight_scale, zero_point),
             bias,
         )
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+        return out if is_flat else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _frozen(data: torch.Tensor) -> torch.nn.Parameter:

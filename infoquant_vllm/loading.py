@@ -1,4 +1,4 @@
-"""Which checkpoint tensors reached a layer: vLLM itself does not miss those that never come."""
+"""Track which checkpoint tensors reached a layer: vLLM does not notice missing ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def pools_hidden_states() -> bool:
 
 
 class LoadTracker:
-    """Records, per parameter and shard of one layer, that a checkpoint tensor arrived and is sane.
+    """Record, per parameter and shard of one layer, that a checkpoint tensor arrived and holds valid values.
 
     `sources` names the checkpoint's module behind every shard ({None: name} where nothing is fused).
     """
@@ -42,9 +42,9 @@ class LoadTracker:
     def track(
         self, name: str, loader: Callable[..., None], shared: bool = False, largest_code: int | None = None
     ) -> Callable[..., None]:
-        """Wrap a weight loader of parameter `name`; of a `shared` one all shards must be equal.
+        """Wrap the weight loader of parameter `name`; all shards of a `shared` one must be equal.
 
-        Before vLLM reloads weights it counts their elements, on device meta; shared ones must count once.
+        Before vLLM reloads weights it counts their elements, on the meta device; shared ones must count once.
         """
         self.expected += [(name, shard) for shard in self.sources]
 
@@ -55,7 +55,7 @@ class LoadTracker:
                 if self.is_pooling:
                     raise FormatError(
                         "reload_weights is not served by a pooling server: vLLM would keep the projection of the "
-                        "checkpoint before, and embeddings would be wrong; start the server again"
+                        "previous checkpoint, and embeddings would be wrong; restart the server"
                     )
                 if not shared or shard == next(iter(self.sources)):
                     loader(param, loaded_weight, *args, **kwargs)
@@ -67,7 +67,7 @@ class LoadTracker:
             if before is not None and not torch.equal(before, param.data):
                 raise FormatError(
                     f"{source} differs from that of {next(iter(self.sources.values()))}: "
-                    "linears that vLLM fuses read one input and must transform and clip it alike"
+                    "linears that vLLM fuses read one input and must transform and clip it the same way"
                 )
             self.arrived.add((name, shard))
 
@@ -78,19 +78,19 @@ class LoadTracker:
             self.arrived.clear()
 
     def finish(self, layer: torch.nn.Module, num_bits: int | None = None) -> None:
-        """Raise FormatError naming the first tensor that never came; under `--load-format dummy` make them up, once.
+        """Raise FormatError naming the first missing tensor; with `--load-format dummy` fill them once.
 
-        num_bits: of the layer's weight codes
+        num_bits: bits of the layer's weight codes
         """
         if self.is_dummy and not self.arrived:
             logger.warning_once(
-                "infoquant: --load-format dummy: weights, scales and rotations are made up; "
+                "infoquant: --load-format dummy: weights, scales and rotations are random; "
                 "speed and memory are those of a real checkpoint, the answers mean nothing"
             )
             tensors = {name: getattr(layer, name).data for name, _ in self.expected}
             fill_dummy_weights(tensors, next(iter(self.sources.values())), num_bits)
             self.arrived.update(self.expected)
-        self.is_dummy = False  # what a reload does not bring is missing
+        self.is_dummy = False  # a tensor that a reload does not bring is missing
         self._require_all()
 
     def _require_all(self) -> None:

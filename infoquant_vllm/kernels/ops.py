@@ -29,11 +29,11 @@ def _custom_op(fake: Callable[..., Any]) -> Callable[[Run], Run]:
         name = run.__name__.removeprefix("_")
         if _calls_native and hasattr(operations(), name):
             torch.library.register_fake(f"{library().namespace}::{name}", fake)
-            return cast(Run, getattr(operations(), name))
+            return cast(Run, getattr(operations(), name).default)
         _library.define(name + torch.library.infer_schema(run, mutates_args=()))
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"infoquant::{name}", fake, lib=_library)
-        return cast(Run, getattr(torch.ops.infoquant, name))
+        return cast(Run, getattr(torch.ops.infoquant, name).default)
 
     return register
 

@@ -104,7 +104,9 @@ def test_where_the_best_target_was_not_compiled_the_next_serves(
 
 
 @pytest.mark.parametrize(("compiler", "problem"), [("no-such-compiler", "No such file"), ("g++", "#error broken")])
-def test_a_failed_compilation_is_told_and_leaves_no_old_library(tmp_path: Path, compiler: str, problem: str) -> None:
+def test_a_failed_compilation_is_reported_and_leaves_no_old_library(
+    tmp_path: Path, compiler: str, problem: str
+) -> None:
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "broken.cpp").write_text("#error broken\n")
     (tmp_path / "_native_avx2.so").touch()

@@ -44,7 +44,7 @@ OPERATIONS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_schemas_and_fakes_tell_what_the_kernels_do(name: str) -> None:
     operation, arguments = OPERATIONS[name]
-    torch.library.opcheck(operation.default, arguments(), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operation, arguments(), test_utils=("test_schema", "test_faketensor"))
 
 
 def _product() -> tuple[Any, ...]:

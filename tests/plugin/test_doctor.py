@@ -82,7 +82,7 @@ def test_packages_are_held_against_their_ranges(requirement: str, in_order: bool
     assert finding.advice == ("" if in_order else f"pip install '{requirement}'")
 
 
-def test_a_package_that_is_not_a_plugin_of_this_vllm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_a_plugin_of_this_vllm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "entry_points", lambda group: [])
     assert not doctor.plugin().in_order
 
@@ -107,6 +107,6 @@ def test_kernels_are_in_order_where_the_best_serve(
     assert advice in finding.advice
 
 
-def test_missing_headers_of_python_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_headers_of_python_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
     assert f"{tmp_path}/Python.h: missing" in doctor.compiler().found

@@ -1,4 +1,4 @@
-"""Every way by which vLLM takes in or hands out hidden states is served or refused by name, before a layer is built."""
+"""Every option of vLLM that reads or writes hidden states is served or refused by name, before a layer is built."""
 
 import json
 from pathlib import Path
@@ -90,10 +90,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("door", REFUSED)
+@pytest.mark.parametrize("option", REFUSED)
 @pytest.mark.parametrize("model", ["untied", "tied"])
-def test_a_door_is_refused_by_name(door: str, model: str, request: pytest.FixtureRequest) -> None:
-    options, message = REFUSED[door]
+def test_an_option_is_refused_by_name(option: str, model: str, request: pytest.FixtureRequest) -> None:
+    options, message = REFUSED[option]
     folder = request.getfixturevalue(model)
     with pytest.raises(FormatError, match=f"^{folder}: .*{message}.*unquantized model"):
         start(folder, **options)
@@ -115,7 +115,7 @@ def test_what_takes_rows_of_a_tied_rotated_matrix_is_refused_by_name(untied: Pat
 
 @pytest.mark.parametrize("options", [EMBED, {"speculative_config": TOKENS}], ids=["embeddings", "drafts of tokens"])
 @pytest.mark.parametrize("model", ["untied", "tied"])
-def test_doors_that_are_served_stay_open(model: str, options: dict[str, Any], request: pytest.FixtureRequest) -> None:
+def test_served_options_are_accepted(model: str, options: dict[str, Any], request: pytest.FixtureRequest) -> None:
     start(request.getfixturevalue(model), **options)
 
 
@@ -140,7 +140,7 @@ def test_embeddings_without_a_projection_are_refused_by_name(tmp_path: Path) -> 
     ],
     ids=["shape", "no rotation", "NaN", "zeros"],
 )
-def test_a_projection_that_is_none_is_refused_by_file(tmp_path: Path, change: Any, message: str) -> None:
+def test_an_invalid_projection_is_refused_by_file(tmp_path: Path, change: Any, message: str) -> None:
     folder = checkpoint(tmp_path, "untied", ROTATED)
     file = folder / PROJECTION_WEIGHTS
     save_file({PROJECTION_TENSOR: change(load_file(file)[PROJECTION_TENSOR]).contiguous()}, file)
