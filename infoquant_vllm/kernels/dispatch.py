@@ -115,7 +115,7 @@ def _torch() -> Backend:
     return Backend(
         name="torch",
         prepare_weight=linear.prepare_weight,
-        prepare_qparams=linear.prepare_grid,
+        prepare_qparams=linear.prepare_qparams,
         prepare_matrices=linear.prepare_matrices,
         weight_rows=linear.weight_rows,
         linear=linear.linear,

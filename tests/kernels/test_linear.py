@@ -1,171 +1,229 @@
-"""The torch kernels of a linear layer against the oracles, bit by bit."""
+"""Quantized linears, in torch and by every compiled library that this CPU can run: the oracle's bits."""
+
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
 
 from infoquant_vllm.format import pack_codes, unpack_codes
-from infoquant_vllm.kernels.torch.linear import linear, prepare_weight, quantized_product
-from infoquant_vllm.kernels.torch.quantize import apply_transform, rotate_quantize
+from infoquant_vllm.kernels.cpu import kernels as native
+from infoquant_vllm.kernels.cpu.library import DTYPES, operations
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
+from infoquant_vllm.kernels.torch import linear as torch_kernels
 from tests.common import oracles
+from tests.common.libraries import RUNNABLE, library
 
-ROWS = [1, 5, 123]
-
-
-def _orthogonal(*shape: int) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(shape))[0].contiguous()
-
-
-def _transform(kind: str, features: int) -> tuple[list[torch.Tensor], int]:
-    """Matrices, and the size of a Hadamard."""
-    if kind == "hadamard":
-        return [], features
-    if kind == "hadamard blocks":
-        return [], 32
-    if kind == "blocks":
-        return [_orthogonal(features // 32, 32, 32)], 0
-    if kind == "kronecker":
-        return [_orthogonal(features // 32, features // 32), _orthogonal(32, 32)], 0
-    return [], 0
+BITS = [(4, 4), (4, 8), (8, 4), (8, 8), (4, 16), (8, 16)]
+"""Of weights and of activations."""
+TRANSFORMS: dict[str, tuple[list[torch.Tensor], int]] = {
+    "none": ([], 0),
+    "hadamard of all": ([], 576),
+    "hadamard in runs": ([], 64),
+    "blocks": ([torch.randn(9, 64, 64)], 0),
+    "kronecker": ([torch.randn(18, 18), torch.randn(32, 32)], 0),
+}
 
 
-@pytest.mark.parametrize("kind", ["none", "hadamard", "hadamard blocks", "blocks", "kronecker"])
-@pytest.mark.parametrize("features", [96, 576, 1376])
-def test_a_rotated_row_is_right_and_the_same_bits_in_any_batch(kind: str, features: int) -> None:
-    torch.manual_seed(0)
-    transform, x = _transform(kind, features), torch.randn(123, features)
-    rotated = apply_transform(x, *transform)
-    for rows in (1, 2, 3, 5, 16, 64):
-        assert torch.equal(apply_transform(x[:rows], *transform), rotated[:rows])
-    if kind == "none":
-        assert torch.equal(rotated, x)
-    else:
-        torch.testing.assert_close(rotated.norm(dim=1), x.norm(dim=1))
+@pytest.fixture(scope="module", params=["torch", *RUNNABLE])
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Yield those in torch, and those of each library in turn."""
+    if request.param == "torch":
+        yield torch_kernels
+        return
+    with library(request.param):
+        yield native
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("num_bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
-@pytest.mark.parametrize("groups", [1, 9])
-@pytest.mark.parametrize("kind", ["none", "hadamard", "blocks", "kronecker"])
-def test_quantized_activations_are_those_of_the_reference(
-    rows: int, num_bits: int, symmetric: bool, groups: int, kind: str
+@pytest.fixture(scope="module", params=RUNNABLE)
+def compiled(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Yield those of each library in turn."""
+    with library(request.param):
+        yield native
+
+
+class Layer:
+    """A linear with random weights as a checkpoint holds them, computed by the oracle and by some kernels."""
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        channels: int = 35,
+        features: int = 576,
+        bits: tuple[int, int] = (4, 4),
+        signed: bool = True,
+        groups: tuple[int, int] = (1, 1),
+        transform: tuple[list[torch.Tensor], int] = ([], 0),
+    ):
+        (self.weight_bits, input_bits), (weight_groups, input_groups) = bits, groups
+        self.kernels, self.signed, self.groups = kernels, signed, max(groups)
+        low = -(2 ** (self.weight_bits - 1)) if signed else 0
+        codes = torch.randint(low, low + 2**self.weight_bits, (channels, features))
+        zeros = torch.randint(0, 2**self.weight_bits, (channels, weight_groups), dtype=torch.uint8)
+        scale = (torch.rand(channels, weight_groups) + 0.5) / features**0.5
+        self.weight = PackedWeight(pack_codes(codes, self.weight_bits, signed), scale, None if signed else zeros)
+        clip = None if input_bits == 16 else 0.7 + 0.3 * torch.rand(input_groups, 2)
+        self.inputs = InputQuant(*transform, clip, input_bits, symmetric=False)
+        self.bias: torch.Tensor | None = torch.randn(channels)
+
+    def prepared(self) -> PackedWeight:
+        packed, scale, zero = self.weight
+        return PackedWeight(
+            self.kernels.prepare_weight(packed, self.weight_bits, self.signed, self.groups),
+            self.kernels.prepare_qparams(scale),
+            None if zero is None else self.kernels.prepare_qparams(zero),
+        )
+
+    def found(self, x: torch.Tensor) -> torch.Tensor:
+        matrices = self.kernels.prepare_matrices(self.inputs.matrices, self.inputs.hadamard)
+        return self.kernels.linear(x, self.inputs._replace(matrices=matrices), self.prepared(), self.bias)
+
+    def expected(self, x: torch.Tensor) -> torch.Tensor:
+        return oracles.linear(x, self.inputs, self.weight, self.bias)
+
+    def check(self, x: torch.Tensor) -> None:
+        found = self.found(x)
+        assert found.dtype == x.dtype
+        assert torch.equal(found, self.expected(x))
+
+    def product(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Multiply given activation codes; return float32 without a bias."""
+        num_bits = self.inputs.num_bits
+        if self.kernels is torch_kernels:
+            return torch_kernels.quantized_product(codes, scale, zero, num_bits, *self.prepared())
+        weight = (*self.prepared(), None, num_bits, DTYPES[torch.float32])
+        return operations().quantized_linear(codes, scale, zero, *weight)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 123])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("groups", [(1, 1), (1, 9), (9, 1), (9, 9), (9, 18), (9, 3)])
+@pytest.mark.parametrize("features", [576, 126])  # groups of 64 and, where padding is needed, of 14
+def test_a_linear_has_the_oracles_bits(
+    kernels: ModuleType, rows: int, bits: tuple[int, int], signed: bool, groups: tuple[int, int], features: int
 ) -> None:
     torch.manual_seed(rows)
-    transform, x = _transform(kind, 576), torch.randn(rows, 576, dtype=torch.bfloat16)
-    clip = 0.7 + 0.3 * torch.rand(groups, 2)
-    found = rotate_quantize(x, *transform, clip, num_bits, symmetric)
-    expected = oracles.rotate_quantize(x, *transform, clip, num_bits, symmetric)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    groups = (groups[0], 1) if bits[1] == 16 else groups
+    Layer(kernels, 35, features, bits, signed, groups).check(torch.randn(rows, features))
 
 
-def test_an_all_zero_row_and_a_one_sided_row_are_quantized() -> None:
-    x = torch.stack((torch.zeros(64), torch.rand(64) + 1, -torch.rand(64) - 1))
-    codes, scale, zero = rotate_quantize(x, [], 0, torch.ones(1, 2), 4, False)
-    assert zero.flatten().tolist() == [0, 0, 15]
-    value = (codes.int() - zero) * scale
-    assert torch.equal(value[0], x[0])
-    assert ((value - x).abs() <= scale / 2 * 1.001).all()
-
-
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("weight_bits", "signed"), [(4, True), (4, False), (8, True), (8, False)])
-@pytest.mark.parametrize("num_bits", [4, 8])
-@pytest.mark.parametrize(("groups", "weight_groups"), [(1, 1), (9, 1), (1, 9), (9, 9), (18, 9), (3, 9)])
-@pytest.mark.parametrize("features", [576, 126])
-def test_products_are_those_of_the_reference(
-    rows: int, weight_bits: int, signed: bool, num_bits: int, groups: int, weight_groups: int, features: int
+@pytest.mark.parametrize("bits", BITS[:4])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("groups", [(1, 1), (9, 1), (9, 18), (9, 3)])
+def test_products_of_any_codes_and_zero_points_have_the_oracles_bits(
+    kernels: ModuleType, bits: tuple[int, int], signed: bool, groups: tuple[int, int]
 ) -> None:
-    torch.manual_seed(rows)
-    low = -(2 ** (weight_bits - 1)) if signed else 0
-    packed = pack_codes(torch.randint(low, low + 2**weight_bits, (35, features)), weight_bits, signed)
-    weight_scale = torch.rand(35, weight_groups) + 0.5
-    weight_zero = None if signed else torch.randint(0, 2**weight_bits, (35, weight_groups), dtype=torch.uint8)
-    codes = torch.randint(0, 2**num_bits, (rows, features), dtype=torch.uint8)
-    scale = torch.rand(rows, groups) + 0.5
-    zero = torch.randint(0, 2**num_bits, (rows, groups), dtype=torch.int32)
-    expected = oracles.quantized_linear(codes, scale, zero, packed, weight_scale, weight_zero, None, torch.float32)
-    weight = prepare_weight(packed, weight_bits, signed)
-    assert weight.nbytes == packed.nbytes
-    found = quantized_product(codes, scale, zero, num_bits, weight, weight_scale, weight_zero)
-    assert torch.equal(found, expected)
-    ones = torch.ones_like(scale), torch.ones_like(weight_scale)
-    exact = quantized_product(codes, ones[0], zero, num_bits, weight, ones[1], weight_zero)
-    expected = oracles.quantized_linear(codes, ones[0], zero, packed, ones[1], weight_zero, None, torch.float32)
-    assert torch.equal(exact, expected)  # below 2^24 float32 holds integers exactly
-
-
-@pytest.mark.parametrize("groups", [1, 9])
-def test_a_row_of_a_product_is_the_same_bits_in_any_batch(groups: int) -> None:
     torch.manual_seed(0)
-    weight = prepare_weight(torch.randint(0, 256, (64, 288), dtype=torch.uint8), 4, True)
-    codes = torch.randint(0, 16, (123, 576), dtype=torch.uint8)
-    scale, zero = torch.rand(123, groups), torch.randint(0, 16, (123, groups), dtype=torch.int32)
-    args = (4, weight, torch.rand(64, 1), None)
-    whole = quantized_product(codes, scale, zero, *args)
-    for rows in (1, 2, 5, 8, 64):
-        assert torch.equal(quantized_product(codes[:rows], scale[:rows], zero[:rows], *args), whole[:rows])
+    layer = Layer(kernels, 35, 576, bits, signed, groups)
+    codes = torch.randint(0, 2 ** bits[1], (5, 576), dtype=torch.uint8)
+    zero = torch.randint(0, 2 ** bits[1], (5, groups[1]), dtype=torch.int32)
+    inputs = codes, torch.rand(5, groups[1]) + 0.5, zero
+    expected = oracles.quantized_linear(*inputs, *layer.weight, None, torch.float32)
+    assert torch.equal(layer.product(*inputs), expected)
 
 
-class WeightOnly:
-    """Random weights as a checkpoint holds them, and their product by the reference and by the CPU kernel."""
-
-    def __init__(self, rows: int, features: int, num_bits: int, signed: bool, groups: int):
-        low = -(2 ** (num_bits - 1)) if signed else 0
-        self.packed = pack_codes(torch.randint(low, low + 2**num_bits, (rows, features)), num_bits, signed)
-        self.weight = prepare_weight(self.packed, num_bits, signed)
-        self.scale = (torch.rand(rows, groups) + 0.5) / features**0.5
-        self.zero = None if signed else torch.randint(0, 2**num_bits, (rows, groups), dtype=torch.uint8)
-        self.bias = torch.randn(rows)
-
-    def expected(self, x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> torch.Tensor:
-        return oracles.linear_int16(x, matrices, hadamard, self.packed, self.scale, self.zero, self.bias)
-
-    def found(self, x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> torch.Tensor:
-        return linear(x, matrices, hadamard, None, 16, False, self.weight, self.scale, self.zero, self.bias)
-
-
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("num_bits", "signed"), [(4, True), (4, False), (8, True), (8, False)])
-@pytest.mark.parametrize("groups", [1, 9])
-@pytest.mark.parametrize("features", [576, 126])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 8, 11, 12, 13, 16, 17, 25, 32, 33, 49, 60, 61, 300])
+@pytest.mark.parametrize(("channels", "features"), [(16, 64), (129, 2), (288, 1536), (35, 8192)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weight_only_products_are_those_of_the_reference(
-    rows: int, num_bits: int, signed: bool, groups: int, features: int, dtype: torch.dtype
+def test_any_number_of_rows_and_channels_in_any_dtype(
+    compiled: ModuleType, rows: int, channels: int, features: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(rows)
-    layer, x = WeightOnly(577, features, num_bits, signed, groups), torch.randn(rows, features).to(dtype)
-    found, expected = layer.found(x, [], 0), layer.expected(x, [], 0)
-    assert found.dtype == dtype
-    assert torch.equal(found, expected)
+    layer, x = Layer(compiled, channels, features), torch.randn(rows, features).to(dtype)
+    layer.check(x)
+    layer.bias = None
+    layer.check(x)
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "hadamard blocks", "blocks", "kronecker"])
-def test_a_weight_only_input_is_rotated(kind: str) -> None:
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("num_bits", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_transforms_biases_and_rows_that_lie_apart_have_the_oracles_bits(
+    kernels: ModuleType, transform: str, num_bits: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    transform, layer = _transform(kind, 576), WeightOnly(35, 576, 4, True, 1)
-    for x in (torch.randn(123, 576), torch.randn(123, 576).bfloat16()):
-        assert torch.equal(layer.found(x, *transform), layer.expected(x, *transform))
-    rotated = apply_transform(x.float(), *transform)
-    torch.testing.assert_close(layer.found(x, *transform), layer.expected(rotated, [], 0).bfloat16())
+    layer = Layer(kernels, bits=(4, num_bits), groups=(9, 1), transform=TRANSFORMS[transform])
+    layer.bias = torch.randn(35).to(dtype)
+    layer.check(torch.randn(7, 2 * 576).to(dtype)[:, 576:])
 
 
-def test_16_bit_codes_are_as_good_as_bf16() -> None:
+def test_int16_activations_lose_less_than_bf16() -> None:
     torch.manual_seed(0)
-    layer, x = WeightOnly(577, 576, 4, True, 1), torch.randn(50, 576)
-    weight = unpack_codes(layer.packed, 4, signed=True) * layer.scale
+    layer, x = Layer(torch_kernels, 577, bits=(4, 16)), torch.randn(50, 576)
+    weight = unpack_codes(layer.weight.packed, 4, signed=True) * layer.weight.scale
     exact = x.double() @ weight.double().T + layer.bias
-    error = (layer.found(x, [], 0) - exact).norm() / exact.norm()
+    error = (layer.found(x) - exact).norm() / exact.norm()
     in_bf16 = (x.bfloat16().double() @ weight.double().T + layer.bias - exact).norm() / exact.norm()
     assert error < in_bf16 / 30
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "features", "groups"), [(1027, 576, 1), (35, 126, 9), (577, 1536, 12), (3, 2, 1)])
-def test_a_row_of_a_weight_only_product_is_the_same_bits_in_any_batch(
-    rows: int, features: int, groups: int, dtype: torch.dtype
+def test_a_missing_base_matrix_and_other_dtypes_are_refused(compiled: ModuleType) -> None:
+    layer = Layer(compiled)
+    with pytest.raises(RuntimeError, match="dense factor"):
+        compiled.linear(torch.randn(1, 576), layer.inputs._replace(hadamard=576), layer.prepared(), None)
+    with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
+        compiled.linear(torch.randn(1, 576).double(), layer.inputs, layer.prepared(), None)
+
+
+@pytest.mark.parametrize("features", [576, 126])
+def test_rows_of_a_prepared_weight_are_the_checkpoints(kernels: ModuleType, features: int) -> None:
+    packed = torch.randint(0, 256, (500, features), dtype=torch.uint8)
+    rows = torch.tensor([[0, 499, 16], [31, 32, 77]])
+    found = kernels.weight_rows(kernels.prepare_weight(packed, 8, True, 1), rows, features)
+    assert torch.equal(found, packed.view(torch.int8)[rows])
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (9, 9)])
+@pytest.mark.parametrize("bits", [(4, 4), (4, 8), (4, 16)])
+def test_a_row_is_the_same_bits_in_any_batch_on_any_number_of_threads(
+    kernels: ModuleType, groups: tuple[int, int], bits: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    layer = WeightOnly(rows, features, 4, False, groups)
-    x = torch.randn(123, features).to(dtype)
-    whole = layer.found(x, [], 0)
-    for tokens in range(1, 41):
-        assert torch.equal(layer.found(x[:tokens], [], 0), whole[:tokens])
+    groups = (groups[0], 1) if bits[1] == 16 else groups
+    layer, x, threads = Layer(kernels, 300, bits=bits, groups=groups), torch.randn(123, 576), torch.get_num_threads()
+    whole = layer.found(x)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in (1, 2, 5, 16, 64, 123):
+                assert torch.equal(layer.found(x[:rows]), whole[:rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_largest_sums_that_the_format_admits_are_exact(kernels: ModuleType) -> None:
+    for bits, features, code, weight_code in (((4, 8), 32764, 255, 0), ((8, 8), 32764, 255, 0), ((4, 4), 65536, 0, 15)):
+        layer = Layer(kernels, 32, features, bits, signed=False)
+        layer.weight.packed.fill_(weight_code * 17)
+        assert layer.weight.zero_point is not None
+        layer.weight.zero_point.fill_(0 if weight_code else 2 ** bits[0] - 1)
+        codes = torch.full((1, features), code, dtype=torch.uint8)
+        inputs = codes, torch.ones(1, 1), torch.full((1, 1), 0 if code else 15, dtype=torch.int32)
+        expected = oracles.quantized_linear(*inputs, *layer.weight, None, torch.float32)
+        assert torch.equal(layer.product(*inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_scales_give_nan_and_too_large_products_infinity(compiled: ModuleType, dtype: torch.dtype) -> None:
+    layer = Layer(compiled, 40)
+    codes, zero = torch.randint(0, 16, (2, 576), dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int32)
+    inputs = codes, torch.tensor([[torch.nan], [1e36]]), zero
+    found = operations().quantized_linear(*inputs, *layer.prepared(), layer.bias, 4, DTYPES[dtype])
+    assert found[0].isnan().all()
+    assert torch.equal(found[1], oracles.quantized_linear(*inputs, *layer.weight, layer.bias, dtype)[1])
+
+
+@pytest.mark.parametrize(("bits", "channels"), [(4, 576), (8, 576), (4, 1000)])
+def test_prepared_weights_take_the_checkpoints_bytes_but_for_padding(
+    kernels: ModuleType, bits: int, channels: int
+) -> None:
+    packed = torch.randint(0, 256, (channels, 576 * bits // 8), dtype=torch.uint8)
+    padded = channels if kernels is torch_kernels else -(-channels // 32) * 32
+    assert kernels.prepare_weight(packed, bits, True, 9).nbytes == packed.nbytes // channels * padded
+
+
+def test_a_linear_in_inference_mode_leaves_later_ones_outside_of_it_alone() -> None:
+    with torch.inference_mode():
+        Layer(torch_kernels, 4000).check(torch.randn(1, 576))  # as no other test, so that the buffer is made here
+    Layer(torch_kernels).check(torch.randn(1, 576))

@@ -30,9 +30,9 @@ def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: in
     return (low | (high << 4)).view(torch.int8).contiguous()
 
 
-def prepare_grid(grid: torch.Tensor) -> torch.Tensor:
+def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
     """Return scales or zero-points [N, groups] unchanged."""
-    return grid
+    return qparams
 
 
 def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infoquant_vllm.format import kv_bytes_per_token_head
+from infoquant_vllm.kernels.operands import KVCalibration, KVScheme
 from offline.algorithms.fake_quantize import fake_quantize, fake_store
 from tests.common import oracles
 
@@ -91,7 +92,7 @@ def test_fake_store_has_the_values_that_the_cache_returns(num_bits: tuple[int, i
     key, value = torch.randn(2, tokens, 2, 64, generator=generator)
     clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
     cache = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
-    oracles.kv_store(key, value, cache, torch.arange(tokens), *clips, None, False, num_bits)
+    oracles.kv_store(key, value, cache, torch.arange(tokens), KVCalibration(*clips, None), KVScheme(num_bits, False))
     keys, values, params = oracles.kv_read(cache, torch.tensor([0]), 64, num_bits)
     for x, bits, clip, codes, (scale, zero) in (
         (key, num_bits[0], clips[0], keys, params[:2]),
