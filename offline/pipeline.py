@@ -32,7 +32,8 @@ from offline.stages.fold import fold_embeddings
 from offline.stages.lm_head import quantize_lm_head
 from offline.stages.quantize_layers import quantized_layers
 from offline.stages.rotate import make_transforms
-from offline.training.student import Layer, Student
+from offline.training.fake_quant_layer import Layer
+from offline.training.student import Student
 
 SHARD_BYTES = 5 * 10**9
 TOKENS, ROTATION = "tokens", "rotation"
@@ -200,7 +201,7 @@ def _distilled(
     """Distill, and yield the layers with the tensors that distillation changed."""
     with run.watch("distillation"):
         student = Student(run.source, run.config, layers, transforms)
-        distill(student, run.source, tokens, args, run.seed, run.progress)
+        distill(run, student, tokens, args)
     for index, tensors in enumerate(layers):
         yield tensors | student.tensors(index)
 

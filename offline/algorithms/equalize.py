@@ -1,101 +1,59 @@
-"""Scales moved from one linear to another, which leave the function as it is and lower the noise of rounding.
+"""Cross-layer equalization: move scales from one linear to another, which keeps the function and lowers the error.
 
-Inputs x [tokens, K] that are rotated and then rounded get noise in proportion to |x|, alike in all
-features; behind the weights W it is in proportion to |x| |W|. With x_j s_j and W_j / s_j in place
-of x_j and W_j that product is smallest where s_j^2 = |W_j| / |x_j| (Cauchy and Schwarz).
+Inputs x [tokens, K] that are rotated and then rounded get noise in proportion to |x|, the same in every
+channel; after the weights W it is in proportion to |x| |W|. With x_j s_j and W_j / s_j in place of x_j and
+W_j that product is smallest where s_j^2 = |W_j| / |x_j| (Cauchy and Schwarz).
 """
 
 import torch
 
-from infoquant_vllm.format import ARCHITECTURES, ModelShape
-from offline.model.input_statistics import InputStatistics
-
-QKV = "self_attn.q_proj"
-"""The linear that the input of queries, keys and values is known by."""
 SMALLEST = 1e-6
-"""Of norms, as a share of the largest: features that are never used need no scale to match."""
+"""Smallest norm, as a share of the largest: unused channels need no scale."""
 
 
-def equalize_layer(
-    state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: InputStatistics, shape: ModelShape
-) -> None:
-    """Balance a layer's weights in place, and what was measured of keys and down_proj; see `fold_layer`."""
-    queries, keys = (
-        output_energies(state, module, hessians[QKV], statistics.sums[QKV], statistics.tokens[QKV])
-        for module in (QKV, "self_attn.k_proj")
-    )
-    scale, keys_module = equalize_keys(state, queries, keys, shape), ARCHITECTURES[shape.architecture].rope_inputs[1]
-    if keys_module in statistics.sums:
-        statistics.sums[keys_module] *= scale
-    scale = equalize_down(state, statistics.second_moments["mlp.down_proj"])
-    for row, factor in zip(hessians["mlp.down_proj"], scale, strict=True):
-        row.mul_(scale * factor)
-    statistics.scale_samples("mlp.down_proj", scale)
+def key_scales(queries: torch.Tensor, keys: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
+    """Return the scales of keys [kv_heads, head_dim]; queries get the inverse.
+
+    RoPE mixes channels i and i + head_dim / 2, so both get the same scale.
+
+    queries, keys: second moments [heads * head_dim] of the channels before RoPE
+    """
+    pairs = (kv_heads, -1, 2, head_dim // 2)
+    return _scales(*(x.view(pairs).sum((1, 2)).sqrt() for x in (queries, keys))).repeat(1, 2)
 
 
-def equalize_keys(
-    state: dict[str, torch.Tensor], queries: torch.Tensor, keys: torch.Tensor, shape: ModelShape
+def down_scales(weight: torch.Tensor, second_moments: torch.Tensor) -> torch.Tensor:
+    """Return the scales [K] of the inputs of down_proj; the columns of its weight [N, K] get the inverse.
+
+    second_moments: [K], of the input channels, every token counting the same
+    """
+    return _scales(weight.norm(dim=0), second_moments.sqrt())
+
+
+def output_moments(
+    weight: torch.Tensor, bias: torch.Tensor | None, hessian: torch.Tensor, sums: torch.Tensor, tokens: int
 ) -> torch.Tensor:
-    """Scale keys up and queries down, or the reverse, in place; returns the factors of keys [kv_heads * head_dim].
+    """Return the sums over tokens of the squared outputs of a linear [N, K], bias included: [N].
 
-    RoPE turns features i and i + head_dim / 2 together, so both get the same scale. A norm over
-    each head would undo the scales of the linear before it; its gain takes them, one for all heads.
-
-    queries, keys: energies [heads * head_dim] of the outputs of q_proj and k_proj
+    hessian, sums: sums of x^T x [K, K] and of x [K] over its inputs x
     """
-    architecture, kv_heads = ARCHITECTURES[shape.architecture], shape.num_key_value_heads
-    query_module, key_module = architecture.rope_inputs
-    if architecture.qk_norm:
-        queries, keys, kv_heads = _normed(state, query_module, queries), _normed(state, key_module, keys), 1
-    pairs = (kv_heads, -1, 2, shape.head_dim // 2)
-    scale = _scale(*(x.view(pairs).sum((1, 2)).sqrt() for x in (queries, keys))).repeat(1, 2)
-    _scale_rows(state, key_module, scale.flatten())
-    group = len(state[f"{query_module}.weight"]) // scale.numel()
-    _scale_rows(state, query_module, 1 / scale.repeat_interleave(group, dim=0).flatten())
-    return scale.expand(shape.num_key_value_heads, -1).flatten()
-
-
-def equalize_down(state: dict[str, torch.Tensor], energy: torch.Tensor) -> torch.Tensor:
-    """Scale the rows of up_proj against the columns of down_proj in place; returns the factors of down_proj's inputs.
-
-    energy: [intermediate], of each input feature of down_proj, every token counting the same
-    """
-    weight = state["mlp.down_proj.weight"]
-    scale = _scale(weight.norm(dim=0), energy.sqrt())
-    state["mlp.down_proj.weight"] = weight / scale
-    _scale_rows(state, "mlp.up_proj", scale)
-    return scale
-
-
-def output_energies(
-    state: dict[str, torch.Tensor], module: str, hessian: torch.Tensor, sums: torch.Tensor, tokens: int
-) -> torch.Tensor:
-    """Sums over tokens of the square of each output, bias included, of a linear [N, K]; returns [N].
-
-    Its inputs x are known by their sums of x^T x, `hessian` [K, K], and of x, `sums` [K].
-    """
-    weight, bias = state[f"{module}.weight"], state.get(f"{module}.bias")
-    energy = ((weight @ hessian) * weight).sum(1)
+    moments = ((weight @ hessian) * weight).sum(1)
     if bias is not None:
-        energy = energy + bias * (2 * (weight @ sums) + tokens * bias)
-    return energy.clamp(min=0)
+        moments = moments + bias * (2 * (weight @ sums) + tokens * bias)
+    return moments.clamp(min=0)
 
 
-def _normed(state: dict[str, torch.Tensor], norm: str, energies: torch.Tensor) -> torch.Tensor:
-    """Energies [heads, head_dim] behind an RMSNorm over each head, which takes all of a head's tokens for alike."""
-    heads = energies.view(-1, len(state[f"{norm}.weight"]))
-    return heads / heads.mean(1, keepdim=True).clamp(min=1e-30) * state[f"{norm}.weight"].square()
+def normed_moments(moments: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Return second moments [heads, head_dim] after an RMSNorm over each head, as if all its tokens were alike.
+
+    moments: [heads * head_dim], before the norm; gain: [head_dim]
+    """
+    heads = moments.view(-1, len(gain))
+    return heads / heads.mean(1, keepdim=True).clamp(min=1e-30) * gain.square()
 
 
-def _scale(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """sqrt(wanted / found) with a geometric mean of 1 along the last axis."""
-    wanted, found = (x.clamp(min=SMALLEST * x.max().item() + 1e-30) for x in (wanted, found))
-    logarithm = (wanted / found).log() / 2
+def _scales(target: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+    """Return sqrt(target / current), with a geometric mean of 1 along the last axis."""
+    target, current = (x.clamp(min=SMALLEST * x.max().item() + 1e-30) for x in (target, current))
+    logarithm = (target / current).log() / 2
     return (logarithm - logarithm.mean(-1, keepdim=True)).exp()
-
-
-def _scale_rows(state: dict[str, torch.Tensor], module: str, scale: torch.Tensor) -> None:
-    weight = state[f"{module}.weight"]
-    state[f"{module}.weight"] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    if f"{module}.bias" in state:
-        state[f"{module}.bias"] = state[f"{module}.bias"] * scale

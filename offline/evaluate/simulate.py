@@ -4,8 +4,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from infoquant_vllm.format import Checkpoint, FormatError, cache_tensors, linear_tensors
 from offline.errors import ToolError
@@ -20,6 +18,7 @@ from offline.evaluate.simulated import (
     cached_attention,
 )
 from offline.model.architectures import CausalLM, empty_model, read_config
+from offline.model.windowed_attention import register_attention
 from offline.stages.lm_head import dequantized_lm_head
 
 ATTENTION = "infoquant_simulated_cache"
@@ -73,9 +72,7 @@ def _replace_attention(model: CausalLM, checkpoint: Checkpoint) -> None:
     cache = checkpoint.config.kv_cache
     if cache is None:
         return
-    AttentionInterface.register(ATTENTION, cached_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(register_attention(ATTENTION, cached_attention))
     model.model.rotary_emb = rotary = DeferredRotary(model.model.rotary_emb)
     for layer in range(checkpoint.shape.num_hidden_layers):
         _set(model, f"model.layers.{layer}.self_attn.rotary", rotary)

@@ -12,7 +12,7 @@ from offline.errors import ToolError
 from offline.model.architectures import empty_model, read_config
 from offline.model.scratch import IN_MEMORY, Scratch
 from offline.model.source import Source
-from offline.model.windowed_attention import register_windowed_attention
+from offline.model.windowed_attention import WINDOWED, register_attention, windowed_attention
 
 TOKENS_PER_BATCH = 4096
 LARGEST_INPUT = 1e15  # sums of squares over millions of tokens stay below float32's 3e38
@@ -38,7 +38,7 @@ class HiddenStates:
         scratch: Scratch = IN_MEMORY,
     ):
         config = read_config(source.shape, source.hf_config, source.folder / "config.json")
-        config._attn_implementation = register_windowed_attention()
+        config._attn_implementation = register_attention(WINDOWED, windowed_attention)
         model = empty_model(source.shape, config).model
         self._layer = model.layers[0].eval().requires_grad_(False)  # on meta: its weights come with each layer
         self.values = scratch.empty(*tokens.shape, source.shape.hidden_size)

@@ -1,5 +1,6 @@
-"""Transformers' attention for a decoder layer that runs without its model, which would make the mask of its window."""
+"""Attention functions for transformers: how they are registered, and one that makes the mask of its window itself."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,14 +8,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-ATTENTION = "infoquant_windowed"
+WINDOWED = "infoquant_windowed"
 
 
-def register_windowed_attention() -> str:
-    """Let transformers find this attention; returns the name for `_attn_implementation`."""
-    AttentionInterface.register(ATTENTION, windowed_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    return ATTENTION
+def register_attention(name: str, attention: Callable[..., tuple[torch.Tensor, None]]) -> str:
+    """Register an attention function with transformers; returns `name`, for `_attn_implementation` of a config."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
 
 
 def windowed_attention(
@@ -26,10 +27,10 @@ def windowed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface, of whole sequences: causal, and within the window where there is one.
+    """Attend over whole sequences, causally and within the window if there is one (transformers' attention interface).
 
-    query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, tokens, head_size]. A mask that the
-    model made is taken as it is.
+    Serves a decoder layer that runs without its model, which would make the mask; a given mask is used as it is.
+    query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, tokens, head_size].
     """
     length = key.shape[2]
     if attention_mask is None and sliding_window is not None and sliding_window < length:

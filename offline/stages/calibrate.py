@@ -9,15 +9,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import sdpa_mask
 
 from offline.errors import ToolError
 from offline.memory import SELF_BATCH
 from offline.mixture import SELF, parse_mixture, sequences_of
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
+from offline.model.windowed_attention import register_attention
 from offline.output.atomic import atomic_file, check_writable
 from offline.text import check_tokens, text_windows
 
@@ -136,9 +136,7 @@ def _sample(
     """
     begin = _document_start(tokenizer)
     check_tokens([begin], tokenizer, model.config.vocab_size, "the start of a text sampled from the model")
-    AttentionInterface.register(ATTENTION, _attend_with_one_token)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(register_attention(ATTENTION, _attend_with_one_token))
     cache = Cache(layers=[_PreallocatedLayer(length) for _ in range(model.config.num_hidden_layers)])
     tokens = step = torch.full((rows, 1), begin)
     while tokens.shape[1] < length:

@@ -1,105 +1,114 @@
-"""One decoder layer's weights to codes, scales and clips."""
+"""Quantize one decoder layer: weights, clip ratios and the tensors of its KV cache."""
+
+from dataclasses import dataclass, field
 
 import torch
 
-from infoquant_vllm.format import SITES, ActivationArgs, InputTransform, ModelShape, activation_groups, pack_codes
+from infoquant_vllm.format import SITES, InputTransform, ModelShape, WeightArgs, activation_groups, pack_codes
 from offline.algorithms.clip_search import search_clips
 from offline.algorithms.gptq import gptq, output_error
 from offline.algorithms.refine import refine
 from offline.algorithms.rotations import InputTensors, transform_hessian, transform_input, undo_in_weights
 from offline.algorithms.rtn import QuantizedWeight, round_to_nearest
-from offline.recipe import Recipe, Site
+from offline.recipe import Gptq, KVCache, Recipe
+
+
+@dataclass
+class LayerInputs:
+    """Inputs of `quantize_layer`, all by names inside the layer.
+
+    `quantize_layer` takes weights, Hessians and samples out as their turn comes, so that memory falls as it proceeds.
+
+    state: the layer's tensors, as `fold_layer` returns them, float32
+    hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
+    samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
+    transforms: tensors of the sites' input transforms, by site; each linear gets a copy
+    key_mean: [kv_heads, head_dim], where the recipe has one
+    """
+
+    state: dict[str, torch.Tensor]
+    hessians: dict[str, torch.Tensor] | None = None
+    samples: dict[str, torch.Tensor] = field(default_factory=dict)
+    transforms: dict[str, InputTensors] = field(default_factory=dict)
+    key_mean: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _SiteInput:
+    """The shared input of a site: its transform, and what is known of the values before the transform."""
+
+    transform: InputTransform
+    tensors: InputTensors
+    hessian: torch.Tensor | None
+    sample: torch.Tensor | None
 
 
 def quantize_layer(
-    state: dict[str, torch.Tensor],
-    hessians: dict[str, torch.Tensor] | None,
-    samples: dict[str, torch.Tensor],
-    inputs: dict[str, InputTensors],
-    keys: torch.Tensor | None,
-    recipe: Recipe,
-    shape: ModelShape,
-    dtype: torch.dtype,
+    layer: LayerInputs, recipe: Recipe, shape: ModelShape, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The checkpoint's tensors of one layer, and the output error of each linear where GPTQ rounds.
+    """Return the checkpoint's tensors of one layer, and the output error of each linear where GPTQ rounds.
 
-    Uses up what it is given: weights, Hessians and samples are taken out as their turn comes, so that
-    memory falls as the layer proceeds.
-
-    state: the layer as `fold_layer` gives it, float32; names are local to the layer, here and in the results
-    hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
-    samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
-    inputs: tensors of the sites' input transforms, by site; each linear gets a copy
-    keys: their offset [kv_heads, head_dim], where the recipe has one
     dtype: of the norms and biases, which stay unquantized
     """
-    tensors = {name: tensor.to(dtype) for name, tensor in state.items() if not name.endswith("_proj.weight")}
+    tensors = {name: tensor.to(dtype) for name, tensor in layer.state.items() if not name.endswith("_proj.weight")}
     errors: dict[str, float] = {}
-    for name, linears in SITES.items():
-        weights = [state.pop(f"{linear}.weight") for linear in linears]
-        hessian = None if hessians is None else hessians.pop(linears[0])
-        sample = samples.pop(linears[0], None)
-        tensors |= _quantize_site(name, weights, hessian, sample, inputs.get(name, {}), recipe, shape, errors)
-    return tensors | _cache_tensors(recipe, keys, shape), errors
+    for site, linears in SITES.items():
+        shared_input = _SiteInput(
+            recipe.input_transform(site, shape),
+            layer.transforms.get(site, {}),
+            None if layer.hessians is None else layer.hessians.pop(linears[0]),
+            layer.samples.pop(linears[0], None),
+        )
+        weights = [layer.state.pop(f"{linear}.weight") for linear in linears]
+        tensors |= _quantize_weights(site, weights, shared_input, recipe, errors)
+        tensors |= _input_tensors(site, shared_input, recipe, shape)
+    return tensors | _cache_tensors(recipe.kv_cache, layer.key_mean, shape), errors
 
 
-def _quantize_site(
-    name: str,
-    weights: list[torch.Tensor],
-    hessian: torch.Tensor | None,
-    sample: torch.Tensor | None,
-    inputs: InputTensors,
-    recipe: Recipe,
-    shape: ModelShape,
-    errors: dict[str, float],
+def _quantize_weights(
+    site: str, weights: list[torch.Tensor], shared_input: _SiteInput, recipe: Recipe, errors: dict[str, float]
 ) -> dict[str, torch.Tensor]:
-    """Tensors of the linears that share an input; adds their errors. Weights and Hessian are overwritten."""
-    linears, site = SITES[name], getattr(recipe.sites, name)
-    tensors: dict[str, torch.Tensor] = {}
-    transform = recipe.input_transform(name, shape)
-    rows = [len(weight) for weight in weights]
-    weight = torch.cat([undo_in_weights(weights.pop(0), transform, inputs) for _ in rows])
+    """Return codes and scales of the linears of a site; adds their errors, overwrites weights and Hessian."""
+    args: WeightArgs = getattr(recipe.sites, site).weights
+    rows, hessian = [len(weight) for weight in weights], shared_input.hessian
+    undone = [undo_in_weights(weights.pop(0), shared_input.transform, shared_input.tensors) for _ in rows]
+    weight = torch.cat(undone)
+    del undone
     if hessian is not None:
-        hessian = transform_hessian(hessian, transform, inputs)
-    args = recipe.input_activations(name, shape)
-    clip = _input_clip_ratio(site.clip_ratio, args, weight.shape[1], sample, transform, inputs)
-    parts = _round(weight, hessian, site, recipe).split(rows)
-    for linear, part, rounded in zip(linears, weight.split(rows), parts, strict=True):
-        tensors |= {f"{linear}.{key}": t for key, t in _linear_tensors(rounded, site).items()}
-        tensors |= {f"{linear}.{key}": t.clone() for key, t in (inputs | clip).items()}
+        hessian = transform_hessian(hessian, shared_input.transform, shared_input.tensors)
+    parts = _round(weight, hessian, args, recipe.gptq).split(rows)
+    tensors: dict[str, torch.Tensor] = {}
+    for linear, part, rounded in zip(SITES[site], weight.split(rows), parts, strict=True):
+        tensors |= {f"{linear}.{key}": tensor for key, tensor in _linear_tensors(rounded, args).items()}
         if hessian is not None:
             errors[linear] = output_error(part, rounded, hessian)
     return tensors
 
 
-def _round(weight: torch.Tensor, hessian: torch.Tensor | None, site: Site, recipe: Recipe) -> QuantizedWeight:
-    """Quantize the rows of linears that share an input in one go."""
+def _round(weight: torch.Tensor, hessian: torch.Tensor | None, args: WeightArgs, rounding: Gptq) -> QuantizedWeight:
+    """Quantize the rows of all linears of a site together."""
     if hessian is None:
-        return round_to_nearest(weight, site.weights)
-    rounded = gptq(weight, hessian, site.weights, recipe.gptq.dampening_frac)
-    return refine(weight, rounded, hessian, site.weights, recipe.gptq.refinements)
+        return round_to_nearest(weight, args)
+    rounded = gptq(weight, hessian, args, rounding.dampening_frac)
+    return refine(weight, rounded, hessian, args, rounding.refinements)
 
 
-def _input_clip_ratio(
-    clip: float | str,
-    args: ActivationArgs,
-    features: int,
-    sample: torch.Tensor | None,
-    transform: InputTransform,
-    tensors: InputTensors,
-) -> dict[str, torch.Tensor]:
-    """The factors on the ranges of an input, where it has any."""
-    if args.num_bits == 16:
-        return {}
-    groups = activation_groups(args, features)
-    if not isinstance(clip, str):
-        return {"input_clip_ratio": torch.full((groups, 2), clip)}
-    assert sample is not None  # such recipes need calibration
-    return {"input_clip_ratio": search_clips(transform_input(sample, transform, tensors), args, groups)}
+def _input_tensors(site: str, shared_input: _SiteInput, recipe: Recipe, shape: ModelShape) -> dict[str, torch.Tensor]:
+    """Return the transform and the clip ratios of a site's input, one copy for each of its linears."""
+    args, clip_ratio = recipe.input_activations(site, shape), getattr(recipe.sites, site).clip_ratio
+    tensors, (_, features) = dict(shared_input.tensors), shape.linears()[f"model.layers.0.{SITES[site][0]}"]
+    if args.num_bits != 16:
+        groups = activation_groups(args, features)
+        if clip_ratio == "search":
+            assert shared_input.sample is not None  # such recipes need calibration
+            y = transform_input(shared_input.sample, shared_input.transform, shared_input.tensors)
+            tensors["input_clip_ratio"] = search_clips(y, args, groups)
+        else:
+            tensors["input_clip_ratio"] = torch.full((groups, 2), clip_ratio)
+    return {f"{linear}.{key}": tensor.clone() for linear in SITES[site] for key, tensor in tensors.items()}
 
 
-def _linear_tensors(weight: QuantizedWeight, site: Site) -> dict[str, torch.Tensor]:
-    args = site.weights
+def _linear_tensors(weight: QuantizedWeight, args: WeightArgs) -> dict[str, torch.Tensor]:
     tensors = {
         "weight_packed": pack_codes(weight.codes, args.num_bits, signed=args.symmetric),
         "weight_scale": weight.scale,
@@ -109,18 +118,12 @@ def _linear_tensors(weight: QuantizedWeight, site: Site) -> dict[str, torch.Tens
     return tensors
 
 
-def _cache_tensors(recipe: Recipe, keys: torch.Tensor | None, shape: ModelShape) -> dict[str, torch.Tensor]:
-    if recipe.kv_cache is None:
+def _cache_tensors(args: KVCache | None, key_mean: torch.Tensor | None, shape: ModelShape) -> dict[str, torch.Tensor]:
+    if args is None:
         return {}
     size = (shape.num_key_value_heads, 2)
     tensors = {
-        "self_attn.attn.key_clip_ratio": torch.full(size, recipe.kv_cache.key_clip_ratio),
-        "self_attn.attn.value_clip_ratio": torch.full(size, recipe.kv_cache.value_clip_ratio),
+        "self_attn.attn.key_clip_ratio": torch.full(size, args.key_clip_ratio),
+        "self_attn.attn.value_clip_ratio": torch.full(size, args.value_clip_ratio),
     }
-    return tensors if keys is None else tensors | {"self_attn.attn.key_mean": keys}
-
-
-def local_tensors(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
-    """A module's tensors out of those of its layer, by their names inside the module."""
-    prefix = f"{module}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return tensors if key_mean is None else tensors | {"self_attn.attn.key_mean": key_mean}

@@ -129,7 +129,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(source: Path) -> Path:
     """Quantize to 8 bits without rotation or clipping: nearly the source's own values at every site."""
-    site = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}, "clip": 1.0}
+    site = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}, "clip_ratio": 1.0}
     fields = {
         "name": "eight",
         "transform": "none",

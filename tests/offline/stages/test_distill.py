@@ -7,6 +7,7 @@ import torch
 
 import offline
 from infoquant_vllm.format import Checkpoint
+from offline.algorithms.head_kl import kl_of_heads
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
@@ -23,9 +24,9 @@ from offline.recipe import (
     Sites,
     WeightArgs,
 )
-from offline.stages.distill import final_hidden, kl_of_heads
+from offline.stages.distill import final_hidden
 from offline.stages.fold import fold_layer
-from offline.stages.quantize_layer import quantize_layer
+from offline.stages.quantize_layer import LayerInputs, quantize_layer
 from offline.text import text_windows
 from offline.training.student import Student
 from tests.common.tiny import SIZES, write_source
@@ -107,7 +108,7 @@ def test_a_student_in_eight_bits_predicts_as_its_source(tmp_path: Path, size: st
     run_layers = []
     for layer in range(source.shape.num_hidden_layers):
         state = fold_layer(source, layer, transforms)
-        run_layers.append(quantize_layer(state, None, {}, {}, None, chosen, source.shape, torch.float32)[0])
+        run_layers.append(quantize_layer(LayerInputs(state), chosen, source.shape, torch.float32)[0])
     student = Student(source, chosen.quantization_config(source.shape), run_layers, transforms)
     tokens = torch.randint(3, 250, (2, 40), generator=generator)
     ours = (student(tokens) @ student.head.T).log_softmax(-1)

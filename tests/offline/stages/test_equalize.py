@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from infoquant_vllm.format import ARCHITECTURES, SITES
-from offline.algorithms.equalize import equalize_down, equalize_layer
 from offline.model.architectures import CausalLM
 from offline.model.hidden_states import HiddenStates
 from offline.model.input_statistics import InputStatistics
 from offline.model.source import Source
+from offline.stages.equalize import equalize_down, equalize_layer
 from offline.stages.fold import fold_layer
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 

@@ -7,14 +7,15 @@ import torch
 
 from infoquant_vllm.format import Checkpoint
 from offline import PRESETS, quantize
+from offline.algorithms.schedule import floored_warmup_cosine
 from offline.evaluate.simulate import load_simulated
 from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, LearnedClips, PsotLayer, Recipe, Site, SiteActivations, Sites
 from offline.stages.fold import fold_layer
-from offline.stages.learn_clips import rate_factor, train_clips
-from offline.training.fake_quant_layer import ClippedLayer
+from offline.stages.learn_clips import train_clips
+from offline.training.fake_quant_layer import LEARNED_CLIPS, FakeQuantLayer
 from tests.common.tiny import VOCAB_SIZE, write_source
 from tests.offline.test_pipeline import TEXT
 
@@ -59,7 +60,9 @@ def test_layer_before_learning_computes_what_the_simulation_computes(tmp_path: P
     source, recipe, tensors = checkpoint_of(tmp_path, sites)
     hidden, before = hidden_of(source)
     layer, rotary = hidden.copy_layer()
-    found = ClippedLayer(layer, tensors, recipe, source.shape)(before, rotary).detach()
+    found = FakeQuantLayer(layer, tensors, recipe.quantization_config(source.shape), LEARNED_CLIPS)(
+        before, rotary
+    ).detach()
     model = load_simulated(tmp_path / "out", torch.float32)
     model.model.layers[0].register_forward_hook(lambda _, __, output: outputs.append(output))
     outputs: list[torch.Tensor] = []
@@ -73,7 +76,7 @@ def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -
     source, recipe, tensors = checkpoint_of(tmp_path, "tokens")
     hidden, before = hidden_of(source)
     layer, rotary = hidden.copy_layer()
-    quantized = ClippedLayer(layer, tensors, recipe, source.shape)
+    quantized = FakeQuantLayer(layer, tensors, recipe.quantization_config(source.shape), LEARNED_CLIPS)
     for parameter in quantized.parameters():
         if parameter.requires_grad:
             parameter.data.fill_(-2.0)  # factors of 0.56, which cut off far too much
@@ -98,7 +101,7 @@ def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -
 
 
 def test_rate_warms_up_and_ends_at_a_thousandth() -> None:
-    factors = [rate_factor(step, 16, 160) for step in range(161)]
+    factors = [floored_warmup_cosine(step, 16, 160) for step in range(161)]
     assert factors[0] == pytest.approx(0.01)
     assert factors[16] == pytest.approx(1.0, abs=0.03)
     assert factors[160] == pytest.approx(1e-3)

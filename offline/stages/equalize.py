@@ -1,0 +1,75 @@
+"""Equalize a decoder layer: queries against keys, up_proj against down_proj (see `algorithms/equalize.py`)."""
+
+import torch
+
+from infoquant_vllm.format import ARCHITECTURES, ModelShape
+from offline.algorithms.equalize import down_scales, key_scales, normed_moments, output_moments
+from offline.model.input_statistics import InputStatistics
+
+QKV = "self_attn.q_proj"
+"""The module that the statistics of the input of queries, keys and values have the name of."""
+
+
+def equalize_layer(
+    state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: InputStatistics, shape: ModelShape
+) -> None:
+    """Scale a layer's weights (see `fold_layer`) in place, and the statistics of keys and of down_proj with them."""
+    queries, keys = (
+        output_moments(
+            state[f"{module}.weight"],
+            state.get(f"{module}.bias"),
+            hessians[QKV],
+            statistics.sums[QKV],
+            statistics.tokens[QKV],
+        )
+        for module in (QKV, "self_attn.k_proj")
+    )
+    scale, (_, keys_module) = equalize_keys(state, queries, keys, shape), _rope_inputs(shape)
+    if keys_module in statistics.sums:
+        statistics.sums[keys_module] *= scale
+    scale = equalize_down(state, statistics.second_moments["mlp.down_proj"])
+    for row, factor in zip(hessians["mlp.down_proj"], scale, strict=True):
+        row.mul_(scale * factor)
+    statistics.scale_samples("mlp.down_proj", scale)
+
+
+def equalize_keys(
+    state: dict[str, torch.Tensor], queries: torch.Tensor, keys: torch.Tensor, shape: ModelShape
+) -> torch.Tensor:
+    """Scale keys and inversely queries, in place; returns the scales of keys [kv_heads * head_dim].
+
+    A norm over each head would cancel scales of the linear before it; its gain takes them, one for all heads.
+
+    queries, keys: second moments [heads * head_dim] of the outputs of q_proj and k_proj
+    """
+    (query_module, key_module), kv_heads = _rope_inputs(shape), shape.num_key_value_heads
+    if ARCHITECTURES[shape.architecture].qk_norm:
+        queries = normed_moments(queries, state[f"{query_module}.weight"])
+        keys, kv_heads = normed_moments(keys, state[f"{key_module}.weight"]), 1
+    scale = key_scales(queries, keys, kv_heads, shape.head_dim)
+    _scale_rows(state, key_module, scale.flatten())
+    group = len(state[f"{query_module}.weight"]) // scale.numel()
+    _scale_rows(state, query_module, 1 / scale.repeat_interleave(group, dim=0).flatten())
+    return scale.expand(shape.num_key_value_heads, -1).flatten()
+
+
+def equalize_down(state: dict[str, torch.Tensor], second_moments: torch.Tensor) -> torch.Tensor:
+    """Scale the rows of up_proj, and inversely the columns of down_proj, in place; returns down_proj's input scales.
+
+    second_moments: [intermediate], of the inputs of down_proj
+    """
+    scale = down_scales(state["mlp.down_proj.weight"], second_moments)
+    state["mlp.down_proj.weight"] = state["mlp.down_proj.weight"] / scale
+    _scale_rows(state, "mlp.up_proj", scale)
+    return scale
+
+
+def _rope_inputs(shape: ModelShape) -> tuple[str, str]:
+    return ARCHITECTURES[shape.architecture].rope_inputs
+
+
+def _scale_rows(state: dict[str, torch.Tensor], module: str, scale: torch.Tensor) -> None:
+    weight = state[f"{module}.weight"]
+    state[f"{module}.weight"] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    if f"{module}.bias" in state:
+        state[f"{module}.bias"] = state[f"{module}.bias"] * scale
