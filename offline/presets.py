@@ -1,4 +1,4 @@
-"""The recipes that have a name."""
+"""The built-in recipes by name."""
 
 from infoquant_vllm.format import WeightArgs
 from offline.errors import ToolError
@@ -16,7 +16,7 @@ from offline.recipe import (
 )
 
 WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=64)
-"""Of the distilled presets: a fifth less KL than one symmetric scale per row, for 0.6 bits per weight more."""
+"""Weights of the distilled presets: a fifth less KL than one symmetric scale per row, for 0.6 bits per weight more."""
 
 FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip_ratio="search")
 EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip_ratio="search")
@@ -25,7 +25,7 @@ SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
 
 
 def _distilled(name: str, sites: Sites) -> Recipe:
-    """What `best` does, with the codes of `sites`."""
+    """Return the recipe of `best` with the number formats of `sites`."""
     return Recipe(
         name=name,
         transform="psot-shared",
@@ -53,11 +53,11 @@ PRESETS: dict[str, Recipe] = {
         _distilled("w4a16kv4", Sites(qkv=SIXTEEN, o=SIXTEEN, gate_up=SIXTEEN, down=SIXTEEN)),
     )
 }
-"""`rtn`, `quarot`, `paper` and `fast` are on equal terms: the same codes and calibration text."""
+"""`rtn`, `quarot`, `paper` and `fast` can be compared: they have the same number formats and calibration text."""
 
 
 def preset_named(name: str) -> Recipe:
-    """A preset by name; raises ToolError listing the known ones."""
+    """Return a preset by name; raises ToolError listing the known ones."""
     if name not in PRESETS:
         raise ToolError(f"no preset is named {name!r}; choose one of {', '.join(PRESETS)}, or write a recipe file")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""What is done to a model: which transforms, which rounding, which codes at each site."""
+"""Recipes: the transforms, the rounding and the number formats of a quantized model, as one frozen value."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from infoquant_vllm.format import (
     check_tp_divisible,
 )
 from offline.errors import ToolError
-from offline.tensor_parallel import common_share, tp_sizes
+from offline.tensor_parallel import common_shard_size, tp_sizes
 
 ClipRatio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -30,7 +30,7 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class SiteActivations(StrictModel):
-    """`ActivationArgs` of the format, where strategy "head" takes its size from the model."""
+    """Quantization of an input: `ActivationArgs` of the format, where strategy "head" takes its size from the model."""
 
     num_bits: Literal[4, 8, 16] = 4
     symmetric: bool = False
@@ -38,13 +38,13 @@ class SiteActivations(StrictModel):
     group_size: Count | None = None
 
     @model_validator(mode="after")
-    def _group_size_goes_with_strategy(self) -> "SiteActivations":
+    def _group_size_needs_strategy(self) -> "SiteActivations":
         if (self.strategy == "group") != (self.group_size is not None):
             raise ValueError(f"group_size {self.group_size} does not go with strategy '{self.strategy}'")
         return self
 
     def for_model(self, shape: ModelShape) -> ActivationArgs:
-        """The same in the format's words."""
+        """Return the format's arguments for a model of that shape."""
         size = shape.head_dim if self.strategy == "head" else self.group_size
         return ActivationArgs(num_bits=self.num_bits, symmetric=self.symmetric, strategy=self.strategy, group_size=size)
 
@@ -61,7 +61,7 @@ class Site(StrictModel):
 
 
 class Sites(StrictModel):
-    """The four inputs of a decoder layer."""
+    """Quantization of the four inputs of a decoder layer and their linears (see SITES of the format)."""
 
     qkv: Site = Site()
     o: Site = Site(input_activations=SiteActivations(strategy="head"))
@@ -70,10 +70,10 @@ class Sites(StrictModel):
 
 
 class KVCache(StrictModel):
-    """Bits of keys and values in the cache, and the factors that shrink their ranges.
+    """Bits of keys and values in the cache, and their clip ratios.
 
-    key_mean_positions: keys are quantized less their mean over that many positions (see
-        `offline/algorithms/key_mean.py`), which RoPE turns from one to the next; None leaves them as they are
+    key_mean_positions: subtract the mean key over that many positions before keys are quantized (see
+        `offline/algorithms/key_mean.py`), which RoPE rotates; None subtracts nothing
     """
 
     key_bits: Literal[4, 8] = 4
@@ -84,7 +84,7 @@ class KVCache(StrictModel):
 
 
 class CalibrationSize(StrictModel):
-    """How much text is read: `sequences` of `sequence_length` tokens."""
+    """Size of the calibration text: `sequences` of `sequence_length` tokens."""
 
     sequences: Count = 64
     sequence_length: Annotated[int, Field(ge=8, le=131_072)] = 512
@@ -93,8 +93,8 @@ class CalibrationSize(StrictModel):
 class Gptq(StrictModel):
     """Rounding of the weights.
 
-    dampening_frac: as a share of the Hessian's mean diagonal
-    refinements: passes over codes and scales behind it (see `offline/algorithms/refine.py`)
+    dampening_frac: added to the Hessian's diagonal, as a share of its mean
+    refinements: passes over codes and scales after GPTQ (see `offline/algorithms/refine.py`)
     """
 
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -102,7 +102,7 @@ class Gptq(StrictModel):
 
 
 class Psot(StrictModel):
-    """The optimization of the shared rotation: Adam with a cosine schedule."""
+    """Optimization of the shared R1 (see `offline/algorithms/psot.py`): Adam with a cosine schedule."""
 
     steps: Count = 500
     batch_tokens: Count = 1024
@@ -111,14 +111,14 @@ class Psot(StrictModel):
 
 
 class PsotLayer(StrictModel):
-    """The optimization of each layer's own rotations: gradient descent over orthogonal matrices.
+    """Optimization of each layer's own rotations (PSOT): gradient descent over orthogonal matrices.
 
-    As published: 15 epochs over 128 sequences of 2048 tokens, which wants a GPU.
+    As published: 15 epochs over 128 sequences of 2048 tokens, which takes a GPU.
 
     blocks: diagonal blocks in the rotation of a hidden-size input
-    epochs: passes over the calibration text, the learning rate falling from first to last by line
-    temperature: of the softmax that picks out a token's peaks
-    outlier_weight: of outlier tokens in the loss, ordinary ones having 1
+    epochs: passes over the calibration text; the learning rate falls linearly to `last_learning_rate`
+    temperature: of the softmax that weights a token's peaks
+    outlier_weight: weight of outlier tokens in the loss; ordinary tokens have 1
     """
 
     blocks: Count = 2
@@ -131,11 +131,11 @@ class PsotLayer(StrictModel):
 
 
 class LearnedClips(StrictModel):
-    """The optimization of clip factors in place of the sites' fixed ones, layer by layer: AdamW.
+    """Optimization of clip ratios, in place of the sites' fixed ones, layer by layer: AdamW.
 
     As published: 128 sequences, 4 at a time.
 
-    sequences: how many of the calibration text's are used
+    sequences: number of sequences of the calibration text that are used
     """
 
     sequences: Count = 8
@@ -146,9 +146,9 @@ class LearnedClips(StrictModel):
 
 
 class Distillation(StrictModel):
-    """End-to-end training of a factor per row of weights and of clips against the source: Adam, warm-up and cosine.
+    """Distillation of a factor per row of weights and of the KV cache's clip ratios: Adam, warm-up and cosine.
 
-    The rate is relative for scales and absolute for clips; 0 leaves them as they are.
+    The learning rate is relative for scales and absolute for clip ratios; 0 leaves them as they are.
     """
 
     steps: Count = 100
@@ -159,7 +159,7 @@ class Distillation(StrictModel):
 
 
 class Recipe(StrictModel):
-    """Everything that decides the output, apart from the source, the calibration text and the seed."""
+    """Everything that determines the output, except for the source, the calibration text and the seed."""
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     transform: Literal["none", "hadamard", "psot-shared", "psot-layer"]
@@ -168,7 +168,7 @@ class Recipe(StrictModel):
     sites: Sites = Sites()
     kv_cache: KVCache | None = KVCache()
     lm_head_bits: Literal[8] | None = None
-    """Of the matrix that makes the logits, in a tied model the embedding too; None leaves it as it is."""
+    """Bits of lm_head, in a tied model of the embedding too; None leaves it unquantized."""
     calibration: CalibrationSize = CalibrationSize()
     gptq: Gptq = Gptq()
     psot: Psot = Psot()
@@ -176,30 +176,30 @@ class Recipe(StrictModel):
     learned_clips: LearnedClips | None = None
     distillation: Distillation | None = None
     max_tp_size: Annotated[int, Field(ge=1, le=1024)] = 1
-    """How many workers of tensor parallelism may serve it: rotations and ranges keep to a worker's share."""
+    """Largest tensor-parallel size that may serve the checkpoint: rotations and ranges stay within a rank's shard."""
 
     @model_validator(mode="after")
-    def _what_reads_statistics_goes_with_gptq(self) -> "Recipe":
-        asked = {
+    def _statistics_need_gptq(self) -> "Recipe":
+        readers = {
             "equalize": self.equalize,
             "gptq.refinements": self.gptq.refinements > 0,
             "kv_cache.key_mean_positions": self.kv_cache is not None and self.kv_cache.key_mean_positions,
             "learned_clips": self.learned_clips is not None,
         } | {f"sites.{name}.clip_ratio 'search'": getattr(self.sites, name).clip_ratio == "search" for name in SITES}
-        for name, wanted in asked.items():
-            if wanted and self.rounding != "gptq":
+        for name, used in readers.items():
+            if used and self.rounding != "gptq":
                 raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
         return self
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any step looks at activations."""
+        """Return whether any stage reads activations."""
         return self.rounding == "gptq" or self.transform.startswith("psot") or self.distillation is not None
 
     def input_transform(self, site: str, shape: ModelShape) -> InputTransform:
-        """What the inputs of that site (see SITES) are multiplied by at run time."""
+        """Return the transform of the inputs of a site (see SITES) at run time; that of `down` is R4."""
         if site == "down" and self.transform != "none":
-            block = common_share(shape.intermediate_size, shape, self.max_tp_size)
+            block = common_shard_size(shape.intermediate_size, shape, self.max_tp_size)
             return InputTransform(type="hadamard", block_size=block)
         if site in ("qkv", "gate_up") and self.transform == "psot-layer":
             blocks = self.psot_layer.blocks
@@ -209,18 +209,18 @@ class Recipe(StrictModel):
         return InputTransform()
 
     def input_activations(self, site: str, shape: ModelShape) -> ActivationArgs:
-        """The codes of that site's inputs; a range per token becomes one per worker where they are cut."""
+        """Return the number format of a site's inputs; a range per token becomes one per shard where TP shards them."""
         args = getattr(self.sites, site).input_activations.for_model(shape)
         if site not in ROW_PARALLEL_SITES or args.strategy != "token" or args.num_bits == 16:
             return args
         _, features = shape.linears()[f"model.layers.0.{SITES[site][0]}"]
-        share = common_share(features, shape, self.max_tp_size)
-        return args if share == features else args.model_copy(update={"strategy": "group", "group_size": share})
+        shard = common_shard_size(features, shape, self.max_tp_size)
+        return args if shard == features else args.model_copy(update={"strategy": "group", "group_size": shard})
 
     def quantization_config(self, shape: ModelShape) -> QuantizationConfigData:
-        """`quantization_config` of the checkpoint that this recipe makes of a model of that shape.
+        """Return `quantization_config` of the checkpoint that this recipe makes of a model of that shape.
 
-        Raises FormatError where the sizes of blocks or groups do not suit the model, or `max_tp_size` workers.
+        Raises FormatError where the sizes of blocks or groups do not suit the model or one of the TP sizes.
         """
         rotated, rotated_stream = self.transform != "none", self.transform in ("hadamard", "psot-shared")
         groups = {
@@ -233,7 +233,7 @@ class Recipe(StrictModel):
             for name, linears in SITES.items()
             for site in [getattr(self.sites, name)]
         }
-        self._check_shares(groups, shape)
+        self._check_shards(groups, shape)
         kv_cache = None
         if self.kv_cache is not None:
             kv_cache = KVCacheArgs(
@@ -253,18 +253,18 @@ class Recipe(StrictModel):
             lm_head_bits=self.lm_head_bits,
         )
 
-    def _check_shares(self, groups: dict[str, ConfigGroup], shape: ModelShape) -> None:
+    def _check_shards(self, groups: dict[str, ConfigGroup], shape: ModelShape) -> None:
         linears = shape.linears()
         for name in ROW_PARALLEL_SITES:
             module = SITES[name][0]
-            for workers in tp_sizes(shape, self.max_tp_size)[1:]:
+            for tp_size in tp_sizes(shape, self.max_tp_size)[1:]:
                 try:
-                    check_tp_divisible(groups[name], linears[f"model.layers.0.{module}"][1], workers)
+                    check_tp_divisible(groups[name], linears[f"model.layers.0.{module}"][1], tp_size)
                 except FormatError as error:
                     raise FormatError(f"{module} with max_tp_size {self.max_tp_size}: {error}") from None
 
     def dump(self) -> str:
-        """The recipe as YAML; `load_recipe` reads it back."""
+        """Return the recipe as YAML, which `load_recipe` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 

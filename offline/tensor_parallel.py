@@ -1,22 +1,22 @@
-"""How many workers of tensor parallelism a model can have, and what is one worker's wherever they are fewer."""
+"""Tensor-parallel sizes that a model allows, and the features that stay on one rank for all of them."""
 
 import math
 
 from infoquant_vllm.format import ModelShape
 
 
-def tp_sizes(shape: ModelShape, most: int) -> list[int]:
-    """The numbers of workers up to `most` among which vLLM can share out the heads and the MLP of a model."""
+def tp_sizes(shape: ModelShape, max_tp_size: int) -> list[int]:
+    """Return the TP sizes up to `max_tp_size` for which vLLM can shard the heads and the MLP of a model."""
     kv_heads = shape.num_key_value_heads
     return [
-        count
-        for count in range(1, most + 1)
-        if shape.num_attention_heads % count == 0
-        and shape.intermediate_size % count == 0
-        and (kv_heads % count == 0 or count % kv_heads == 0)
+        size
+        for size in range(1, max_tp_size + 1)
+        if shape.num_attention_heads % size == 0
+        and shape.intermediate_size % size == 0
+        and (kv_heads % size == 0 or size % kv_heads == 0)
     ]
 
 
-def common_share(features: int, shape: ModelShape, most: int) -> int:
-    """The largest run of an input's `features` that no number of workers up to `most` cuts."""
-    return features // math.lcm(*tp_sizes(shape, most))
+def common_shard_size(features: int, shape: ModelShape, max_tp_size: int) -> int:
+    """Return the size of the largest runs of `features` that no TP size up to `max_tp_size` splits."""
+    return features // math.lcm(*tp_sizes(shape, max_tp_size))

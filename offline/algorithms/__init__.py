@@ -1,1 +1,1 @@
-"""Transform and round tensors: the mathematics, one algorithm per file."""
+"""Transform and round tensors: pure functions, one algorithm per file, without files, models or progress."""

@@ -1,7 +1,7 @@
-"""Clip factors of activations, chosen by the error that rounding and clipping leave.
+"""Search the clip ratios of activations that minimize the error of rounding and clipping.
 
-How far a range should shrink depends on how many values share it and how they are spread: of 4-bit
-codes of Gaussian values, groups of 32 do best unclipped, of 64 at 0.95, tokens of 576 at 0.85.
+How far a range should shrink depends on how many values share it and on their distribution: with 4-bit
+codes of Gaussian values, groups of 32 are best unclipped, groups of 64 at 0.95, tokens of 576 at 0.85.
 """
 
 import torch
@@ -13,9 +13,9 @@ GRID = tuple(1.0 - 0.025 * step for step in range(17))
 
 
 def search_clips(y: torch.Tensor, args: ActivationArgs, groups: int) -> torch.Tensor:
-    """The factors [groups, 2], the same for minimum and maximum, that lose least of y [tokens, K] float32.
+    """Return the clip ratios [groups, 2], equal for minimum and maximum, with the least squared error of y.
 
-    y: inputs behind their transform; every token counts the same, however large it is
+    y: [tokens, K] float32, inputs after their transform; every token counts the same, whatever its norm
     """
     y = y / y.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(y.dtype).tiny)
     best = torch.full((groups,), torch.inf, device=y.device)

@@ -1,4 +1,4 @@
-"""GPTQ: rounding column by column, each column's error pushed into those not yet rounded.
+"""GPTQ: round column by column, and compensate each column's error in those not yet rounded.
 
 E. Frantar et al., arXiv 2210.17323, sections 3.2 to 3.4 (without act-order), in the form that J. Chee
 et al. show to give the same codes (LDLQ, arXiv 2307.13304, theorem 6): by a factor of the Hessian
@@ -11,19 +11,22 @@ from infoquant_vllm.format import WeightArgs
 from offline.algorithms.rtn import QuantizedWeight, Scales, search_scales
 
 BLOCK = 32
+"""Columns that are rounded before their errors are passed on to all later ones."""
 FACTOR_BLOCK = 2048
 """Columns of the Hessian that are factored together."""
-ROWS_SEEN = 2048
-"""Of a weight at most, where its error is told: all of them would take as long as rounding them."""
+MAX_ERROR_ROWS = 2048
+"""Rows on which the output error is estimated; all rows would take as long as GPTQ itself."""
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, dampening_frac: float) -> QuantizedWeight:
     """Quantize weight [N, K] float32 for inputs x with sum of x^T x = hessian [K, K].
 
-    Scales come from a clip search on the weights: over whole rows before anything is rounded, or,
-    with groups, over each group when its turn comes.
+    Scales come from a clip search on the weights: over whole rows before anything is rounded or, with
+    groups, over each group just before it is rounded.
     """
-    rest = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]: what is rounded together lies together
+    rest = weight.T.clone(
+        memory_format=torch.contiguous_format
+    )  # [K, N]: rows that are rounded together are contiguous
     factor, end = unit_factor(hessian, dampening_frac), len(rest)
     group = args.group_size or end
     found: list[Scales] = []
@@ -32,18 +35,18 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, dampenin
         found.append(scales)
         for start in range(first, first + group, BLOCK):
             stop = min(start + BLOCK, first + group)
-            rows, wanted = _part(factor, slice(start, stop), slice(start, end)), weight.T[start:stop].contiguous()
-            codes, errors = _round_block(wanted, rest[start:stop], rows[:, : stop - start], scales)
-            rest[start:stop] = codes  # whose weights nothing reads any more
+            rows, target = _part(factor, slice(start, stop), slice(start, end)), weight.T[start:stop].contiguous()
+            codes, errors = _round_block(target, rest[start:stop], rows[:, : stop - start], scales)
+            rest[start:stop] = codes  # in place of weights that are no longer read
             rest[stop:].addmm_(rows[:, stop - start :].T, errors)
     scale, zero = (torch.cat([getattr(scales, name) for scales in found], dim=1) for name in ("scale", "zero"))
     return QuantizedWeight(rest.T, scale, zero)
 
 
 def _compensated(weight: torch.Tensor, rest: torch.Tensor, factor: list[torch.Tensor], group: slice) -> torch.Tensor:
-    """A group's weights [N, G] as they best make up for the errors before it, were none of them rounded.
+    """Return a group's weights [N, G] that best compensate the errors before it, if none of them were rounded.
 
-    `rest` has what each is to make up for where the others of the group stay as they were.
+    `rest` has what each weight compensates while the others of the group stay unchanged.
     """
     own = weight[:, group]
     if group.start == 0:
@@ -54,11 +57,11 @@ def _compensated(weight: torch.Tensor, rest: torch.Tensor, factor: list[torch.Te
 
 
 def _round_block(
-    wanted: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scales: Scales
+    target: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scales: Scales
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and errors [B, N] of B inputs' weights `wanted` [B, N], one input after the other.
+    """Return codes and errors [B, N] of B inputs' weights `target` [B, N], one input after the other.
 
-    rows: the weights and what the inputs before the block have pushed into them
+    rows: [B, N], the weights with the errors of the inputs before the block compensated
     """
     scales = Scales(scales.scale[:, 0], scales.zero[:, 0], scales.lowest, scales.highest)
     codes, errors = torch.empty_like(rows), torch.empty_like(rows)
@@ -66,15 +69,15 @@ def _round_block(
         if index:
             row = torch.addmv(row, errors[:index].T, factor[:index, index])  # noqa: PLW2901
         codes[index] = scales.codes(row)
-        errors[index] = wanted[index] - scales.values(codes[index])
+        errors[index] = target[index] - scales.values(codes[index])
     return codes, errors
 
 
 def unit_factor(hessian: torch.Tensor, dampening_frac: float) -> list[torch.Tensor]:
-    """U of H + dampening_frac * mean(diag H) I = U D U^T, upper triangular with ones on its diagonal; D is diagonal.
+    """Factor H + dampening_frac * mean(diag H) I = U D U^T; returns the unit upper triangular U. D is diagonal.
 
-    The dampening_frac keeps D positive where inputs are never used or fewer tokens than inputs were seen.
-    Computed in float64, from the last block of columns to the first, in half of a matrix: U comes as
+    The dampening keeps D positive for inputs that are never used, or with fewer tokens than inputs.
+    Computed in float64, from the last block of columns to the first, in half of a matrix: U is returned in
     blocks of FACTOR_BLOCK columns float32, each down to the diagonal, `U[:stop, start:stop]`.
     """
     blocks, diagonal = _blocks(len(hessian)), hessian.diagonal().double()
@@ -93,7 +96,7 @@ def unit_factor(hessian: torch.Tensor, dampening_frac: float) -> list[torch.Tens
 
 
 def _part(factor: list[torch.Tensor], rows: slice, columns: slice) -> torch.Tensor:
-    """Some rows and columns of a `unit_factor`; entries left of the diagonal are anything."""
+    """Return rows and columns of a `unit_factor`; entries left of the diagonal are undefined."""
     found = factor[0].new_empty(columns.stop - columns.start, rows.stop - rows.start).T
     for block, own in zip(_blocks(len(factor[-1])), factor, strict=True):
         start, stop = max(block.start, columns.start), min(block.stop, columns.stop)
@@ -108,18 +111,18 @@ def _blocks(size: int) -> list[slice]:
 
 
 def output_error(weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor) -> float:
-    """Share of the output's energy that is lost: tr(D H D^T) / tr(W H W^T), D = W - Q.
+    """Return the relative squared error of the outputs: tr(D H D^T) / tr(W H W^T), D = W - Q.
 
-    Of a linear with more outputs than ROWS_SEEN, over that many evenly spaced ones.
+    Estimated on MAX_ERROR_ROWS evenly spaced rows where there are more.
     """
-    rows = slice(None, None, -(-len(weight) // ROWS_SEEN))
+    rows = slice(None, None, -(-len(weight) // MAX_ERROR_ROWS))
     weight, values = weight[rows], quantized.rows(rows).values()
     lost, total = _energy(weight - values, hessian), _energy(weight, hessian)
     return max(lost, 0.0) / total if total > 0 else 0.0
 
 
 def _energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr(W H W^T), by what is on and above the diagonal of H: what is above counts twice."""
+    """Return tr(W H W^T) from the upper triangle of H, whose entries above the diagonal count twice."""
     total = 0.0
     for block in _blocks(len(hessian)):
         product = weight[:, block] @ hessian[block, block.start :]

@@ -1,8 +1,7 @@
-"""Which tokens of a calibration text are outliers: InfoQuant's adaptive selection (arXiv 2605.26175).
+"""Select the outlier tokens of a calibration text: InfoQuant's adaptive selection (arXiv 2605.26175).
 
-Outliers that come with a token's position, as those of a text's first token, are in all sequences
-alike; ordinary large values are scattered. As the threshold rises the share of scattered ones
-settles, and there the tokens above it are taken.
+Outliers that depend on a token's position, like those of a text's first token, occur in all sequences;
+ordinary large values are scattered. The threshold rises until the share of scattered tokens above it settles.
 """
 
 import torch
@@ -14,19 +13,19 @@ LARGEST_SHARE = 0.4
 
 
 def outlier_weights(x: torch.Tensor, weight: float) -> torch.Tensor:
-    """Weights [sequences, length] of the tokens of x [sequences, length, features]: `weight` or 1."""
+    """Return the weights [sequences, length] of the tokens of x [sequences, length, features]: `weight` or 1."""
     scores = token_scores(x)
     outliers = scores > select_threshold(scores[:SEQUENCES])
     return torch.where(outliers, weight, 1.0)
 
 
 def token_scores(x: torch.Tensor) -> torch.Tensor:
-    """A token's largest distance from its sequence's mean, in that sequence's standard deviations."""
+    """Return each token's largest distance from its sequence's mean, in standard deviations of the sequence."""
     return torch.stack([(each - each.mean()).abs().amax(1) / each.std() for each in x])
 
 
 def select_threshold(scores: torch.Tensor) -> int:
-    """The threshold k on scores [sequences, length] at which scattered outliers have settled.
+    """Return the threshold k on scores [sequences, length] at which the share of scattered outliers settles.
 
     r(k) = (n2 - n1) / n2 with n1 the mean number of tokens above k, n2 the number of positions
     above it in any sequence. The first k with |r(k) - r(k - 1)| < 0.02 and n2 < 0.4 of the length;

@@ -1,6 +1,6 @@
-"""Rounded weights made better where they are: codes one input at a time, scales in closed form.
+"""Refine rounded weights: codes by coordinate descent, one input at a time, and scales in closed form.
 
-Both steps lower tr((W - Q) H (W - Q)^T), the error of the outputs, and never raise it. The first is
+Both steps lower tr((W - Q) H (W - Q)^T), the squared error of the outputs, and never raise it. The first is
 cyclic coordinate descent over the codes (Behdin et al., "QuantEase", arXiv 2309.01885, section 3.2);
 the second solves for all scales of a row with its codes fixed, which is linear least squares.
 """
@@ -12,18 +12,19 @@ from offline.algorithms.rtn import QuantizedWeight, Scales, code_range
 
 BLOCK = 32
 ROWS_AT_A_TIME = 8192
+"""Rows that are refined together; bounds peak memory."""
 SYSTEM_ELEMENTS = 2**24
-"""Of the systems of equations that are solved together: a row with G groups has G^2."""
+"""Elements of the systems of equations that are solved together; a row with G groups has G^2."""
 REGULARIZATION = 1e-4
-"""Share of the Hessian's mean diagonal that is added to it: inputs that hardly occur stay near their weights."""
+"""Dampening, as a share of the Hessian's mean diagonal: weights of unused inputs stay near their values."""
 SMALLEST_CHANGE = 0.5
-"""Of a scale, as a factor: solutions below it, or above its inverse, come from groups that hardly matter."""
+"""Smallest factor by which a scale may change; its inverse is the largest. Others come from groups of no effect."""
 
 
 def refine(
     weight: torch.Tensor, rounded: QuantizedWeight, hessian: torch.Tensor, args: WeightArgs, passes: int
 ) -> QuantizedWeight:
-    """`rounded` after `passes` of both steps; weight [N, K] float32, hessian [K, K] as in `gptq`."""
+    """Refine `rounded` by `passes` of both steps; weight [N, K] float32, hessian [K, K] as in `gptq`."""
     diagonal = hessian.diagonal().mean()
     if passes == 0 or diagonal <= 0:
         return rounded
@@ -38,20 +39,22 @@ def refine(
 
 
 def descend(weight: torch.Tensor, rounded: QuantizedWeight, hessian: torch.Tensor, args: WeightArgs) -> QuantizedWeight:
-    """Every code once, in order, set to the best one for the others as they stand."""
+    """Set every code once, in order, to the best one given all others."""
     lowest, highest = code_range(args)
     groups = rounded.scale.shape[1]
     size = weight.shape[1] // groups
-    codes = rounded.codes.T.clone(memory_format=torch.contiguous_format)  # [K, N]: what moves together lies together
+    codes = rounded.codes.T.clone(
+        memory_format=torch.contiguous_format
+    )  # [K, N]: rows that change together are contiguous
     difference = (weight - rounded.values()).T.contiguous()
-    pull = hessian @ difference
+    gradient = hessian @ difference
     for group in range(groups):
         scales = Scales(rounded.scale[:, group], rounded.zero[:, group], lowest, highest)
         for start in range(group * size, (group + 1) * size, BLOCK):
             part = slice(start, min(start + BLOCK, (group + 1) * size))
             own, before = hessian[part, part], difference[part].clone()
-            _descend_block(weight.T[part], codes[part], difference[part], pull[part].clone(), own, scales)
-            pull.addmm_(hessian[:, part], difference[part] - before)
+            _descend_block(weight.T[part], codes[part], difference[part], gradient[part].clone(), own, scales)
+            gradient.addmm_(hessian[:, part], difference[part] - before)
     return QuantizedWeight(codes.T.contiguous(), rounded.scale, rounded.zero)
 
 
@@ -59,23 +62,23 @@ def _descend_block(
     weight: torch.Tensor,
     codes: torch.Tensor,
     difference: torch.Tensor,
-    pull: torch.Tensor,
+    gradient: torch.Tensor,
     hessian: torch.Tensor,
     scales: Scales,
 ) -> None:
-    """Change codes and difference [B, N] of B inputs in place; `pull` [B, N] is their rows of H (W - Q)."""
+    """Update codes and difference [B, N] of B inputs in place; `gradient` [B, N] is their rows of H (W - Q)."""
     for index, row in enumerate(weight):
-        wanted = row - difference[index] + pull[index] / hessian[index, index]
-        codes[index] = scales.codes(wanted)
+        target = row - difference[index] + gradient[index] / hessian[index, index]
+        codes[index] = scales.codes(target)
         found = row - scales.values(codes[index])
-        pull.addr_(hessian[:, index], found - difference[index])
+        gradient.addr_(hessian[:, index], found - difference[index])
         difference[index] = found
 
 
 def refit_scales(weight: torch.Tensor, rounded: QuantizedWeight, hessian: torch.Tensor) -> QuantizedWeight:
-    """The scales [N, G] that minimize the error with codes and zero points as they are.
+    """Solve for the scales [N, G] that minimize the error for the given codes and zero-points.
 
-    With C_g the codes less zeros of group g and 0 elsewhere: sum_h (C_g H C_h^T) s_h = C_g H w^T.
+    With C_g the codes minus zero-points of group g and 0 elsewhere: sum_h (C_g H C_h^T) s_h = C_g H w^T.
     """
     groups = rounded.scale.shape[1]
     rows = max(1, SYSTEM_ELEMENTS // groups**2)

@@ -1,4 +1,4 @@
-"""Transforms that leave a model's function unchanged, and their application along an axis."""
+"""Transforms that leave a model's function unchanged, and how they apply to inputs, weights and Hessians."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,20 +10,20 @@ from infoquant_vllm.format import InputTransform, ModelShape, apply_hadamard, ha
 from infoquant_vllm.kernels.torch.quantize import apply_transform
 
 ROWS_AT_A_TIME = 256
-"""Of a weight or a Hessian as it is transformed in float64."""
+"""Rows of a weight or a Hessian that are transformed in float64 at once; bounds peak memory."""
 
 InputTensors = dict[str, torch.Tensor]
-"""What an `InputTransform` reads from the checkpoint, float32 by local names; none for type none and hadamard."""
+"""Tensors of an `InputTransform` in the checkpoint, float32 by local names; empty for types none and hadamard."""
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """The matrices of one model. Those folded into weights are orthogonal, float64; None is the identity.
+    """Rotations of one model. Those folded into weights are orthogonal, float64; None is the identity.
 
-    residual: [hidden, hidden], the basis of the residual stream, x_rot = x @ residual
-    heads: [layers, kv_heads, head_dim, head_dim], the basis of each head's values
-    inputs: of each layer, by site, what linears multiply their inputs by at run time; empty where
-        no site has such matrices (the recipe tells which sites have a Hadamard)
+    residual: R1, [hidden, hidden], the basis of the residual stream, x_rot = x @ residual
+    heads: R2, [layers, kv_heads, head_dim, head_dim], the basis of each head's values
+    inputs: by layer and site, the matrices that inputs are multiplied by at run time; empty where no site
+        has such matrices. The Hadamard transforms R3 and R4, which are online too, have none: the recipe sets them
     """
 
     residual: torch.Tensor | None
@@ -31,7 +31,7 @@ class Transforms:
     inputs: Sequence[dict[str, InputTensors]] = ()
 
     def orthogonality_error(self, layer: int) -> float | None:
-        """The largest entry of |Q^T Q - I| over a layer's rotations; None where it has none of its own."""
+        """Return the largest entry of |Q^T Q - I| over a layer's own rotations; None if it has none."""
         found = [] if self.heads is None else [self.heads[layer]]
         if self.inputs:
             found += [matrix for tensors in self.inputs[layer].values() for matrix in tensors.values()]
@@ -39,17 +39,17 @@ class Transforms:
 
 
 def orthogonality_error(matrix: torch.Tensor) -> float:
-    """Largest entry of |Q^T Q - I| over matrices [..., n, n]."""
+    """Return the largest entry of |Q^T Q - I| over matrices [..., n, n]."""
     return (matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype)).abs().max().item()
 
 
 def random_hadamard(size: int, generator: torch.Generator) -> torch.Tensor:
-    """An orthogonal matrix [size, size] float64: the format's Hadamard with random row signs."""
+    """Return an orthogonal matrix [size, size] float64: the format's Hadamard matrix with random row signs."""
     return _random_signs((size, 1), generator) * hadamard(size)
 
 
 def random_head_rotations(shape: ModelShape, generator: torch.Generator) -> torch.Tensor:
-    """A random-sign Hadamard per layer and kv-head, [layers, kv_heads, head_dim, head_dim] float64."""
+    """Return a random-sign Hadamard matrix per layer and kv-head, [layers, kv_heads, head_dim, head_dim] float64."""
     signs = _random_signs((shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, 1), generator)
     return signs * hadamard(shape.head_dim)
 
@@ -75,7 +75,7 @@ def transform_operands(transform: InputTransform, tensors: InputTensors) -> tupl
 
 
 def hadamard_product(x: torch.Tensor) -> torch.Tensor:
-    """x [..., size] @ hadamard(size) by matrix products: few operations, for gradients and speed; other last bits."""
+    """Return x [..., size] @ hadamard(size) by matrix multiplications: fast and differentiable, other last bits."""
     dense = hadamard_dense(x.shape[-1]).to(x)
     rows = x.unflatten(-1, (len(dense), -1))
     rows = rows @ hadamard(rows.shape[-1]).to(x)
@@ -83,7 +83,7 @@ def hadamard_product(x: torch.Tensor) -> torch.Tensor:
 
 
 def undo_in_weights(weight: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:
-    """W' = W R^-T for weight [N, K], so that (x R) W'^T = x W^T; computed in float64, returned as float32.
+    """Return W' = W R^-T for weight [N, K], so that (x R) W'^T = x W^T; computed in float64, returned as float32.
 
     R need not be orthogonal; hadamard(n) is, and equals its own R^-T.
     """
@@ -97,7 +97,7 @@ def undo_in_weights(weight: torch.Tensor, transform: InputTransform, tensors: In
 
 
 def transform_hessian(hessian: torch.Tensor, transform: InputTransform, tensors: InputTensors) -> torch.Tensor:
-    """R^T H R, of inputs x R where `hessian` [K, K] float32 is that of x; each product in float64, in its place."""
+    """Turn the Hessian [K, K] float32 of inputs x into R^T H R, that of x R, in place; multiplies in float64."""
     if transform.type == "none":
         return hessian
     for side in (hessian, hessian.T):

@@ -1,4 +1,4 @@
-"""Weights to codes: scales by a search over clipped ranges, then rounding to nearest."""
+"""Round weights to nearest (RTN), with scales from a search over clipped ranges."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from infoquant_vllm.format import WeightArgs
 
 CLIP_GRID = tuple(1.0 - 0.025 * step for step in range(21))
 ELEMENTS_AT_A_TIME = 2**16
-"""Weights searched together: few enough to stay in a processor's cache, many enough for it to be worth a call."""
+"""Weights searched together: few enough for a processor's cache, enough to hide the cost of a call."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Scales:
     highest: int
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
-        """The nearest codes, in the dtype of `weight`, which broadcasts against the scales."""
+        """Return the nearest codes, in the dtype of `weight`, which broadcasts against the scales."""
         return (weight / self.scale).round_().add_(self.zero).clamp_(self.lowest, self.highest)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """What codes stand for."""
+        """Dequantize codes."""
         return (codes - self.zero) * self.scale
 
 
@@ -38,23 +38,23 @@ class QuantizedWeight:
     zero: torch.Tensor
 
     def values(self) -> torch.Tensor:
-        """The weights that the codes stand for, [N, K] float32."""
+        """Return the dequantized weights, [N, K] float32."""
         groups = self.scale.shape[1]
         codes = self.codes.unflatten(1, (groups, -1))
         return ((codes - self.zero[:, :, None]) * self.scale[:, :, None]).flatten(1)
 
     def rows(self, part: slice) -> "QuantizedWeight":
-        """Some of the rows."""
+        """Select rows."""
         return QuantizedWeight(self.codes[part], self.scale[part], self.zero[part])
 
     def split(self, rows: list[int]) -> list["QuantizedWeight"]:
-        """The same cut into parts of that many rows."""
+        """Split into parts of that many rows."""
         parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True)
         return [QuantizedWeight(*part) for part in parts]
 
 
 def search_scales(weight: torch.Tensor, args: WeightArgs) -> Scales:
-    """Scales [N, 1] for rows [N, K], the clipping factor of each row chosen by its squared error."""
+    """Return scales [N, 1] for rows [N, K], the clip ratio of each row chosen by its squared error."""
     rows = len(weight) if weight.device.type != "cpu" else max(1, ELEMENTS_AT_A_TIME // weight.shape[1])
     parts = [_search_rows(part.contiguous(), args) for part in weight.split(rows)]
     scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("scale", "zero"))
@@ -75,7 +75,7 @@ def _search_rows(weight: torch.Tensor, args: WeightArgs) -> Scales:
 
 
 def round_to_nearest(weight: torch.Tensor, args: WeightArgs) -> QuantizedWeight:
-    """Quantize weight [N, K] float32 without looking at its inputs."""
+    """Quantize weight [N, K] float32 without calibration."""
     size = args.group_size or weight.shape[1]
     parts = []
     for columns in weight.split(size, dim=1):
@@ -86,7 +86,7 @@ def round_to_nearest(weight: torch.Tensor, args: WeightArgs) -> QuantizedWeight:
 
 
 def code_range(args: WeightArgs) -> tuple[int, int]:
-    """Lowest and highest code."""
+    """Return the lowest and the highest code."""
     half = 2 ** (args.num_bits - 1)
     return (-half, half - 1) if args.symmetric else (0, 2 * half - 1)
 

@@ -14,10 +14,10 @@ SMALLEST = 1e-8
 def cayley_step(
     rotation: torch.Tensor, gradient: torch.Tensor, learning_rate: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """The rotations one step down their `gradient`, along the manifold.
+    """Return the rotations after one step against their `gradient`, along the manifold.
 
-    A step is learning_rate, or 1 / |W|_1 where that is shorter, which keeps the iteration contracting.
-    Before it, rows are brought back to length 1, and once in a while whole matrices to orthogonality.
+    The step size is learning_rate, or 1 / |W|_1 where that is smaller, for which the iteration contracts.
+    Before it, rows are normalized, and one in RETRACTED_ONE_IN matrices, at random, is orthogonalized.
     """
     rotation = rotation / (rotation.norm(dim=-1, keepdim=True) + SMALLEST)
     drawn = torch.randint(RETRACTED_ONE_IN, (*rotation.shape[:-2], 1, 1), generator=generator) == 0
@@ -37,6 +37,6 @@ def cayley_step(
 
 
 def retract(matrix: torch.Tensor) -> torch.Tensor:
-    """An orthogonal matrix near one that almost is: Q of its QR decomposition by rows, signs kept."""
+    """Return an orthogonal matrix near an almost orthogonal one: Q of its QR decomposition by rows, signs kept."""
     q, r = torch.linalg.qr(matrix.mT)
     return (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT

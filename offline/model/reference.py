@@ -1,4 +1,4 @@
-"""The source as transformers loads it, for comparisons: by none of this tool's own rules about names and ties."""
+"""Load the source as transformers does, for comparisons, without this tool's own rules about names and ties."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tensors too large to be sure of: in memory where there is room, else in a file that is mapped into it."""
+"""Memory-mapped offload: allocate large tensors in memory if there is room, else in a mapped file."""
 
 import os
 import tempfile
@@ -9,19 +9,19 @@ import psutil
 import torch
 
 MEMORY_SHARE = 0.25
-"""Of the memory that is free: a tensor that would take more of it goes to disk."""
+"""Largest share of the free memory for one tensor; larger tensors go to disk."""
 LARGEST_IN_MEMORY = 2**29
-"""Bytes: a larger tensor goes to disk however much is free, and what a run holds does not hang on its length."""
+"""Bytes; larger tensors go to disk even if memory is free, so that peak memory does not depend on the text's length."""
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Where such files lie; without a folder everything is kept in memory."""
+    """Folder of the mapped files; None keeps everything in memory."""
 
     folder: Path | None = None
 
     def empty(self, *size: int) -> torch.Tensor:
-        """A float32 tensor with anything in it. Its file has no name, so that it goes with the tensor."""
+        """Allocate an uninitialized float32 tensor. Its file has no name, so that it is freed with the tensor."""
         elements = torch.Size(size).numel()
         if self.folder is None or not goes_to_disk(4 * elements):
             return torch.empty(size)
@@ -35,7 +35,7 @@ class Scratch:
 
 
 def goes_to_disk(size: int) -> bool:
-    """Whether a tensor of so many bytes is too large to be kept in memory."""
+    """Return whether a tensor of `size` bytes is too large to be kept in memory."""
     return size > min(LARGEST_IN_MEMORY, MEMORY_SHARE * psutil.virtual_memory().available)
 
 

@@ -1,4 +1,4 @@
-"""The model to quantize: a local folder or a hub id, checked before anything is computed."""
+"""Open the model to quantize, a local folder or a hub id, and check it before anything is computed."""
 
 import re
 from collections.abc import Mapping
@@ -30,22 +30,22 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS_AT_A_TIME = 8192
-"""Of embedding and head as they are compared, which bounds memory."""
+"""Rows of embedding and lm_head that are compared at once; bounds peak memory."""
 UNUSED = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """RoPE tables in old checkpoints, which transformers and vLLM compute themselves; every other tensor is used."""
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 SECOND_COPY = "consolidated*.safetensors"
-"""The same weights under their authors' own names, which Mistral's folders hold beside the shards."""
+"""A second copy of the weights, under the authors' own names, that Mistral's folders hold beside the shards."""
 
 Headers = dict[str, tuple[Path, tuple[int, ...], str]]
-"""Of tensors, by their names: file, shape and dtype."""
+"""File, shape and dtype of tensors by their names."""
 
 
 @dataclass(frozen=True)
 class Source:
     """An unquantized model of a known class whose headers agree with its config.
 
-    `weight_map` places every tensor the architecture needs, and no others, in its shard. Where config.json
+    `weight_map` gives the shard of every tensor that the architecture needs, and of no others. Where config.json
     says that embedding and head are tied but the files hold a head of other values, `hf_config` and `shape`
     say untied: transformers and vLLM use the head of the files, and so does this tool.
     """
@@ -88,7 +88,7 @@ class Source:
 
     @property
     def names(self) -> list[str]:
-        """Every tensor of the model, sorted; a tied model has no `lm_head.weight`."""
+        """Return the names of all tensors, sorted; a tied model has no `lm_head.weight`."""
         return sorted(self.weight_map)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -103,7 +103,7 @@ class Source:
         return tensor
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype of a tensor, from its file's header; the config's word for it where there is no file."""
+        """Return the stored dtype of a tensor, from its file's header; from the config where there is no file."""
         if not self.weight_map:
             return config_dtype(self.hf_config)
         with safe_open(self.folder / self.weight_map[name], framework="pt") as shard:
@@ -111,15 +111,15 @@ class Source:
 
     @property
     def unquantized_dtype(self) -> torch.dtype:
-        """The stored dtype of the norms, which the checkpoint keeps for every tensor that is not quantized."""
+        """Return the stored dtype of the norms, which the checkpoint keeps for every tensor that is not quantized."""
         return self.dtype("model.norm.weight")
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, from its own files only."""
+        """Load the tokenizer, from the model's own files only."""
         return read_tokenizer(self.folder)
 
     def model(self, dtype: torch.dtype) -> CausalLM:
-        """The model in eval mode, every weight read through `tensor` and none left as initialized."""
+        """Load the model in eval mode, with every weight read through `tensor` and none left as initialized."""
         config = read_config(self.shape, self.hf_config, self.folder / "config.json")
         disable_progress_bar()
         state = {name: self.tensor(name).to(dtype) for name in self.names}
@@ -134,7 +134,7 @@ def config_dtype(hf_config: Mapping[str, Any]) -> torch.dtype:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer whose files lie in `folder`; raises ToolError where they cannot be read."""
+    """Load the tokenizer from `folder`; raises ToolError where its files cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
@@ -157,7 +157,7 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
                 path_or_hub_id, allow_patterns=["*.safetensors", *HUB_FILES], ignore_patterns=[SECOND_COPY]
             )
         )
-    except Exception as error:  # network, authorisation and missing repositories, each with a class of its own
+    except Exception as error:  # network, authorization and missing repositories, each with a class of its own
         reason = first_line(error)
         raise ToolError(f"{path_or_hub_id}: no such folder, and the hub did not give it ({reason})") from None
 
@@ -172,7 +172,7 @@ def _refuse_quantized(hf_config: dict[str, Any], file: Path) -> None:
 
 
 def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an unquantized model of that shape."""
+    """Return name and shape of every tensor of an unquantized model of that shape."""
     hidden = shape.hidden_size
     tensors: dict[str, tuple[int, ...]] = {f"{norm}.weight": (size,) for norm, size in shape.norms().items()}
     tensors[EMBEDDING] = (shape.vocab_size, hidden)
@@ -186,7 +186,7 @@ def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def _is_tied(headers: Headers) -> bool:
-    """Whether the files agree that embedding and head are one matrix: they hold no head, or one of equal values.
+    """Return whether embedding and head are one matrix: the files hold no head, or one of equal values.
 
     Compared exactly: where a cast to the model's dtype makes them equal, an untied model is the same function.
     """
@@ -223,7 +223,7 @@ def _weight_map(folder: Path, headers: Headers, shape: ModelShape) -> dict[str, 
 
 
 def _headers(folder: Path) -> Headers:
-    """Of every tensor: its file, shape and dtype; the index, where there is one, must say the same."""
+    """Read file, shape and dtype of every tensor; the index, if there is one, must agree."""
     shards, indexed = _shards(folder)
     headers: Headers = {}
     for shard in shards:

@@ -1,1 +1,1 @@
-"""Run the stages of a recipe, in the order of `pipeline`: they read the model and call the algorithms."""
+"""Run the stages of a recipe, in the order of `pipeline`: they read the model, call algorithms and save state."""

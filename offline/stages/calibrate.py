@@ -1,4 +1,4 @@
-"""Calibration tokens: sampled from the model itself, or windows of a text."""
+"""Make calibration tokens: sampled from the model itself, or windows of a text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ from offline.output.atomic import atomic_file, check_writable
 from offline.text import check_tokens, text_windows
 
 SEPARATOR = "<|endoftext|>"
-"""What closes a document in the pre-training text of models whose BOS is a chat token, or that have none."""
+"""End of a document in the pre-training text of models whose BOS is a chat token, or that have no BOS."""
 ATTENTION = "infoquant_sampling"
 TOKENS_SUFFIX = ".safetensors"
 
@@ -39,10 +39,10 @@ def calibration_tokens(
         spec: "self", a `.safetensors` file of `save_tokens`, what `text_windows` reads, or a mixture of these (see
             `parse_mixture`), whose sequences are shuffled.
         source: the model, for its tokenizer and, with "self", its text.
-        num_sequences: how many sequences.
+        num_sequences: number of sequences.
         sequence_length: tokens in each; bounded by the model's positions.
         seed: the same seed gives the same tokens on the same machine.
-        report: called with (tokens done, tokens in all) while the model samples.
+        report: called with (tokens done, tokens in total) while the model samples.
     """
     limit = source.hf_config.get("max_position_embeddings", sequence_length)
     if sequence_length > limit:
@@ -82,7 +82,7 @@ def _tokens_of(
 
 
 def check_tokens_file(file: Path) -> None:
-    """Refuse what `save_tokens` could not write to, before minutes go into tokens for it; make its folder."""
+    """Refuse a file that `save_tokens` could not write, before minutes are spent on its tokens; make its folder."""
     if file.suffix != TOKENS_SUFFIX:
         raise ToolError(f"{file}: a name that ends in {TOKENS_SUFFIX} was expected")
     if file.exists():
@@ -91,14 +91,14 @@ def check_tokens_file(file: Path) -> None:
 
 
 def save_tokens(file: Path, tokens: torch.Tensor) -> None:
-    """Keep calibration tokens [sequences, length] int64, so that several runs can read the very same ones."""
+    """Save calibration tokens [sequences, length] int64, so that several runs can read the same ones."""
     check_tokens_file(file)
     with atomic_file(file) as partial:
         save_file({"tokens": tokens.contiguous()}, partial)
 
 
 def read_tokens(file: Path, num_sequences: int, sequence_length: int, vocab_size: int) -> torch.Tensor:
-    """The first sequences of a file of `save_tokens`; raises ToolError for one that does not hold enough."""
+    """Read the first sequences of a file of `save_tokens`; raises ToolError for one that does not hold enough."""
     try:
         with safe_open(file, framework="pt") as opened:
             tokens = opened.get_tensor("tokens")
@@ -128,11 +128,11 @@ def _sample(
     generator: torch.Generator,
     report: Callable[[int], None],
 ) -> torch.Tensor:
-    """Documents the model makes up, [rows, length], sampled at temperature 1 from their first token on.
+    """Sample documents from the model at temperature 1, from their first token on, [rows, length].
 
     Where a document ends, the next begins in the same row. Data from the model itself as in LLM-QAT
-    (Liu et al. 2023, section 3.1), but begun by the model rather than by a random token, which a
-    small model does not recover from: KL on two texts fell by 9% and 7%.
+    (Liu et al., arXiv 2305.17888, section 3.1), but the model samples the first token too: small models do not
+    recover from a random one. KL on two texts fell by 9% and 7%.
     """
     begin = _document_start(tokenizer)
     check_tokens([begin], tokenizer, model.config.vocab_size, "the start of a text sampled from the model")
@@ -155,10 +155,10 @@ def _attend_with_one_token(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface for the last token of each row, which sees all others, or those in its window.
+    """Attend from the last token of each row to all others, or those in its window (transformers' interface).
 
-    query [rows, heads, 1, head_size]; key, value [rows, kv_heads, tokens, head_size]. The heads that share
-    a kv-head stand in for tokens, so that keys and values need not be copied for each of them.
+    query [rows, heads, 1, head_size]; key, value [rows, kv_heads, tokens, head_size]. The query
+    heads of a GQA group take the place of tokens, so that keys and values need not be copied for each of them.
     """
     window = kwargs.get("sliding_window") or key.shape[2]
     key, value = key[:, :, -window:], value[:, :, -window:]
@@ -168,7 +168,7 @@ def _attend_with_one_token(
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """Keys and values written in place: appending to a growing tensor would copy all of it each step."""
+    """A preallocated KV cache, written in place: appending to a growing tensor would copy all of it each step."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -188,14 +188,14 @@ class _PreallocatedLayer(DynamicLayer):
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One sample a row from softmax(logits [rows, vocab]) by inverse distribution: ten times as fast as multinomial."""
+    """Sample once per row from softmax(logits [rows, vocab]) by the inverse CDF, ten times as fast as multinomial."""
     cumulative = logits.softmax(-1).cumsum(-1)
     uniform = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, uniform, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def _document_start(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that documents began with in pre-training: the separator where there is one, else BOS or EOS."""
+    """Return the token that documents began with in pre-training: the separator if there is one, else BOS or EOS."""
     candidates: tuple[int | None, ...] = (
         tokenizer.get_vocab().get(SEPARATOR),
         tokenizer.bos_token_id,
