@@ -71,7 +71,8 @@ def test_the_wheel_for_other_platforms_holds_the_same_python_and_no_library() ->
 def test_the_source_distribution_holds_what_a_build_and_the_tests_need() -> None:
     with tarfile.open(only("*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"hatch_build.py", "infoquant_vllm/kernels/cpu/csrc/abi.cpp", "tests/conftest.py", "LICENSE"} <= names
+    source = "infoquant_vllm/kernels/cpu/csrc/bindings/library.cpp"
+    assert {"hatch_build.py", source, "tests/conftest.py", "LICENSE"} <= names
     assert not [name for name in names if name.endswith(".so") or name.startswith(("benchmarks/results", ".demo"))]
 
 

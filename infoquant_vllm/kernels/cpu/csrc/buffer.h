@@ -1,11 +1,11 @@
-// Memory that is kept between calls.
+// Scratch memory that is kept between calls.
 #pragma once
 #include <cstdint>
 #include <vector>
 
 namespace infoquant {
 
-// Numbers at the start of a cache line, where loads of whole lines are twice as fast; kept between calls.
+// Values from the start of a cache line on: a load that crosses two lines takes twice as long.
 template <typename T>
 class Buffer {
   public:

@@ -1,101 +1,154 @@
-// The kernels behind operations.cpp. Each one's own file says what it computes; dtypes are `Dtype`'s.
+// The kernels that bindings/operations.cpp registers. Each one's own file says what it computes.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
-#include "attention/kv_tile.h"
+#include "attention/kv_layout.h"
+#include "simd/simd.h"
 
 namespace infoquant {
 
-inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+inline int64_t div_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+inline int64_t round_up(int64_t count, int64_t unit) { return div_up(count, unit) * unit; }
 
-enum Transforms { NONE, HADAMARD, BLOCKS, KRONECKER };
+enum class Transform { NONE, HADAMARD, BLOCKS, KRONECKER };
 
-// A linear's input x [tokens, features] and its transform. By kind:
-// HADAMARD: runs of right_size features, whose dense factor is left [left_size, left_size]
+// The input x [tokens, features] of a linear and its transform, by kind:
+// HADAMARD: over each right_size features, whose base matrix is left [left_size, left_size]
 // BLOCKS: right [features / right_size, right_size, right_size]
 // KRONECKER: left [left_size, left_size] (x) right [right_size, right_size]
 struct Input {
     const void* x;
-    int64_t dtype, tokens, features, kind;
+    Dtype dtype;
+    int64_t tokens, features;
+    Transform kind;
     const float *left, *right;
     int64_t left_size, right_size;
 };
 
-// codes [tokens, features], scale and zero [tokens, groups].
+// How activations are quantized.
+struct InputQuant {
+    const float* clip;  // clip ratios of minimum and maximum [groups, 2]; null: int16
+    int64_t groups, num_bits;
+    bool symmetric;
+};
+
+// Quantized activations: codes [tokens, features], scale and zero_point [tokens, groups].
 struct Quantized {
     uint8_t* codes;
     float* scale;
-    int32_t* zero;
+    int32_t* zero_point;
+    int64_t tokens, features, groups, num_bits;
 };
 
-// As quantized_linear.py's `prepare_weight` and `prepare_grid` lay it out.
+// A weight as quantized_linear.py packs it and its qparams.
 struct Weight {
     const uint8_t* lines;
     const float* scale;
-    const uint8_t* zero;  // or null: signed codes
+    const uint8_t* zero_point;  // null: signed codes
     int64_t channels, groups, num_bits;
 };
 
+// The transformed input to y [tokens, features].
 void rotate(const Input& input, float* y);
 
-// clip [groups, 2]
-void rotate_quantize(const Input& input, const float* clip, int64_t groups, int64_t num_bits, bool symmetric,
-                     const Quantized& to);
+// The transformed input to the arrays of `to`.
+void rotate_quantize(const Input& input, const InputQuant& quant, const Quantized& to);
 
-// Two rows of bytes per token, of one group each.
+// The same in int16: to two rows of codes per token, of high bytes and of low ones, with one group each.
 void rotate_quantize_wide(const Input& input, const Quantized& to);
 
 // To out [tokens, channels]; bias [channels] or null.
-void quantized_linear(const Quantized& x, int64_t tokens, int64_t features, int64_t input_groups, int64_t num_bits,
-                      const Weight& weight, const float* bias, void* out, int64_t out_type);
+void quantized_linear(const Quantized& x, const Weight& weight, const float* bias, void* out, Dtype out_dtype);
 
-// The three above in one; clip null: an input of 16 bits. out is of the dtype of x.
-void linear(const Input& input, const float* clip, int64_t groups, int64_t num_bits, bool symmetric,
-            const Weight& weight, const float* bias, void* out);
+// rotate_quantize and quantized_linear in one; out is of the dtype of x.
+void linear(const Input& input, const InputQuant& quant, const Weight& weight, const float* bias, void* out);
 
 // x [tokens, features], weight [channels, features] and out [tokens, channels], all of one 16-bit dtype.
-void dense_linear(const void* x, const uint16_t* weight, int64_t dtype, int64_t tokens, int64_t features,
-                  int64_t channels, void* out);
+struct DenseLinear {
+    const void* x;
+    const uint16_t* weight;
+    Dtype dtype;
+    int64_t tokens, features, channels;
+    void* out;
+};
 
-// x and, where given, residual [tokens, size] to y and, where given, total = x + residual of the same shape.
-void rms_norm(const void* x, const void* residual, const void* weight, int64_t dtype, int64_t tokens, int64_t size,
-              double epsilon, void* y, void* total);
+void dense_linear(const DenseLinear& operands);
 
-// x [tokens, size] @ rotation [size, size], times gain [size] or null, to out [tokens, size] of the dtype of x.
-void rotate_rows(const void* x, int64_t dtype, int64_t tokens, int64_t size, const float* rotation, const float* gain,
-                 void* out);
+// x [tokens, size] @ rotation [size, size] times gain [size] (or null) to out [tokens, size] of the dtype of x.
+struct RotateRows {
+    const void* x;
+    Dtype dtype;
+    int64_t tokens, size;
+    const float *rotation, *gain;
+    void* out;
+};
 
-// x [tokens, 2 * size], gates before what they gate, to out [tokens, size].
-void silu_and_mul(const void* x, int64_t dtype, int64_t tokens, int64_t size, void* out);
+void rotate_rows(const RotateRows& operands);
 
-// Rows [tokens, heads, head_size] whose tokens are `stride` elements apart.
+// All of one dtype. x and residual (or null) are [tokens, size]; y and total = x + residual have the same shape.
+struct RmsNorm {
+    const void *x, *residual, *weight;
+    Dtype dtype;
+    int64_t tokens, size;
+    double epsilon;
+    void *y, *total;
+};
+
+void rms_norm(const RmsNorm& operands);
+
+// x [tokens, 2 * size] holds gates, then the values that they gate; out [tokens, size].
+void silu_and_mul(const void* x, Dtype dtype, int64_t tokens, int64_t size, void* out);
+
+// Rows [tokens, heads, head_size] with `stride` elements from token to token.
 template <typename Pointer>
 struct Rows {
     Pointer data;
-    int64_t dtype, stride;
+    Dtype dtype;
+    int64_t stride;
 };
 
-// query_starts [sequences + 1], seq_lens [sequences], block_table [sequences, table_stride].
-struct Batch {
-    const int32_t *query_starts, *seq_lens, *block_table;
-    int64_t sequences, table_stride;
+// cos_sin [positions, rotary_dim] is of the dtype of x; features from rotary_dim on are copied.
+struct Rotary {
+    const int64_t* positions;  // [tokens]
+    const void* cos_sin;
+    int64_t tokens, rotary_dim, heads, head_size;
 };
 
-// A head's first rotary_dim features turn; cos_sin [positions, rotary_dim] is in the rows' dtype. heads are those of x.
-void rotary_embedding(const int64_t* positions, int64_t tokens, const void* cos_sin, int64_t rotary_dim,
-                      const Rows<const void*>& x, int64_t heads, int64_t head_size, void* out);
+// RoPE of x to out [tokens, heads, head_size].
+void rotary_embedding(const Rotary& rotary, const Rows<const void*>& x, void* out);
 
-// slots [tokens]; clips [kv_heads, 2]; key_mean [kv_heads, head_size] is subtracted from keys, null: nothing;
-// rotate: keys by a Hadamard of butterflies alone.
-void kv_store(const Rows<const void*>& key, const Rows<const void*>& value, const kv::Pages& pages,
-              const int64_t* slots, int64_t tokens, const float* key_clip_ratio, const float* value_clip_ratio,
-              const float* key_mean, int64_t kv_heads, bool rotate);
+// Keys and values of the tokens into the cache's slots [tokens]; a negative slot is skipped.
+struct KvStore {
+    Rows<const void*> key, value;
+    kv::Pages pages;
+    const int64_t* slots;
+    int64_t tokens, kv_heads;
+    const float *key_clip_ratio, *value_clip_ratio;  // [kv_heads, 2]
+    const float* key_mean;                           // [kv_heads, head_size], subtracted from keys, or null
+    bool hadamard;                                   // of keys; the head size is a power of two
+};
 
-// rotate: queries by a Hadamard of butterflies alone; scale is that of the scores times log2(e); window 0 is none.
-void kv_attention(const Rows<const void*>& query, const Rows<void*>& out, const kv::Pages& pages, const Batch& batch,
-                  int64_t heads, int64_t kv_heads, bool rotate, float scale, int64_t window);
+void kv_store(const KvStore& operands);
 
-// The exclusive or of `bytes` (a multiple of 1024) at `from`, in lanes of 32 bits, to `to`, which holds LANES of them.
-void read(const uint8_t* from, int64_t bytes, uint8_t* to);
+struct KvAttention {
+    Rows<const void*> query;
+    Rows<void*> out;
+    kv::Pages pages;
+    const int32_t *query_starts, *seq_lens, *block_table;  // [sequences + 1], [sequences], [sequences, table_stride]
+    int64_t sequences, table_stride, heads, kv_heads;
+    bool hadamard;   // of queries; the head size is a power of two
+    float scale;     // of the scores, times log2(e)
+    int64_t window;  // tokens that a query sees; 0: all before it
+
+    int64_t head_size() const { return pages.layout.head_size; }
+    int64_t queries_per_kv() const { return heads / kv_heads; }
+    int64_t first_seen(int64_t last) const { return window ? std::max<int64_t>(0, last - window + 1) : 0; }
+};
+
+void kv_attention(const KvAttention& operands);
+
+// The exclusive or of `bytes` (a multiple of 1024) at `from` in 32-bit lanes, to LANES of them at `to`.
+void read_memory(const uint8_t* from, int64_t bytes, uint8_t* to);
 
 }  // namespace infoquant

@@ -1,176 +1,90 @@
-// Attention over the quantized KV cache, codes straight from its pages; semantics: kernels/reference/kv_cache.py.
+// Attention over the quantized KV cache, whose codes are read straight from its pages; semantics:
+// kernels/reference/kv_cache.py.
 //
-// Both products are sums of whole numbers, so their order is free: a row of queries comes out the same whatever the
-// batch, the chunk of a prompt, the split of the context and the number of threads are. Floats are only summed over
-// the 128 tokens of a chunk, by halves, and over the chunks, in their order.
+// q . k and weight * value are sums of integer codes, so their order is free: a row of queries comes out the same for any
+// batch, any chunk of a prompt, any split of the context and any number of threads. Floats are only summed over the
+// 128 tokens of a chunk, by halves, and over the chunks, in their order.
 #include <omp.h>
 
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
 #include "attention/kv_attention_amx.h"
-#include "attention/kv_rows.h"
+#include "attention/kv_attention_vector.h"
+#include "kernels.h"
+#include "quantize/hadamard.h"
 
+namespace infoquant {
 namespace {
 
 using namespace attention;
 
-constexpr int ROWS = 128;  // rows of a task: heads of a kv-head, times queries
-constexpr int GROUP = 4;  // rows that share a load of codes
+constexpr int64_t TASK_ROWS = 128;  // a row is one head of one query
+constexpr int MAX_ROWS = 4;         // rows that share a load of codes
+constexpr int64_t SERIAL_WORK = 16;  // rows times chunks; less is done before other threads have started
 
-struct Problem {
-    const char* query;
-    char* out;
-    int64_t query_dtype, out_dtype, query_stride, out_stride;
-    kv::Pages pages;
-    const int32_t *query_starts, *seq_lens, *block_table;
-    int64_t sequences, table_stride, heads, kv_heads, head_size;
-    bool rotate;
-    float scale;  // of the scores, times log2(e)
-    int64_t window;
-
-    int64_t share() const { return heads / kv_heads; }
-    int64_t first_seen(int64_t last) const { return window ? std::max<int64_t>(0, last - window + 1) : 0; }
-};
-
-// Rows first .. first + count of a sequence and a kv-head, over the chunks begin .. end. Row i is the query i / share.
+// Rows first .. first + count of a sequence and a KV head, over the chunks begin .. end. Row i belongs to query
+// i / queries_per_kv.
 struct Task {
     int64_t sequence, kv_head, first, count, begin, end;
-    float* parts;  // where the context is split: [chunks from begin, count, Row::SAVED + width]
+    float* partials;  // where the context is split: [chunks from begin, count, partial_floats]
 };
 
-void read_query(Row& row, const Problem& p, int64_t token, int64_t head) {
-    Floats query[kv::MAX_HEAD_SIZE / LANES];
-    std::fill_n(query, infoquant::round_up(p.head_size, SPLIT) / LANES, Floats{});
-    float* const numbers = reinterpret_cast<float*>(query);
-    const int64_t place = token * p.query_stride + head * p.head_size;
-    load_row(numbers, p.query + place * element_bytes(p.query_dtype), p.head_size, p.query_dtype);
-    if (p.rotate) infoquant::hadamard(numbers, p.head_size, nullptr, 1);
-    Floats greatest = all(TINY);
-    const int64_t used = (p.head_size + LANES - 1) / LANES;
-    for (int64_t i = 0; i < used; ++i) greatest = larger(greatest, larger(query[i], -query[i]));
-    const float bound = largest(greatest);
-    Ints total = all(0);
-    for (int64_t i = 0; i < used; i += SPLIT / LANES) {
-        split_integers(query + i, all(LEVELS / bound), row.high + i * LANES, row.low + i * LANES);
+void read_query(Row& row, const KvAttention& p, int64_t token, int64_t head) {
+    const int64_t head_size = p.head_size(), vectors = div_up(head_size, LANES16);
+    Floats16 query[kv::MAX_HEAD_SIZE / LANES16];
+    std::fill_n(query, round_up(head_size, SPLIT) / LANES16, Floats16{});
+    float* const values = reinterpret_cast<float*>(query);
+    load_rows(p.query.data, p.query.dtype, token * p.query.stride + head * head_size, head_size, values);
+    if (p.hadamard) hadamard(values, head_size, nullptr, 1);
+    Floats16 greatest = splat16(TINY);
+    for (int64_t i = 0; i < vectors; ++i) greatest = max(greatest, max(query[i], -query[i]));
+    const float bound = hmax(greatest);
+    const Floats16 factor = splat16(LEVELS / bound);
+    for (int64_t i = 0; i < vectors; i += SPLIT / LANES16) {
+        split_integers(query + i, factor, row.high + i * LANES16, row.low + i * LANES16);
     }
-    for (int64_t i = 0; i < used; ++i) total += nearest_integers(query[i] * all(LEVELS / bound));
+    Ints16 total = splat16(0);
+    for (int64_t i = 0; i < vectors; ++i) total += round_to_int(query[i] * factor);
     int32_t query_sum = 0;
-    for (int i = 0; i < LANES; ++i) query_sum += total[i];
-    row.query_sum = (float)query_sum;
+    for (int i = 0; i < LANES16; ++i) query_sum += total[i];
+    row.query_sum = static_cast<float>(query_sum);
     row.factor = bound / LEVELS * p.scale;
 }
 
-void read_chunk(Chunk& chunk, const Problem& p, const Task& task, int64_t first_token) {
-    const int64_t length = p.seq_lens[task.sequence];
-    const int32_t* blocks = p.block_table + task.sequence * p.table_stride;
+void read_chunk(Chunk& chunk, const KvAttention& p, const Task& task, int64_t first_token) {
+    const int64_t length = p.seq_lens[task.sequence], block_size = p.pages.block_size;
+    const int32_t* const blocks = p.block_table + task.sequence * p.table_stride;
     for (int t = 0; t < TILES; ++t) {
         const int64_t token = first_token + t * kv::TOKENS;
-        // Tiles beyond the sequence repeat its last one: nothing looks at what is computed from them.
+        // Tiles beyond the sequence repeat its last one: they are computed and then masked.
         const int64_t read = std::min(token, (length - 1) / kv::TOKENS * kv::TOKENS);
-        const int64_t size = p.pages.block_size;
-        chunk.tiles[t] = p.pages.tile(blocks[read / size], task.kv_head, read % size);
-        const auto there = lane_index() < all((int32_t)std::clamp<int64_t>(length - token, 0, kv::TOKENS));
-        const uint8_t* halves = chunk.tiles[t] + p.pages.layout.parameters();
-        for (int part = 0; part < 4; ++part) {
-            const Floats values = from_halves(load<Halves>(halves + 2 * kv::TOKENS * part));
-            chunk.parameters[part][t] = there ? values : all(0.0f);
+        chunk.tiles[t] = p.pages.tile(blocks[read / block_size], task.kv_head, read % block_size);
+        const auto mask = lane_index16() < splat16(static_cast<int32_t>(std::clamp<int64_t>(length - token, 0, kv::TOKENS)));
+        const uint8_t* const qparams = chunk.tiles[t] + p.pages.layout.qparams();
+        for (int i = 0; i < 4; ++i) {
+            const Floats16 values = from_float16(load<Halves16>(qparams + 2 * kv::TOKENS * i));
+            chunk.qparams[i][t] = mask ? values : splat16(0.0f);
         }
     }
 }
 
-inline Ints broadcast(const int8_t* four) { return all(load<int32_t>(four)); }
-
-// products[row][tile]: whole numbers q . code of the tiles from first to last, two at a time.
-template <int R, int BITS>
-void score(const Row* rows, const Chunk& chunk, int first, int last, int64_t head_size, Floats products[R][TILES]) {
-    const int64_t key_bytes = head_size * kv::TOKENS * BITS / 8;
-    for (int t = first & ~1; t <= last; t += 2) {
-        Ints high[R][2] = {}, low[R][2] = {};
-        const uint8_t *left = chunk.tiles[t], *right = chunk.tiles[t + 1];
-        constexpr int64_t STEP = BITS == 4 ? 64 : 128;  // bytes of eight features
-        for (int64_t i = 0; i < head_size; i += 8, left += STEP, right += STEP) {
-            const kv::Pair a = kv::load_pair<BITS>(left, 64), b = kv::load_pair<BITS>(right, 64);
-            __builtin_prefetch(left + key_bytes);  // the values
-            __builtin_prefetch(right + key_bytes);
-            for (int r = 0; r < R; ++r) {
-                const Ints h = broadcast(rows[r].high + i), l = broadcast(rows[r].low + i);
-                high[r][0] = dot4(high[r][0], a.first, h), high[r][1] = dot4(high[r][1], b.first, h);
-                low[r][0] = dot4(low[r][0], a.first, l), low[r][1] = dot4(low[r][1], b.first, l);
-                const Ints h2 = broadcast(rows[r].high + i + 4), l2 = broadcast(rows[r].low + i + 4);
-                high[r][0] = dot4(high[r][0], a.second, h2), high[r][1] = dot4(high[r][1], b.second, h2);
-                low[r][0] = dot4(low[r][0], a.second, l2), low[r][1] = dot4(low[r][1], b.second, l2);
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            for (int each = 0; each < 2; ++each) {
-                const Floats h = __builtin_convertvector(high[r][each], Floats);
-                products[r][t + each] = h * 256.0f + __builtin_convertvector(low[r][each], Floats);
-            }
-        }
-    }
-}
-
-// Adds whole numbers weight * code of the tiles from first to last to the rows' sums, 32 features at a time.
-template <int R, int BITS>
-void add_values(Row* rows, const Chunk& chunk, int first, int last, const Weights<R>& weights,
-                kv::Layout layout) {
-    const int64_t half = half_width(layout.head_size), keys = layout.keys(), quad = layout.quad();
-    for (int64_t i = 0; i < half; i += LANES) {
-        Ints high[R][2] = {}, low[R][2] = {};
-        for (int t = first; t <= last; ++t) {
-            const uint8_t* values = chunk.tiles[t] + keys + 4 * i;
-            for (int j = 0; j < 4; ++j) {
-                const kv::Pair a = kv::load_pair<BITS>(values + j * quad, quad / 2);
-                for (int r = 0; r < R; ++r) {
-                    const Ints h = broadcast(weights.high[r] + t * LANES + 4 * j);
-                    const Ints l = broadcast(weights.low[r] + t * LANES + 4 * j);
-                    high[r][0] = dot4(high[r][0], a.first, h), high[r][1] = dot4(high[r][1], a.second, h);
-                    low[r][0] = dot4(low[r][0], a.first, l), low[r][1] = dot4(low[r][1], a.second, l);
-                }
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            for (int each = 0; each < 2; ++each) {
-                float* to = rows[r].values + i + each * half;
-                const Floats h = __builtin_convertvector(high[r][each], Floats);
-                const Floats whole = h * 256.0f + __builtin_convertvector(low[r][each], Floats);
-                store(to, load<Floats>(to) * weights.before[r] + whole * weights.now[r]);
-            }
-        }
-    }
-}
-
-template <int R, int KEY_BITS, int VALUE_BITS>
-void attend(Row* rows, const Chunk& chunk, int64_t first_token, kv::Layout layout) {
-    const Range seen(rows, R, first_token);
-    if (seen.first > seen.last) return;
-    Floats products[R][TILES] = {};
-    score<R, KEY_BITS>(rows, chunk, seen.first, seen.last, layout.head_size, products);
-    Weights<R> weights;
-    for (int r = 0; r < R; ++r) {
-        to_scores(rows[r], chunk, first_token, 0, TILES - 1, [&](int t) { return products[r][t]; }, products[r]);
-    }
-    softmax(rows, chunk, products, weights);
-    add_values<R, VALUE_BITS>(rows, chunk, seen.first, seen.last, weights, layout);
-}
-
+// Rows go to the widest kernel first: which one computes a row does not change its bits.
 template <int KEY_BITS, int VALUE_BITS>
 void attend_all(Row* rows, int64_t count, const Chunk& chunk, int64_t first_token, kv::Layout layout) {
 #ifdef __AMX_INT8__
-    if (count >= AMX_ROWS && layout.head_size <= AMX_HEAD_SIZE) {
+    if (count >= AMX_ROWS && layout.head_size <= AMX_MAX_HEAD_SIZE) {
         static thread_local Codes codes;
-        const Range seen(rows, count, first_token);
+        const TileRange seen(rows, count, first_token);
         unpack<KEY_BITS, VALUE_BITS>(codes, chunk, seen.first, seen.last, layout);
-        const amx::Shapes shapes;
+        const amx::TileConfig config;
         for (; count >= AMX_ROWS; rows += AMX_ROWS, count -= AMX_ROWS) {
-            attend_by_tiles(rows, chunk, codes, first_token, layout.head_size);
+            attend_amx(rows, chunk, codes, first_token, layout.head_size);
         }
     }
 #endif
-    for (; count >= GROUP; rows += GROUP, count -= GROUP) {
-        attend<GROUP, KEY_BITS, VALUE_BITS>(rows, chunk, first_token, layout);
+    for (; count >= MAX_ROWS; rows += MAX_ROWS, count -= MAX_ROWS) {
+        attend<MAX_ROWS, KEY_BITS, VALUE_BITS>(rows, chunk, first_token, layout);
     }
     if (count == 3) attend<3, KEY_BITS, VALUE_BITS>(rows, chunk, first_token, layout);
     if (count == 2) attend<2, KEY_BITS, VALUE_BITS>(rows, chunk, first_token, layout);
@@ -184,53 +98,54 @@ Attend attend_with(kv::Layout layout) {
     return layout.value_bits == 4 ? attend_all<8, 4> : attend_all<8, 8>;
 }
 
-// A part: a row's sums over one chunk, where the context is split.
-int64_t part_floats(int64_t head_size) { return 3 + 2 * half_width(head_size); }
+// A partial result: a row's sums over one chunk, where the context is split (split-K).
+int64_t partial_floats(int64_t head_size) { return 3 + 2 * half_width(head_size); }
 
-void save(float* part, const Row& row, int64_t width) {
-    part[0] = row.largest, part[1] = row.sum, part[2] = row.zero;
-    std::copy(row.values, row.values + width, part + 3);
+void save(float* partial, const Row& row, int64_t width) {
+    partial[0] = row.exponent, partial[1] = row.sum, partial[2] = row.zero;
+    std::copy(row.values, row.values + width, partial + 3);
 }
 
-// The same operations as on a chunk's own sums in `softmax` and `add_values`: powers of two are exact factors.
-void merge(Row& row, const float* part, int64_t width) {
-    const float before = row.largest;
-    row.largest = std::max(before, part[0]);
-    const float old = power(before - row.largest), now = power(part[0] - row.largest);
-    row.sum = row.sum * old + part[1] * now;
-    row.zero = row.zero * old + part[2] * now;
-    for (int64_t i = 0; i < width; i += LANES) {
-        store(row.values + i, load<Floats>(row.values + i) * old + load<Floats>(part + 3 + i) * now);
+// Does what `update_sums` and `add_values` do with a chunk that is not split off, so that splitting does not change the
+// result: the factors are powers of two, and exact.
+void merge(Row& row, const float* partial, int64_t width) {
+    const float before = row.exponent;
+    row.exponent = std::max(before, partial[0]);
+    const float old = power(before - row.exponent), now = power(partial[0] - row.exponent);
+    row.sum = row.sum * old + partial[1] * now;
+    row.zero = row.zero * old + partial[2] * now;
+    for (int64_t i = 0; i < width; i += LANES16) {
+        store(row.values + i, load<Floats16>(row.values + i) * old + load<Floats16>(partial + 3 + i) * now);
     }
 }
 
-struct Place {
+struct QueryIndex {
     int64_t token, head;
 };
 
-Place place(const Problem& p, const Task& task, int64_t row) {
-    const int64_t index = task.first + row, share = p.share();
-    return {p.query_starts[task.sequence] + index / share, task.kv_head * share + index % share};
+QueryIndex query_index(const KvAttention& p, const Task& task, int64_t row) {
+    const int64_t index = task.first + row, group = p.queries_per_kv();
+    return {p.query_starts[task.sequence] + index / group, task.kv_head * group + index % group};
 }
 
-void finish(Row& row, const Problem& p, Place place) {
-    const int64_t half = p.head_size / 2, padded = half_width(p.head_size);
-    for (int64_t i = 0; i < 2 * padded; i += LANES) {
-        store(row.values + i, (load<Floats>(row.values + i) + row.zero) / row.sum);
+void finish(Row& row, const KvAttention& p, QueryIndex at) {
+    const int64_t half = p.head_size() / 2, padded = half_width(p.head_size());
+    for (int64_t i = 0; i < 2 * padded; i += LANES16) {
+        store(row.values + i, (load<Floats16>(row.values + i) + row.zero) / row.sum);
     }
     if (padded != half) std::copy(row.values + padded, row.values + padded + half, row.values + half);
-    const int64_t to = place.token * p.out_stride + place.head * p.head_size;
-    store_row(p.out + to * element_bytes(p.out_dtype), row.values, p.head_size, p.out_dtype);
+    const int64_t first = at.token * p.out.stride + at.head * p.head_size();
+    store_rows(row.values, first, p.head_size(), p.out.data, p.out.dtype);
 }
 
-void run(const Problem& p, const Task& task) {
-    Row rows[ROWS];
-    const int64_t width = 2 * half_width(p.head_size);
+void run(const KvAttention& p, const Task& task) {
+    Row rows[TASK_ROWS];
+    const int64_t width = 2 * half_width(p.head_size());
     const int64_t queries = p.query_starts[task.sequence + 1] - p.query_starts[task.sequence];
     for (int64_t r = 0; r < task.count; ++r) {
-        const Place at = place(p, task, r);
+        const QueryIndex at = query_index(p, task, r);
         read_query(rows[r], p, at.token, at.head);
-        rows[r].last_seen = p.seq_lens[task.sequence] - queries + (task.first + r) / p.share();
+        rows[r].last_seen = p.seq_lens[task.sequence] - queries + (task.first + r) / p.queries_per_kv();
         rows[r].first_seen = p.first_seen(rows[r].last_seen);
         start(rows[r], width);
     }
@@ -239,34 +154,35 @@ void run(const Problem& p, const Task& task) {
     for (int64_t c = task.begin; c < task.end; ++c) {
         read_chunk(chunk, p, task, c * CHUNK);
         attend(rows, task.count, chunk, c * CHUNK, p.pages.layout);
-        for (int64_t r = 0; task.parts && r < task.count; ++r) {
-            save(task.parts + ((c - task.begin) * task.count + r) * part_floats(p.head_size), rows[r], width);
+        for (int64_t r = 0; task.partials && r < task.count; ++r) {
+            save(task.partials + ((c - task.begin) * task.count + r) * partial_floats(p.head_size()), rows[r], width);
             start(rows[r], width);
         }
     }
-    for (int64_t r = 0; !task.parts && r < task.count; ++r) finish(rows[r], p, place(p, task, r));
+    for (int64_t r = 0; !task.partials && r < task.count; ++r) finish(rows[r], p, query_index(p, task, r));
 }
 
-// Row r of a task whose chunks other tasks have saved.
-void combine(const Problem& p, const Task& whole, int64_t r) {
+// Merges the partial results of row r of a task, in the order of the chunks.
+void combine(const KvAttention& p, const Task& whole, int64_t r) {
     Row row;
-    const int64_t width = 2 * half_width(p.head_size);
+    const int64_t width = 2 * half_width(p.head_size());
     start(row, width);
     for (int64_t c = 0; c < whole.end - whole.begin; ++c) {
-        merge(row, whole.parts + (c * whole.count + r) * part_floats(p.head_size), width);
+        merge(row, whole.partials + (c * whole.count + r) * partial_floats(p.head_size()), width);
     }
-    finish(row, p, place(p, whole, r));
+    finish(row, p, query_index(p, whole, r));
 }
 
-std::vector<Task> whole_tasks(const Problem& p) {
+// The longest tasks come first, so that the threads finish together.
+std::vector<Task> whole_tasks(const KvAttention& p) {
     std::vector<Task> tasks;
     for (int64_t s = 0; s < p.sequences; ++s) {
-        const int64_t queries = p.query_starts[s + 1] - p.query_starts[s], rows = queries * p.share();
+        const int64_t queries = p.query_starts[s + 1] - p.query_starts[s], rows = queries * p.queries_per_kv();
         const int64_t before = p.seq_lens[s] - queries;
-        for (int64_t first = (rows - 1) / ROWS * ROWS; rows && first >= 0; first -= ROWS) {  // the longest tasks first
-            const int64_t count = std::min<int64_t>(ROWS, rows - first);
-            const int64_t begin = p.first_seen(before + first / p.share()) / CHUNK;
-            const int64_t end = (before + (first + count - 1) / p.share()) / CHUNK + 1;
+        for (int64_t first = (rows - 1) / TASK_ROWS * TASK_ROWS; rows && first >= 0; first -= TASK_ROWS) {
+            const int64_t count = std::min(TASK_ROWS, rows - first);
+            const int64_t begin = p.first_seen(before + first / p.queries_per_kv()) / CHUNK;
+            const int64_t end = (before + (first + count - 1) / p.queries_per_kv()) / CHUNK + 1;
             for (int64_t head = 0; head < p.kv_heads; ++head) {
                 tasks.push_back({s, head, first, count, begin, end, nullptr});
             }
@@ -275,18 +191,20 @@ std::vector<Task> whole_tasks(const Problem& p) {
     return tasks;
 }
 
-// Cuts tasks into ranges of chunks, with places in `parts` for their sums.
-std::vector<Task> split(std::vector<Task>& whole, int64_t chunks_each, int64_t floats, std::unique_ptr<float[]>& parts) {
+// Splits tasks into ranges of chunks, whose results go to `partials`.
+std::vector<Task> split(std::vector<Task>& whole, int64_t chunks_each, const KvAttention& p,
+                        std::unique_ptr<float[]>& partials) {
+    const int64_t floats = partial_floats(p.head_size());
     int64_t needed = 0;
     for (const Task& task : whole) needed += (task.end - task.begin) * task.count * floats;
-    parts.reset(new float[needed]);
-    float* next = parts.get();
+    partials.reset(new float[needed]);
+    float* next = partials.get();
     std::vector<Task> tasks;
     for (Task& task : whole) {
-        task.parts = next;
+        task.partials = next;
         for (int64_t begin = task.begin; begin < task.end; begin += chunks_each) {
             Task piece = task;
-            piece.begin = begin, piece.end = std::min(begin + chunks_each, task.end), piece.parts = next;
+            piece.begin = begin, piece.end = std::min(begin + chunks_each, task.end), piece.partials = next;
             next += (piece.end - piece.begin) * task.count * floats;
             tasks.push_back(piece);
         }
@@ -294,54 +212,35 @@ std::vector<Task> split(std::vector<Task>& whole, int64_t chunks_each, int64_t f
     return tasks;
 }
 
-// Chunks of a piece so that every thread has a few, or 0 where whole tasks keep the threads busy.
-int64_t piece_size(const std::vector<Task>& tasks, int64_t threads) {
+// Chunks per piece so that every thread has a few pieces, or 0 where whole tasks keep the threads busy.
+int64_t chunks_per_piece(const std::vector<Task>& tasks, int64_t threads) {
     int64_t chunks = 0, longest = 0;
     for (const Task& task : tasks) {
         chunks += task.end - task.begin;
         longest = std::max(longest, task.end - task.begin);
     }
     const int64_t fair = std::max<int64_t>(2, chunks / (4 * threads));
-    return threads == 1 || (int64_t)tasks.size() >= 4 * threads || longest <= fair ? 0 : fair;
+    return threads == 1 || static_cast<int64_t>(tasks.size()) >= 4 * threads || longest <= fair ? 0 : fair;
 }
 
 }  // namespace
 
-void infoquant::kv_attention(const Rows<const void*>& query, const Rows<void*>& out, const kv::Pages& pages,
-                             const Batch& batch, int64_t heads, int64_t kv_heads, bool rotate, float scale,
-                             int64_t window) {
-    const int64_t head_size = pages.layout.head_size;
-    const Problem p{(const char*)query.data,
-                    (char*)out.data,
-                    query.dtype,
-                    out.dtype,
-                    query.stride,
-                    out.stride,
-                    pages,
-                    batch.query_starts,
-                    batch.seq_lens,
-                    batch.block_table,
-                    batch.sequences,
-                    batch.table_stride,
-                    heads,
-                    kv_heads,
-                    head_size,
-                    rotate,
-                    scale,
-                    window};
+void kv_attention(const KvAttention& p) {
     std::vector<Task> whole = whole_tasks(p);
     int64_t work = 0;
     for (const Task& task : whole) work += task.count * (task.end - task.begin);
-    const int64_t threads = work < 16 ? 1 : omp_get_max_threads();
-    const int64_t piece = piece_size(whole, threads);
-    std::unique_ptr<float[]> parts;
-    const std::vector<Task> pieces = piece ? split(whole, piece, part_floats(head_size), parts) : std::vector<Task>();
-    const std::vector<Task>& tasks = piece ? pieces : whole;
+    const int64_t threads = work < SERIAL_WORK ? 1 : omp_get_max_threads();
+    const int64_t chunks_each = chunks_per_piece(whole, threads);
+    std::unique_ptr<float[]> partials;
+    const std::vector<Task> pieces = chunks_each ? split(whole, chunks_each, p, partials) : std::vector<Task>();
+    const std::vector<Task>& tasks = chunks_each ? pieces : whole;
 #pragma omp parallel for schedule(dynamic, 1) if (threads > 1)
     for (size_t i = 0; i < tasks.size(); ++i) run(p, tasks[i]);
-    if (!piece) return;
+    if (!chunks_each) return;
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t i = 0; i < whole.size(); ++i) {
         for (int64_t r = 0; r < whole[i].count; ++r) combine(p, whole[i], r);
     }
 }
+
+}  // namespace infoquant

@@ -1,5 +1,5 @@
-// A few float32 rows times an unquantized matrix of 16-bit floats, as fast as the matrix can be read; semantics:
-// kernels/reference/dense_linear.py, but for the order of sums, which is the same for any number of rows.
+// Rows times an unquantized matrix of 16-bit floats, at the speed at which the matrix can be read; semantics:
+// kernels/reference/dense_linear.py. The order of sums is this file's own, and the same for any number of rows.
 #include <omp.h>
 
 #include <algorithm>
@@ -7,17 +7,15 @@
 #include <vector>
 
 #include "kernels.h"
-#include "rows.h"
 
-using namespace infoquant;
-
+namespace infoquant {
 namespace {
 
-constexpr int MAX_ROWS = 8;   // at a time
-constexpr int CHAINS = 2;     // sums per row, for more than one addition to be under way
+constexpr int MAX_ROWS = 8;      // rows that share a load of the matrix
+constexpr int CHAINS = 2;        // independent sums per row hide the latency of an addition
 constexpr int64_t AHEAD = 4096;  // bytes of the matrix to prefetch
 
-template <int64_t DTYPE, int ROWS>
+template <Dtype DTYPE, int ROWS>
 void channel(const uint16_t* weight, const float* x, int64_t features, float* out) {
     Floats sums[ROWS][CHAINS] = {};
     int64_t k = 0;
@@ -31,10 +29,8 @@ void channel(const uint16_t* weight, const float* x, int64_t features, float* ou
         }
     }
     for (; k < features; k += LANES) {
-        const int64_t count = std::min<int64_t>(features - k, LANES);
-        float last[LANES];
-        load_rows(weight, DTYPE, k, count, last);
-        const Floats w = load_some(last, count);
+        const int64_t count = features - k;
+        const Floats w = load_part<DTYPE>(weight, k, count);
         for (int r = 0; r < ROWS; ++r) sums[r][0] = fma(w, load_some(x + r * features + k, count), sums[r][0]);
     }
     for (int r = 0; r < ROWS; ++r) {
@@ -47,25 +43,26 @@ void channel(const uint16_t* weight, const float* x, int64_t features, float* ou
 
 using Channel = void (*)(const uint16_t*, const float*, int64_t, float*);
 
-template <int64_t DTYPE>
+template <Dtype DTYPE>
 constexpr Channel BY_ROWS[MAX_ROWS] = {channel<DTYPE, 1>, channel<DTYPE, 2>, channel<DTYPE, 3>, channel<DTYPE, 4>,
                                        channel<DTYPE, 5>, channel<DTYPE, 6>, channel<DTYPE, 7>, channel<DTYPE, 8>};
 
 }  // namespace
 
-void infoquant::dense_linear(const void* x, const uint16_t* weight, int64_t dtype, int64_t tokens, int64_t features,
-                             int64_t channels, void* out) {
-    std::vector<float> rows(tokens * features);
-    load_rows(x, dtype, 0, tokens * features, rows.data());
-    for (int64_t first = 0; first < tokens; first += MAX_ROWS) {
-        const int64_t count = std::min<int64_t>(MAX_ROWS, tokens - first);
-        const Channel run = (dtype == BFLOAT16 ? BY_ROWS<BFLOAT16> : BY_ROWS<FLOAT16>)[count - 1];
-        const float* const from = rows.data() + first * features;
+void dense_linear(const DenseLinear& p) {
+    std::vector<float> rows(p.tokens * p.features);
+    load_rows(p.x, p.dtype, 0, p.tokens * p.features, rows.data());
+    for (int64_t first = 0; first < p.tokens; first += MAX_ROWS) {
+        const int64_t count = std::min<int64_t>(MAX_ROWS, p.tokens - first);
+        const Channel run = (p.dtype == BFLOAT16 ? BY_ROWS<BFLOAT16> : BY_ROWS<FLOAT16>)[count - 1];
+        const float* const from = rows.data() + first * p.features;
 #pragma omp parallel for schedule(static)
-        for (int64_t n = 0; n < channels; ++n) {
+        for (int64_t n = 0; n < p.channels; ++n) {
             float sums[MAX_ROWS];
-            run(weight + n * features, from, features, sums);
-            for (int64_t r = 0; r < count; ++r) store_rows(sums + r, (first + r) * channels + n, 1, out, dtype);
+            run(p.weight + n * p.features, from, p.features, sums);
+            for (int64_t r = 0; r < count; ++r) store_rows(sums + r, (first + r) * p.channels + n, 1, p.out, p.dtype);
         }
     }
 }
+
+}  // namespace infoquant

@@ -1,5 +1,5 @@
-// The Hadamard of the format, with the roundings of `apply_hadamard` in infoquant_vllm/format/hadamard.py:
-// butterflies, then the dense factor from left to right, then 1 / sqrt(size).
+// The Hadamard transform of infoquant_vllm/format/hadamard.py, with the roundings of `apply_hadamard`: butterflies, then
+// the base Hadamard matrix H_m (size = m * 2^k), summed from left to right, then 1 / sqrt(size).
 #pragma once
 
 #include <algorithm>
@@ -7,14 +7,14 @@
 #include <utility>
 
 #include "buffer.h"
-#include "floats.h"
+#include "simd/simd.h"
 
 namespace infoquant {
 
-constexpr int MAX_RADIX = LANES;  // so many vectors fit in the registers, with some to spare
+constexpr int MAX_RADIX = LANES;  // vectors that fit in the registers, with some to spare
 
-// Pairs of lanes a and b that are H apart become a + b and a - b. The product with +-1 is exact, so
-// that the fused operation rounds as the sum does.
+// Replaces lanes a and b that are H apart by a + b and a - b. Products with +-1 are exact, so the fused operation rounds
+// as the sum does.
 template <int H, int... LANE>
 inline Floats butterfly(Floats x, std::integer_sequence<int, LANE...>) {
     const Floats signs = {(LANE & H ? -1.0f : 1.0f)...};
@@ -32,8 +32,8 @@ inline Floats butterflies_of_lanes(Floats x) {
     return x;
 }
 
-// log2(RADIX) steps over RADIX vectors that are h apart, the first one at x; where FIRST, those within a
-// vector before; where LAST, times scale after them.
+// log2(RADIX) butterfly steps over RADIX vectors that are h apart, the first one at x. FIRST: the steps within a vector
+// come before them. LAST: the result is multiplied by scale.
 template <int RADIX, bool FIRST, bool LAST>
 inline void butterflies_of_vectors(float* x, int64_t h, float scale) {
     Floats v[RADIX];
@@ -56,7 +56,7 @@ inline void butterflies_of_vectors(float* x, int64_t h, float scale) {
     for (int k = 0; k < RADIX; ++k) store(x + k * h, LAST ? v[k] * scale : v[k]);
 }
 
-// The steps h, 2 h, ..., RADIX / 2 * h over x [size], with the above around them.
+// The butterfly steps h, 2 h, ..., RADIX / 2 * h over x [size].
 template <int RADIX, bool FIRST, bool LAST>
 inline void steps(float* x, int64_t size, int64_t h, float scale) {
     for (int64_t block = 0; block < size; block += RADIX * h) {
@@ -75,12 +75,12 @@ inline void steps(float* x, int64_t size, int64_t h, int64_t radix, float scale)
     }
 }
 
-// Butterflies over runs of n, a power of two, in x [size]; then all times scale.
+// Butterflies over runs of n, a power of two, in x [size]; then multiplies by scale.
 inline void butterflies(float* x, int64_t size, int64_t n, float scale) {
     if (n < LANES) {
         for (int64_t h = 1; h < n; h *= 2) {
             for (int64_t i = 0; i < size; ++i) {
-                if (i & h) continue;  // n divides size, so that the place in x tells the place in a run
+                if (i & h) continue;  // n divides size, so bits of i are bits of the index in a run
                 const float a = x[i], b = x[i + h];
                 x[i] = a + b;
                 x[i + h] = a - b;
@@ -99,7 +99,7 @@ inline void butterflies(float* x, int64_t size, int64_t n, float scale) {
     }
 }
 
-// Rows j .. j + ROWS of the dense factor's product with `columns`, VECTORS of them of x [order, n]; times scale.
+// Rows j .. j + ROWS of the base matrix times columns [order, VECTORS], times scale.
 template <int ROWS, int VECTORS, bool UNIT>
 inline void dense_rows(Floats* out, const Floats* columns, const float* dense, int64_t order, int64_t j, float scale) {
     Floats sums[ROWS][VECTORS] = {};
@@ -137,11 +137,11 @@ inline void dense_columns(float* x, int64_t n, int64_t width, const float* dense
     }
 }
 
-// The dense factor's product with x [order, n] in place, times scale. Where the entries are +-1 (UNIT), products are
-// exact and the fused operation rounds as the sum does.
+// The base matrix times x [order, n] in place, times scale. UNIT: the entries are +-1, so products are exact and the
+// fused operation rounds as the sum does.
 template <bool UNIT>
 inline void apply_dense(float* x, int64_t n, const float* dense, int64_t order, float scale) {
-    constexpr int VECTORS = LANES == 16 ? 2 : 1;  // with twelve rows, as many sums as registers hold
+    constexpr int VECTORS = LANES == 16 ? 2 : 1;  // with twelve rows, as many sums as fit in the registers
     int64_t c = 0;
     for (; c + VECTORS * LANES <= n; c += VECTORS * LANES) {
         dense_columns<VECTORS, UNIT>(x + c, n, VECTORS * LANES, dense, order, scale);
@@ -151,12 +151,12 @@ inline void apply_dense(float* x, int64_t n, const float* dense, int64_t order, 
     }
 }
 
-// x [size] times the Hadamard matrix of its size, in place; dense [order, order] is `hadamard_dense(size)`.
+// x [size] times the Hadamard matrix of its size, in place; base matrix dense [order, order] is `hadamard_dense(size)`.
 inline void hadamard(float* x, int64_t size, const float* dense, int64_t order) {
     const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)));
     butterflies(x, size, size / order, order == 1 ? scale : 1.0f);
     if (order == 1) return;
-    // Paley's matrices have an even order and entries +-1, those of Hartley an odd order.
+    // Paley's matrices have an even order and entries +-1; those of Hartley have an odd order.
     if (order % 2 == 0) return apply_dense<true>(x, size / order, dense, order, scale);
     apply_dense<false>(x, size / order, dense, order, scale);
 }

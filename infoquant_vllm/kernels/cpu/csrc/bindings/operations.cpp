@@ -1,6 +1,7 @@
-// The kernels of a decoder layer as torch's operations: between them runs no Python, which took longer than they do.
+// Registers the kernels as torch operations. For one token, Python between the kernels of a layer would take longer than
+// they do.
+#include "bindings/torch_abi.h"
 #include "kernels.h"
-#include "torch_abi.h"
 
 using namespace infoquant;
 using namespace infoquant::torch_abi;
@@ -11,26 +12,26 @@ void require(bool condition, const char* what) {
     if (!condition) throw std::runtime_error(std::string("infoquant: ") + what);
 }
 
-// A linear's input as three arguments give it: x [tokens, features], matrices, hadamard. hadamard is the size of the
-// transform's runs, whose dense factor is in matrices; else these are a matrix [blocks, b, b] or the two factors of a
-// Kronecker product.
-struct Transformed {
+// Three arguments: the input x [tokens, features] of a linear, and matrices and hadamard, its transform. hadamard is the
+// size of a Hadamard transform, whose base matrix is in matrices; if 0, these are one matrix [blocks, b, b], the two
+// factors of a Kronecker product, or none.
+struct InputArguments {
     Tensor x;
     std::vector<Tensor> matrices;
     int64_t hadamard;
 
-    explicit Transformed(Arguments& in) : x(in.tensor().contiguous()), matrices(in.tensors()), hadamard(in.integer()) {}
+    explicit InputArguments(Arguments& in) : x(in.tensor().contiguous()), matrices(in.tensors()), hadamard(in.integer()) {}
 
     int64_t tokens() const { return x.sizes()[0]; }
     int64_t features() const { return x.sizes()[1]; }
 
     Input input() const {
-        require(!hadamard || matrices.size() == 1, "a Hadamard needs its dense factor");
-        Input made{x.data(), x.dtype(), tokens(), features(), NONE, nullptr, nullptr, 0, 0};
+        require(!hadamard || matrices.size() == 1, "a Hadamard transform needs its base matrix");
+        Input made{x.data(), x.dtype(), tokens(), features(), Transform::NONE, nullptr, nullptr, 0, 0};
         if (matrices.empty()) return made;
         const Tensor &first = matrices.front(), &last = matrices.back();
         const bool blocks = !hadamard && matrices.size() == 1;
-        made.kind = hadamard ? HADAMARD : blocks ? BLOCKS : KRONECKER;
+        made.kind = hadamard ? Transform::HADAMARD : blocks ? Transform::BLOCKS : Transform::KRONECKER;
         if (!blocks) made.left = first.data<float>(), made.left_size = first.sizes()[0];
         if (!hadamard) made.right = last.data<float>();
         made.right_size = hadamard ? hadamard : last.sizes()[1];
@@ -38,90 +39,98 @@ struct Transformed {
     }
 };
 
-// lines [N / 32, K / 4, 16 * num_bits], scale and zero [N, groups]
-Weight weight_of(const Tensor& lines, const Tensor& scale, const Tensor& zero) {
-    return {lines.data<uint8_t>(), scale.data<float>(),  zero.data<uint8_t>(),
-            scale.sizes()[0],      scale.sizes()[1], lines.sizes()[2] / 16};
-}
+// Three arguments: lines [N / 32, K / 4, 16 * num_bits], scale and zero-points or none [N, groups].
+struct WeightArguments {
+    Tensor lines, scale, zero_point;
 
-// As float32; what is not is converted into `kept`.
-const float* float_bias(const Tensor& bias, int64_t channels, std::vector<float>& kept) {
+    explicit WeightArguments(Arguments& in) : lines(in.tensor()), scale(in.tensor()), zero_point(in.optional_tensor()) {}
+
+    Weight weight() const {
+        return {lines.data<uint8_t>(), scale.data<float>(), zero_point.data<uint8_t>(),
+                scale.sizes()[0],      scale.sizes()[1],    lines.sizes()[2] / 16};
+    }
+};
+
+// The bias in float32, converted into `converted` if it has another dtype.
+const float* float_bias(const Tensor& bias, int64_t channels, std::vector<float>& converted) {
     if (!bias || bias.dtype() == FLOAT32) return bias.data<float>();
-    kept.resize(channels);
-    load_rows(bias.data(), bias.dtype(), 0, channels, kept.data());
-    return kept.data();
+    converted.resize(channels);
+    load_rows(bias.data(), bias.dtype(), 0, channels, converted.data());
+    return converted.data();
 }
 
 void run_linear(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Transformed x(in);
+    const InputArguments x(in);
     const Tensor clip = in.optional_tensor();
     const int64_t num_bits = in.integer();
     const bool symmetric = in.boolean();
-    const Tensor lines = in.tensor(), scale = in.tensor(), zero = in.optional_tensor(), bias = in.optional_tensor();
-    const Weight weight = weight_of(lines, scale, zero);
+    const WeightArguments packed(in);
+    const Tensor bias = in.optional_tensor();
+    const Weight weight = packed.weight();
     Tensor out = empty({x.tokens(), weight.channels}, x.x.dtype());
-    std::vector<float> kept;
-    linear(x.input(), clip.data<float>(), clip ? clip.sizes()[0] : 1, num_bits, symmetric, weight,
-           float_bias(bias, weight.channels, kept), out.data());
+    std::vector<float> converted;
+    linear(x.input(), {clip.data<float>(), clip ? clip.sizes()[0] : 1, num_bits, symmetric}, weight,
+           float_bias(bias, weight.channels, converted), out.data());
     stack[0] = out.release();
 }
 
 void run_quantized_linear(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Tensor codes = in.tensor().contiguous(), scale = in.tensor().contiguous(), zero = in.tensor().contiguous();
-    const Tensor lines = in.tensor(), weight_scale = in.tensor(), weight_zero = in.optional_tensor();
+    const Tensor codes = in.tensor().contiguous(), scale = in.tensor().contiguous();
+    const Tensor zero_point = in.tensor().contiguous();
+    const WeightArguments packed(in);
     const Tensor bias = in.optional_tensor();
-    const int64_t num_bits = in.integer(), out_type = in.integer();
-    const Weight weight = weight_of(lines, weight_scale, weight_zero);
-    const int64_t tokens = codes.sizes()[0];
-    Tensor out = empty({tokens, weight.channels}, static_cast<Dtype>(out_type));
-    std::vector<float> kept;
-    quantized_linear({codes.data<uint8_t>(), scale.data<float>(), zero.data<int32_t>()}, tokens, codes.sizes()[1],
-                     scale.sizes()[1], num_bits, weight, float_bias(bias, weight.channels, kept), out.data(),
-                     out_type);
+    const int64_t num_bits = in.integer();
+    const Dtype dtype = static_cast<Dtype>(in.integer());
+    const Weight weight = packed.weight();
+    const Quantized x{codes.data<uint8_t>(), scale.data<float>(), zero_point.data<int32_t>(), codes.sizes()[0],
+                      codes.sizes()[1],      scale.sizes()[1],    num_bits};
+    Tensor out = empty({x.tokens, weight.channels}, dtype);
+    std::vector<float> converted;
+    quantized_linear(x, weight, float_bias(bias, weight.channels, converted), out.data(), dtype);
     stack[0] = out.release();
 }
 
-// Tensors for codes and ranges of an input, on their way to the stack.
-struct Outputs {
-    Tensor codes, scale, zero;
+// New tensors for quantized activations.
+struct QuantizedResult {
+    Tensor codes, scale, zero_point;
+    Quantized arrays;
 
-    Outputs(int64_t rows, int64_t features, int64_t groups)
+    QuantizedResult(int64_t rows, int64_t features, int64_t groups, int64_t num_bits)
         : codes(empty({rows, features}, functions().uint8)),
           scale(empty({rows, groups}, FLOAT32)),
-          zero(empty({rows, groups}, functions().int32)) {}
-
-    Quantized places() const { return {codes.data<uint8_t>(), scale.data<float>(), zero.data<int32_t>()}; }
+          zero_point(empty({rows, groups}, functions().int32)),
+          arrays{codes.data<uint8_t>(), scale.data<float>(), zero_point.data<int32_t>(), rows, features, groups, num_bits} {}
 
     void release(Value* stack) {
-        stack[0] = codes.release(), stack[1] = scale.release(), stack[2] = zero.release();
+        stack[0] = codes.release(), stack[1] = scale.release(), stack[2] = zero_point.release();
     }
 };
 
 void run_rotate_quantize(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Transformed x(in);
+    const InputArguments x(in);
     const Tensor clip = in.tensor();
     const int64_t num_bits = in.integer();
     const bool symmetric = in.boolean();
     const int64_t groups = clip.sizes()[0];
-    Outputs made(x.tokens(), x.features(), groups);
-    rotate_quantize(x.input(), clip.data<float>(), groups, num_bits, symmetric, made.places());
-    made.release(stack);
+    QuantizedResult result(x.tokens(), x.features(), groups, num_bits);
+    rotate_quantize(x.input(), {clip.data<float>(), groups, num_bits, symmetric}, result.arrays);
+    result.release(stack);
 }
 
 void run_rotate_quantize_wide(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Transformed x(in);
-    Outputs made(2 * x.tokens(), x.features(), 1);
-    rotate_quantize_wide(x.input(), made.places());
-    made.release(stack);
+    const InputArguments x(in);
+    QuantizedResult result(2 * x.tokens(), x.features(), 1, 8);
+    rotate_quantize_wide(x.input(), result.arrays);
+    result.release(stack);
 }
 
 void run_rotate(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Transformed x(in);
+    const InputArguments x(in);
     Tensor y = empty({x.tokens(), x.features()}, FLOAT32);
     rotate(x.input(), y.data<float>());
     stack[0] = y.release();
@@ -131,10 +140,10 @@ void run_rotate_rows(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
     const Tensor x = in.tensor().contiguous(), rotation = in.tensor().contiguous(), gain = in.optional_tensor();
     const int64_t tokens = x.sizes()[0], size = x.sizes()[1];
-    require(rotation.sizes()[0] == size && rotation.sizes()[1] == size, "the rotation must be as wide as the rows");
+    require(rotation.sizes()[0] == size && rotation.sizes()[1] == size, "the rotation must have the size of the rows");
     require(rotation.dtype() == FLOAT32 && (!gain || gain.dtype() == FLOAT32), "rotation and gain must be float32");
     Tensor out = empty({tokens, size}, x.dtype());
-    rotate_rows(x.data(), x.dtype(), tokens, size, rotation.data<float>(), gain.data<float>(), out.data());
+    rotate_rows({x.data(), x.dtype(), tokens, size, rotation.data<float>(), gain.data<float>(), out.data()});
     stack[0] = out.release();
 }
 
@@ -143,7 +152,7 @@ void run_dense_linear(Value* stack, uint64_t, uint64_t) {
     const Tensor x = in.tensor().contiguous(), weight = in.tensor().contiguous();
     const int64_t tokens = x.sizes()[0], channels = weight.sizes()[0];
     Tensor out = empty({tokens, channels}, x.dtype());
-    dense_linear(x.data(), weight.data<uint16_t>(), x.dtype(), tokens, x.sizes()[1], channels, out.data());
+    dense_linear({x.data(), weight.data<uint16_t>(), x.dtype(), tokens, x.sizes()[1], channels, out.data()});
     stack[0] = out.release();
 }
 
@@ -161,7 +170,7 @@ void run_rms_norm(Value* stack, uint64_t, uint64_t) {
     const double epsilon = in.number();
     const std::vector<int64_t> sizes = shape(x);
     Tensor y = empty(sizes, x.dtype());
-    rms_norm(x.data(), nullptr, weight.data(), x.dtype(), rows(sizes), sizes.back(), epsilon, y.data(), nullptr);
+    rms_norm({x.data(), nullptr, weight.data(), x.dtype(), rows(sizes), sizes.back(), epsilon, y.data(), nullptr});
     stack[0] = y.release();
 }
 
@@ -171,8 +180,8 @@ void run_add_rms_norm(Value* stack, uint64_t, uint64_t) {
     const double epsilon = in.number();
     const std::vector<int64_t> sizes = shape(x);
     Tensor y = empty(sizes, x.dtype()), total = empty(sizes, x.dtype());
-    rms_norm(x.data(), residual.data(), weight.data(), x.dtype(), rows(sizes), sizes.back(), epsilon, y.data(),
-             total.data());
+    rms_norm({x.data(), residual.data(), weight.data(), x.dtype(), rows(sizes), sizes.back(), epsilon, y.data(),
+              total.data()});
     stack[0] = y.release(), stack[1] = total.release();
 }
 
@@ -185,7 +194,7 @@ void run_silu_and_mul(Value* stack, uint64_t, uint64_t) {
     stack[0] = out.release();
 }
 
-// x [tokens, features], whose tokens may lie apart.
+// x [tokens, features]; strides between tokens may be larger.
 Tensor with_features(Tensor x) { return x.strides()[1] == 1 ? std::move(x) : std::move(x).contiguous(); }
 
 void run_rotary_embedding(Value* stack, uint64_t, uint64_t) {
@@ -193,27 +202,27 @@ void run_rotary_embedding(Value* stack, uint64_t, uint64_t) {
     const Tensor positions = in.tensor().contiguous(), query = with_features(in.tensor());
     const Tensor key = with_features(in.tensor()), cos_sin = in.tensor().contiguous();
     const int64_t head_size = in.integer(), tokens = positions.sizes()[0], rotary_dim = cos_sin.sizes()[1];
-    const auto turned = [&](const Tensor& x) {
-        require(x.dtype() == cos_sin.dtype(), "cosines and sines must have the dtype of what they turn");
+    const auto apply_rope = [&](const Tensor& x) {
+        require(x.dtype() == cos_sin.dtype(), "cosines and sines must have the dtype of queries and keys");
         require(x.sizes()[0] == tokens, "there must be a position for each token");
         const int64_t size = x.sizes()[1];
         Tensor out = empty({tokens, size}, x.dtype());
-        rotary_embedding(positions.data<int64_t>(), tokens, cos_sin.data(), rotary_dim,
-                         {x.data(), x.dtype(), x.strides()[0]}, size / head_size, head_size, out.data());
+        rotary_embedding({positions.data<int64_t>(), cos_sin.data(), tokens, rotary_dim, size / head_size, head_size},
+                         {x.data(), x.dtype(), x.strides()[0]}, out.data());
         return out;
     };
-    Tensor turned_query = turned(query), turned_key = turned(key);
-    stack[0] = turned_query.release(), stack[1] = turned_key.release();
+    Tensor rotated_query = apply_rope(query), rotated_key = apply_rope(key);
+    stack[0] = rotated_query.release(), stack[1] = rotated_key.release();
 }
 
-// Whether the rows of x [tokens, heads, head_size] lie one after the other within a token.
-bool rows_follow(const Tensor& x) { return x.strides()[2] == 1 && x.strides()[1] == x.sizes()[2]; }
+// Whether each token's rows of x [tokens, heads, head_size] are contiguous.
+bool has_contiguous_rows(const Tensor& x) { return x.strides()[2] == 1 && x.strides()[1] == x.sizes()[2]; }
 
-Tensor with_rows(Tensor x) { return rows_follow(x) ? std::move(x) : std::move(x).contiguous(); }
+Tensor with_rows(Tensor x) { return has_contiguous_rows(x) ? std::move(x) : std::move(x).contiguous(); }
 
 kv::Pages pages(const Tensor& cache, int64_t head_size, int64_t key_bits, int64_t value_bits) {
     const int64_t *const sizes = cache.sizes(), *const strides = cache.strides();
-    require(strides[3] == 1 && strides[2] == sizes[3], "the cells of a page must lie one after the other");
+    require(strides[3] == 1 && strides[2] == sizes[3], "the entries of a page must be contiguous");
     return {cache.data<uint8_t>(), strides[0], strides[1], sizes[2], {head_size, key_bits, value_bits}};
 }
 
@@ -224,9 +233,16 @@ void run_kv_store(Value* stack, uint64_t, uint64_t) {
     const Tensor key_mean = in.optional_tensor();
     const bool hadamard = in.boolean();
     const int64_t key_bits = in.integer(), value_bits = in.integer();
-    kv_store({key.data(), key.dtype(), key.strides()[0]}, {value.data(), value.dtype(), value.strides()[0]},
-             pages(cache, key.sizes()[2], key_bits, value_bits), slots.data<int64_t>(), slots.sizes()[0],
-             key_clip_ratio.data<float>(), value_clip_ratio.data<float>(), key_mean.data<float>(), key.sizes()[1], hadamard);
+    kv_store({{key.data(), key.dtype(), key.strides()[0]},
+              {value.data(), value.dtype(), value.strides()[0]},
+              pages(cache, key.sizes()[2], key_bits, value_bits),
+              slots.data<int64_t>(),
+              slots.sizes()[0],
+              key.sizes()[1],
+              key_clip_ratio.data<float>(),
+              value_clip_ratio.data<float>(),
+              key_mean.data<float>(),
+              hadamard});
 }
 
 void run_kv_attention(Value* stack, uint64_t, uint64_t) {
@@ -237,26 +253,33 @@ void run_kv_attention(Value* stack, uint64_t, uint64_t) {
     const float scale = static_cast<float>(in.number());
     const int64_t window = in.integer(), key_bits = in.integer(), value_bits = in.integer();
     const Tensor out = in.tensor();
-    require(rows_follow(out), "the rows of the output must lie one after the other");
+    require(has_contiguous_rows(out), "the rows of the output must be contiguous");
     for (const Tensor* each : {&query_starts, &seq_lens, &block_table}) {
         require(each->number_of_dtype() == functions().int32, "lengths and the block table must be int32");
-        require(each->strides()[each->dim() - 1] == 1, "lengths and the block table must lie one after the other");
+        require(each->strides()[each->dim() - 1] == 1, "lengths and the block table must be contiguous");
     }
-    const Batch batch{query_starts.data<int32_t>(), seq_lens.data<int32_t>(), block_table.data<int32_t>(),
-                      seq_lens.sizes()[0], block_table.strides()[0]};
-    kv_attention({query.data(), query.dtype(), query.strides()[0]}, {out.data(), out.dtype(), out.strides()[0]},
-                 pages(cache, query.sizes()[2], key_bits, value_bits), batch, query.sizes()[1], cache.sizes()[1],
-                 hadamard, scale, window);
+    kv_attention({{query.data(), query.dtype(), query.strides()[0]},
+                  {out.data(), out.dtype(), out.strides()[0]},
+                  pages(cache, query.sizes()[2], key_bits, value_bits),
+                  query_starts.data<int32_t>(),
+                  seq_lens.data<int32_t>(),
+                  block_table.data<int32_t>(),
+                  seq_lens.sizes()[0],
+                  block_table.strides()[0],
+                  query.sizes()[1],
+                  cache.sizes()[1],
+                  hadamard,
+                  scale,
+                  window});
 }
 
-// What benchmarks hold against kernels that are bound by reading weights.
 void run_read(Value* stack, uint64_t, uint64_t) {
     const Tensor data = Arguments(stack).tensor();
     int64_t bytes = 1;
     for (int64_t i = 0; i < data.dim(); ++i) bytes *= data.sizes()[i];
-    require(bytes % 1024 == 0, "a multiple of 1024 bytes can be read");
+    require(bytes % 1024 == 0, "the number of bytes must be a multiple of 1024");
     Tensor sum = empty({4 * LANES}, functions().uint8);
-    infoquant::read(data.data<uint8_t>(), bytes, sum.data<uint8_t>());
+    read_memory(data.data<uint8_t>(), bytes, sum.data<uint8_t>());
     stack[0] = sum.release();
 }
 
@@ -304,7 +327,7 @@ constexpr Entry OPERATIONS[] = {
 
 }  // namespace
 
-// Defines the operations as torch.ops.SPACE.*, once per process; returns what went wrong, null for nothing.
+// Registers the operations as torch.ops.SPACE.*, once per process; returns an error message, or null.
 extern "C" const char* infoquant_define_operations(const char* space) {
     static bool defined = false;
     static std::string problem;

@@ -1,4 +1,4 @@
-#include "torch_abi.h"
+#include "bindings/torch_abi.h"
 
 #include <dlfcn.h>
 

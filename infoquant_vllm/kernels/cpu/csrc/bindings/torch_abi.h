@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "rows.h"
+#include "simd/simd.h"
 
 namespace infoquant::torch_abi {
 

@@ -1,4 +1,4 @@
-// What library.py asks before it uses a library.
+// Functions that library.py calls before it uses a library.
 #include <cstdint>
 #ifdef __AMX_TILE__
 #include <asm/prctl.h>
@@ -6,11 +6,11 @@
 #include <unistd.h>
 #endif
 
-// The version of the operations: a library compiled from other sources is refused.
+// The version of the operations; library.py refuses a library of another version.
 extern "C" int64_t infoquant_abi_version() { return 11; }
 
-// Why this process cannot run the library's code, null where it can. Linux keeps AMX's registers for processes that
-// have asked it to (Documentation/arch/x86/xstate.rst).
+// Returns why this process cannot run the library's code, or null. Linux lets a process use AMX only after it has asked
+// for it (Documentation/arch/x86/xstate.rst).
 extern "C" const char* infoquant_problem() {
 #ifdef __AMX_TILE__
     constexpr int TILE_DATA = 18;

@@ -1,11 +1,10 @@
-// Reads memory as fast as one thread can: what benchmarks hold against kernels that are bound by reading weights.
+// Reads memory as fast as one thread can: the bound that benchmarks compare kernels to that stream weights.
 #include "kernels.h"
-#include "simd.h"
 
-using namespace infoquant;
+namespace infoquant {
 
-// Four streams with prefetches: one alone is slower, since every page starts its prefetching anew.
-void infoquant::read(const uint8_t* from, int64_t bytes, uint8_t* to) {
+// Four streams with software prefetch: one alone is slower, since the hardware prefetcher stops at each page.
+void read_memory(const uint8_t* from, int64_t bytes, uint8_t* to) {
     constexpr int STREAMS = 4;
     Ints sums[STREAMS] = {};
     const int64_t apart = bytes / STREAMS;
@@ -18,5 +17,7 @@ void infoquant::read(const uint8_t* from, int64_t bytes, uint8_t* to) {
         }
     }
     const Ints sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
-    memcpy(to, &sum, sizeof sum);
+    store(to, sum);
 }
+
+}  // namespace infoquant

@@ -1,38 +1,34 @@
-// A tile: what the KV cache holds of sixteen tokens and one kv-head (see kernels/reference/kv_cache.py).
+// The layout of the KV cache; kernels/reference/kv_cache.py describes it. A tile holds 16 tokens of one KV head.
 #pragma once
 
-#include "vectors.h"
+#include "simd/simd.h"
 
-namespace kv {
+namespace infoquant::kv {
 
-using vectors::Bytes;
-using vectors::Floats;
-using vectors::LANES;
-
-constexpr int TOKENS = 16;  // of a tile
+constexpr int TOKENS = LANES16;  // tokens of a tile
 constexpr int MAX_HEAD_SIZE = 512;
 
-// Bytes of a tile, part by part: keys, values, then float16 key scales, key zeros, value scales, value zeros.
+// A tile in bytes: keys, values, then float16 key scales, key zeros, value scales and value zeros.
 struct Layout {
     int64_t head_size, key_bits, value_bits;
     int64_t keys() const { return TOKENS * head_size * key_bits / 8; }
     int64_t values() const { return TOKENS * head_size * value_bits / 8; }
-    int64_t parameters() const { return keys() + values(); }
-    int64_t bytes() const { return parameters() + 4 * TOKENS * 2; }
-    // Of four tokens' values.
+    int64_t qparams() const { return keys() + values(); }
+    int64_t bytes() const { return qparams() + 4 * TOKENS * 2; }
+    // The values of four tokens.
     int64_t quad() const { return values() / 4; }
 };
 
 struct Pair {
-    Bytes first, second;
+    Bytes16 first, second;
 };
 
-// Sixteen lanes of four codes, twice: the low and the high nibbles of 64 bytes, or the bytes at two places.
+// Two vectors of codes: the low and the high nibbles of 64 bytes, or 64 bytes at each of two places.
 template <int BITS>
 inline Pair load_pair(const uint8_t* first, int64_t second) {
-    const Bytes bytes = vectors::load<Bytes>(first);
+    const Bytes16 bytes = load<Bytes16>(first);
     if (BITS == 4) return {bytes & 15, bytes >> 4};
-    return {bytes, vectors::load<Bytes>(first + second)};
+    return {bytes, load<Bytes16>(first + second)};
 }
 
 // Pages of a layer's cache, [blocks, kv_heads, block_size / 16 tiles].
@@ -45,4 +41,4 @@ struct Pages {
     }
 };
 
-}  // namespace kv
+}  // namespace infoquant::kv
