@@ -1,32 +1,42 @@
-"""Build hook: compiles the native CPU kernels, one shared library per target, into the package."""
+"""Build hook: compiles the C++ CPU kernels into the package, one shared library per target."""
 
+import importlib.util
 import os
 import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path(__file__).parent / "infoquant_vllm" / "kernels" / "cpu"
-TARGETS = {
-    "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8"],
-    "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
-    "avxvnni": ["-march=x86-64-v3", "-mavxvnni"],
-    "avx2": ["-march=x86-64-v3"],
-}
-# No -ffast-math and no contraction to fused multiply-adds: the order of roundings is part of what a kernel computes.
 PURE = "INFOQUANT_PURE_WHEEL"
 """Environment variable: 1 leaves the native kernels out on purpose, for the wheel of all other platforms."""
+# No -ffast-math and no contraction to fused multiply-adds: the order of roundings is part of what a kernel computes.
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared"]
 
 
+def _load_targets() -> ModuleType:
+    """Load targets.py by its path: importing its package needs torch, which a build environment may lack."""
+    spec = importlib.util.spec_from_file_location("targets", FOLDER / "targets.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_targets = _load_targets()
+TARGETS = _targets.TARGETS
+
+
 class NativeKernels(BuildHookInterface):
-    """Runs for wheels, editable ones too. Without its libraries the package works, on torch's kernels."""
+    """Compile the kernels for every wheel, editable ones too. Without them the package runs on torch's kernels."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile and tag the wheel for this platform; turn what fails into a warning."""
+        """Compile, and tag the wheel for this platform. A failure becomes a warning."""
         if os.environ.get(PURE) == "1":
             for target in TARGETS:
                 (FOLDER / f"_native_{target}.so").unlink(missing_ok=True)
@@ -40,9 +50,9 @@ class NativeKernels(BuildHookInterface):
 
 
 def compile_native(folder: Path, compiler: str) -> list[str]:
-    """Compile the C++ files under folder/csrc into folder/_native_TARGET.so, and return what failed, by target.
+    """Compile the C++ files under folder/csrc into folder/_native_TARGET.so, and return a message per failed target.
 
-    Remove a library that cannot be rebuilt: it would belong to other sources.
+    A library that cannot be rebuilt is removed, since it belongs to other sources.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = pool.map(lambda target: _compile(folder, target, compiler), TARGETS)
@@ -55,7 +65,8 @@ def _compile(folder: Path, target: str, compiler: str) -> str:
         library.unlink(missing_ok=True)
         return f"no kernels for {platform.machine()}"
     partial = library.with_suffix(".partial")
-    command = [compiler, *FLAGS, *TARGETS[target], "-I", str(folder / "csrc"), "-o", str(partial)]
+    command = [compiler, *FLAGS, *TARGETS[target].flags, f"-DINFOQUANT_ABI_VERSION={_targets.ABI_VERSION}"]
+    command += ["-I", str(folder / "csrc"), "-o", str(partial)]
     command += map(str, sorted((folder / "csrc").rglob("*.cpp")))
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)

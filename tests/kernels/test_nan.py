@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from infoquant_vllm.kernels.cpu.quantized_linear import prepare_weight
 
 from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels.cpu.library import DTYPES, operations
-from infoquant_vllm.kernels.cpu.quantized_linear import prepare_weight
 from tests.common.libraries import RUNNABLE, library
 
 

@@ -9,21 +9,15 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 11
+from infoquant_vllm.kernels.cpu.targets import ABI_VERSION, TARGETS
+
 FOLDER = Path(__file__).parent
-AVX512_VNNI = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_vnni")
-TARGETS = {  # in order of preference: what torch.cpu.get_capabilities() must name
-    "amx": (*AVX512_VNNI, "avx512_bf16", "amx_tile", "amx_int8"),
-    "avx512vnni": AVX512_VNNI,
-    "avxvnni": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "avx_vnni"),
-    "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt"),
-}
-DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})  # as the C++ code numbers them
+DTYPES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})  # as csrc/simd/simd.h numbers them
 
 
 @dataclass(frozen=True)
 class Library:
-    """Compiled kernels and the target that they are for, or why there are none."""
+    """The compiled kernels of one target, or the reason why they cannot be used."""
 
     target: str
     handle: ctypes.CDLL | None
@@ -31,22 +25,22 @@ class Library:
 
     @property
     def namespace(self) -> str:
-        """Where operations.cpp has defined the library's operations: torch.ops.NAMESPACE."""
+        """Name the namespace in torch.ops where operations.cpp registers this library's operations."""
         return f"infoquant_{self.target}"
 
 
 def runnable() -> list[str]:
-    """The targets whose code this CPU can run, best first; none where an older torch cannot tell."""
+    """List the targets that this CPU can run, best first; empty if torch is too old to report capabilities."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return [target for target, features in TARGETS.items() if all(capabilities.get(each) for each in features)]
+    return [name for name, target in TARGETS.items() if all(map(capabilities.get, target.capabilities))]
 
 
 @cache
 def library() -> Library:
-    """The best library that this CPU can run, or why there is none.
+    """Load the best library that this CPU can run.
 
-    A compiler may have been too old for the best target. A library needs libgomp.so.1, which is torch's own where
-    torch is loaded first: one pool of threads for both, of the size that torch.set_num_threads sets.
+    The best target may be missing, where the compiler was too old for it. A library needs libgomp.so.1; torch is loaded
+    first, so that it gets torch's: both share one pool of threads, of the size that torch.set_num_threads sets.
     """
     problems = []
     for target in runnable():
@@ -75,9 +69,10 @@ def _load(target: str, file: Path) -> Library:
 
 
 def operations() -> Any:
-    """The library's operations, by name.
+    """Return the namespace with the library's operations.
 
-    Raises RuntimeError where no library serves.
+    Raises:
+        RuntimeError: No library can be used on this machine.
     """
     found = library()
     if found.handle is None:

@@ -6,8 +6,8 @@
 #include <unistd.h>
 #endif
 
-// The version of the operations; library.py refuses a library of another version.
-extern "C" int64_t infoquant_abi_version() { return 11; }
+// hatch_build.py passes the ABI_VERSION of targets.py; library.py refuses a library of another version.
+extern "C" int64_t infoquant_abi_version() { return INFOQUANT_ABI_VERSION; }
 
 // Returns why this process cannot run the library's code, or null. Linux lets a process use AMX only after it has asked
 // for it (Documentation/arch/x86/xstate.rst).
