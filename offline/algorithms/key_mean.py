@@ -11,7 +11,7 @@ import torch
 def mean_rotated_key(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Return the mean over all positions of a constant key [kv_heads, head_dim] after RoPE.
 
-    Components that RoPE turns full circle within these positions average to zero: they have no common constant.
+    Channels that RoPE rotates full circle within these positions average to zero: they have no common constant.
 
     cos, sin: [1, positions, head_dim], of RoPE
     """

@@ -87,7 +87,7 @@ class HiddenStates:
         self._next = layer
 
     def _bounded(self, observe: Observer) -> Observer:
-        """Return `observe` behind a check that its inputs are finite and that their squares can be summed."""
+        """Wrap `observe` in a check that its inputs are finite and small enough to sum their squares."""
         place = f"{self._folder}: model.layers.{self._next}"
 
         def checked(module: str, x: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ def learn_clips(
     """Return `input_clip_ratio` and `value_clip_ratio` of a layer, named as by `quantize_layer`.
 
     tensors: of the layer, from `quantize_layer`
-    hidden: the hidden states behind that layer
+    hidden: the outputs of that layer
     before: [sequences, length, hidden] float32, those of the first sequences that entered the layer
     """
     layer, rotary = hidden.copy_layer()

@@ -51,9 +51,9 @@ def test_observations_come_in_the_order_of_the_text_however_slow_a_device_is(
     run, ran = _Replica.run, []
 
     def slowly(replica: _Replica, batch: torch.Tensor) -> None:
-        turn = len(ran)
+        order = len(ran)
         ran.append(replica)
-        time.sleep(0.02 * (3 - turn % 3))  # of three that start together the first finishes last
+        time.sleep(0.02 * (3 - order % 3))  # of three that begin together the first takes longest
         run(replica, batch)
 
     monkeypatch.setattr("offline.model.hidden_states.TOKENS_PER_BATCH", 16)

@@ -1,4 +1,4 @@
-"""Keys quantized less what all of a head's have in common: the same attention, smaller ranges."""
+"""K smoothing: keys minus their mean give the same attention and span smaller ranges."""
 
 from pathlib import Path
 
@@ -56,14 +56,16 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("size", ["tied", "untied-biases", *FAMILIES])
-def test_checkpoint_of_centred_keys_in_eight_bits_predicts_as_its_source(tmp_path: Path, text: Path, size: str) -> None:
+def test_checkpoint_of_smoothed_keys_in_eight_bits_predicts_as_its_source(
+    tmp_path: Path, text: Path, size: str
+) -> None:
     source = write_source(tmp_path / "source", **SIZES[size])
-    plain, centered = (divergence(source, tmp_path / str(n), recipe(n), text) for n in (None, 128))
-    assert centered < 1.5 * plain < 0.005
+    plain, smoothed = (divergence(source, tmp_path / str(n), recipe(n), text) for n in (None, 128))
+    assert smoothed < 1.5 * plain < 0.005
 
 
 @pytest.mark.parametrize("size", ["tied", "llama3-rope", "qwen3"])
-def test_key_offset_is_the_mean_of_a_constant_key_at_all_positions(tmp_path: Path, size: str) -> None:
+def test_key_mean_is_the_mean_of_a_constant_key_at_all_positions(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(2))
     hidden = HiddenStates(source, tokens, None, [torch.device("cpu")])
@@ -71,8 +73,8 @@ def test_key_offset_is_the_mean_of_a_constant_key_at_all_positions(tmp_path: Pat
     key = torch.randn(heads, size_of_head, generator=torch.Generator().manual_seed(3))
     rotary = source.model(torch.float32).model.rotary_emb
     cos, sin = rotary(key, torch.arange(100)[None])
-    turned, _ = apply_rotary_pos_emb(key[None, :, None].expand(-1, -1, 100, -1), key[None, :, None], cos, sin)
-    torch.testing.assert_close(mean_rotated_key(key, *hidden.rotary(100)), turned[0].mean(1), rtol=1e-4, atol=1e-5)
+    rotated, _ = apply_rotary_pos_emb(key[None, :, None].expand(-1, -1, 100, -1), key[None, :, None], cos, sin)
+    torch.testing.assert_close(mean_rotated_key(key, *hidden.rotary(100)), rotated[0].mean(1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", ["tied", "qwen2", "qwen3"])
@@ -93,7 +95,7 @@ def test_keys_are_observed_as_rope_turns_them(tmp_path: Path, size: str) -> None
     torch.testing.assert_close(statistics.sums[keys], expected[0].reshape(32, -1).sum(0), rtol=1e-4, atol=1e-3)
 
 
-def test_centred_key_leaves_the_cache_less_noise(tmp_path: Path, text: Path) -> None:
+def test_smoothed_keys_have_less_quantization_noise(tmp_path: Path, text: Path) -> None:
     """Biases make keys of one sign; their four bits are then for what differs."""
     source = write_source(tmp_path / "source", architecture="Qwen2ForCausalLM")
     file = source / "model.safetensors"
@@ -103,5 +105,5 @@ def test_centred_key_leaves_the_cache_less_noise(tmp_path: Path, text: Path) -> 
             half = len(tensors[name]) // 2
             tensors[name] = torch.where(torch.arange(2 * half) % 64 % 32 > 24, 8.0, 0.0)
     save_file(tensors, file, metadata={"format": "pt"})
-    plain, centered = (divergence(source, tmp_path / str(n), recipe(n, 4), text) for n in (None, 128))
-    assert centered < 0.5 * plain
+    plain, smoothed = (divergence(source, tmp_path / str(n), recipe(n, 4), text) for n in (None, 128))
+    assert smoothed < 0.5 * plain

@@ -14,7 +14,7 @@ SCHEMES = [
     for symmetric in (True, False)
     for group in ({}, {"strategy": "group", "group_size": 24})
 ]
-DAMPING = 0.01
+DAMPENING = 0.01
 
 
 def random_weight(rows: int = 70, columns: int = 96) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_codes_fit_their_bits(args: WeightArgs, extreme: float) -> None:
     lowest, highest = (
         (-(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1) - 1) if args.symmetric else (0, 2**args.num_bits - 1)
     )
-    by_gptq, hessian = gptq(weight, correlated_hessian(), args, DAMPING), correlated_hessian()
+    by_gptq, hessian = gptq(weight, correlated_hessian(), args, DAMPENING), correlated_hessian()
     for rounded in (round_to_nearest(weight, args), by_gptq, refine(weight, by_gptq, hessian, args, 2)):
         assert lowest <= rounded.codes.min()
         assert rounded.codes.max() <= highest
@@ -47,14 +47,14 @@ def test_codes_fit_their_bits(args: WeightArgs, extreme: float) -> None:
 @pytest.mark.parametrize("args", SCHEMES)
 def test_gptq_loses_less_than_rounding_on_correlated_inputs(args: WeightArgs) -> None:
     weight, hessian = random_weight(), correlated_hessian()
-    plain, better = round_to_nearest(weight, args), gptq(weight, hessian, args, DAMPING)
+    plain, better = round_to_nearest(weight, args), gptq(weight, hessian, args, DAMPENING)
     assert output_error(weight, better, hessian) < 0.8 * output_error(weight, plain, hessian)
 
 
 @pytest.mark.parametrize("args", SCHEMES)
 def test_gptq_on_uncorrelated_inputs_is_rounding(args: WeightArgs) -> None:
     weight = random_weight()
-    plain, same = round_to_nearest(weight, args), gptq(weight, torch.eye(96), args, DAMPING)
+    plain, same = round_to_nearest(weight, args), gptq(weight, torch.eye(96), args, DAMPENING)
     for field in ("codes", "scale", "zero"):
         assert torch.equal(getattr(plain, field), getattr(same, field)), field
 
@@ -62,7 +62,7 @@ def test_gptq_on_uncorrelated_inputs_is_rounding(args: WeightArgs) -> None:
 @pytest.mark.parametrize("args", SCHEMES)
 def test_each_step_of_refining_lowers_the_error_of_outputs(args: WeightArgs) -> None:
     weight, hessian = random_weight(), correlated_hessian()
-    start = gptq(weight, hessian, args, DAMPING)
+    start = gptq(weight, hessian, args, DAMPENING)
     moved = descend(weight, start, hessian, args)
     scaled = refit_scales(weight, moved, hessian)
     errors = [output_error(weight, rounded, hessian) for rounded in (start, moved, scaled)]
@@ -70,9 +70,9 @@ def test_each_step_of_refining_lowers_the_error_of_outputs(args: WeightArgs) -> 
     assert output_error(weight, refine(weight, start, hessian, args, 3), hessian) < 0.97 * errors[0]
 
 
-def test_no_single_code_is_better_than_the_one_that_descending_ends_with() -> None:
+def test_no_single_code_is_better_than_the_one_that_coordinate_descent_finds() -> None:
     args, weight, hessian = WeightArgs(num_bits=4), random_weight(6, 24), correlated_hessian(24)
-    rounded = gptq(weight, hessian, args, DAMPING)
+    rounded = gptq(weight, hessian, args, DAMPENING)
     for _ in range(20):
         rounded = descend(weight, rounded, hessian, args)
     least = output_error(weight, rounded, hessian)
@@ -101,7 +101,7 @@ def test_refitted_scales_are_those_of_least_squares(args: WeightArgs) -> None:
 @pytest.mark.parametrize("args", SCHEMES)
 def test_refining_leaves_weights_alone_that_nothing_is_known_of(args: WeightArgs) -> None:
     weight = random_weight()
-    rounded = gptq(weight, torch.zeros(96, 96), args, DAMPING)
+    rounded = gptq(weight, torch.zeros(96, 96), args, DAMPENING)
     assert refine(weight, rounded, torch.zeros(96, 96), args, 2) is rounded
     few = torch.zeros(96, 96)
     few[3, 3] = 1.0  # only one input was ever seen
@@ -112,14 +112,14 @@ def test_refining_leaves_weights_alone_that_nothing_is_known_of(args: WeightArgs
 
 @pytest.mark.parametrize("block", [40, 2048])
 @pytest.mark.parametrize("rank", [0, 10, 96])
-def test_factor_is_that_of_the_damped_hessian_of_any_rank(
+def test_factor_is_that_of_the_dampened_hessian_of_any_rank(
     rank: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offline.algorithms.gptq.FACTOR_BLOCK", block)
     x = torch.randn(rank, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hessian = x.T @ x
-    damped = hessian + torch.eye(96) * (DAMPING * hessian.diagonal().mean() if rank else 1.0)
-    blocks = unit_factor(hessian, DAMPING)
+    dampened = hessian + torch.eye(96) * (DAMPENING * hessian.diagonal().mean() if rank else 1.0)
+    blocks = unit_factor(hessian, DAMPENING)
     factor = torch.cat([torch.nn.functional.pad(part, (0, 0, 0, 96 - len(part))) for part in blocks], dim=1).double()
     assert [part.shape for part in blocks] == [
         (min(start + block, 96), min(block, 96 - start)) for start in range(0, 96, block)
@@ -127,15 +127,17 @@ def test_factor_is_that_of_the_damped_hessian_of_any_rank(
     assert torch.equal(factor, factor.triu())
     assert (factor.diagonal() == 1).all()
     inverse = torch.linalg.inv(factor)
-    scale = (inverse @ damped @ inverse.T).diagonal()
-    torch.testing.assert_close(factor @ (scale[:, None] * factor.T), damped, rtol=1e-5, atol=1e-5 * damped.max().item())
+    scale = (inverse @ dampened @ inverse.T).diagonal()
+    torch.testing.assert_close(
+        factor @ (scale[:, None] * factor.T), dampened, rtol=1e-5, atol=1e-5 * dampened.max().item()
+    )
 
 
 def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs) -> torch.Tensor:
     """The values that GPTQ's algorithm 1 rounds to in float64, column by column, by the inverse's factor."""
     rest, values = weight.double(), torch.empty_like(weight, dtype=torch.float64)
-    damped = hessian.double() + DAMPING * hessian.double().diagonal().mean() * torch.eye(len(hessian))
-    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    dampened = hessian.double() + DAMPENING * hessian.double().diagonal().mean() * torch.eye(len(hessian))
+    factor = torch.linalg.cholesky(torch.linalg.inv(dampened), upper=True)
     for column in range(weight.shape[1]):
         if column % (args.group_size or weight.shape[1]) == 0:
             scales = search_scales(rest[:, column : column + (args.group_size or weight.shape[1])], args)
@@ -152,7 +154,7 @@ def test_gptq_by_parts_rounds_as_the_plain_algorithm(
 ) -> None:
     monkeypatch.setattr("offline.algorithms.gptq.FACTOR_BLOCK", block)
     weight, hessian = random_weight(), correlated_hessian()
-    found, expected = gptq(weight, hessian, args, DAMPING).values(), plain_gptq(weight, hessian, args)
+    found, expected = gptq(weight, hessian, args, DAMPENING).values(), plain_gptq(weight, hessian, args)
     same = torch.isclose(found, expected.float(), rtol=1e-4, atol=1e-5).all(1)
     assert same.float().mean() > 0.95  # a row in which two codes are as good as each other may go another way
 

@@ -1,4 +1,4 @@
-"""Balanced scales keep the function and lower the noise that they are chosen against."""
+"""Equalization keeps the function and minimizes the noise that its scales are chosen for."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_balanced_model_gives_the_sources_logits(tmp_path: Path, size: str) -> None:
+def test_equalized_model_gives_the_sources_logits(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
     hidden = HiddenStates(source, tokens, None, [torch.device("cpu")])
@@ -33,7 +33,7 @@ def test_balanced_model_gives_the_sources_logits(tmp_path: Path, size: str) -> N
     assert ((found - expected).abs().max() / expected.abs().max()).item() < 1e-4
 
 
-def test_down_input_times_weight_norm_is_smallest_where_balanced() -> None:
+def test_down_input_times_weight_norm_is_smallest_when_equalized() -> None:
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(64, generator=generator).exp()
     x = torch.randn(500, 64, generator=generator) * spread
@@ -51,8 +51,10 @@ def test_down_input_times_weight_norm_is_smallest_where_balanced() -> None:
 
 
 @torch.no_grad()
-def energies(model: CausalLM, modules: tuple[str, str], head_dim: int, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Of what two modules of the first layer give, [heads, pairs that RoPE turns]."""
+def second_moments(
+    model: CausalLM, modules: tuple[str, str], head_dim: int, tokens: torch.Tensor
+) -> list[torch.Tensor]:
+    """Second moments of the outputs of two modules of the first layer, [heads, channel pairs of RoPE]."""
     found: list[torch.Tensor] = []
     handles = [
         model.model.layers[0]
@@ -67,7 +69,7 @@ def energies(model: CausalLM, modules: tuple[str, str], head_dim: int, tokens: t
 
 
 @pytest.mark.parametrize("size", ["tied", "biases", "qwen2", "qwen3"])
-def test_keys_and_queries_have_like_energies_in_every_pair_where_balanced(tmp_path: Path, size: str) -> None:
+def test_equalized_keys_and_queries_have_equal_moments_in_every_channel_pair(tmp_path: Path, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     shape, model = source.shape, source.model(torch.float32)
     query_module, key_module = ARCHITECTURES[shape.architecture].rope_inputs
@@ -82,7 +84,7 @@ def test_keys_and_queries_have_like_energies_in_every_pair_where_balanced(tmp_pa
     )
     equalize_layer(state, statistics.take_hessians(), statistics, shape)
     model.model.layers[0].load_state_dict(state)
-    queries, keys = energies(model, (query_module, key_module), shape.head_dim, tokens)
+    queries, keys = second_moments(model, (query_module, key_module), shape.head_dim, tokens)
     heads = 1 if key_module == "self_attn.k_norm" else shape.num_key_value_heads
     ratio = (x.reshape(heads, -1, shape.head_dim // 2).sum(1) for x in (queries, keys))
     logarithm = torch.log(next(ratio) / next(ratio))

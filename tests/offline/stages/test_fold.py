@@ -32,8 +32,8 @@ def recipe_for(transform: str) -> Recipe:
 def transformed_model(source: Source, transforms: Transforms | None, recipe: Recipe) -> CausalLM:
     """The source with `transforms` folded in, and with hooks that do what the server does at run time."""
     model = source.model(torch.float32)
-    ends = dict(fold_embeddings(source, transforms))
-    model.model.norm.weight.data = ends["model.norm.weight"].float()
+    folded = dict(fold_embeddings(source, transforms))
+    model.model.norm.weight.data = folded["model.norm.weight"].float()
     for number, layer in enumerate(model.model.layers):
         layer.load_state_dict(fold_layer(source, number, transforms))
         inputs = transforms.inputs[number] if transforms is not None and transforms.inputs else {}
@@ -49,11 +49,11 @@ def transformed_model(source: Source, transforms: Transforms | None, recipe: Rec
     if transforms is None or transforms.residual is None:
         return model
     if not source.shape.tie_word_embeddings:
-        model.model.embed_tokens.weight.data = ends["model.embed_tokens.weight"].float()
-        model.lm_head.weight.data = ends["lm_head.weight"].float()
+        model.model.embed_tokens.weight.data = folded["model.embed_tokens.weight"].float()
+        model.lm_head.weight.data = folded["lm_head.weight"].float()
         return model
-    rotation = ends["model.embed_tokens.r1"]
-    gain = ends["model.embed_tokens.final_norm_weight"]
+    rotation = folded["model.embed_tokens.r1"]
+    gain = folded["model.embed_tokens.final_norm_weight"]
     model.model.embed_tokens.register_forward_hook(lambda _, __, rows: rows @ rotation)
     model.lm_head.register_forward_pre_hook(lambda _, args: ((args[0] @ rotation.T) * gain,))
     return model

@@ -7,7 +7,6 @@ import torch
 
 from infoquant_vllm.format import Checkpoint
 from offline import PRESETS, quantize
-from offline.algorithms.schedule import floored_warmup_cosine
 from offline.evaluate.simulate import load_simulated
 from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
@@ -98,11 +97,3 @@ def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -
         assert (clip <= 1).all(), name
         assert (clip != clips[name]).all(), name
     assert quantized.clips()["mlp.gate_proj.input_clip_ratio"].min() > 0.7
-
-
-def test_rate_warms_up_and_ends_at_a_thousandth() -> None:
-    factors = [floored_warmup_cosine(step, 16, 160) for step in range(161)]
-    assert factors[0] == pytest.approx(0.01)
-    assert factors[16] == pytest.approx(1.0, abs=0.03)
-    assert factors[160] == pytest.approx(1e-3)
-    assert factors[16:] == sorted(factors[16:], reverse=True)

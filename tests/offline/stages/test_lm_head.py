@@ -1,4 +1,4 @@
-"""An 8-bit vocabulary is written, simulated, verified and described; everything else stays as it was."""
+"""An 8-bit lm_head is written, simulated, verified and described; everything else stays as it was."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def quantize(source: Path, output: Path, transform: str, bits: int | None, **opt
 
 @pytest.fixture(params=MODELS)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A source, and its checkpoints with the vocabulary as it was and in 8 bits."""
+    """A source, and its checkpoints with lm_head as it was and in 8 bits."""
     tied, transform = request.param
     source = write_source(tmp_path / "source", dtype=torch.bfloat16, tie_word_embeddings=tied)
     for bits in (None, 8):
@@ -50,7 +50,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, Pa
     return source, tmp_path / "None", tmp_path / "8"
 
 
-def test_one_matrix_becomes_codes_and_the_rest_stays(pair: tuple[Path, Path, Path]) -> None:
+def test_lm_head_becomes_codes_and_all_other_tensors_stay(pair: tuple[Path, Path, Path]) -> None:
     plain, eight = (load_file(folder / SHARD) for folder in pair[1:])
     module = Checkpoint(pair[2]).shape.lm_head_module
     codes, scale = eight.pop(f"{module}.weight_packed"), eight.pop(f"{module}.weight_scale")
@@ -62,7 +62,7 @@ def test_one_matrix_becomes_codes_and_the_rest_stays(pair: tuple[Path, Path, Pat
     assert (error.norm() / matrix.norm()).item() < 0.02
 
 
-def test_an_8_bit_vocabulary_moves_the_logits_little(pair: tuple[Path, Path, Path]) -> None:
+def test_an_8_bit_lm_head_changes_the_logits_little(pair: tuple[Path, Path, Path]) -> None:
     tokens = torch.randint(3, VOCAB_SIZE, (2, 32), generator=torch.Generator().manual_seed(0))
     plain, eight = (load_simulated(folder, torch.float32)(tokens).logits for folder in pair[1:])
     assert 0 < ((eight - plain).norm() / plain.norm()).item() < 0.05
@@ -98,7 +98,7 @@ def test_another_models_8_bit_embeddings_fail_verification(tmp_path: Path) -> No
     assert "8-bit embeddings are not the source's" in failed[0].detail
 
 
-def test_a_vocabulary_that_uses_few_levels_fails_verification(tmp_path: Path) -> None:
+def test_an_lm_head_that_uses_few_levels_fails_verification(tmp_path: Path) -> None:
     quantize(write_source(tmp_path / "source", dtype=torch.bfloat16), tmp_path / "out", "hadamard", 8)
     tensors = load_file(tmp_path / "out" / SHARD)
     tensors["model.embed_tokens.weight_packed"] &= 0x11
@@ -110,7 +110,7 @@ def test_a_vocabulary_that_uses_few_levels_fails_verification(tmp_path: Path) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tied", "rotated"), [(True, True), (True, False), (False, False)])
-def test_simulated_ends_equal_the_reference_bit_by_bit(
+def test_simulated_embedding_and_lm_head_equal_the_reference_bit_by_bit(
     tmp_path: Path, tied: bool, rotated: bool, dtype: torch.dtype
 ) -> None:
     quantization = {"lm_head_bits": 8, "ignore": [], "online_r1": rotated}
