@@ -1,9 +1,9 @@
 // Attention over the quantized KV cache, whose codes are read straight from its pages; semantics:
 // kernels/reference/kv_cache.py.
 //
-// q . k and weight * value are sums of integer codes, so their order is free: a row of queries comes out the same for any
-// batch, any chunk of a prompt, any split of the context and any number of threads. Floats are only summed over the
-// 128 tokens of a chunk, by halves, and over the chunks, in their order.
+// q . k and weight * value are sums of integer codes, so their order is free: a row of queries has the same bits for
+// any batch, chunk of a prompt, split of the context and number of threads. Floats are only summed over the 128 tokens
+// of a chunk, by halves, and over the chunks, in their order.
 #include <omp.h>
 
 #include <memory>
@@ -60,7 +60,8 @@ void read_chunk(Chunk& chunk, const KvAttention& p, const Task& task, int64_t fi
         // Tiles beyond the sequence repeat its last one: they are computed and then masked.
         const int64_t read = std::min(token, (length - 1) / kv::TOKENS * kv::TOKENS);
         chunk.tiles[t] = p.pages.tile(blocks[read / block_size], task.kv_head, read % block_size);
-        const auto mask = lane_index16() < splat16(static_cast<int32_t>(std::clamp<int64_t>(length - token, 0, kv::TOKENS)));
+        const int64_t count = std::clamp<int64_t>(length - token, 0, kv::TOKENS);
+        const auto mask = lane_index16() < splat16(static_cast<int32_t>(count));
         const uint8_t* const qparams = chunk.tiles[t] + p.pages.layout.qparams();
         for (int i = 0; i < 4; ++i) {
             const Floats16 values = from_float16(load<Halves16>(qparams + 2 * kv::TOKENS * i));
@@ -111,7 +112,7 @@ void save(float* partial, const Row& row, int64_t width) {
 void merge(Row& row, const float* partial, int64_t width) {
     const float before = row.exponent;
     row.exponent = std::max(before, partial[0]);
-    const float old = power(before - row.exponent), now = power(partial[0] - row.exponent);
+    const float old = exp2_integer(before - row.exponent), now = exp2_integer(partial[0] - row.exponent);
     row.sum = row.sum * old + partial[1] * now;
     row.zero = row.zero * old + partial[2] * now;
     for (int64_t i = 0; i < width; i += LANES16) {

@@ -1,5 +1,5 @@
-// Attention of sixteen rows of queries to a chunk of tokens by AMX. The cache's tiles have the layout of its registers once
-// nibbles are unpacked. Products are integers and exact, so the results are those of kv_attention.cpp.
+// Attention of sixteen rows of queries to a chunk of tokens by AMX. Once nibbles are unpacked, the cache's tiles have
+// the layout of its registers. Products are integers and exact, so the results have the bits of kv_attention_vector.h.
 #pragma once
 #ifdef __AMX_INT8__
 #include "attention/online_softmax.h"
@@ -57,7 +57,7 @@ struct Products {
     }
 };
 
-// Rows of bytes `high` and `low`, `stride` apart, times the registers at left(b) and right(b), summed over first .. last.
+// Rows of bytes `high` and `low`, `stride` apart, times the registers at left(b) and right(b), summed over b.
 template <typename Left, typename Right>
 inline void multiply(const int8_t* high, const int8_t* low, int64_t stride, int64_t first, int64_t last, Left left,
                      Right right, Products& products) {

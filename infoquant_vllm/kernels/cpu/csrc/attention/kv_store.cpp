@@ -53,7 +53,9 @@ void write_value(uint8_t* tile, int64_t token, const Entry& entry, kv::Layout la
     uint8_t* to = tile + layout.keys() + token / 4 * layout.quad() + token % 4;
     const int64_t half = layout.head_size / 2;
     if (layout.value_bits == 4) {
-        for (int64_t i = 0; i < half; ++i) to[4 * i] = static_cast<uint8_t>(entry.codes[i] | entry.codes[half + i] << 4);
+        for (int64_t i = 0; i < half; ++i) {
+            to[4 * i] = static_cast<uint8_t>(entry.codes[i] | entry.codes[half + i] << 4);
+        }
     } else {
         for (int64_t i = 0; i < layout.head_size; ++i) to[4 * i] = entry.codes[i];
     }

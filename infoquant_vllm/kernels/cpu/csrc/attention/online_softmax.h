@@ -51,7 +51,7 @@ struct TileRange {
 inline int64_t half_width(int64_t head_size) { return round_up(head_size / 2, LANES16); }
 
 // x times 2^k for integers k <= 0, and 0 below 2^CUT or where k is NaN.
-inline Floats16 times_power(Floats16 x, Floats16 k) {
+inline Floats16 scale_exp2(Floats16 x, Floats16 k) {
 #if defined(__AVX512F__)
     const __mmask16 kept = _mm512_cmp_ps_mask((__m512)k, _mm512_set1_ps(CUT), _CMP_GE_OQ);
     return (Floats16)_mm512_maskz_scalef_ps(kept, (__m512)x, (__m512)k);
@@ -62,10 +62,10 @@ inline Floats16 times_power(Floats16 x, Floats16 k) {
 #endif
 }
 
-inline float power(float k) { return times_power(splat16(1.0f), splat16(k))[0]; }
+inline float exp2_integer(float k) { return scale_exp2(splat16(1.0f), splat16(k))[0]; }
 
 // 2^f for f in [-1/2, 1/2], to 3e-6.
-inline Floats16 fraction_power(Floats16 f) {
+inline Floats16 exp2_fraction(Floats16 f) {
     Floats16 y = f * 0.009600395f + 0.055916894f;
     y = y * f + 0.24023719f;
     y = y * f + 0.69312197f;
@@ -170,8 +170,8 @@ inline void to_scores(const Row& row, const Chunk& chunk, int64_t first_token, i
     }
     const int64_t begin = first_token + first * LANES16, end = first_token + last * LANES16 + LANES16 - 1;
     if (row.first_seen <= begin && row.last_seen >= end) return;
-    const Ints16 seen_from = splat16((int32_t)std::clamp<int64_t>(row.first_seen - first_token, 0, CHUNK));
-    const Ints16 seen_to = splat16((int32_t)std::clamp<int64_t>(row.last_seen - first_token, -1, CHUNK));
+    const Ints16 seen_from = splat16(static_cast<int32_t>(std::clamp<int64_t>(row.first_seen - first_token, 0, CHUNK)));
+    const Ints16 seen_to = splat16(static_cast<int32_t>(std::clamp<int64_t>(row.last_seen - first_token, -1, CHUNK)));
     for (int t = first; t <= last; ++t) {
         const Ints16 index = lane_index16() + t * LANES16;
         x[t] = ((index >= seen_from) & (index <= seen_to)) ? x[t] : splat16(-INFINITY);
@@ -187,7 +187,7 @@ inline void update_sums(Row* rows, Floats16 exponents, Floats16 bounds, Floats16
     const Floats16 before = exponent;
     exponent = max(before, exponents);
     const Floats16 one = splat16(1.0f);
-    const Floats16 old = times_power(one, before - exponent), now = times_power(one, exponents - exponent);
+    const Floats16 old = scale_exp2(one, before - exponent), now = scale_exp2(one, exponents - exponent);
     sum = sum * old + sums * now;
     zero = zero * old + zeros * now;
     for (int r = 0; r < R; ++r) rows[r].exponent = exponent[r], rows[r].sum = sum[r], rows[r].zero = zero[r];
@@ -195,8 +195,8 @@ inline void update_sums(Row* rows, Floats16 exponents, Floats16 bounds, Floats16
     weights.new_factor = bounds / splat16(LEVELS) * now;
 }
 
-// Scores x to the codes of the weights of the chunk's values. x is overwritten. Each step is done for all rows before the
-// next one, since the steps of one row wait for each other.
+// Turns scores x into codes of the softmax weights; overwrites x. Each step is done for all rows before the next one,
+// since the steps of one row wait for each other.
 template <int R>
 void softmax(Row* rows, const Chunk& chunk, Floats16 (&x)[R][TILES], Weights<R>& weights) {
     Floats16 parts[R], sums[R], zeros[R];
@@ -208,7 +208,7 @@ void softmax(Row* rows, const Chunk& chunk, Floats16 (&x)[R][TILES], Weights<R>&
 #pragma GCC unroll 8
         for (int t = 0; t < TILES; ++t) {
             const Floats16 integer = round(x[r][t]);
-            weight[t] = times_power(fraction_power(x[r][t] - integer), integer - exponent);
+            weight[t] = scale_exp2(exp2_fraction(x[r][t] - integer), integer - exponent);
             zero[t] = weight[t] * chunk.qparams[3][t];
             scaled[t] = weight[t] * chunk.qparams[2][t];
             x[r][t] = scaled[t];

@@ -1,5 +1,5 @@
-// Registers the kernels as torch operations. For one token, Python between the kernels of a layer would take longer than
-// they do.
+// Registers the kernels as torch operations. Each one is called without Python in between: at one token that would take
+// longer than the kernel.
 #include "bindings/torch_abi.h"
 #include "kernels.h"
 
@@ -12,15 +12,16 @@ void require(bool condition, const char* what) {
     if (!condition) throw std::runtime_error(std::string("infoquant: ") + what);
 }
 
-// Three arguments: the input x [tokens, features] of a linear, and matrices and hadamard, its transform. hadamard is the
-// size of a Hadamard transform, whose base matrix is in matrices; if 0, these are one matrix [blocks, b, b], the two
-// factors of a Kronecker product, or none.
+// Three arguments: the input x [tokens, features] of a linear, and matrices and hadamard, its transform. hadamard is
+// the size of a Hadamard transform, whose base matrix is in matrices; if 0, these are one matrix [blocks, b, b], the
+// two factors of a Kronecker product, or none.
 struct InputArguments {
     Tensor x;
     std::vector<Tensor> matrices;
     int64_t hadamard;
 
-    explicit InputArguments(Arguments& in) : x(in.tensor().contiguous()), matrices(in.tensors()), hadamard(in.integer()) {}
+    explicit InputArguments(Arguments& in)
+        : x(in.tensor().contiguous()), matrices(in.tensors()), hadamard(in.integer()) {}
 
     int64_t tokens() const { return x.sizes()[0]; }
     int64_t features() const { return x.sizes()[1]; }
@@ -43,7 +44,8 @@ struct InputArguments {
 struct WeightArguments {
     Tensor lines, scale, zero_point;
 
-    explicit WeightArguments(Arguments& in) : lines(in.tensor()), scale(in.tensor()), zero_point(in.optional_tensor()) {}
+    explicit WeightArguments(Arguments& in)
+        : lines(in.tensor()), scale(in.tensor()), zero_point(in.optional_tensor()) {}
 
     Weight weight() const {
         return {lines.data<uint8_t>(), scale.data<float>(), zero_point.data<uint8_t>(),
@@ -101,7 +103,8 @@ struct QuantizedResult {
         : codes(empty({rows, features}, functions().uint8)),
           scale(empty({rows, groups}, FLOAT32)),
           zero_point(empty({rows, groups}, functions().int32)),
-          arrays{codes.data<uint8_t>(), scale.data<float>(), zero_point.data<int32_t>(), rows, features, groups, num_bits} {}
+          arrays{codes.data<uint8_t>(), scale.data<float>(), zero_point.data<int32_t>(), rows, features, groups,
+                 num_bits} {}
 
     void release(Value* stack) {
         stack[0] = codes.release(), stack[1] = scale.release(), stack[2] = zero_point.release();
@@ -316,8 +319,8 @@ constexpr Entry OPERATIONS[] = {
      "rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin, int head_size) -> (Tensor, Tensor)",
      run_rotary_embedding},
     {"kv_store",
-     "kv_store(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, Tensor key_clip_ratio, Tensor value_clip_ratio, "
-     "Tensor? key_mean, bool hadamard, int key_bits, int value_bits) -> ()",
+     "kv_store(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, Tensor key_clip_ratio, "
+     "Tensor value_clip_ratio, Tensor? key_mean, bool hadamard, int key_bits, int value_bits) -> ()",
      run_kv_store},
     {"kv_attention",
      "kv_attention(Tensor query, Tensor cache, Tensor query_starts, Tensor seq_lens, Tensor block_table, "

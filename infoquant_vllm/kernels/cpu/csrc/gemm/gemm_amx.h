@@ -205,7 +205,7 @@ INLINE void add_rows(const Problem& p, const Epilogue& part, int64_t first, int6
 }
 
 // Prefetches the cache lines that the results of some rows will be written to.
-INLINE void fetch_output(const Problem& p, const Tile& tile, int64_t channel, int64_t first, int64_t last) {
+INLINE void prefetch_output(const Problem& p, const Tile& tile, int64_t channel, int64_t first, int64_t last) {
     const int64_t bytes = element_bytes(p.out_dtype);
     const char* const to = static_cast<const char*>(p.out) + (tile.first * p.channels + channel) * bytes;
     for (int64_t r = first; r < std::min(last, tile.rows); r++) __builtin_prefetch(to + r * p.channels * bytes, 1);
@@ -214,9 +214,9 @@ INLINE void fetch_output(const Problem& p, const Tile& tile, int64_t channel, in
 // Lines step .. step + steps of each of the groups first .. first + groups of a panel.
 struct Block {
     int64_t first, groups, step, steps, channel;
-    bool last;             // these are the last lines of the groups
-    const uint8_t* next;   // the weights after these, to prefetch
-    int64_t prefetched;    // cache lines of them per register and tile
+    bool last;            // these are the last lines of the groups
+    const uint8_t* next;  // the weights after these, to prefetch
+    int64_t prefetched;   // cache lines of them per register and tile
 };
 
 // Multiplies all tiles by a block. The epilogue of a tile and a group runs while AMX computes the next ones, and ends
@@ -242,7 +242,7 @@ void multiply_block(const Problem& p, const Tile* tiles, int64_t count, const Li
             const int64_t rows = pending.tile ? pending.tile->rows : 0;
             const auto meanwhile = [&](int64_t i) {
                 for (int64_t line = 0; line < block.prefetched; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-                if (results) fetch_output(p, tile, block.channel, i * rows_each, (i + 1) * rows_each);
+                if (results) prefetch_output(p, tile, block.channel, i * rows_each, (i + 1) * rows_each);
                 const int64_t from = i * rows_each, to = std::min(rows, from + rows_each);
                 if (from < to) add_rows<BITS, SIGNED, GROUPED>(p, pending, from, to);
             };

@@ -15,14 +15,14 @@ constexpr int HALF = PANEL / 2;  // channels in the low nibbles of a line; the o
 constexpr int LINE = 4 * HALF;   // bytes of a line of 4-bit weights: four features of a panel
 
 struct Problem {
-    const uint8_t* codes;        // [tokens, features]
-    const float* scale;          // [tokens, input_groups]
-    const int32_t* zero_point;   // [tokens, input_groups]
-    const uint8_t* weight;       // [panels, groups * steps, line]
-    const float* weight_scale;   // [weight_groups, channels]
-    const uint8_t* weight_zero_point;  // [weight_groups, channels], or null: `offset`
-    const float* bias;           // [channels] or null
-    void* out;                   // [tokens, channels]
+    const uint8_t* codes;              // [tokens, features]
+    const float* scale;                // [tokens, input_groups]
+    const int32_t* zero_point;         // [tokens, input_groups]
+    const uint8_t* weight;             // [panels, groups * steps, line]
+    const float* weight_scale;         // [weight_groups, channels]
+    const uint8_t* weight_zero_point;  // [weight_groups, channels]; null: `offset` for all
+    const float* bias;                 // [channels] or null
+    void* out;                         // [tokens, channels]
     Dtype out_dtype;
     int64_t tokens, features, channels, input_groups, weight_groups, offset;
     int64_t groups = std::max(input_groups, weight_groups), group_size = features / groups;
@@ -32,7 +32,7 @@ struct Problem {
 
 // Inputs of a few tokens. WIDTH words of a row lie next to each other; groups are padded with zeros.
 struct Tile {
-    int64_t first, rows;   // tokens
+    int64_t first, rows;       // tokens first .. first + rows
     const int32_t* words;      // [groups, steps / WIDTH, padded rows, WIDTH]: x, four signed bytes
     const int32_t* minus_sum;  // [groups, rows]: -sum (code - z), where SUMMED
     const int32_t* zp_offset;  // [groups, rows]: r
@@ -63,7 +63,8 @@ Tile make_tile(const Problem& p, int64_t first, int64_t rows, int64_t padded_row
                 const uint8_t* const codes = p.codes + (first + r) * p.features + g * p.group_size + 4 * s;
                 const uint8_t zero_point = BITS == 8 ? 128 : zp_offset[cell + r] + 128;
                 if (SUMMED) minus_sum[cell + r] -= std::accumulate(codes, codes + size, int32_t{0});
-                Kernel::write_words(codes, size, zero_point, block, padded_rows, words + (g * steps + s) * padded_rows + r * Kernel::WIDTH);
+                int32_t* const to = words + (g * steps + s) * padded_rows + r * Kernel::WIDTH;
+                Kernel::write_words(codes, size, zero_point, block, padded_rows, to);
             }
         }
     }

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t SCRATCH = 1 << 22;  // codes or sums at a time; bounds the memory that is kept between calls
 
-// halves [2 * tokens, channels], the results of high and of low bytes, to their sum plus bias in out [tokens, channels].
+// halves [2 * tokens, channels], the results of high and low bytes, to their sum plus bias in out [tokens, channels].
 void add_halves(const float* halves, int64_t tokens, int64_t channels, const float* bias, void* out, Dtype dtype) {
     std::vector<float> sum(channels);
     for (int64_t token = 0; token < tokens; ++token) {

@@ -1,5 +1,5 @@
-// The Hadamard transform of infoquant_vllm/format/hadamard.py, with the roundings of `apply_hadamard`: butterflies, then
-// the base Hadamard matrix H_m (size = m * 2^k), summed from left to right, then 1 / sqrt(size).
+// The Hadamard transform of infoquant_vllm/format/hadamard.py with the roundings of `apply_hadamard`: butterflies, then
+// the base matrix H_m (size = m * 2^k), summed from left to right, then 1 / sqrt(size).
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace infoquant {
 
 constexpr int MAX_RADIX = LANES;  // vectors that fit in the registers, with some to spare
 
-// Replaces lanes a and b that are H apart by a + b and a - b. Products with +-1 are exact, so the fused operation rounds
-// as the sum does.
+// Replaces lanes a and b that are H apart by a + b and a - b. Products with +-1 are exact, so the fused operation
+// rounds as the sum does.
 template <int H, int... LANE>
 inline Floats butterfly(Floats x, std::integer_sequence<int, LANE...>) {
     const Floats signs = {(LANE & H ? -1.0f : 1.0f)...};
@@ -32,8 +32,8 @@ inline Floats butterflies_of_lanes(Floats x) {
     return x;
 }
 
-// log2(RADIX) butterfly steps over RADIX vectors that are h apart, the first one at x. FIRST: the steps within a vector
-// come before them. LAST: the result is multiplied by scale.
+// log2(RADIX) butterfly steps over RADIX vectors that are h apart, the first one at x. FIRST: the steps within a
+// vector come before them. LAST: the result is multiplied by scale.
 template <int RADIX, bool FIRST, bool LAST>
 inline void butterflies_of_vectors(float* x, int64_t h, float scale) {
     Floats v[RADIX];
@@ -99,14 +99,14 @@ inline void butterflies(float* x, int64_t size, int64_t n, float scale) {
     }
 }
 
-// Rows j .. j + ROWS of the base matrix times columns [order, VECTORS], times scale.
+// Rows j .. j + ROWS of the base matrix times columns [m, VECTORS], times scale.
 template <int ROWS, int VECTORS, bool UNIT>
-inline void dense_rows(Floats* out, const Floats* columns, const float* dense, int64_t order, int64_t j, float scale) {
+inline void base_rows(Floats* out, const Floats* columns, const float* base, int64_t m, int64_t j, float scale) {
     Floats sums[ROWS][VECTORS] = {};
-    for (int64_t i = 0; i < order; ++i) {
+    for (int64_t i = 0; i < m; ++i) {
 #pragma GCC unroll 12
         for (int k = 0; k < ROWS; ++k) {
-            const Floats weight = splat(dense[i * order + j + k]);
+            const Floats weight = splat(base[i * m + j + k]);
 #pragma GCC unroll 2
             for (int v = 0; v < VECTORS; ++v) {
                 const Floats x = columns[i * VECTORS + v];
@@ -120,45 +120,47 @@ inline void dense_rows(Floats* out, const Floats* columns, const float* dense, i
     }
 }
 
-// y[j] = sum over i of x[i] * dense[i, j] for `width` columns of x [order, n] in place, then times scale.
+// y[j] = sum over i of x[i] * base[i, j] for `width` columns of x [m, n] in place, then times scale.
 template <int VECTORS, bool UNIT>
-inline void dense_columns(float* x, int64_t n, int64_t width, const float* dense, int64_t order, float scale) {
+inline void base_columns(float* x, int64_t n, int64_t width, const float* base, int64_t m, float scale) {
     static thread_local Buffer<Floats> kept;
-    Floats *const columns = kept.reserve(2 * order * VECTORS), *const out = columns + order * VECTORS;
-    for (int64_t i = 0; i < order; ++i) {
-        for (int v = 0; v < VECTORS; ++v) columns[i * VECTORS + v] = load_some(x + i * n + v * LANES, width - v * LANES);
+    Floats *const columns = kept.reserve(2 * m * VECTORS), *const out = columns + m * VECTORS;
+    for (int64_t i = 0; i < m; ++i) {
+        for (int v = 0; v < VECTORS; ++v) {
+            columns[i * VECTORS + v] = load_some(x + i * n + v * LANES, width - v * LANES);
+        }
     }
     int64_t j = 0;
-    for (; j + 12 <= order; j += 12) dense_rows<12, VECTORS, UNIT>(out, columns, dense, order, j, scale);
-    for (; j + 4 <= order; j += 4) dense_rows<4, VECTORS, UNIT>(out, columns, dense, order, j, scale);
-    for (; j < order; ++j) dense_rows<1, VECTORS, UNIT>(out, columns, dense, order, j, scale);
-    for (int64_t i = 0; i < order; ++i) {
+    for (; j + 12 <= m; j += 12) base_rows<12, VECTORS, UNIT>(out, columns, base, m, j, scale);
+    for (; j + 4 <= m; j += 4) base_rows<4, VECTORS, UNIT>(out, columns, base, m, j, scale);
+    for (; j < m; ++j) base_rows<1, VECTORS, UNIT>(out, columns, base, m, j, scale);
+    for (int64_t i = 0; i < m; ++i) {
         for (int v = 0; v < VECTORS; ++v) store_some(x + i * n + v * LANES, out[i * VECTORS + v], width - v * LANES);
     }
 }
 
-// The base matrix times x [order, n] in place, times scale. UNIT: the entries are +-1, so products are exact and the
+// The base matrix times x [m, n] in place, times scale. UNIT: the entries are +-1, so products are exact and the
 // fused operation rounds as the sum does.
 template <bool UNIT>
-inline void apply_dense(float* x, int64_t n, const float* dense, int64_t order, float scale) {
+inline void apply_base(float* x, int64_t n, const float* base, int64_t m, float scale) {
     constexpr int VECTORS = LANES == 16 ? 2 : 1;  // with twelve rows, as many sums as fit in the registers
     int64_t c = 0;
     for (; c + VECTORS * LANES <= n; c += VECTORS * LANES) {
-        dense_columns<VECTORS, UNIT>(x + c, n, VECTORS * LANES, dense, order, scale);
+        base_columns<VECTORS, UNIT>(x + c, n, VECTORS * LANES, base, m, scale);
     }
     for (; c < n; c += LANES) {
-        dense_columns<1, UNIT>(x + c, n, std::min<int64_t>(n - c, LANES), dense, order, scale);
+        base_columns<1, UNIT>(x + c, n, std::min<int64_t>(n - c, LANES), base, m, scale);
     }
 }
 
-// x [size] times the Hadamard matrix of its size, in place; base matrix dense [order, order] is `hadamard_dense(size)`.
-inline void hadamard(float* x, int64_t size, const float* dense, int64_t order) {
+// x [size] times the Hadamard matrix of its size, in place; base [m, m] is `hadamard_dense(size)`.
+inline void hadamard(float* x, int64_t size, const float* base, int64_t m) {
     const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)));
-    butterflies(x, size, size / order, order == 1 ? scale : 1.0f);
-    if (order == 1) return;
+    butterflies(x, size, size / m, m == 1 ? scale : 1.0f);
+    if (m == 1) return;
     // Paley's matrices have an even order and entries +-1; those of Hartley have an odd order.
-    if (order % 2 == 0) return apply_dense<true>(x, size / order, dense, order, scale);
-    apply_dense<false>(x, size / order, dense, order, scale);
+    if (m % 2 == 0) return apply_base<true>(x, size / m, base, m, scale);
+    apply_base<false>(x, size / m, base, m, scale);
 }
 
 }  // namespace infoquant

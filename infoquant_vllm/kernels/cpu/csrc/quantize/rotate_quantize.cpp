@@ -118,7 +118,8 @@ void quantize_group(const float* y, int64_t size, const InputQuant& quant, const
     const auto integers = [&](int64_t i) { return round_to_int(min(load(y + i) * inverse, splat(highest))); };
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES) {
-        store_codes(codes + i, integers(i), integers(i + LANES), integers(i + 2 * LANES), integers(i + 3 * LANES), offset);
+        store_codes(codes + i, integers(i), integers(i + LANES), integers(i + 2 * LANES), integers(i + 3 * LANES),
+                    offset);
     }
     for (; i < size; ++i) {
         const float code = std::nearbyint(std::min(y[i] * inverse, highest)) + middle;
@@ -170,8 +171,8 @@ void rotate_quantize(const Input& input, const InputQuant& quant, const Quantize
     for_tiles(input, [=](int64_t first, int64_t count, const float* y) {
         for (int64_t i = 0; i < count * groups; ++i) {
             const int64_t at = first * groups + i;
-            quantize_group(y + i * size, size, quant, quant.clip + 2 * (i % groups), to.codes + at * size, to.scale + at,
-                           to.zero_point + at);
+            quantize_group(y + i * size, size, quant, quant.clip + 2 * (i % groups), to.codes + at * size,
+                           to.scale + at, to.zero_point + at);
         }
     });
 }

@@ -50,6 +50,7 @@ inline Floats gather(const float* table, const uint16_t* indices) {
 }
 
 inline Floats from_float16(Halves v) { return _mm256_cvtph_ps((__m128i)v); }
+inline Floats from_bfloat16(Halves v) { return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16); }
 inline Halves to_float16(Floats v) { return (Halves)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 inline Doubles widen(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
@@ -71,7 +72,9 @@ inline Floats16 min(Floats16 a, Floats16 b) { return a < b ? a : b; }
 inline Floats16 max(Floats16 a, Floats16 b) { return a > b ? a : b; }
 inline float hmin(const Floats16& v) { return hmin8(min(half<Floats>(v, 0), half<Floats>(v, 1))); }
 inline float hmax(const Floats16& v) { return hmax8(max(half<Floats>(v, 0), half<Floats>(v, 1))); }
-inline Floats16 round(const Floats16& v) { return join<Floats16>(round(half<Floats>(v, 0)), round(half<Floats>(v, 1))); }
+inline Floats16 round(const Floats16& v) {
+    return join<Floats16>(round(half<Floats>(v, 0)), round(half<Floats>(v, 1)));
+}
 inline Ints16 round_to_int(const Floats16& v) {
     return join<Ints16>(round_to_int(half<Floats>(v, 0)), round_to_int(half<Floats>(v, 1)));
 }

@@ -45,6 +45,9 @@ inline Floats gather(const float* table, const uint16_t* indices) {
 }
 
 inline Floats from_float16(Halves v) { return _mm512_cvtph_ps((__m256i)v); }
+// GCC 12 splits __builtin_convertvector of 16 lanes into halves, which made norms and RoPE 1.4 times slower.
+inline Floats from_bfloat16(Halves v) { return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16); }
+
 inline Halves to_float16(Floats v) { return (Halves)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 inline Doubles widen(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }

@@ -119,8 +119,6 @@ inline void with_dtype(Dtype dtype, const F& f) {
     f(std::integral_constant<Dtype, FLOAT16>());
 }
 
-inline Floats from_bfloat16(Halves v) { return (Floats)(__builtin_convertvector(v, Ints) << 16); }
-
 // Rounds to nearest, ties to even. A NaN needs its own branch: adding to its bits may carry into the sign and leave -0.
 inline Halves to_bfloat16(Floats x) {
 #ifdef __AVX512BF16__
@@ -177,10 +175,12 @@ inline void store_part(void* out, int64_t first, int64_t count, Floats v) {
 // Elements first .. first + count of x to float32.
 template <Dtype DTYPE>
 inline void load_rows(const void* x, int64_t first, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += LANES) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
         __builtin_prefetch(element(x, DTYPE, first + count + i));  // the next rows, while these are worked on
-        store_some(to + i, load_part<DTYPE>(x, first + i, count - i), count - i);
+        store(to + i, load_as<DTYPE>(element(x, DTYPE, first + i)));
     }
+    if (i < count) store_some(to + i, load_part<DTYPE>(x, first + i, count - i), count - i);
 }
 
 inline void load_rows(const void* x, Dtype dtype, int64_t first, int64_t count, float* to) {
