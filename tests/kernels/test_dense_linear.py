@@ -20,7 +20,7 @@ def _library(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("rows", [0, 1, 3, 8, 9])
 @pytest.mark.parametrize(("features", "channels"), [(576, 1000), (35, 7), (16, 1), (1536, 33)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_products_are_the_references_to_a_rounding(rows: int, features: int, channels: int, dtype: torch.dtype) -> None:
+def test_products_are_the_oracles_to_a_rounding(rows: int, features: int, channels: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(rows, features).to(dtype), torch.randn(channels, features).to(dtype)
     found, expected = compiled.dense_linear(x, weight), oracles.dense_linear(x, weight)

@@ -1,4 +1,4 @@
-"""RMS norm and SwiGLU's product: the compiled kernels against the reference, which serves without them."""
+"""RMSNorm, the SwiGLU product and RoPE: the compiled kernels against those in torch, and both against vLLM's."""
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from vllm import _custom_ops
 
 from infoquant_vllm.kernels.cpu import kernels as compiled
-from infoquant_vllm.kernels.torch import elementwise as reference
+from infoquant_vllm.kernels.torch import elementwise as torch_kernels
 from tests.common.libraries import RUNNABLE, library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -18,7 +18,7 @@ SHAPES = [(1, 576), (5, 64), (3, 7, 128), (2, 35), (33, 4096), (0, 64)]
 
 @pytest.fixture(scope="module", params=RUNNABLE)
 def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """Those of each library in turn."""
+    """Yield those of each library in turn."""
     with library(request.param):
         yield compiled
 
@@ -33,38 +33,36 @@ def _assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_are_those_of_the_reference(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_norms_are_those_in_torch(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, residual = (3 * torch.randn(2, *shape)).to(dtype)
     weight = torch.randn(shape[-1]).to(dtype)
-    _assert_equal(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
-    expected = reference.add_rms_norm(x, residual, weight, 1e-5)
+    _assert_equal(kernels.rms_norm(x, weight, 1e-5), torch_kernels.rms_norm(x, weight, 1e-5))
+    expected = torch_kernels.add_rms_norm(x, residual, weight, 1e-5)
     for found, right in zip(kernels.add_rms_norm(x, residual, weight, 1e-5), expected, strict=True):
         _assert_equal(found, right)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gated_values_are_those_of_the_reference(
-    kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_swiglu_products_are_those_in_torch(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = (10 * torch.randn(*shape[:-1], 2 * shape[-1])).to(dtype)
-    _assert_equal(kernels.silu_and_mul(x), reference.silu_and_mul(x))
+    _assert_equal(kernels.silu_and_mul(x), torch_kernels.silu_and_mul(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_gate_of_16_bits_is_that_of_the_reference(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_every_gate_of_16_bits_is_that_in_torch(kernels: ModuleType, dtype: torch.dtype) -> None:
     gates = torch.arange(1 << 16).to(torch.uint16).view(dtype)
     x = torch.cat((gates, torch.ones_like(gates)))[None]
-    found, expected = kernels.silu_and_mul(x), reference.silu_and_mul(x)
+    found, expected = kernels.silu_and_mul(x), torch_kernels.silu_and_mul(x)
     torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
 
 
-def test_extreme_gates_are_those_of_the_reference(kernels: ModuleType) -> None:
+def test_extreme_gates_are_those_in_torch(kernels: ModuleType) -> None:
     gates = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 700.0, -700.0, 1e30, -1e4, torch.inf, torch.nan, 1.0])
     x = torch.cat((gates, torch.ones_like(gates)))[None]
-    torch.testing.assert_close(kernels.silu_and_mul(x), reference.silu_and_mul(x), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(kernels.silu_and_mul(x), torch_kernels.silu_and_mul(x), equal_nan=True, rtol=0, atol=0)
 
 
 def test_zeros_and_large_values_have_norms(kernels: ModuleType) -> None:
@@ -72,16 +70,16 @@ def test_zeros_and_large_values_have_norms(kernels: ModuleType) -> None:
     found = kernels.rms_norm(x, torch.ones(64), 1e-6)
     assert torch.equal(found[0], torch.zeros(64))
     torch.testing.assert_close(found[1], torch.ones(64))
-    assert torch.equal(found, reference.rms_norm(x, torch.ones(64), 1e-6))
+    assert torch.equal(found, torch_kernels.rms_norm(x, torch.ones(64), 1e-6))
 
 
-def test_what_comes_in_any_layout_is_read_right(kernels: ModuleType) -> None:
+def test_rows_that_lie_apart_are_read_right(kernels: ModuleType) -> None:
     torch.manual_seed(0)
     wide = torch.randn(6, 256)
     _assert_equal(
-        kernels.rms_norm(wide[:, :64], torch.ones(64), 1e-5), reference.rms_norm(wide[:, :64], torch.ones(64), 1e-5)
+        kernels.rms_norm(wide[:, :64], torch.ones(64), 1e-5), torch_kernels.rms_norm(wide[:, :64], torch.ones(64), 1e-5)
     )
-    _assert_equal(kernels.silu_and_mul(wide[:, 128:]), reference.silu_and_mul(wide[:, 128:]))
+    _assert_equal(kernels.silu_and_mul(wide[:, 128:]), torch_kernels.silu_and_mul(wide[:, 128:]))
 
 
 def test_a_row_is_the_same_bits_in_any_batch(kernels: ModuleType) -> None:
@@ -97,19 +95,17 @@ def test_a_row_is_the_same_bits_in_any_batch(kernels: ModuleType) -> None:
             assert torch.equal(call(x[:rows]), whole[:rows])
 
 
-def test_the_reference_is_what_torch_computes_but_for_last_bits() -> None:
+def test_norms_and_swiglu_are_those_of_torchs_functions_but_for_last_bits() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(7, 1152), torch.randn(1152)
-    torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), F.rms_norm(x, (1152,), weight, 1e-5))
+    torch.testing.assert_close(torch_kernels.rms_norm(x, weight, 1e-5), F.rms_norm(x, (1152,), weight, 1e-5))
     gate, up = x.chunk(2, -1)
-    torch.testing.assert_close(reference.silu_and_mul(x), F.silu(gate) * up)
+    torch.testing.assert_close(torch_kernels.silu_and_mul(x), F.silu(gate) * up)
 
 
 @pytest.mark.parametrize(("head_size", "rotary_dim"), [(64, 64), (128, 128), (96, 96), (80, 20), (10, 6)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_turned_heads_are_those_of_the_reference(
-    kernels: ModuleType, dtype: torch.dtype, head_size: int, rotary_dim: int
-) -> None:
+def test_rope_is_that_in_torch(kernels: ModuleType, dtype: torch.dtype, head_size: int, rotary_dim: int) -> None:
     torch.manual_seed(0)
     angles = 100 * torch.rand(50, rotary_dim // 2)
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
@@ -117,7 +113,7 @@ def test_turned_heads_are_those_of_the_reference(
         wide = torch.randn(tokens, 5 * head_size).to(dtype)
         query, key = wide[:, : 3 * head_size], wide[:, 3 * head_size :]
         positions = torch.randint(0, 50, (tokens,))
-        expected = reference.rotary_embedding(positions, query, key, cos_sin, head_size)
+        expected = torch_kernels.rotary_embedding(positions, query, key, cos_sin, head_size)
         for found, right in zip(
             kernels.rotary_embedding(positions, query, key, cos_sin, head_size), expected, strict=True
         ):
@@ -125,7 +121,7 @@ def test_turned_heads_are_those_of_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_turn_as_vllm_turns_them(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_rope_is_that_of_vllm(kernels: ModuleType, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     angles = 100 * torch.rand(50, 32)
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1).to(dtype)

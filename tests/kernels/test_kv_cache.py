@@ -1,4 +1,4 @@
-"""The kernels of the quantized KV cache, compiled and in torch: bit by bit those of the reference."""
+"""The kernels of the quantized KV cache, compiled and in torch: the oracle's bits."""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -28,7 +28,7 @@ BITS = [(4, 4), (8, 8), (8, 4), (4, 8)]
 
 @pytest.fixture(scope="module", params=["torch", *RUNNABLE])
 def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """Those in torch, and of each library in turn."""
+    """Yield those in torch, and those of each library in turn."""
     if request.param == "torch":
         yield cpu
         return
@@ -118,7 +118,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("tokens", [1, 45])
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("offset", [False, True])
-def test_stored_cells_are_those_of_the_reference(
+def test_stored_bytes_are_the_oracles(
     kernels: ModuleType, num_bits: tuple[int, int], size: int, tokens: int, hadamard: bool, offset: bool
 ) -> None:
     batch = Batch([1], [tokens], 3, 3, size, num_bits)
@@ -153,7 +153,7 @@ def test_keys_are_stored_alone_as_in_a_batch(kernels: ModuleType) -> None:
 @pytest.mark.parametrize("num_bits", BITS)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (7, 1, 80)])
 @pytest.mark.parametrize("window", [None, 20])
-def test_attention_is_that_of_the_reference(
+def test_attention_has_the_oracles_bits(
     kernels: ModuleType, name: str, num_bits: tuple[int, int], heads: int, kv_heads: int, size: int, window: int | None
 ) -> None:
     batch = Batch(*BATCHES[name], heads, kv_heads, size, num_bits)
@@ -163,7 +163,7 @@ def test_attention_is_that_of_the_reference(
 
 @pytest.mark.parametrize(("size", "block"), [(96, 32), (120, 16), (128, 128), (256, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_head_sizes_blocks_and_dtypes_are_those_of_the_reference(
+def test_head_sizes_blocks_and_dtypes_have_the_oracles_bits(
     kernels: ModuleType, size: int, block: int, dtype: torch.dtype
 ) -> None:
     batch = Batch([1, 30, 1], [300, 30, 17], 4, 2, size, block=block, dtype=dtype)
@@ -188,7 +188,15 @@ def test_a_row_does_not_depend_on_chunks_the_batch_or_the_split(
         assert torch.equal(batch.attend(kernels, cache, window, **part), whole[first:last])
 
 
-def test_huge_scores_and_queries_of_zeros_are_those_of_the_reference(kernels: ModuleType) -> None:
+def test_soft_caps_have_the_oracles_bits_in_torch() -> None:
+    batch = Batch([1, 30], [300, 30], 4, 2)
+    cache = batch.store(oracles)
+    expected = batch.attend(oracles, cache, soft_cap=5.0)
+    assert torch.equal(batch.attend(cpu, cache, soft_cap=5.0), expected)
+    assert not torch.equal(batch.attend(cpu, cache), expected)
+
+
+def test_huge_scores_and_queries_of_zeros_have_the_oracles_bits(kernels: ModuleType) -> None:
     batch = Batch([3, 1], [140, 300])
     batch.query[0], batch.query[1] = 0, batch.query[1] * 1000
     cache = batch.store(cpu)
@@ -198,7 +206,7 @@ def test_huge_scores_and_queries_of_zeros_are_those_of_the_reference(kernels: Mo
 
 
 @pytest.mark.parametrize("sink", [0.0, 6.0, 12.0])
-def test_rounding_to_whole_numbers_costs_nothing_beside_the_codes(sink: float) -> None:
+def test_rounding_to_int16_costs_nothing_beside_the_codes(sink: float) -> None:
     """Against float64 over the same codes; with a sink, most of the weight is on the first token, as in real models."""
     batch = Batch([4], [4096], 2, 1, 128, dtype=torch.float32)
     batch.key[0], batch.value[0] = sink * batch.query[0, 0] / batch.query[0, 0].norm(), batch.value[0] / 16

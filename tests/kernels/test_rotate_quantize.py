@@ -1,12 +1,15 @@
-"""The compiled input transform and activation quantizer give the reference's bits."""
+"""Input transforms, activation quantizers and R1 online, in torch and compiled: the oracle's bits."""
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from infoquant_vllm.kernels.cpu.kernels import prepare_matrices, rotate_rows
 from infoquant_vllm.kernels.cpu.library import operations
+from infoquant_vllm.kernels.torch import quantize as torch_kernels
 from infoquant_vllm.kernels.torch.dense import rotate_rows as torch_rows
 from infoquant_vllm.kernels.triton.linear import rotate_rows as gpu_rows
 from tests.common import oracles
@@ -32,19 +35,40 @@ TRANSFORMS = {  # features, and what they go through: ("hadamard", size), ("bloc
 }
 
 
-def rotate_quantize(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, *rest) -> tuple[torch.Tensor, ...]:
-    return operations().rotate_quantize(x, *_prepared(matrices, hadamard), *rest)
+class Compiled:
+    """The operations of the library, called as the functions of kernels/torch/quantize.py."""
+
+    @staticmethod
+    def apply_transform(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> torch.Tensor:
+        return operations().rotate(x, prepare_matrices(matrices, hadamard), hadamard)
+
+    @staticmethod
+    def rotate_quantize(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, *rest: Any) -> Any:
+        return operations().rotate_quantize(x, prepare_matrices(matrices, hadamard), hadamard, *rest)
 
 
-@pytest.fixture(autouse=True, scope="module", params=RUNNABLE)
+Kernels = ModuleType | type[Compiled]
+
+
+@pytest.fixture(scope="module", params=["torch", *RUNNABLE])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    """Yield those in torch, and those of each library in turn."""
+    if request.param == "torch":
+        yield torch_kernels
+        return
+    with library(request.param):
+        yield Compiled
+
+
+@pytest.fixture(scope="module", params=RUNNABLE)
 def _library(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each library in turn."""
+    """Call each library in turn."""
     with library(request.param):
         yield
 
 
 def _transform(kind: tuple, features: int) -> tuple[list[torch.Tensor], int]:
-    """Matrices, and the size of a Hadamard."""
+    """Return matrices, and the size of a Hadamard."""
     if not kind or kind[0] == "hadamard":
         return [], kind[1] if kind else 0
     if kind[0] == "blocks":
@@ -52,62 +76,69 @@ def _transform(kind: tuple, features: int) -> tuple[list[torch.Tensor], int]:
     return [torch.randn(size, size) for size in kind[1:]], 0
 
 
-def _prepared(matrices: list[torch.Tensor], hadamard: int) -> tuple[list[torch.Tensor], int]:
-    return prepare_matrices(matrices, hadamard), hadamard
+def _check_int16(kernels: Kernels, x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> None:
+    expected = oracles.quantize_int16(oracles.apply_transform(x.float(), matrices, hadamard))
+    if kernels is torch_kernels:
+        found = torch_kernels.quantize_int16(torch_kernels.apply_transform(x.float(), matrices, hadamard))
+    else:
+        found = operations().rotate_quantize_wide(x, prepare_matrices(matrices, hadamard), hadamard)
+    _assert_equal(found, expected)
 
 
-def _assert_wide_equal(x: torch.Tensor, *transform) -> None:
-    expected = oracles.quantize_int16(oracles.apply_transform(x.float(), *transform))
-    for found, right in zip(operations().rotate_quantize_wide(x, *_prepared(*transform)), expected, strict=True):
-        assert found.dtype == right.dtype
-        assert torch.equal(found, right)
+def _check(kernels: Kernels, x: torch.Tensor, *args: Any) -> None:
+    _assert_equal(kernels.rotate_quantize(x, *args), oracles.rotate_quantize(x, *args))
 
 
-def _assert_equal(x: torch.Tensor, *args) -> None:
-    for found, expected in zip(rotate_quantize(x, *args), oracles.rotate_quantize(x, *args), strict=True):
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
+def _assert_equal(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    for one, right in zip(found, expected, strict=True):
+        assert one.dtype == right.dtype
+        assert torch.equal(one, right)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_codes_are_the_references(name: str, tokens: int, dtype: torch.dtype) -> None:
+def test_transforms_and_codes_have_the_oracles_bits(
+    kernels: Kernels, name: str, tokens: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(tokens)
     features, kind = TRANSFORMS[name]
     transform, x = _transform(kind, features), (3 * torch.randn(tokens, features)).to(dtype)
-    _assert_equal(x, *transform, 0.7 + 0.3 * torch.rand(1, 2), 4, False)
-    _assert_wide_equal(x, *transform)
-    assert torch.equal(operations().rotate(x, *_prepared(*transform)), oracles.apply_transform(x.float(), *transform))
+    _check(kernels, x, *transform, 0.7 + 0.3 * torch.rand(1, 2), 4, False)
+    _check_int16(kernels, x, *transform)
+    assert torch.equal(kernels.apply_transform(x.float(), *transform), oracles.apply_transform(x.float(), *transform))
 
 
 @pytest.mark.parametrize("group_size", [1, 12, 16, 64, 128, 1536])
 @pytest.mark.parametrize(("num_bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
-def test_groups_and_bits_are_the_references(group_size: int, num_bits: int, symmetric: bool) -> None:
+def test_groups_and_bits_have_the_oracles_bits(
+    kernels: Kernels, group_size: int, num_bits: int, symmetric: bool
+) -> None:
     torch.manual_seed(0)
     clip = 0.7 + 0.3 * torch.rand(1536 // group_size, 2)
     for transform in (([], 0), ([], 1536)):
-        _assert_equal(torch.randn(5, 1536).bfloat16(), *transform, clip, num_bits, symmetric)
+        _check(kernels, torch.randn(5, 1536).bfloat16(), *transform, clip, num_bits, symmetric)
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("hadamard", [0, 96])
-def test_extremes_are_the_references(num_bits: int, symmetric: bool, hadamard: int) -> None:
+def test_extremes_have_the_oracles_bits(kernels: Kernels, num_bits: int, symmetric: bool, hadamard: int) -> None:
     torch.manual_seed(0)
     outlier = torch.randn(96)
     outlier[17] = 1e6
     halves = torch.arange(96) / 2  # values half way between codes: ties
     rows = [torch.zeros(96), torch.full((96,), 1e30), torch.full((96,), -3.0), torch.rand(96) * 1e-20, outlier, halves]
     for clip in (1.0, 0.5, 0.0):
-        _assert_equal(torch.stack(rows), [], hadamard, torch.full((1, 2), clip), num_bits, symmetric)
-    _assert_wide_equal(torch.stack(rows), [], hadamard)
+        _check(kernels, torch.stack(rows), [], hadamard, torch.full((1, 2), clip), num_bits, symmetric)
+    _check_int16(kernels, torch.stack(rows), [], hadamard)
 
 
+@pytest.mark.usefixtures("_library")
 @pytest.mark.parametrize("tokens", [0, 1, 5, 13])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [35, 192, 576])
-def test_rows_in_the_residual_basis_are_the_references(tokens: int, dtype: torch.dtype, size: int) -> None:
+def test_compiled_online_r1_has_the_oracles_bits(tokens: int, dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(tokens)
     rows, rotation, gain = torch.randn(tokens, size).to(dtype), torch.randn(size, size), torch.randn(size)
     for factors in (None, gain):
@@ -116,7 +147,8 @@ def test_rows_in_the_residual_basis_are_the_references(tokens: int, dtype: torch
         assert torch.equal(found, oracles.rotate_rows(rows, rotation, factors))
 
 
-def test_a_row_in_the_residual_basis_is_the_same_bits_in_any_batch_and_by_any_number_of_threads() -> None:
+@pytest.mark.usefixtures("_library")
+def test_compiled_online_r1_gives_a_row_the_same_bits_in_any_batch_by_any_number_of_threads() -> None:
     torch.manual_seed(0)
     rows, rotation, gain = torch.randn(600, 96), torch.randn(96, 96), torch.randn(96)
     expected = oracles.rotate_rows(rows, rotation, gain)
@@ -132,7 +164,7 @@ def test_a_row_in_the_residual_basis_is_the_same_bits_in_any_batch_and_by_any_nu
 
 @pytest.mark.parametrize("kernel", [torch_rows, gpu_rows])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_torchs_rows_in_the_residual_basis_differ_from_the_references_by_last_bits(
+def test_online_r1_in_torch_differs_from_the_oracle_by_last_bits(
     kernel: Callable[..., torch.Tensor], dtype: torch.dtype
 ) -> None:
     """Sums of 576 products in another order differ by some 1e-6, and near a tie by the dtype's last bit."""
@@ -149,7 +181,7 @@ def test_torchs_rows_in_the_residual_basis_differ_from_the_references_by_last_bi
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_shorter_products_that_vllm_allows_leave_the_residual_basis_alone(precision: str) -> None:
+def test_tf32_that_vllm_allows_does_not_change_online_r1(precision: str) -> None:
     torch.manual_seed(0)
     rows, rotation = torch.randn(64, 576), torch.randn(576, 576)
     expected = gpu_rows(rows, rotation, None)
@@ -163,26 +195,26 @@ def test_shorter_products_that_vllm_allows_leave_the_residual_basis_alone(precis
 
 
 @pytest.mark.parametrize("name", ["hadamard 12 x 128", "blocks of 288", "kronecker 12 x 128"])
-def test_a_row_is_the_same_bits_in_any_batch_and_by_any_number_of_threads(name: str) -> None:
+def test_a_row_is_the_same_bits_in_any_batch_by_any_number_of_threads(kernels: Kernels, name: str) -> None:
     torch.manual_seed(0)
     features, kind = TRANSFORMS[name]
     transform, x = _transform(kind, features), torch.randn(123, features).bfloat16()
     args = (*transform, torch.ones(features // 64, 2), 4, False)
     before = torch.get_num_threads()
-    whole = rotate_quantize(x, *args)
+    whole = kernels.rotate_quantize(x, *args)
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for rows in (1, 2, 7, 64, 123):
-                for found, expected in zip(rotate_quantize(x[:rows], *args), whole, strict=True):
+                for found, expected in zip(kernels.rotate_quantize(x[:rows], *args), whole, strict=True):
                     assert torch.equal(found, expected[:rows])
     finally:
         torch.set_num_threads(before)
 
 
-def test_rows_need_not_be_contiguous() -> None:
+def test_rows_need_not_be_contiguous(kernels: Kernels) -> None:
     torch.manual_seed(0)
     x = torch.randn(7, 256).bfloat16()
-    found = rotate_quantize(x[:, 64:192], [], 128, torch.ones(1, 2), 4, False)
-    expected = rotate_quantize(x[:, 64:192].contiguous(), [], 128, torch.ones(1, 2), 4, False)
+    found = kernels.rotate_quantize(x[:, 64:192], [], 128, torch.ones(1, 2), 4, False)
+    expected = kernels.rotate_quantize(x[:, 64:192].contiguous(), [], 128, torch.ones(1, 2), 4, False)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
