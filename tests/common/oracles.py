@@ -1,6 +1,6 @@
 """Naive versions of the kernels, token by token and group by group: what all implementations are tested against.
 
-They import the checkpoint format and nothing of the kernels, so an error in a helper cannot hide in both.
+They import the checkpoint format and the tuples of operands, and no kernel: an error in a helper cannot hide in both.
 """
 
 import math

@@ -48,7 +48,8 @@ def weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torc
 def linear(x: torch.Tensor, inputs: InputQuant, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Multiply x [tokens, K] by a quantized weight [N, K]; return [tokens, N] in the dtype of x.
 
-    The weight is from `prepare_weight`, its scales and zero-points as in the checkpoint; see `apply_transform`.
+    Codes of the weight are laid out by `prepare_weight`; its scales and zero-points are those of the checkpoint.
+    int16 activations are multiplied as two 8-bit codes, high and low bytes, whose products are added in float32.
     """
     matrices, hadamard, clip, num_bits, symmetric = inputs
     if clip is None:
