@@ -41,8 +41,8 @@ def unpack_nibbles(packed, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def butterflies(y, LINES: tl.constexpr, SIZE: tl.constexpr):
-    """Apply the unnormalized Hadamard transform to the rows of y [LINES, SIZE], with the format's order of additions.
+def butterflies(y, LINES: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+    """Apply the unnormalized Hadamard transform to blocks of SIZE of y [LINES, BLOCKS * SIZE], in the format's order.
 
     Each of log2(SIZE) steps adds and subtracts neighbors, and writes sums to the first half, differences to the second:
     features twice as far apart become neighbors, and after the last step all are in place again. So every step is the
@@ -51,8 +51,8 @@ def butterflies(y, LINES: tl.constexpr, SIZE: tl.constexpr):
     size: tl.constexpr = SIZE
     for step in tl.static_range(16):
         if 2**step < size:
-            a, b = tl.split(tl.reshape(y, (LINES, SIZE // 2, 2)))
-            y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (LINES, SIZE))
+            a, b = tl.split(tl.reshape(y, (LINES, BLOCKS, SIZE // 2, 2)))
+            y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (LINES, BLOCKS * SIZE))
     return y
 
 
@@ -68,7 +68,7 @@ def hadamard_rows(
     """
     N: tl.constexpr = 2**LOG_N
     PADDED: tl.constexpr = SIZE // N
-    x = tl.reshape(butterflies(tl.reshape(x, [ROWS * PADDED, N]), ROWS * PADDED, N), [ROWS, SIZE])
+    x = butterflies(x, ROWS, PADDED, N)
     if ORDER > 1:
         y = tl.reshape(x, [ROWS, PADDED, N])
         entries = tl.arange(0, PADDED)

@@ -76,7 +76,7 @@ def rotate_quantize_kernel(
         y = _multiply_left(left_ptr, y, SIGNS, ROWS * BLOCKS_PADDED, OUTER, OUTER_PADDED, INNER_PADDED)
     y = y.to(tl.float32)
     if HADAMARD:
-        y = once(butterflies(y, LINES, INNER_PADDED))
+        y = once(butterflies(y, LINES, 1, INNER_PADDED))
     if right_ptr is not None:
         right = _pad_depth(_matrix(right_ptr, INNER, INNER_PADDED))
         y = tl.dot(tl.trans(_pad_depth(tl.trans(y))), right, input_precision="tf32x3")
