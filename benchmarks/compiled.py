@@ -21,7 +21,7 @@ from benchmarks.static.variants import Calls, other_calls, serving_calls
 from offline.presets import PRESETS
 
 OTHERS_ARCHS = (80, 90)
-"""Compiled with all variants; other architectures with those that serve LLaMA-3-8B."""
+"""Architectures for which what other checkpoints need is compiled too, beside what serves LLaMA-3-8B."""
 KNOWN_SPILLS = re.compile(
     r"rotate_quantize_kernel (sm_(80|86|89) .*outer=64 inner=64 |.* outer=96 inner=4 )"
     r"|gemm_kernel sm_(80|86|89) weight_bits=8 .*block_n=128 block_m=128 "
@@ -61,10 +61,18 @@ def main() -> None:
     """Print the count per architecture, every spill and every failure; exit status 1 if one is not known."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
     parser.add_argument("--archs", nargs="+", type=int, choices=MACHINES, default=list(MACHINES))
+    parser.add_argument(
+        "--others",
+        nargs="*",
+        type=int,
+        choices=MACHINES,
+        default=list(OTHERS_ARCHS),
+        help="architectures for which what other checkpoints need is compiled too",
+    )
     parser.add_argument("--presets", nargs="+", choices=PRESETS, help="only what these need; default: all and more")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    found = compile_all(variants(options.archs, options.presets), options.workers)
+    found = compile_all(variants(options.archs, options.presets, options.others), options.workers)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"Triton {triton.__version__}: {summary(found)}")
     console.print(*(f"{each.name}: {each.stack} bytes of spilled registers" for each in spilled(found)), sep="\n")
@@ -72,12 +80,14 @@ def main() -> None:
     sys.exit(any(each.problem or not KNOWN_SPILLS.match(each.name) for each in (*failed(found), *spilled(found))))
 
 
-def variants(archs: Sequence[int], presets: Iterable[str] | None = None) -> list[Variant]:
+def variants(
+    archs: Sequence[int], presets: Iterable[str] | None = None, others: Sequence[int] = OTHERS_ARCHS
+) -> list[Variant]:
     """List what presets (None: any checkpoint) make vLLM compile on GPUs of these architectures, each once."""
     found: list[Variant] = []
     for arch in archs:
         wanted = _of(serving_calls(PRESETS if presets is None else presets), arch)
-        if presets is None and arch in OTHERS_ARCHS:
+        if presets is None and arch in others:
             wanted = _of(other_calls(), arch) | wanted
         found += wanted.values()
     return found

