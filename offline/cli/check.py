@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from offline.cli.common import CheckpointFolder, Json, refusals, show
+from offline.errors import ToolError
+from offline.evaluate.task_options import TaskOptions
 
 
 def verify(
@@ -63,16 +65,42 @@ def evaluate(
     window: Annotated[
         int | None, typer.Option(min=2, help="Tokens per window.  [default: 512, or --tokens where fewer]")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Score these tasks instead: names that lm-eval knows, or YAML files, separated by commas."),
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="With --tasks: an OpenAI-compatible server of the model.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: items of each task.  [default: all]")] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(min=0, help="With --tasks: examples in each prompt.  [default: the task's]")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="With --tasks: render prompts by the chat template.")
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="With --tasks: keep the scores in the checkpoint, for its card and report.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of a model; with a reference also KL(reference || model) and top-1 agreement.
 
-    Every figure has its standard error over windows.
+    Every figure has its standard error over windows. With --tasks, score tasks of lm-eval instead.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       infoquant eval ./model-w4a4kv4 --reference ./model --corpus wiki.txt --tokens 8192
+
+      infoquant eval ./model-w4a4kv4 --reference ./model --tasks arc_easy,gsm8k --limit 200 --save
+
+      infoquant eval ./model-w4a4kv4 --tasks gsm8k --endpoint http://localhost:8000
     """
+    if tasks is None and (endpoint or limit or few_shot is not None or chat_template or save):
+        raise typer.BadParameter("--endpoint, --limit, --few-shot, --chat-template and --save go with --tasks")
+    if tasks is not None:
+        _score_tasks(model, reference, tasks, TaskOptions(endpoint, limit, few_shot, chat_template), save, as_json)
+        return
     with refusals():
         from offline.cli.tables import print_evaluation
         from offline.evaluate import metrics
@@ -83,6 +111,30 @@ def evaluate(
                 model, reference=reference, corpus=corpus, tokens=tokens, window=window, progress=progress
             )
         show(found, print_evaluation, as_json)
+
+
+def _score_tasks(
+    model: str, reference: str | None, tasks: str, options: TaskOptions, save: bool, as_json: bool
+) -> None:
+    """Score a model and its reference on tasks; `save` keeps the scores in the model's folder."""
+    with refusals():
+        from infoquant_vllm.format import is_checkpoint
+        from offline.cli.tables import print_tasks
+        from offline.evaluate.saved_scores import dump, save_evaluations
+        from offline.evaluate.tasks import evaluate_tasks
+
+        if save and not is_checkpoint(Path(model)):
+            raise ToolError(f"{model}: --save keeps scores in a checkpoint folder, which this is not")
+        names = [name.strip() for name in tasks.split(",")]
+        found = [evaluate_tasks(model, names, options)]
+        if reference is not None:
+            found.insert(0, evaluate_tasks(reference, names, options._replace(endpoint=None)))
+        if save:
+            save_evaluations(Path(model), found)
+        if as_json:
+            print(dump(found))
+        else:
+            print_tasks(found)
 
 
 def report(

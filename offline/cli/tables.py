@@ -8,6 +8,8 @@ from rich.table import Table
 from offline.evaluate.inspect import Inspection, scheme_words
 from offline.evaluate.metrics import Evaluation, Figure
 from offline.evaluate.page.summary import Summary
+from offline.evaluate.saved_scores import score_table
+from offline.evaluate.tasks import TaskEvaluation
 from offline.evaluate.verify import Verification
 from offline.memory import Plan
 from offline.output.report import Report
@@ -123,6 +125,15 @@ def print_evaluation(found: Evaluation) -> None:
             table.add_row(name, f"{figure.mean:.4g}", _error(figure))
     console.print(table)
     console.print(f"text: {found.text}; {found.windows} windows of {found.window} tokens", markup=False)
+
+
+def print_tasks(found: list[TaskEvaluation]) -> None:
+    """Print the scores of models on tasks: a row per task and metric, a column per model."""
+    heads, rows = score_table(found)
+    table = Table(*heads, title="tasks of lm-eval; ± is one standard error")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def print_page(found: Summary) -> None:

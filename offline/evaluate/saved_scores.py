@@ -19,11 +19,16 @@ Evaluations = TypeAdapter(list[TaskEvaluation])
 def save_evaluations(folder: Path, found: list[TaskEvaluation]) -> None:
     """Write evaluations into a checkpoint folder, in place of older ones, and show them on its model card."""
     with atomic_file(folder / EVALUATION_FILE) as partial:
-        partial.write_bytes(Evaluations.dump_json(found, indent=1))
+        partial.write_text(dump(found), encoding="utf-8")
     card = folder / CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     with atomic_file(card) as partial:
         partial.write_text(_with_section(text, markdown(found)), encoding="utf-8")
+
+
+def dump(found: list[TaskEvaluation]) -> str:
+    """Return evaluations as JSON."""
+    return Evaluations.dump_json(found, indent=1).decode()
 
 
 def read_evaluations(folder: Path) -> list[TaskEvaluation]:
@@ -38,17 +43,22 @@ def read_evaluations(folder: Path) -> list[TaskEvaluation]:
 
 
 def markdown(found: list[TaskEvaluation]) -> str:
-    """Return a table: a row per task and metric, a column per model."""
-    models = [_title(evaluation) for evaluation in found]
-    rows: dict[tuple[str, str, int], list[str]] = {}
+    """Return the scores as a table in Markdown."""
+    heads, rows = score_table(found)
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+
+
+def score_table(found: list[TaskEvaluation]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows: a row per task and metric, a column per model."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
     for column, evaluation in enumerate(found):
         for score in evaluation.scores:
-            cells = rows.setdefault((score.task, score.metric, score.items), [""] * len(found))
+            cells = rows.setdefault((score.task, score.metric, str(score.items)), [""] * len(found))
             error = "" if score.standard_error is None else f" ± {score.standard_error:.3f}"
             cells[column] = f"{score.value:.3f}{error}"
-    lines = [f"| {task} | {metric} | {items} | {' | '.join(cells)} |" for (task, metric, items), cells in rows.items()]
-    heads = ("task", "metric", "items", *models)
-    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines])
+    heads = ["task", "metric", "items", *(_title(evaluation) for evaluation in found)]
+    return heads, [[*key, *cells] for key, cells in rows.items()]
 
 
 def _title(evaluation: TaskEvaluation) -> str:

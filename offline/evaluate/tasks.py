@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from infoquant_vllm.format import is_checkpoint, read_json
 from offline.errors import ToolError, first_line
 from offline.evaluate.simulate import load_simulated
+from offline.evaluate.task_options import TaskOptions
 from offline.model.reference import load_reference
 from offline.model.source import Source, config_dtype, read_tokenizer
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 TASK_FILES = (".yaml", ".yml")
 REQUEST_SECONDS = 10
 CONCURRENT_REQUESTS = 8
+DEFAULTS = TaskOptions()
 
 
 class TaskScore(BaseModel):
@@ -54,27 +56,14 @@ class TaskEvaluation(BaseModel):
     scores: list[TaskScore]
 
 
-def evaluate_tasks(
-    model: str,
-    tasks: Sequence[str],
-    *,
-    endpoint: str | None = None,
-    limit: int | None = None,
-    few_shot: int | None = None,
-    chat_template: bool = False,
-    seed: int = 0,
-) -> TaskEvaluation:
+def evaluate_tasks(model: str, tasks: Sequence[str], options: TaskOptions = DEFAULTS) -> TaskEvaluation:
     """Score a model on tasks of lm-eval.
 
     Args:
-        model: an InfoQuant checkpoint, which is simulated, or an unquantized model. With `endpoint` only its
-            tokenizer is read.
+        model: an InfoQuant checkpoint, which is simulated, or an unquantized model. With an endpoint only its tokenizer
+            is read.
         tasks: names that lm-eval knows, or YAML files of tasks.
-        endpoint: address of an OpenAI-compatible server, "http://HOST:PORT"; None computes here.
-        limit: items of each task; None scores all of them.
-        few_shot: examples in each prompt; None takes each task's own number.
-        chat_template: render prompts by the tokenizer's chat template.
-        seed: of few-shot examples, and of sampling in tasks that sample.
+        options: how they are run.
 
     Raises:
         ToolError: if lm-eval is not installed, a task is unknown or cannot be loaded, or the endpoint does not answer.
@@ -84,6 +73,7 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
 
     names, manager = _find_tasks(tasks)
+    endpoint, limit, few_shot, chat_template, seed = options
     language_model = _local(model) if endpoint is None else _remote(model, endpoint, seed)
     try:
         found = simple_evaluate(
@@ -149,10 +139,11 @@ def _local(model: str) -> "LM":
         return HFLM(
             pretrained=load_simulated(folder, config_dtype(read_json(folder / "config.json"))),
             tokenizer=read_tokenizer(folder),
+            add_bos_token=True,
         )
     source = Source.open(model)
     reference = load_reference(source.folder, config_dtype(source.hf_config))
-    return HFLM(pretrained=reference, tokenizer=source.tokenizer())
+    return HFLM(pretrained=reference, tokenizer=source.tokenizer(), add_bos_token=True)
 
 
 def _remote(model: str, endpoint: str, seed: int) -> "LM":
@@ -165,6 +156,7 @@ def _remote(model: str, endpoint: str, seed: int) -> "LM":
         base_url=f"{base}/v1/completions",
         tokenizer=model,
         tokenizer_backend="huggingface",
+        add_bos_token=True,  # if the tokenizer does
         max_length=served.get("max_model_len") or 2048,
         num_concurrent=CONCURRENT_REQUESTS,
         seed=seed,

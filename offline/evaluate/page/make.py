@@ -15,6 +15,7 @@ from offline.evaluate.inspect import Inspection, inspect_checkpoint
 from offline.evaluate.page.measure import Measurement, clips, measure
 from offline.evaluate.page.summary import LABELS, Summary, mean, run_records, site_bits, site_words, summarize
 from offline.evaluate.passages import OWN_TEXT, PASSAGES
+from offline.evaluate.saved_scores import read_evaluations, score_table
 from offline.model.source import Source, read_tokenizer
 from offline.output.atomic import atomic_file, check_writable
 from offline.output.report import Report
@@ -67,6 +68,7 @@ def make_page(
     name = checkpoint_folder.name
     factors = clips(checkpoint)
     context = _texts(name, checkpoint, inspection, records, summary) | _pictures(checkpoint, found, summary, factors)
+    context["scores"] = score_table(evaluations) if (evaluations := read_evaluations(checkpoint_folder)) else None
     context["clips"] = {site: by_layer.mean(1).tolist() for site, by_layer in factors.items()}
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     page = templates.get_template(TEMPLATE).render(context)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,15 @@ import torch
 import yaml
 from torch.nn import functional
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 import offline
+from offline.cli.main import app
 from offline.errors import ToolError
+from offline.evaluate.page.make import make_page
 from offline.evaluate.saved_scores import read_evaluations, save_evaluations
 from offline.evaluate.simulate import load_simulated
+from offline.evaluate.task_options import TaskOptions
 from offline.evaluate.tasks import TaskEvaluation, TaskScore, evaluate_tasks
 from offline.model.reference import load_reference
 from offline.progress import silent
@@ -95,7 +100,7 @@ def test_a_simulated_checkpoint_generates_and_limit_bounds_the_items(checkpoint:
         "metric_list": [{"metric": "exact_match"}],
     }
     task = write_task(tmp_path, **generate)
-    score = evaluate_tasks(str(checkpoint), [str(task)], limit=2).scores[0]
+    score = evaluate_tasks(str(checkpoint), [str(task)], TaskOptions(limit=2)).scores[0]
     assert (score.metric, score.value, score.items) == ("exact_match", 0.0, 2)
 
 
@@ -113,7 +118,7 @@ def test_an_unknown_task_is_refused_by_name(source: Path, task: str, message: st
 
 def test_an_endpoint_that_does_not_answer_is_refused_by_its_address(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="no OpenAI-compatible server answers"):
-        evaluate_tasks(str(source), [str(write_task(tmp_path))], endpoint="http://127.0.0.1:9")
+        evaluate_tasks(str(source), [str(write_task(tmp_path))], TaskOptions(endpoint="http://127.0.0.1:9"))
 
 
 def scored(model: str, value: float, simulated: bool = False) -> TaskEvaluation:
@@ -141,3 +146,20 @@ def test_a_file_of_scores_that_is_none_is_refused_by_its_name(tmp_path: Path) ->
     (tmp_path / "infoquant_evaluation.json").write_text('[{"model": 1}]')
     with pytest.raises(ToolError, match=r"infoquant_evaluation\.json: "):
         read_evaluations(tmp_path)
+
+
+def test_the_command_scores_checkpoint_and_source_and_saves_both_for_card_and_report(
+    source: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    task = write_task(tmp_path)
+    done = CliRunner().invoke(app, ["eval", str(folder), "--reference", str(source), "--tasks", str(task), "--save"])
+    assert done.exit_code == 0, done.stderr
+    assert "checkpoint, simulated" in done.stdout
+    assert [evaluation.model for evaluation in read_evaluations(folder)] == [str(source), str(folder)]
+    make_page(folder, tmp_path / "page.html", progress=silent)
+    assert '<h2 id="tasks">' in (tmp_path / "page.html").read_text()
+
+
+def test_options_of_tasks_are_wrong_usage_without_tasks(checkpoint: Path) -> None:
+    assert CliRunner().invoke(app, ["eval", str(checkpoint), "--limit", "3"]).exit_code == 2
