@@ -59,7 +59,7 @@ class Checkpoint:
 
     def _headers(self, shard: str) -> dict[str, TensorSpec]:
         file = self.folder / shard
-        if not file.is_file():
+        if not file.exists():
             raise FormatError(f"{file}: the shard is missing, but {INDEX_FILE} lists it")
         found = read_header(file)
         stray = sorted(name for name in found if self.weight_map.get(name) != shard)
