@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.timing import copies
 from infoquant_vllm.format import ModelShape
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
-from infoquant_vllm.kernels.triton.linear import gemm, linear, prepare_grid, prepare_matrices, prepare_weight
+from infoquant_vllm.kernels.triton.linear import gemm, linear, prepare_matrices, prepare_qparams, prepare_weight
 from infoquant_vllm.kernels.triton.rotate_quantize import Codes, rotate_quantize
 from infoquant_vllm.kernels.triton.weights import layout
 
@@ -73,7 +73,7 @@ class QuantizedLinear:
     def _weight(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         packed = torch.randint(0, 256, (self.site.channels, self.site.features // 2), dtype=torch.uint8, device=device)
         scale = torch.rand(self.site.channels, 1, device=device) / 100 + 0.01
-        return prepare_weight(packed, 4, True, self.site.groups), prepare_grid(scale)
+        return prepare_weight(packed, 4, True, self.site.groups), prepare_qparams(scale)
 
     def calls(self, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
         """Return a call of the whole linear for each copy."""

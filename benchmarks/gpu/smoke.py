@@ -150,7 +150,7 @@ def check_linear(case: Product, device: str) -> dict[str, Any]:
     inputs = InputQuant([], case.hadamard, clip, 4, symmetric=False)
     prepared = inputs._replace(matrices=matrices, clip_ratio=clip.to(device))
     weight = triton_linear.prepare_weight(packed, 4, True, case.groups).to(device)
-    packed_weight = PackedWeight(weight, triton_linear.prepare_grid(scale).to(device), None)
+    packed_weight = PackedWeight(weight, triton_linear.prepare_qparams(scale).to(device), None)
     found = triton_linear.linear(x.to(device), prepared, packed_weight, None)
     plain = PackedWeight(torch_linear.prepare_weight(packed, 4, True), scale, None)
     return _compared(found.cpu(), torch_linear.linear(x, inputs, plain, None))

@@ -25,7 +25,7 @@ from infoquant_vllm.kernels.triton.common import architecture
 from infoquant_vllm.kernels.triton.linear import gemm
 from infoquant_vllm.kernels.triton.rotate_quantize import Codes
 from infoquant_vllm.kernels.triton.tiles import FEW_TOKENS, Measured, Tile, linear_tile
-from infoquant_vllm.kernels.triton.weights import Layout, layout, prepare_grid, prepare_weight
+from infoquant_vllm.kernels.triton.weights import Layout, layout, prepare_qparams, prepare_weight
 
 TOKENS = (1, 16, FEW_TOKENS, 64, 128, 256, 512, 2048)
 MANY = tuple(
@@ -79,8 +79,8 @@ class Linear:
         zeros = torch.randint(0, 16, (self.channels, self.weight_groups), dtype=torch.uint8)
         weight = prepare_weight(packed, 4, self.symmetric, self.finer).to(device)
         weights = [weight, *(weight.clone() for _ in range(copies(weight.nbytes, device.type) - 1))]
-        grid = prepare_grid(torch.rand(self.channels, self.weight_groups)).to(device)
-        zero = None if self.symmetric else prepare_grid(zeros).to(device)
+        grid = prepare_qparams(torch.rand(self.channels, self.weight_groups)).to(device)
+        zero = None if self.symmetric else prepare_qparams(zeros).to(device)
         sum_groups = 0 if self.symmetric else self.finer
         padded = layout(self.features, self.finer, 4).padded
         codes = Codes.empty(tokens, self.input_groups, padded, sum_groups, self.num_bits, False, device)

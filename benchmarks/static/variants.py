@@ -11,7 +11,7 @@ from benchmarks.static.cases import MODELS
 from benchmarks.static.kv_kernels import FULL, Cache, attention_call, store_call
 from infoquant_vllm.format import InputTransform, LinearScheme, ModelShape, linear_tensors
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
-from infoquant_vllm.kernels.triton.linear import linear, prepare_grid, prepare_matrices, prepare_weight
+from infoquant_vllm.kernels.triton.linear import linear, prepare_matrices, prepare_qparams, prepare_weight
 from offline.presets import PRESETS
 
 Calls = Iterator[Callable[[], Any]]
@@ -173,5 +173,5 @@ def _tensors(scheme: LinearScheme, channels: int, features: int) -> dict[str, An
     packed = given["weight_packed"]
     given["weight_packed"] = prepare_weight(packed, scheme.weights.num_bits, scheme.weights.symmetric, groups)
     for name in given.keys() & {"weight_scale", "weight_zero_point"}:
-        given[name] = prepare_grid(given[name])
+        given[name] = prepare_qparams(given[name])
     return given

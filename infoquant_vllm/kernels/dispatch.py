@@ -163,7 +163,7 @@ def _triton() -> Backend:
         _torch(),  # for norms, SwiGLU and RoPE, which vLLM's own operations compute on a GPU, and for dense_linear
         name="Triton, interpreted" if _interprets_triton() else "Triton",
         prepare_weight=linear.prepare_weight,
-        prepare_qparams=linear.prepare_grid,
+        prepare_qparams=linear.prepare_qparams,
         prepare_matrices=linear.prepare_matrices,
         weight_rows=linear.weight_rows,
         linear=linear.linear,

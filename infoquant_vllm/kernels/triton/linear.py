@@ -13,9 +13,15 @@ from infoquant_vllm.kernels.triton import common
 from infoquant_vllm.kernels.triton.gemm import gemm_kernel, split_k_reduce_kernel
 from infoquant_vllm.kernels.triton.rotate_quantize import Codes, prepare_matrices, rotate_quantize
 from infoquant_vllm.kernels.triton.tiles import BAND, REDUCE_TILE, Tile, linear_tile, token_class
-from infoquant_vllm.kernels.triton.weights import prepare_grid, prepare_weight, stored_layout, sums_dtype, weight_rows
+from infoquant_vllm.kernels.triton.weights import (
+    prepare_qparams,
+    prepare_weight,
+    stored_layout,
+    sums_dtype,
+    weight_rows,
+)
 
-__all__ = ["linear", "prepare_grid", "prepare_matrices", "prepare_weight", "rotate_rows", "weight_rows"]
+__all__ = ["linear", "prepare_matrices", "prepare_qparams", "prepare_weight", "rotate_rows", "weight_rows"]
 
 
 def linear(x: torch.Tensor, inputs: InputQuant, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -54,7 +60,7 @@ def gemm(
     made = plan(arch, token_class(rows), weight.packed.numel(), sizes, codes.zp_offset is not None, int16, tile)
     out = torch.empty(rows // 2 if int16 else rows, channels, dtype=dtype, device=weight.packed.device)
     assert codes.values.shape[1] == made.codes_stride
-    assert all(grid is None or grid.stride(0) == 1 for grid in weight[1:]), "not from prepare_grid"
+    assert all(grid is None or grid.stride(0) == 1 for grid in weight[1:]), "not from prepare_qparams"
     if rows == 0:
         return out
     splits, partial = made.tile.splits, out

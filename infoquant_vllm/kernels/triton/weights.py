@@ -69,9 +69,9 @@ def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: in
     return torch.cat((rows.flatten().view(torch.uint8), sums.flatten().view(torch.uint8)))
 
 
-def prepare_grid(grid: torch.Tensor) -> torch.Tensor:
+def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
     """Transpose the memory of scales or zero points [N, groups], so that channels of a group are contiguous."""
-    return grid.t().contiguous().t()
+    return qparams.t().contiguous().t()
 
 
 def weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tensor:

@@ -46,7 +46,9 @@ class Case:
     def found(self, tile: Any, dtype: torch.dtype = torch.float32, int16: bool = False) -> torch.Tensor:
         features, groups = self.codes.shape[1], max(self.groups)
         weight = weights.prepare_weight(self.packed, self.bits[1], self.signed, groups)
-        grids = [None if grid is None else weights.prepare_grid(grid) for grid in (self.weight_scale, self.weight_zero)]
+        grids = [
+            None if grid is None else weights.prepare_qparams(grid) for grid in (self.weight_scale, self.weight_zero)
+        ]
         block_k = weights.layout(features, groups, self.bits[1]).block_k(tile.block_k)
         tile = tile._replace(block_k=block_k)
         codes = self.stored()

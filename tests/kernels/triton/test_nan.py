@@ -25,7 +25,7 @@ def test_rows_with_nan_or_infinity_come_out_as_the_reference_has_them(kind: str,
     x = torch.randn(tokens, 384).bfloat16()
     clean = x.clone()
     x[1, 5], x[3, 383] = torch.nan, torch.inf
-    weight, grid = linear.prepare_weight(packed, 4, True, 1), linear.prepare_grid(scale)
+    weight, grid = linear.prepare_weight(packed, 4, True, 1), linear.prepare_qparams(scale)
     prepared = linear.prepare_matrices(matrices, hadamard)
     inputs, packed_weight = InputQuant(prepared, hadamard, clip, num_bits, False), PackedWeight(weight, grid, None)
     found, untouched = (linear.linear(rows, inputs, packed_weight, None) for rows in (x, clean))

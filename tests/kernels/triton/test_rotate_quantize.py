@@ -185,7 +185,7 @@ def test_a_linear_is_the_references(
     inputs = InputQuant(matrices, hadamard, clip, num_bits, symmetric=False)
     expected = oracles.linear(x, inputs, PackedWeight(packed, scale, zero), bias)
     weight = linear.prepare_weight(packed, 4, signed, max(groups if clip is not None else 1, weight_groups))
-    grids = linear.prepare_grid(scale), None if zero is None else linear.prepare_grid(zero)
+    grids = linear.prepare_qparams(scale), None if zero is None else linear.prepare_qparams(zero)
     prepared = inputs._replace(matrices=linear.prepare_matrices(matrices, hadamard))
     found = linear.linear(x, prepared, PackedWeight(weight, *grids), bias)
     exact = tokens > tiles.FEW_TOKENS or max(groups, weight_groups) == 1
