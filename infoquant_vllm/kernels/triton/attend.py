@@ -1,4 +1,4 @@
-"""Rows of queries over a sequence in the quantized cache; layout and what is rounded: kernels/reference/kv_cache.py.
+"""Rows of queries over a sequence in the quantized cache; layout and what is rounded: kernels/torch/kv_cache.py.
 
 Products are of integers: queries, and weights times the scales of values, are rounded to 32512 steps of a row's
 greatest and written 256 a + b with signed bytes a and b, so that they meet the codes, unpacked to bytes and no

@@ -1,4 +1,4 @@
-"""A linear layer on a GPU: the quantizer's kernel, then the GEMM's; semantics: kernels/reference/linear.py."""
+"""A linear layer on a GPU: the quantizer's kernel, then the GEMM's; semantics: kernels/torch/linear.py."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

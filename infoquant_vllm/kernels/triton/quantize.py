@@ -1,4 +1,4 @@
-"""Kernels that transform activations and quantize them in one pass; formulas of kernels/reference/rotate_quantize.py.
+"""Kernels that transform activations and quantize them in one pass; formulas of kernels/torch/quantize.py.
 
 `rotate_quantize_kernel` holds whole rows in registers: they are read once, and codes written once. In
 `rotate_blocks_kernel`, for learned blocks, a program makes a group's codes of a few tokens. Where a group is wider than

@@ -1,4 +1,4 @@
-"""Input transform and quantization of activations on a GPU; semantics: kernels/reference/rotate_quantize.py."""
+"""Input transform and quantization of activations on a GPU; semantics: kernels/torch/quantize.py."""
 
 from math import frexp, gcd, sqrt
 from typing import NamedTuple

@@ -1,5 +1,5 @@
 // Attention over the quantized KV cache, whose codes are read straight from its pages; semantics:
-// kernels/reference/kv_cache.py.
+// kernels/torch/kv_cache.py.
 //
 // q . k and weight * value are sums of integer codes, so their order is free: a row of queries has the same bits for
 // any batch, chunk of a prompt, split of the context and number of threads. Floats are only summed over the 128 tokens

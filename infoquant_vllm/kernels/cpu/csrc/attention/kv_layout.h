@@ -1,4 +1,4 @@
-// The layout of the KV cache; kernels/reference/kv_cache.py describes it. A tile holds 16 tokens of one KV head.
+// The layout of the KV cache; kernels/torch/kv_cache.py describes it. A tile holds 16 tokens of one KV head.
 #pragma once
 
 #include "simd/simd.h"

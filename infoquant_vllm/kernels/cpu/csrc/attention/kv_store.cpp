@@ -1,4 +1,4 @@
-// Quantizes keys and values into the KV cache; semantics: kernels/reference/kv_cache.py.
+// Quantizes keys and values into the KV cache; semantics: kernels/torch/kv_cache.py.
 #include <algorithm>
 
 #include "attention/kv_layout.h"

@@ -1,4 +1,4 @@
-// RMS norm, SiLU and multiply, and RoPE; semantics: kernels/reference/elementwise.py. Sums, roots and exponentials are
+// RMS norm, SiLU and multiply, and RoPE; semantics: kernels/torch/elementwise.py. Sums, roots and exponentials are
 // computed in float64 and rounded to float32 once, so that the result does not depend on the order of operations.
 #include <omp.h>
 

@@ -1,5 +1,5 @@
 // Rows times an unquantized matrix of 16-bit floats, at the speed at which the matrix can be read; semantics:
-// kernels/reference/dense_linear.py. The order of sums is this file's own, and the same for any number of rows.
+// kernels/torch/dense.py. The order of sums is this file's own, and the same for any number of rows.
 #include <omp.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The exact GEMM of quantized inputs and packed weights; semantics: kernels/reference/quantized_linear.py.
+// The exact GEMM of quantized inputs and packed weights; semantics: kernels/torch/linear.py.
 //
 // Weights are read as unsigned codes w (signed ones come with 8 or 128 added), inputs as signed bytes x: a 4-bit code
 // minus its zero-point z, or an 8-bit code minus 128, which leaves the zero-point offset r = z - 128. Within a group

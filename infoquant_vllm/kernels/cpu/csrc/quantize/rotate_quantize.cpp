@@ -1,4 +1,4 @@
-// Input transforms and the activation quantizer; bit for bit kernels/reference/rotate_quantize.py.
+// Input transforms and the activation quantizer; bit for bit kernels/torch/quantize.py.
 #include <omp.h>
 
 #include <algorithm>

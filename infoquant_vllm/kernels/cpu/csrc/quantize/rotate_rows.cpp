@@ -1,4 +1,4 @@
-// Rows times R1, the residual rotation; bit for bit kernels/reference/rotate_rows.py.
+// Rows times R1, the residual rotation; bit for bit kernels/torch/dense.py.
 #include <omp.h>
 
 #include <algorithm>
