@@ -1,4 +1,4 @@
-// Rows times R1, the residual rotation; bit for bit kernels/torch/dense.py.
+// Rows times R1, the residual rotation: as kernels/torch/dense.py, but summed in float32 in the order of the features.
 #include <omp.h>
 
 #include <algorithm>
