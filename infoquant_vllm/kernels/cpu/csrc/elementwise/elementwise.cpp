@@ -83,10 +83,12 @@ double sum_of_squares(const float* x, int64_t size) {
     return total;
 }
 
+// Operands are firstprivate below: a shared struct would be read again after every store, which might alias it.
+
 template <Dtype DTYPE>
-void rms_norm_of(const RmsNorm& p) {
+void rms_norm_of(RmsNorm p) {
     const int64_t size = p.size;
-#pragma omp parallel if (p.tokens * size > SERIAL_VALUES)
+#pragma omp parallel firstprivate(p) if (p.tokens * size > SERIAL_VALUES)
     {
         std::vector<float> row(size + CHAINS * DOUBLE_LANES);
 #pragma omp for schedule(static)
@@ -136,10 +138,10 @@ void silu_and_mul_of(const void* x, int64_t tokens, int64_t size, void* out) {
 }
 
 template <Dtype DTYPE>
-void rotary_embedding_of(const Rotary& rotary, const Rows<const void*>& x, void* out) {
+void rotary_embedding_of(Rotary rotary, Rows<const void*> x, void* out) {
     const int64_t tokens = rotary.tokens, heads = rotary.heads, head_size = rotary.head_size;
     const int64_t rotary_dim = rotary.rotary_dim, half = rotary_dim / 2;
-#pragma omp parallel for schedule(static) if (tokens * heads * head_size > SERIAL_VALUES)
+#pragma omp parallel for schedule(static) firstprivate(rotary, x) if (tokens * heads * head_size > SERIAL_VALUES)
     for (int64_t token = 0; token < tokens; ++token) {
         const int64_t angles = rotary.positions[token] * rotary_dim;
         for (int64_t head = 0; head < heads; ++head) {
