@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from infoquant_vllm.kernels.cpu.quantized_linear import prepare_weight
 
 from infoquant_vllm.format import kv_bytes_per_token_head
+from infoquant_vllm.kernels.cpu.kernels import prepare_weight
 from infoquant_vllm.kernels.cpu.library import DTYPES, operations
 from tests.common.libraries import RUNNABLE, library
 
