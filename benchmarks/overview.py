@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.common.models import ROOT
+from benchmarks.readme import RESULTS
 
-RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "assets" / "overview.svg"
 PRESETS = ("quarot", "paper", "fast", "best", "balanced", "w4a8kv4", "w4a16kv4")
 SERVED = {
@@ -48,7 +48,7 @@ def draw(results: Path) -> str:
         figure = Figure(figsize=(8, 3.1), layout="constrained")
         left, right = figure.subplots(1, 2)
         _accuracy(left, _read(results / "accuracy.json"))
-        _speed(right, _read(results / "serving-peers.json"), _read(results / "memory.json"))
+        _speed(right, _read(results / "serving-baselines.json"), _read(results / "memory.json"))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

@@ -1,4 +1,4 @@
-"""Print the tables of README.md and docs/speed.md as Markdown, from the result files."""
+"""Print the tables of README.md and docs/performance.md as Markdown, from the result files."""
 
 import argparse
 import json
@@ -17,13 +17,24 @@ NAMES = MappingProxyType(
     {
         "smollm2": "bf16",
         "smollm2-fast": "`fast`",
-        "smollm2-speed": "the same codes, 8-bit vocabulary",
+        "smollm2-speed": "the same codes, 8-bit lm_head",
         "smollm2-w8a8": "vLLM's W8A8",
         "smollm2-w4a16": "vLLM's W4A16",
         "qwen2-1.5b": "bf16",
-        "qwen2-1.5b-w4a4kv4": "W4A4KV4, 8-bit vocabulary",
+        "qwen2-1.5b-w4a4kv4": "W4A4KV4, 8-bit lm_head",
     }
 )
+
+PRESETS = MappingProxyType(
+    {
+        "fast": ("4, 4, 4 bits", "a learned rotation folded into the weights, equalization, GPTQ"),
+        "best": ("4, 4, 4 bits, in groups", "as `fast`; clip search, refined rounding, distillation"),
+        "balanced": ("as `best`, input of down_proj at 8 bits", "as `best`"),
+        "w4a8kv4": ("4, 8, 4 bits", "as `best`"),
+        "w4a16kv4": ("4, 16, 4 bits", "as `best`"),
+    }
+)
+"""Presets of the README's table, with bits and method."""
 
 Rows = list[dict[str, Any]]
 
@@ -33,13 +44,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     folder = parser.parse_args().results
-    print("\n\n".join(tables(folder) + tables(folder / AMX)))
+    print("\n\n".join([presets(folder), *tables(folder), *tables(folder / AMX)]))
 
 
 def tables(folder: Path) -> list[str]:
     """Return the Markdown tables of the result files in `folder`, without those of its subfolders."""
     files = {name: folder / name for name in TABLES}
     return [TABLES[name](json.loads(file.read_text())) for name, file in files.items() if file.is_file()]
+
+
+def presets(folder: Path) -> str:
+    """Return the README's table: presets with their KL divergence to bf16, from the simulation."""
+    kl = {
+        row["model"].removeprefix("smollm2-"): _measured(row, "simulated_kl")
+        for row in json.loads((folder / "accuracy.json").read_text())
+    }
+    lines = [[f"`{name}`" + " (default)" * (name == "fast"), *words, kl[name]] for name, words in PRESETS.items()]
+    return _markdown(("preset", "weights, activations, KV cache", "method", "KL to bf16"), lines)
 
 
 def accuracy(rows: Rows) -> str:

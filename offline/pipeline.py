@@ -12,9 +12,9 @@ from infoquant_vllm.format import Checkpoint, FormatError
 from offline.algorithms.rotations import Transforms, orthogonality_error
 from offline.errors import ToolError
 from offline.memory import check_memory, make_plan
+from offline.model.copied_files import copied_files, copy_files
 from offline.model.source import Source
 from offline.output.atomic import atomic_folder, check_writable
-from offline.output.copied_files import copied_files, copy_files
 from offline.output.model_card import model_card
 from offline.output.report import REPORT_FILE, Report, checkpoint_sizes, peak_memory_bytes
 from offline.output.resume import fingerprint, finished_before, resumable_folder, resume_folder

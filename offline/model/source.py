@@ -22,8 +22,8 @@ from infoquant_vllm.format import (
 )
 from offline.errors import ToolError, first_line
 from offline.model.architectures import CausalLM, model_class, read_config
+from offline.model.copied_files import HUB_FILES
 from offline.model.folders import missing_index, missing_prefix, other_kind
-from offline.output.copied_files import HUB_FILES
 
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

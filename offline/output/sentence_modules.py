@@ -25,8 +25,8 @@ from infoquant_vllm.format import (
     read_projection,
 )
 from offline.errors import CheckError, ToolError
+from offline.model.copied_files import copy_module, module_files
 from offline.model.source import Source
-from offline.output.copied_files import copy_module, module_files
 
 TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
 DENSE = "sentence_transformers.models.Dense"

@@ -1,12 +1,18 @@
-"""The figures of README.md and docs/speed.md are those of the result files."""
+"""The figures of README.md and docs/performance.md are those of the result files."""
 
+from benchmarks import overview
 from benchmarks.common.models import ROOT
-from benchmarks.readme import AMX, RESULTS, tables
+from benchmarks.readme import AMX, RESULTS, presets, tables
 
 
 def test_the_documents_hold_every_table_as_the_command_prints_it() -> None:
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/speed.md"))
+    text = (ROOT / "docs" / "performance.md").read_text()
     printed = tables(RESULTS) + tables(RESULTS / AMX)
     assert len(printed) == len(list(RESULTS.rglob("*.json")))
     for table in printed:
-        assert table in text, f"run `python -m benchmarks.readme`; in neither:\n{table}"
+        assert table in text, f"run `python -m benchmarks.readme`; docs/performance.md lacks:\n{table}"
+    assert presets(RESULTS) in (ROOT / "README.md").read_text(), "run `python -m benchmarks.readme`"
+
+
+def test_the_picture_is_drawn_from_the_result_files() -> None:
+    assert overview.draw(RESULTS) == overview.PICTURE.read_text(), "run `python -m benchmarks.overview`"

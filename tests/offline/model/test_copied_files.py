@@ -6,7 +6,7 @@ import pytest
 
 import offline
 from offline.errors import ToolError
-from offline.output.copied_files import HUB_FILES, copied_files
+from offline.model.copied_files import HUB_FILES, copied_files
 from offline.progress import silent
 from tests.common.tiny import write_source
 
