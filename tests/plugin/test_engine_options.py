@@ -135,8 +135,8 @@ def test_embeddings_without_a_projection_are_refused_by_name(tmp_path: Path) -> 
     [
         (lambda weight: weight[:, :-1], r"holds \{'linear.weight': \[256, 255\]\}"),
         (lambda weight: weight * torch.linspace(0.5, 1.5, 256), "no rotation with a gain per row"),
-        (lambda weight: weight.index_fill(0, torch.tensor([3]), float("nan")), "finite numbers"),
-        (torch.zeros_like, "other than 0"),
+        (lambda weight: weight.index_fill(0, torch.tensor([3]), float("nan")), "not finite"),
+        (torch.zeros_like, "only zeros"),
     ],
     ids=["shape", "no rotation", "NaN", "zeros"],
 )
