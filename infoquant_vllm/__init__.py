@@ -2,7 +2,7 @@
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`; runs in every vLLM process and may run twice."""
+    """Register the plugin: the entry point of `vllm.general_plugins`, which may run twice in a vLLM process."""
     from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 

@@ -1,1 +1,1 @@
-"""What is run on a machine with a GPU, by run.sh; the rest of the benchmarks needs none."""
+"""Run on a machine with a GPU, by run.sh; the other benchmarks need none."""

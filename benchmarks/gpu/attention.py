@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        """Whether what bounds it is the cache read."""
+        """Return whether reading the cache bounds it."""
         return self.queries <= FEW_QUERIES
 
 

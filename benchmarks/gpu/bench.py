@@ -38,7 +38,7 @@ class Bench:
 
     @property
     def device(self) -> str:
-        """Where tensors are."""
+        """Return the device of the tensors."""
         return "cpu" if self.dry_run else "cuda"
 
     def left(self) -> float:

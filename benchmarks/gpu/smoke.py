@@ -38,7 +38,7 @@ class Case:
 
     @property
     def kernel(self) -> str:
-        """Which one serves it."""
+        """Return the kernel that serves it."""
         return "kv_decode" if self.queries <= FEW_QUERIES else "kv_attention"
 
 

@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def rows(self) -> Path:
-        """Where all rows go."""
+        """Return the file of all rows."""
         return self.output / "rows.jsonl"
 
     def steps(self, stages: tuple[str, ...]) -> Iterator[Step]:

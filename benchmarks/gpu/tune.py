@@ -96,7 +96,7 @@ class Linear:
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:
-    """As vLLM fuses them, each once; those of 8-bit weights or 16-bit inputs keep the table's tiles."""
+    """Return the linears as vLLM fuses them, each once; those of 8-bit weights or 16-bit inputs keep the table's tiles."""
     found = []
     for site, module in MODULES.items():
         scheme = checkpoint.config.scheme(f"model.layers.0.{module}")
@@ -111,7 +111,7 @@ def linears(checkpoint: Checkpoint) -> list[Linear]:
 
 
 def best(linear: Linear, tokens: int, device: torch.device) -> Measured:
-    """The fastest tile for up to so many tokens; raises ValueError where a tile gives other results."""
+    """Return the fastest tile for up to so many tokens; raise ValueError where a tile gives other results."""
     shape, arch = layout(linear.features, linear.finer, 4), architecture(device)
     own, calls = linear_tile(arch, tokens, linear.channels, shape), linear.products(tokens, device)
     expected, times = calls[0](own).float(), {own: time_of(calls, own, device)}
@@ -129,7 +129,7 @@ def best(linear: Linear, tokens: int, device: torch.device) -> Measured:
 
 
 def candidates(tokens: int, shape: Layout) -> Iterator[Tile]:
-    """That suit the shape, each once."""
+    """Return the tiles that suit the shape, each once."""
     found = dict.fromkeys(
         tile._replace(
             block_m=16 if tokens <= 16 else tile.block_m,

@@ -60,7 +60,7 @@ def main() -> None:
 
 @contextmanager
 def one_worker(device: str) -> Iterator[None]:
-    """What vLLM's layers and parameters ask about their surroundings: a single worker."""
+    """Set up what vLLM's layers ask of their surroundings: a single rank."""
     register()
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
         backend = "gloo" if device == "cpu" else "nccl"
@@ -73,7 +73,7 @@ def one_worker(device: str) -> Iterator[None]:
 
 
 def formats(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A `quantization_config` by name; ours is that of the preset `fast`."""
+    """Return a `quantization_config` by name; ours is that of the preset `fast`."""
     fast = PRESETS["fast"].quantization_config(ModelShape.from_hf(config, "benchmarks.gpu.vllm_layers"))
     return {
         "W4A4 (fast)": fast.model_dump(mode="json"),
@@ -106,7 +106,7 @@ def _time(calls: Sequence[Callable[[], Any]], device: str) -> dict[str, float | 
 
 
 def make(site: str, features: int, channels: int, settings: dict[str, Any], device: str) -> ReplicatedLinear:
-    """A layer of random weights, ready to serve; raises what vLLM raises where it does not serve it."""
+    """Make a layer of random weights, ready to serve; raise what vLLM raises where it does not serve it."""
     torch.manual_seed(0)
     config = get_quantization_config(settings["quant_method"]).from_config(settings)
     prefix = f"model.layers.0.{MODULES[site]}"
@@ -123,14 +123,14 @@ def make(site: str, features: int, channels: int, settings: dict[str, Any], devi
 
 
 def _kernel(layer: ReplicatedLinear) -> str:
-    """What vLLM chose, as far as its layer tells."""
+    """Return the kernel that vLLM chose, as far as its layer shows."""
     scheme = getattr(layer, "scheme", None)
     found = getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None) or scheme or layer.quant_method
     return type(found).__name__
 
 
 def _random(param: torch.Tensor) -> torch.Tensor:
-    """Codes are any, scales and clips small and positive."""
+    """Fill tensors: random codes, small positive scales and clip ratios."""
     if not param.is_floating_point():
         limits = torch.iinfo(param.dtype)
         return torch.randint(limits.min, limits.max, param.shape, dtype=param.dtype)

@@ -1,1 +1,1 @@
-"""What can be said of the GPU kernels without a GPU: what they compile to, and what that predicts."""
+"""Examine the GPU kernels without a GPU: the code that they compile to, and what it predicts."""

@@ -1,7 +1,6 @@
-"""The InfoQuant checkpoint format, version 2: what `config.json` and the safetensors files must say.
+"""Specify the InfoQuant checkpoint format, version 2: `config.json` and the safetensors files.
 
-Both halves of the project read this package and nothing else of each other. It imports neither
-vllm nor triton. Everything that comes from a checkpoint is hostile input: numbers are bounded
+Both halves of the project share this package. It imports neither vllm nor triton. Everything that comes from a checkpoint is hostile input: numbers are bounded
 before anything is allocated, unknown fields are refused by name, and every error names file and
 tensor.
 """

@@ -1,1 +1,1 @@
-"""Kernels: `reference` says what each operation means, the other folders make it fast."""
+"""Compute what the server computes: `torch` defines each operation, `cpu` and `triton` make it fast."""

@@ -37,9 +37,9 @@ def quantize(
     calibration: Annotated[
         str,
         typer.Option(
-            help="self: text sampled from the model. Otherwise a text file, JSON Lines or a JSON list with the field "
-            "'text', a .safetensors file of `infoquant sample`, or a data set NAME or NAME:CONFIG of the package "
-            "datasets."
+            help="self: text sampled from the model. Otherwise a text file, JSON Lines or a JSON list with 'text' or "
+            "chats in 'messages', a .safetensors file of `infoquant sample`, a data set NAME or NAME:CONFIG, or a "
+            "mixture of these with shares: self,chat.jsonl=0.3,code.txt."
         ),
     ] = "self",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same checkpoint.")] = 0,

@@ -1,4 +1,4 @@
-"""Keys and values into the quantized cache; semantics and layout: kernels/torch/kv_cache.py."""
+"""Quantize keys and values into the cache; semantics and layout: kernels/torch/kv_cache.py."""
 
 import math
 
