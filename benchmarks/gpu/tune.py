@@ -96,7 +96,7 @@ class Linear:
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:
-    """Return the linears as vLLM fuses them, each once; those of 8-bit weights or 16-bit inputs keep the table's tiles."""
+    """Return each fused linear of vLLM once; those of 8-bit weights or 16-bit inputs keep the table's tiles."""
     found = []
     for site, module in MODULES.items():
         scheme = checkpoint.config.scheme(f"model.layers.0.{module}")

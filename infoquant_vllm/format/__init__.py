@@ -1,8 +1,8 @@
 """Specify the InfoQuant checkpoint format, version 2: `config.json` and the safetensors files.
 
-Both halves of the project share this package. It imports neither vllm nor triton. Everything that comes from a checkpoint is hostile input: numbers are bounded
-before anything is allocated, unknown fields are refused by name, and every error names file and
-tensor.
+Both halves of the project share this package. It imports neither vllm nor triton. Everything that comes from a
+checkpoint is hostile input: numbers are bounded before anything is allocated, unknown fields are refused by name, and
+every error names file and tensor.
 """
 
 from infoquant_vllm.format.architectures import ARCHITECTURES, ROW_PARALLEL_SITES, SITE_NORMS, SITES
