@@ -57,7 +57,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Linear:
-    """What a product hangs on."""
+    """The shape of a linear, by which its tile is chosen."""
 
     features: int
     channels: int

@@ -118,7 +118,7 @@ def read(folder: Path) -> str | None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_spoilt_file_is_read_or_refused(name: str, sound: Path) -> None:
+def test_a_corrupted_file_is_read_or_refused(name: str, sound: Path) -> None:
     file = sound / name
     whole, end = file.read_bytes(), time.monotonic() + SECONDS
 
