@@ -74,6 +74,32 @@ def test_a_cached_prefix_changes_no_answer(engine: Engine, kind: str, request: p
     assert_equal(second, first)
 
 
+@pytest.mark.parametrize("block_size", [16, 64, 256])
+def test_a_prefix_hit_at_a_block_border_changes_no_answer(engine: Engine, checkpoint: Path, block_size: int) -> None:
+    generator = torch.Generator().manual_seed(block_size)
+    first, *others = torch.randint(3, VOCAB_SIZE - 13, (4, 280), generator=generator).tolist()
+    shared = (block_size - 1, block_size, block_size + 1)
+    prompts = [first[:count] + other[count:] for count, other in zip(shared, others, strict=True)]
+    options = {"block_size": block_size, "of_prompts": False, "max_tokens": 8}
+    plain = engine.run(checkpoint, prompts, enable_prefix_caching=False, **options).answers[0]
+    found = engine.run(checkpoint, [first], prompts, enable_prefix_caching=True, **options).answers[1]
+    assert [answer.cached for answer in found] == [0, block_size, block_size]
+    assert_equal(found, plain)
+
+
+def test_a_prompt_of_33000_tokens_has_the_same_answer_in_any_chunks(engine: Engine, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 256}
+    source = write_source(tmp_path / "source", max_position_embeddings=34_000, **sizes)
+    quantize(source, tmp_path / "out", recipe=PRESETS["rtn"], progress=silent)
+    prompt = torch.randint(3, VOCAB_SIZE - 13, (33_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    options = {"max_model_len": 33_100, "of_prompts": False, "max_tokens": 8, "enable_prefix_caching": False}
+    small, large = (
+        engine.run(tmp_path / "out", [prompt], max_num_batched_tokens=tokens, **options).answers[0]
+        for tokens in (4096, 33_100)
+    )
+    assert_equal(small, large)
+
+
 def test_reloaded_weights_answer_as_those_that_were_loaded_at_first(
     engine: Engine, checkpoint: Path, other: Path, plain: list[Answer]
 ) -> None:

@@ -83,7 +83,7 @@ def test_what_attention_cannot_read_is_refused() -> None:
     attend(query, cache, starts, lens, table, *settings, out)
     with pytest.raises(RuntimeError, match="must be int32"):
         attend(query, cache, starts, lens.long(), table, *settings, out)
-    with pytest.raises(RuntimeError, match="output must lie"):
+    with pytest.raises(RuntimeError, match="the rows of the output must be contiguous"):
         attend(query, cache, starts, lens, table, *settings, out.transpose(1, 2).contiguous().transpose(1, 2))
-    with pytest.raises(RuntimeError, match="cells of a page"):
+    with pytest.raises(RuntimeError, match="entries of a page"):
         attend(query, cache[..., ::2], starts, lens, table, *settings, out)

@@ -41,7 +41,7 @@ def test_log_probabilities_are_those_of_the_reference(tmp_path: Path, monkeypatc
         monkeypatch.setenv("TRITON_INTERPRET", str(int(family == "triton")))
         found[family] = scores(checkpoint, windows, tmp_path / f"{family}.log")
     (reference, reference_next, reference_line), (triton, triton_next, triton_line) = found.values()
-    assert "caches KV4 (reference)" in reference_line
+    assert "caches KV4 (torch)" in reference_line
     assert "caches KV4 (Triton, interpreted)" in triton_line
     assert f"{FORCE}=triton" in triton_line
     difference = (triton.nll - reference.nll).abs()
