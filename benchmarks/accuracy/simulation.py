@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from infoquant_vllm.format import read_json
 from offline.evaluate.metrics import Figure, compare
 from offline.evaluate.simulate import load_simulated
 from offline.model.source import Source, config_dtype
@@ -28,7 +27,7 @@ class WholeVocabulary:
 
     def kl(self, checkpoint: Path) -> Figure:
         """Return KL(reference || checkpoint) in nats per position, computed in the dtype that config.json names."""
-        simulated = load_simulated(checkpoint, config_dtype(read_json(checkpoint / "config.json")))
+        simulated = load_simulated(checkpoint)
         return compare(list(self.windows), simulated, self.reference)["kl"]
 
 

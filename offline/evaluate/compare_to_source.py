@@ -51,7 +51,7 @@ class Comparison:
 
     @cached_property
     def _reference(self) -> CausalLM:
-        return load_reference(self._source.folder, config_dtype(self._source.hf_config))
+        return load_reference(self._source.folder)
 
     def same_vocabulary(self) -> str:
         """Check that sizes agree, and that embeddings and lm_head are the source's, plain or in a rotated basis."""

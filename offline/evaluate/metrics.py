@@ -8,12 +8,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.nn import functional
 
-from infoquant_vllm.format import Checkpoint, is_checkpoint, read_json
+from infoquant_vllm.format import Checkpoint, is_checkpoint
 from offline.errors import ToolError
 from offline.evaluate.simulate import load_simulated
 from offline.model.architectures import CausalLM
 from offline.model.reference import load_reference
-from offline.model.source import Source, config_dtype, read_tokenizer
+from offline.model.source import Source, read_tokenizer
 from offline.progress import ProgressReport, silent
 from offline.stages.calibrate import calibration_tokens
 from offline.text import text_windows
@@ -82,9 +82,9 @@ def evaluate(
     if corpus is None and teacher is None and own is None:
         raise ToolError(f"{model}: nothing to evaluate on; give --corpus FILE, or --reference SOURCE to sample from")
     windows, text = _text(corpus, teacher or own, model, tokens // window, window, seed, progress)
-    student = _simulated(Path(model)) if own is None else _plain(own)
+    student = load_simulated(Path(model)) if own is None else load_reference(own.folder)
     _same_vocabulary(student, teacher)
-    figures = compare(list(windows), student, None if teacher is None else _plain(teacher), progress)
+    figures = compare(list(windows), student, None if teacher is None else load_reference(teacher.folder), progress)
     return Evaluation(
         model=model, simulated=simulated, reference=reference, text=text, windows=len(windows), window=window, **figures
     )
@@ -161,14 +161,6 @@ def _text(
         "self", source, count, window, seed, lambda done, total: progress("sampling", done, total)
     )
     return windows, f"sampled from {source.folder.name}, seed {seed}"
-
-
-def _simulated(folder: Path) -> CausalLM:
-    return load_simulated(folder, config_dtype(read_json(folder / "config.json")))
-
-
-def _plain(source: Source) -> CausalLM:
-    return load_reference(source.folder, config_dtype(source.hf_config))
 
 
 def _same_vocabulary(student: CausalLM, teacher: Source | None) -> None:

@@ -18,23 +18,25 @@ from offline.evaluate.simulated import (
     cached_attention,
 )
 from offline.model.architectures import CausalLM, empty_model, read_config
+from offline.model.source import config_dtype
 from offline.model.windowed_attention import register_attention
 from offline.stages.lm_head import dequantized_lm_head
 
 ATTENTION = "infoquant_simulated_cache"
 
 
-def load_simulated(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> CausalLM:
+def load_simulated(folder: str | Path, dtype: torch.dtype | None = None) -> CausalLM:
     """Load a checkpoint in eval mode; linears, KV cache, embeddings and lm_head follow the format.
 
-    The rest (RoPE, residual stream, lm_head) runs in `dtype`, as in the server. Norms and activations are rounded to
-    it, rotations and quantizers run in float32, attention and R1 in the server's own kernels. In float32 the codes
-    are the server's; in bf16 some roundings differ.
+    The rest (RoPE, residual stream, lm_head) runs in `dtype`, as in the server; None takes that of config.json. Norms
+    and activations are rounded to it, rotations and quantizers run in float32, attention and R1 in the server's own
+    kernels. In float32 the codes are the server's; in bf16 some roundings differ.
 
     Raises ToolError where the checkpoint is not whole or holds impossible values.
     """
     try:
-        return _load(Checkpoint(folder), dtype)
+        checkpoint = Checkpoint(folder)
+        return _load(checkpoint, dtype or config_dtype(checkpoint.hf_config))
     except FormatError as error:
         raise ToolError(str(error)) from None
 

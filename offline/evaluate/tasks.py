@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from infoquant_vllm.format import is_checkpoint, read_json
+from infoquant_vllm.format import is_checkpoint
 from offline.errors import ToolError, first_line
 from offline.evaluate.simulate import load_simulated
 from offline.evaluate.task_options import TaskOptions
 from offline.model.reference import load_reference
-from offline.model.source import Source, config_dtype, read_tokenizer
+from offline.model.source import Source, read_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -136,14 +136,9 @@ def _local(model: str) -> "LM":
 
     folder = Path(model)
     if is_checkpoint(folder):
-        return HFLM(
-            pretrained=load_simulated(folder, config_dtype(read_json(folder / "config.json"))),
-            tokenizer=read_tokenizer(folder),
-            add_bos_token=True,
-        )
+        return HFLM(pretrained=load_simulated(folder), tokenizer=read_tokenizer(folder), add_bos_token=True)
     source = Source.open(model)
-    reference = load_reference(source.folder, config_dtype(source.hf_config))
-    return HFLM(pretrained=reference, tokenizer=source.tokenizer(), add_bos_token=True)
+    return HFLM(pretrained=load_reference(source.folder), tokenizer=source.tokenizer(), add_bos_token=True)
 
 
 def _remote(model: str, endpoint: str, seed: int) -> "LM":

@@ -7,12 +7,19 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from infoquant_vllm.format import read_json
 from offline.errors import ToolError
 from offline.model.architectures import CausalLM
+from offline.model.source import config_dtype
 
 
-def load_reference(folder: Path, dtype: torch.dtype) -> CausalLM:
-    """Load the unquantized model in eval mode; raises ToolError where transformers does not find all of it."""
+def load_reference(folder: Path, dtype: torch.dtype | None = None) -> CausalLM:
+    """Load the unquantized model in eval mode, in `dtype`, or None: in that of config.json.
+
+    Raises ToolError where transformers does not find all of it.
+    """
+    if dtype is None:
+        dtype = config_dtype(read_json(folder / "config.json"))
     disable_progress_bar()
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(

@@ -66,7 +66,7 @@ def test_whole_vocabulary_is_what_comparing_the_models_says(tmp_path: Path, monk
     """Twice, since the second time the reference answers from memory."""
     folders = [write_source(tmp_path / str(seed), seed=seed) for seed in range(3)]
     reference, *others = (Source.open(folder).model(torch.float32) for folder in folders)
-    monkeypatch.setattr("benchmarks.accuracy.simulation.load_simulated", lambda folder, _: others[int(folder.name) - 1])
+    monkeypatch.setattr("benchmarks.accuracy.simulation.load_simulated", lambda folder: others[int(folder.name) - 1])
     windows = torch.randint(3, VOCAB_SIZE, (3, 16), generator=torch.Generator().manual_seed(0))
     whole = WholeVocabulary(folders[0], windows)
     for folder, other in zip(folders[1:], others, strict=True):
@@ -93,7 +93,7 @@ def test_one_failing_checkpoint_leaves_the_others_their_rows(
 
     monkeypatch.setattr(accuracy, "ask", ask)
     other = Source.open(write_source(tmp_path / "other", seed=1)).model(torch.float32)
-    monkeypatch.setattr("benchmarks.accuracy.simulation.load_simulated", lambda folder, dtype: other)
+    monkeypatch.setattr("benchmarks.accuracy.simulation.load_simulated", lambda folder: other)
     checkpoints = [str(tmp_path / name) for name in ("good", "broken", "better")]
     measured = ["--text", str(text), "--tokens", "64", "--window", "32", "--tasks", str(items), "--items", "10"]
     output = tmp_path / "results"

@@ -50,7 +50,7 @@ def measure(
             f"{source.folder}: not the source of {checkpoint.folder}, sizes differ: "
             f"{source.shape} against {checkpoint.shape}"
         )
-    model = load_simulated(checkpoint.folder, config_dtype(checkpoint.hf_config))
+    model = load_simulated(checkpoint.folder)
     reference = None if source is None else source.model(config_dtype(source.hf_config))
     ours = _Observer(model, model)
     theirs = None if reference is None else _Observer(reference, model)
