@@ -13,14 +13,13 @@ import torch
 
 from benchmarks.common.server import Server
 from offline.errors import ToolError
+from offline.evaluate.tasks import completions_client
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 MAX_TOKENS = 2048
 """Longest prompt of a task; lm-eval cuts longer ones at their start."""
-CONCURRENT = 8
-"""Requests in flight."""
 BY_SUM = ("sciq", "arc_easy")
 """Tasks whose choices are compared by log-likelihood; in other tasks it is divided by the bytes of the choice."""
 
@@ -76,16 +75,7 @@ def read_task(file: Path, items: int, seed: int) -> Task:
 
 def served_model(server: Server, max_tokens: int) -> "LM":
     """Return lm-eval's client of a server, whose model has at most `max_tokens`."""
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
-    return LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions",
-        model=str(server.model),
-        tokenizer_backend="huggingface",
-        add_bos_token=True,  # where the tokenizer itself does
-        num_concurrent=CONCURRENT,
-        max_length=max_tokens,
-    )
+    return completions_client(server.url, str(server.model), str(server.model), max_tokens)
 
 
 def evaluate(model: "LM", tasks: Sequence[Task]) -> dict[str, TaskScores]:

@@ -142,17 +142,29 @@ def _local(model: str) -> "LM":
 
 
 def _remote(model: str, endpoint: str, seed: int) -> "LM":
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
     base = endpoint.rstrip("/").removesuffix("/v1")
     served = _served_model(f"{base}/v1/models")
+    return completions_client(base, served["id"], model, served.get("max_model_len") or 2048, seed)
+
+
+def completions_client(url: str, served: str, tokenizer: str, max_tokens: int, seed: int = 0) -> "LM":
+    """Return lm-eval's client of a server.
+
+    url: "http://HOST:PORT"
+    served: the name that the server gives its model
+    tokenizer: folder or hub id of the model's tokenizer
+    max_tokens: longest prompt with its answer; lm-eval cuts longer prompts at their start
+    seed: of requests that sample
+    """
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
     return LocalCompletionsAPI(
-        model=served["id"],
-        base_url=f"{base}/v1/completions",
-        tokenizer=model,
+        model=served,
+        base_url=f"{url}/v1/completions",
+        tokenizer=tokenizer,
         tokenizer_backend="huggingface",
         add_bos_token=True,  # if the tokenizer does
-        max_length=served.get("max_model_len") or 2048,
+        max_length=max_tokens,
         num_concurrent=CONCURRENT_REQUESTS,
         seed=seed,
     )
