@@ -54,9 +54,10 @@ def samples_itself(spec: str) -> bool:
 
 
 def _part(text: str, spec: str) -> tuple[str, float | None]:
-    name, equals, share = text.strip().rpartition("=") if not Path(text.strip()).is_file() else (text.strip(), "", "")
-    if not equals:
-        name, share = text.strip(), ""
+    text = text.strip()
+    name, equals, share = text.rpartition("=")
+    if Path(text).is_file() or not equals:
+        name, share = text, ""
     if not name:
         raise ToolError(f"--calibration {spec}: a part of the mixture has no name")
     if not share:
