@@ -76,10 +76,10 @@ def _quantized_layer(
     """Return the checkpoint's tensors of a layer and its linears' output errors; runs `hidden` through the layer."""
     learned, before = run.recipe.learned_clips, None
     folded = fold_layer(run.source, layer, transforms)
-    inputs = LayerInputs({name: tensor.to(run.devices[0]) for name, tensor in folded.items()})
+    inputs = LayerInputs(_on(run.devices[0], folded))
     del folded
     if transforms is not None and transforms.inputs:
-        inputs.transforms = transforms.inputs[layer]
+        inputs.transforms = {site: _on(run.devices[0], own) for site, own in transforms.inputs[layer].items()}
     if hidden is not None:
         with run.watch("activations"):
             if learned is not None:
@@ -92,6 +92,10 @@ def _quantized_layer(
         with run.watch("clips"):
             tensors |= learn_clips(tensors, hidden, before, learned, run.config)
     return tensors, errors
+
+
+def _on(device: torch.device, tensors: Layer) -> Layer:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs) -> None:

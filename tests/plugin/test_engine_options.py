@@ -113,6 +113,12 @@ def test_what_takes_rows_of_a_tied_rotated_matrix_is_refused_by_name(untied: Pat
         start(folder, **CLASSIFY, hf_overrides=RERANKER)
 
 
+def test_what_takes_rows_of_an_8_bit_lm_head_is_refused_by_name(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "untied", ROTATED.model_copy(update={"lm_head_bits": 8}))
+    with pytest.raises(FormatError, match=r"classifier_from_token is not served.*of 8 bits"):
+        start(folder, **CLASSIFY, hf_overrides=RERANKER)
+
+
 @pytest.mark.parametrize("options", [EMBED, {"speculative_config": TOKENS}], ids=["embeddings", "drafts of tokens"])
 @pytest.mark.parametrize("model", ["untied", "tied"])
 def test_served_options_are_accepted(model: str, options: dict[str, Any], request: pytest.FixtureRequest) -> None:
