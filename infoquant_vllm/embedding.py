@@ -127,13 +127,15 @@ class InfoQuantEmbeddingMethod(QuantizeMethodBase):
             )
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
-        """Look up ids [tokens]: rows [tokens, H] of the residual stream."""
+        """Look up ids [...]: rows [..., H] of the residual stream; vLLM's Transformers backend passes [1, tokens]."""
+        ids = input_.flatten()
         if self.num_bits is not None:
-            codes = weight_rows(layer.weight_packed, input_, layer.infoquant_hidden)
-            rows = (codes * F.embedding(input_, layer.weight_scale)).to(layer.infoquant_dtype)
+            codes = weight_rows(layer.weight_packed, ids, layer.infoquant_hidden)
+            rows = (codes * F.embedding(ids, layer.weight_scale)).to(layer.infoquant_dtype)
         else:
-            rows = F.embedding(input_, layer.weight)
-        return rotate_rows(rows, layer.r1, None) if self.rotated else rows
+            rows = F.embedding(ids, layer.weight)
+        rows = rotate_rows(rows, layer.r1, None) if self.rotated else rows
+        return rows.view(*input_.shape, -1)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map hidden states [rows, H], without the final norm's gain if rotated, to logits [rows, vocab]."""

@@ -38,11 +38,6 @@ def check_engine_options(data: QuantizationConfigData, config: "VllmConfig", no_
     model = config.model_config
     if model is None:
         return
-    if model.using_transformers_backend():
-        raise FormatError(
-            "--model-impl transformers is not served: a quantized model needs vLLM's own model classes, whose fused "
-            "linears its tensors are made for; leave --model-impl at auto"
-        )
     if model.runner_type == "pooling":
         _check_pooling(data, model)
     if data.rotated_hidden_states:

@@ -46,7 +46,7 @@ FIELDS = {
         *("is_neox_style", "head_size", "_match_cos_sin_cache_dtype"),
     ),
     ("vllm.config", "CompilationConfig"): ("custom_ops",),
-    ("vllm.config", "ModelConfig"): (*("hf_text_config", "head_dtype", "max_model_len", "using_transformers_backend"),),
+    ("vllm.config", "ModelConfig"): ("hf_text_config", "head_dtype", "max_model_len"),
     ("vllm.config", "VllmConfig"): ("model_config", "lora_config", "compilation_config"),
 }
 """What the plugin reads of objects that it is handed, which the imports do not tell."""
