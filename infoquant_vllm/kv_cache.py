@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
@@ -33,6 +35,7 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         """Register the cache's tensors and replace the backend, at the end of `Attention.__init__`."""
         super().create_weights(layer)
         _refuse_unserved_features(layer)
+        _check_window(layer)
         try:
             soft_cap = getattr(layer.impl, "logits_soft_cap", None)
             backend(current_platform.device_type).check_kv_cache(layer.head_size, soft_cap)
@@ -94,3 +97,19 @@ def _refuse_unserved_features(layer: Any) -> None:
     for feature, present in refused.items():
         if present:
             raise FormatError(f"{layer.layer_name}: {feature}: not served with a quantized KV cache")
+
+
+def _check_window(layer: Any) -> None:
+    """Refuse a class of vLLM that does not apply the windows of single layers; that of Qwen ignores them."""
+    model = get_current_vllm_config().model_config
+    config = None if model is None else model.hf_text_config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return
+    is_local = kinds[extract_layer_index(layer.layer_name)] == "sliding_attention"
+    expected = getattr(config, "sliding_window", None) if is_local else None
+    if layer.sliding_window != expected:
+        raise FormatError(
+            f"{layer.layer_name}: vLLM's class attends over a window of {layer.sliding_window} tokens, config.json "
+            f"asks for {expected} (None: all); pass --model-impl transformers"
+        )

@@ -7,7 +7,7 @@ served, and `tests/common/tiny.py` needs a tiny model of it, over which the test
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 SITES: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -31,7 +31,8 @@ class Architecture:
     bias_fields: the fields among `attention_bias` and `mlp_bias` that add biases to all linears of their block
     qkv_bias: q, k and v always have a bias, o never has one
     qk_norm: queries and keys pass through RMSNorms per head before RoPE, `q_norm` and `k_norm` [head_dim]
-    windows: `sliding_window` applies to every layer
+    windows: the layers that `sliding_window` applies to: none (transformers does not read it), all, or those that
+        `layer_types` names; Qwen's `max_window_layers` stands for it
     free_head_dim: `head_dim` may differ from hidden_size / num_attention_heads
     defaults: values of fields that config.json leaves out
     """
@@ -40,7 +41,7 @@ class Architecture:
     bias_fields: tuple[str, ...] = ()
     qkv_bias: bool = False
     qk_norm: bool = False
-    windows: bool = False
+    windows: Literal["none", "all", "layers"] = "none"
     free_head_dim: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,21 +55,39 @@ class Architecture:
         return f"self_attn.q_{kind}", f"self_attn.k_{kind}"
 
 
+QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "max_position_embeddings": 32_768,
+}
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture("llama", bias_fields=("attention_bias", "mlp_bias")),
     "MistralForCausalLM": Architecture(
         "mistral",
-        windows=True,
+        windows="all",
         defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072},
+    ),
+    "MinistralForCausalLM": Architecture(
+        "ministral",
+        windows="layers",
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "sliding_window": 4096,
+            "max_position_embeddings": 131_072,
+        },
     ),
     "Qwen2ForCausalLM": Architecture(
         "qwen2",
         qkv_bias=True,
+        windows="layers",
         free_head_dim=False,
-        defaults={"num_key_value_heads": 32, "use_sliding_window": False},
+        defaults=QWEN_DEFAULTS,
     ),
     "Qwen3ForCausalLM": Architecture(
-        "qwen3", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False}
+        "qwen3", qk_norm=True, windows="layers", defaults=QWEN_DEFAULTS | {"head_dim": 128}
     ),
 }
 """Architectures by their name in config.json."""

@@ -96,6 +96,8 @@ def _qkv_bias(name: str, settings: Settings, architecture: Architecture) -> str 
 
 def _head_dim(name: str, settings: Settings, architecture: Architecture) -> str | None:
     hidden, heads, head_dim = (settings.get(key) for key in ("hidden_size", "num_attention_heads", name))
+    if head_dim is None and name in architecture.defaults:
+        return f"{name} is missing or null, without which transformers does not build the class"
     if head_dim is None or architecture.free_head_dim:
         return None
     share = isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and head_dim == hidden // heads
@@ -165,32 +167,46 @@ def _rope_numbers(name: str, rope: Settings, kind: str) -> str | None:
     return None
 
 
+def _has_windows(settings: Settings) -> bool:
+    """Return whether windows are switched on: some classes have a field for it beside `sliding_window`."""
+    return settings.get("sliding_window") is not None and settings.get("use_sliding_window") is not False
+
+
 def _window(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    """Accept windows on every layer of Mistral only; on Llama, vLLM applies them and transformers does not."""
+    """Refuse a window that one of both ignores: on Llama vLLM applies it and transformers does not."""
     window, longest = settings[name], settings.get("max_position_embeddings")
-    if "use_sliding_window" in architecture.defaults or window is None:
+    if not _has_windows(settings):
         return None
     if type(window) is not int or window < 1:
         return f"{name} is {window!r:.80}, expected a number of tokens (null switches it off)"
     if isinstance(longest, int) and window >= longest:
         return None
-    if architecture.windows and settings.get("layer_types") is None:
+    if architecture.windows == "layers" or (architecture.windows == "all" and settings.get("layer_types") is None):
         return None
     return f"{name} {window} is below max_position_embeddings {longest!r:.80} (null switches it off)"
 
 
 def _layer_types(name: str, settings: Settings, architecture: Architecture) -> str | None:
     kinds, layers = settings[name], settings.get("num_hidden_layers")
+    known = ["full_attention"]
+    if architecture.windows == "layers" and _has_windows(settings):
+        known.append("sliding_attention")
     if kinds is None:
         return None
-    if not (isinstance(kinds, list) and set(map(str, kinds)) <= {"full_attention"}):
-        return f"{name} is {kinds!r:.80}, not full_attention throughout"
+    if not (isinstance(kinds, list) and set(map(str, kinds)) <= set(known)):
+        return f"{name} is {kinds!r:.80}, not {' or '.join(known)} throughout"
     return None if len(kinds) == layers else f"{name} names {len(kinds)} layers, num_hidden_layers is {layers!r:.80}"
 
 
-def _uses_window(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    ignored = "use_sliding_window" not in architecture.defaults
-    return None if ignored or not settings[name] else f"{name} is true"
+def _switch(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    known = name not in architecture.defaults or isinstance(settings[name], bool)
+    return None if known else f"{name} is {settings[name]!r:.80}, not true or false"
+
+
+def _first_window(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    found = settings[name]
+    known = name not in architecture.defaults or (type(found) is int and found >= 0)
+    return None if known else f"{name} is {found!r:.80}, not a number of layers"
 
 
 FIELDS: dict[str, Check] = {
@@ -222,6 +238,7 @@ FIELDS: dict[str, Check] = {
     "hidden_act": _only("silu"),
     "rms_norm_eps": _positive,
     "logit_scale": _only(1.0, 1),
+    "final_logit_softcapping": _only(None),
     "head_dtype": _only(None),
     "ada_rms_norm_t_cond": _only(False, None),
     "is_encoder_decoder": _only(False, None),
@@ -237,11 +254,13 @@ FIELDS: dict[str, Check] = {
     "rotary_pct": _only(1.0, 1, None),
     "rotary_emb_fraction": _only(1.0, 1, None),
     "is_causal": _only(True),
+    "attn_logit_softcapping": _only(None),
+    "kv_lora_rank": _only(None),
     "layer_types": _layer_types,
     "target_layer_count": _only(None),
-    "use_sliding_window": _uses_window,
+    "use_sliding_window": _switch,
     "sliding_window": _window,
-    "max_window_layers": _unread,  # without use_sliding_window
+    "max_window_layers": _first_window,
     "dual_chunk_attention_config": _only(None),
     "llama_4_scaling": _only(None),
     "attn_implementation": _only("eager", "sdpa", None),

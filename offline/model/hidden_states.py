@@ -40,7 +40,7 @@ class HiddenStates:
         config = read_config(source.shape, source.hf_config, source.folder / "config.json")
         config._attn_implementation = register_attention(WINDOWED, windowed_attention)
         model = empty_model(source.shape, config).model
-        self._layer = model.layers[0].eval().requires_grad_(False)  # on meta: its weights come with each layer
+        self._layers = model.layers.eval().requires_grad_(False)  # on meta: weights come with each layer
         self.values = scratch.empty(*tokens.shape, source.shape.hidden_size)
         self._batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self.tokens_per_batch = [batch.numel() for batch in tokens.split(self._batch)]
@@ -67,7 +67,7 @@ class HiddenStates:
         seen: list[list[tuple[str, torch.Tensor]]] = [[] for _ in self._devices]
         keepers = [lambda *one, own=own: own.append(one) for own in seen] if several else [observe]
         replicas = [
-            _Replica(self._layer, state, device, self._rotary, keep)
+            _Replica(self._layers[self._next], state, device, self._rotary, keep)
             for device, keep in zip(self._devices, keepers, strict=True)
         ]
         for replica in replicas:
@@ -109,8 +109,8 @@ class HiddenStates:
         return cos, sin
 
     def copy_layer(self) -> tuple[nn.Module, Rotary]:
-        """Return a decoder layer without weights, for the caller to fill, and the cosines and sines that it needs."""
-        return copy.deepcopy(self._layer), self._rotary
+        """Return the layer that was run last, without weights, for the caller to fill, and its cosines and sines."""
+        return copy.deepcopy(self._layers[self._next - 1]), self._rotary
 
 
 class _Replica:

@@ -32,6 +32,12 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "mistral": {"architecture": "MistralForCausalLM", "tie_word_embeddings": False, "sliding_window": 512},
     "mistral-window": {"architecture": "MistralForCausalLM", "tie_word_embeddings": False, "sliding_window": 24},
+    "ministral": {
+        "architecture": "MinistralForCausalLM",
+        "tie_word_embeddings": False,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "qwen2": {
         "architecture": "Qwen2ForCausalLM",
         "rope_parameters": {
@@ -42,10 +48,16 @@ SIZES: dict[str, dict[str, Any]] = {
         },
     },
     "qwen3": {"architecture": "Qwen3ForCausalLM", "head_dim": 128},
+    "qwen3-windows": {
+        "architecture": "Qwen3ForCausalLM",
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 1,
+    },
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
-FAMILIES = ("llama3-rope", "mistral", "mistral-window", "qwen2", "qwen3")
+FAMILIES = ("llama3-rope", "mistral", "mistral-window", "ministral", "qwen2", "qwen3", "qwen3-windows")
 """Those that differ in more than sizes."""
 
 

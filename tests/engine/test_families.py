@@ -24,6 +24,8 @@ CHUNKS = {"block_size": 32, "max_num_batched_tokens": 64}
 SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}
 ROUNDED_AS = {"mistral": ("best", 4, 4), "qwen2": ("fast", 8, 4), "qwen3": ("best", 4, 8)}
 """By family: preset, bits of keys, of values; else those of `fast`."""
+MODEL_IMPL = {"qwen3-windows": "transformers"}
+"""By family: the implementation that a user has to choose; else vLLM chooses."""
 
 
 def recipe_for(family: str) -> Recipe:
@@ -40,7 +42,8 @@ def test_served_is_what_the_simulation_computes(size: str, engine: Engine, tmp_p
     checkpoint, recipe = tmp_path / "checkpoint", recipe_for(size)
     quantize(write_source(tmp_path / "source", **SIZES[size]), checkpoint, recipe=recipe, progress=silent)
     prompts = torch.randint(3, VOCAB_SIZE - 13, (4, 240), generator=torch.Generator().manual_seed(3)).tolist()
-    (answers,) = engine.run(checkpoint, prompts, max_tokens=16, top=VOCAB_SIZE, **CHUNKS).answers
+    options = CHUNKS | {"model_impl": MODEL_IMPL.get(size, "auto")}
+    (answers,) = engine.run(checkpoint, prompts, max_tokens=16, top=VOCAB_SIZE, **options).answers
     served = Scores(
         -torch.tensor([answer.prompt + answer.logprobs for answer in answers], dtype=torch.float64),
         [answer.likeliest for answer in answers],

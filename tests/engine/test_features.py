@@ -43,6 +43,12 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a sliding window of 24 tokens on its first layer alone: vLLM keeps two groups of caches."""
+    return quantized(tmp_path_factory.mktemp("mixed"), "ministral")
+
+
+@pytest.fixture(scope="module")
 def plain(engine: Engine, checkpoint: Path) -> list[Answer]:
     return run(engine, checkpoint, PROMPTS).answers[0]
 
@@ -65,13 +71,32 @@ def test_drafts_out_of_the_prompt_change_no_answer(checkpoint: Path, plain: list
     assert_equal(drafted.answers[0], plain)
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "windowed"])
+@pytest.mark.parametrize("kind", ["checkpoint", "windowed", "mixed"])
 def test_a_cached_prefix_changes_no_answer(engine: Engine, kind: str, request: pytest.FixtureRequest) -> None:
     options = {"enable_prefix_caching": True, "block_size": 32, "of_prompts": False, "max_tokens": 24}
     first, second = engine.run(request.getfixturevalue(kind), PROMPTS, PROMPTS, **options).answers
     assert not any(answer.cached for answer in first)
     assert all(answer.cached >= 64 for answer in second)
     assert_equal(second, first)
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [("checkpoint", 18), ("windowed", 8), ("mixed", 14)])
+def test_preempted_requests_answer_as_others(
+    engine: Engine, kind: str, blocks: int, request: pytest.FixtureRequest
+) -> None:
+    checkpoint, options = request.getfixturevalue(kind), {"block_size": 32, "of_prompts": False, "max_model_len": 160}
+    plain = run(engine, checkpoint, PROMPTS, **options).answers[0]
+    found = run(engine, checkpoint, PROMPTS, num_gpu_blocks_override=blocks, **options)
+    assert found.counters["vllm:num_preemptions"] > 0
+    assert_equal(found.answers[0], plain)
+
+
+def test_a_class_that_ignores_windows_of_single_layers_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:
+    checkpoint = quantized(tmp_path, "qwen3-windows")
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"max_window_layers": 1', '"max_window_layers": 2'))
+    with pytest.raises(EngineError, match=r"layers\.1\.self_attn\.attn: .* window of None .* 24 .*--model-impl transf"):
+        run(engine, checkpoint, PROMPTS)
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 256])

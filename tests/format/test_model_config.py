@@ -15,7 +15,7 @@ from infoquant_vllm.format.model_config import FIELDS
 from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
-LLAMA, MISTRAL, QWEN2, QWEN3 = ARCHITECTURES
+LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3 = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -36,6 +36,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (LLAMA, {"num_key_value_heads": 3}),
     (LLAMA, {"tie_word_embeddings": "yes"}),
     (QWEN2, {"head_dim": 32}),
+    (MINISTRAL, {"head_dim": None}),
     (LLAMA, {"hidden_size_per_head": 32}),
     (LLAMA, {"num_kv_heads": 4}),
     (LLAMA, {"n_head_kv": 4}),
@@ -53,6 +54,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     *((name, {"hidden_act": activation}) for name in ARCHITECTURES for activation in ("gelu", "swish", None)),
     *((LLAMA, {"rms_norm_eps": value}) for value in (0.0, -1.0, None, "1e-5", float("inf"))),
     (LLAMA, {"logit_scale": 0.5}),
+    (LLAMA, {"final_logit_softcapping": 30.0}),
+    (LLAMA, {"attn_logit_softcapping": 50.0}),
+    (LLAMA, {"kv_lora_rank": 512}),
     (LLAMA, {"head_dtype": "float32"}),
     (MISTRAL, {"ada_rms_norm_t_cond": True}),
     (LLAMA, {"is_encoder_decoder": True}),
@@ -81,7 +85,11 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (QWEN3, {"layer_types": ["sliding_attention"] * 2}),
     (QWEN2, {"layer_types": ["full_attention"]}),
     (LLAMA, {"target_layer_count": 2}),
-    (QWEN3, {"use_sliding_window": True}),
+    (MISTRAL, {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}),
+    (MINISTRAL, {"sliding_window": 24, "layer_types": ["sliding_attention", "chunked_attention"]}),
+    (MINISTRAL, {"sliding_window": 0}),
+    (QWEN3, {"use_sliding_window": "yes"}),
+    (QWEN2, {"use_sliding_window": True, "max_window_layers": None}),
     (LLAMA, {"sliding_window": 512}),
     (QWEN2, {"dual_chunk_attention_config": {"chunk_size": 8}}),
     (MISTRAL, {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 8192}}),
@@ -97,7 +105,6 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 """By class; the last field named is the one that is refused."""
 UNREAD: dict[str, Any] = {
-    "max_window_layers": 1,
     "attention_dropout": 0.5,
     "initializer_range": 1.0,
     "pretraining_tp": 4,
@@ -145,7 +152,7 @@ def test_every_field_of_the_installed_transformers_is_in_the_table(architecture:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_config_that_transformers_writes_is_accepted(architecture: str) -> None:
     kind = model_class(architecture).config_class
-    config = kind(architectures=[architecture], dtype="bfloat16", pad_token_id=0).to_dict()
+    config = kind(architectures=[architecture], dtype="bfloat16", pad_token_id=0, head_dim=128).to_dict()
     assert ModelShape.from_hf(config).architecture == architecture
 
 
@@ -161,19 +168,19 @@ def read_fields(file: Path) -> set[str]:
     return found
 
 
-CONFIGS = ("config", "self.config", "hf_config")
+CONFIGS = ("config", "self.config", "hf_config", "text_config", "self.text_config")
 METHODS = {"get_text_config"}
-WITH_ANOTHER = {"ada_rms_norm_t_cond_dim"}
+WITH_ANOTHER = {"ada_rms_norm_t_cond_dim", "qk_nope_head_dim", "qk_rope_head_dim"}
 """Read only where a field that is refused is set."""
 
 
-@pytest.mark.parametrize("module", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("module", ["llama", "mistral", "qwen2", "qwen3", "transformers/base", "transformers/causal"])
 def test_every_field_that_the_installed_vllm_reads_is_in_the_table(module: str) -> None:
     spec = find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
     found = read_fields(Path(spec.origin).parent / f"model_executor/models/{module}.py")
-    assert "num_attention_heads" in found
+    assert found & {"num_attention_heads", "vocab_size", "num_hidden_layers"}
     assert found - METHODS - WITH_ANOTHER <= FIELDS.keys()
 
 

@@ -113,7 +113,7 @@ MISTRAL, QWEN2, QWEN3 = "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausa
         ),
         (MISTRAL, {"sliding_window": None, "attention_bias": True}, "attention_bias is True"),
         ("LlamaForCausalLM", {"sliding_window": 512}, "sliding_window 512"),
-        (QWEN2, {"use_sliding_window": True}, "use_sliding_window is true.* with Qwen2ForCausalLM"),
+        (QWEN2, {"use_sliding_window": 1}, "use_sliding_window is 1.* with Qwen2ForCausalLM"),
         (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention"),
         (QWEN2, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic', not default, linear"),
         (QWEN3, {"rope_parameters": ["yarn"]}, r"rope_parameters is \['yarn'\], not an object"),
@@ -142,6 +142,8 @@ def test_architectures_that_are_no_one_name_are_refused(architectures: object) -
         (QWEN3, {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}),
         (MISTRAL, {"max_position_embeddings": 32768}),
         (QWEN2, {"use_sliding_window": False, "sliding_window": 512, "max_window_layers": 1}),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}),
+        (QWEN3, {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}),
         (QWEN3, {"layer_types": ["full_attention"] * 2}),
     ],
 )

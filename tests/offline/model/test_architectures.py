@@ -32,6 +32,7 @@ def test_every_class_of_the_table_is_one_of_transformers_with_its_model_type(nam
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sites_and_norms_are_all_the_linears_and_norms_of_a_layer(name: str) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 32}
     layer = model_class(name)(model_class(name).config_class(vocab_size=16, num_hidden_layers=1, **sizes)).model.layers[
         0
     ]
