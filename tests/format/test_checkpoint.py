@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infoquant_vllm.format import INDEX_FILE, Checkpoint, FormatError
+from infoquant_vllm.format import INDEX_FILE, Checkpoint, FormatError, check_values
 from tests.common.checkpoints import write_random
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -134,3 +134,13 @@ def test_index_that_points_elsewhere_is_refused(folder: Path, shard: object) -> 
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {SCALE: shard}}))
     with pytest.raises(FormatError, match="which is no safetensors file name"):
         Checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_values_pass_whatever_their_sum_and_others_are_named(dtype: torch.dtype) -> None:
+    values = torch.full((7, 33), torch.finfo(dtype).max, dtype=dtype)
+    check_values(values, "weight", "file")
+    check_values(values * torch.tensor([1, -1, 1, -1, 1, -1, 1], dtype=dtype)[:, None], "weight", "file")
+    values[2, 5], values[6, 32] = float("inf"), -float("inf")
+    with pytest.raises(FormatError, match=r"weight\[2, 5\] is inf, expected finite numbers \(2 of 231 are wrong\)"):
+        check_values(values, "weight", "file")
