@@ -92,6 +92,6 @@ $(PACKAGES): requirements/cpu.lock packaging/vllm-cpu/pyproject.toml
 	$(PYTHON) -m venv .venv
 	@echo "Installing $(TORCH) and the other pinned packages into .venv; this takes a few minutes."
 	@{ $(INSTALL) $(TORCH) || { echo "$$NO_TORCH" >&2; exit 1; }; } & \
-	sed '/^torch==/d' requirements/cpu.lock | $(INSTALL) -r /dev/stdin && wait $$!
+	sed '/^torch==/d' requirements/cpu.lock | $(INSTALL) -r /dev/stdin; rest=$$?; wait $$! && exit $$rest
 	$(INSTALL) --no-build-isolation ./packaging/vllm-cpu
 	touch $@
