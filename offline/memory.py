@@ -103,7 +103,7 @@ def make_plan(
     size = recipe.calibration
     tokens = size.sequences * size.sequence_length if recipe.needs_calibration else 0
     batch = _batch_bytes(source.shape, min(tokens, max(TOKENS_PER_BATCH, size.sequence_length)))
-    hidden = FLOAT32 * tokens * source.shape.hidden_size if recipe.rounding == "gptq" else 0
+    hidden = FLOAT32 * tokens * source.shape.hidden_size if recipe.reads_layers else 0
     stages = _stages(source, recipe, calibration, sites, layer, batch, _in_memory(hidden))
     return Plan(
         layers=source.shape.num_hidden_layers,
@@ -175,9 +175,9 @@ def _stages(
     found["embeddings and lm_head"] = (
         held + FLOAT32 * shape.vocab_size * shape.hidden_size + 4 * FLOAT32 * shape.hidden_size**2
     )
-    if recipe.rounding == "gptq":
+    if recipe.reads_layers:
         found["activations"] = held + layer + batch + sum(site.hessian_bytes for site in sites.values())
-    found["weights"] = held + _rounding_bytes(list(sites.values()))
+    found["weights"] = held + (layer if recipe.rounding == "none" else _rounding_bytes(list(sites.values())))
     if recipe.learned_clips is not None:
         tokens = recipe.calibration.sequence_length * recipe.learned_clips.batch_sequences
         kept = CLIP_ACTIVATIONS * FLOAT32 * tokens * (shape.hidden_size + shape.intermediate_size)

@@ -51,6 +51,7 @@ PRESETS: dict[str, Recipe] = {
         _distilled("balanced", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=EIGHT)),
         _distilled("w4a8kv4", Sites(qkv=EIGHT, o=EIGHT, gate_up=EIGHT, down=EIGHT)),
         _distilled("w4a16kv4", Sites(qkv=SIXTEEN, o=SIXTEEN, gate_up=SIXTEEN, down=SIXTEEN)),
+        Recipe(name="kv4", transform="heads", rounding="none", kv_cache=CENTERED_KEYS),
     )
 }
 """`rtn`, `quarot`, `paper` and `fast` can be compared: they have the same number formats and calibration text."""

@@ -162,8 +162,9 @@ class Recipe(StrictModel):
     """Everything that determines the output, except for the source, the calibration text and the seed."""
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
-    transform: Literal["none", "hadamard", "psot-shared", "psot-layer"]
-    rounding: Literal["rtn", "gptq"]
+    transform: Literal["none", "heads", "hadamard", "psot-shared", "psot-layer"]
+    rounding: Literal["none", "rtn", "gptq"]
+    """Of weights; with `none` all linears of the decoder stay unquantized, inputs too, and `sites` is not read."""
     equalize: bool = False
     sites: Sites = Sites()
     kv_cache: KVCache | None = KVCache()
@@ -183,7 +184,7 @@ class Recipe(StrictModel):
         readers = {
             "equalize": self.equalize,
             "gptq.refinements": self.gptq.refinements > 0,
-            "kv_cache.key_mean_positions": self.kv_cache is not None and self.kv_cache.key_mean_positions,
+            "kv_cache.key_mean_positions": self.rounding != "none" and self.reads_keys,
             "learned_clips": self.learned_clips is not None,
         } | {f"sites.{name}.clip_ratio 'search'": getattr(self.sites, name).clip_ratio == "search" for name in SITES}
         for name, used in readers.items():
@@ -191,14 +192,38 @@ class Recipe(StrictModel):
                 raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
         return self
 
+    @model_validator(mode="after")
+    def _unquantized_linears_need_no_transform(self) -> "Recipe":
+        if self.rounding != "none":
+            return self
+        if self.transform not in ("none", "heads"):
+            raise ValueError(
+                f"transform '{self.transform}' is for quantized linears; rounding 'none' goes with 'heads'"
+            )
+        if self.distillation is not None:
+            raise ValueError("distillation trains the scales of weights; it does not go with rounding 'none'")
+        if self.kv_cache is None and self.lm_head_bits is None:
+            raise ValueError("rounding 'none' without kv_cache and lm_head_bits quantizes nothing")
+        return self
+
+    @property
+    def reads_keys(self) -> bool:
+        """Return whether the KV cache is calibrated on the keys of the calibration text."""
+        return self.kv_cache is not None and self.kv_cache.key_mean_positions is not None
+
+    @property
+    def reads_layers(self) -> bool:
+        """Return whether the calibration text runs through the layers while they are quantized."""
+        return self.rounding == "gptq" or self.reads_keys
+
     @property
     def needs_calibration(self) -> bool:
         """Return whether any stage reads activations."""
-        return self.rounding == "gptq" or self.transform.startswith("psot") or self.distillation is not None
+        return self.reads_layers or self.transform.startswith("psot") or self.distillation is not None
 
     def input_transform(self, site: str, shape: ModelShape) -> InputTransform:
         """Return the transform of the inputs of a site (see SITES) at run time; that of `down` is R4."""
-        if site == "down" and self.transform != "none":
+        if site == "down" and self.transform not in ("none", "heads"):
             block = common_shard_size(shape.intermediate_size, shape, self.max_tp_size)
             return InputTransform(type="hadamard", block_size=block)
         if site in ("qkv", "gate_up") and self.transform == "psot-layer":
@@ -223,6 +248,7 @@ class Recipe(StrictModel):
         Raises FormatError where the sizes of blocks or groups do not suit the model or one of the TP sizes.
         """
         rotated, rotated_stream = self.transform != "none", self.transform in ("hadamard", "psot-shared")
+        plain = [linear for linears in SITES.values() for linear in linears] if self.rounding == "none" else []
         groups = {
             name: ConfigGroup(
                 targets=list(linears),
@@ -232,6 +258,7 @@ class Recipe(StrictModel):
             )
             for name, linears in SITES.items()
             for site in [getattr(self.sites, name)]
+            if not plain
         }
         self._check_shards(groups, shape)
         kv_cache = None
@@ -246,7 +273,7 @@ class Recipe(StrictModel):
             quant_method="infoquant",
             format_version=FORMAT_VERSION,
             config_groups=groups,
-            ignore=["lm_head"] if self.lm_head_bits is None else [],
+            ignore=plain + (["lm_head"] if self.lm_head_bits is None else []),
             kv_cache=kv_cache,
             rotated_hidden_states=rotated_stream,
             online_r1=rotated_stream and shape.tie_word_embeddings,
@@ -255,7 +282,7 @@ class Recipe(StrictModel):
 
     def _check_shards(self, groups: dict[str, ConfigGroup], shape: ModelShape) -> None:
         linears = shape.linears()
-        for name in ROW_PARALLEL_SITES:
+        for name in groups.keys() & ROW_PARALLEL_SITES:
             module = SITES[name][0]
             for tp_size in tp_sizes(shape, self.max_tp_size)[1:]:
                 try:

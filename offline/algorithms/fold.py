@@ -36,23 +36,23 @@ def fold_tensor(
         tensor = tensor if residual is None else tensor @ residual
     if module in WRITERS and residual is not None:
         tensor = residual.T @ tensor if kind == "weight" else tensor @ residual
-    if heads is not None:
-        tensor = _fold_heads(tensor, name, heads, shape)
-    return tensor.float()
+    return rotate_heads(tensor, name, heads, shape)
 
 
-def _fold_heads(tensor: torch.Tensor, name: str, heads: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """Rotate the values of each kv-head by R2 [kv_heads, d, d], and o_proj back in each query head."""
+def rotate_heads(tensor: torch.Tensor, name: str, heads: torch.Tensor | None, shape: ModelShape) -> torch.Tensor:
+    """Rotate the values of each kv-head by R2 [kv_heads, d, d], and o_proj back in each query head; return float32."""
+    if heads is None:
+        return tensor.float()
     if name == "self_attn.v_proj.weight":
-        rows = tensor.view(shape.num_key_value_heads, shape.head_dim, -1)
-        return (heads.mT @ rows).reshape(tensor.shape)
+        rows = tensor.double().view(shape.num_key_value_heads, shape.head_dim, -1)
+        return (heads.mT @ rows).reshape(tensor.shape).float()
     if name == "self_attn.v_proj.bias":
-        return (tensor.view(shape.num_key_value_heads, 1, shape.head_dim) @ heads).flatten()
+        return (tensor.double().view(shape.num_key_value_heads, 1, shape.head_dim) @ heads).flatten().float()
     if name == "self_attn.o_proj.weight":
-        columns = tensor.view(len(tensor), shape.num_attention_heads, shape.head_dim).transpose(0, 1)
+        columns = tensor.double().view(len(tensor), shape.num_attention_heads, shape.head_dim).transpose(0, 1)
         group = shape.num_attention_heads // shape.num_key_value_heads
-        return (columns @ heads.repeat_interleave(group, 0)).transpose(0, 1).reshape(tensor.shape)
-    return tensor
+        return (columns @ heads.repeat_interleave(group, 0)).transpose(0, 1).reshape(tensor.shape).float()
+    return tensor.float()
 
 
 def rotate_rows(matrix: torch.Tensor, rotation: torch.Tensor, chunk: int = 8192) -> torch.Tensor:

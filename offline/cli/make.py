@@ -30,7 +30,7 @@ def quantize(
             help="rtn: no rotation, round to nearest. quarot: random Hadamard rotations, GPTQ. paper: InfoQuant's "
             "rotations per layer and learned clip ratios. fast: one learned rotation, GPTQ. best: fast with inputs in "
             "groups of 32 and distillation. balanced: best with 8-bit inputs to down_proj. w4a8kv4, w4a16kv4: 8-bit, "
-            "16-bit inputs to all linears.  [default: fast]"
+            "16-bit inputs to all linears. kv4: the KV cache alone, linears unquantized.  [default: fast]"
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file to use instead of a preset.")] = None,

@@ -137,11 +137,12 @@ def check_codes(checkpoint: Checkpoint) -> str:
     small codes was corrupted. Rows that are zero in the source have the smallest possible scale and are left out.
     """
     fewest = 1.0
-    modules = {module: checkpoint.config.scheme(module) for module in checkpoint.shape.linears()}
-    modules[checkpoint.shape.lm_head_module] = checkpoint.config.lm_head_scheme
-    for module, scheme in modules.items():
-        if scheme is None:
-            continue
+    schemes = {module: checkpoint.config.scheme(module) for module in checkpoint.shape.linears()}
+    schemes[checkpoint.shape.lm_head_module] = checkpoint.config.lm_head_scheme
+    quantized = {module: scheme for module, scheme in schemes.items() if scheme is not None}
+    if not quantized:
+        return "no linear is quantized"
+    for module, scheme in quantized.items():
         full = _full_ranges(checkpoint, module, scheme.weights)
         if full < SMALLEST_FULL_SHARE:
             raise CheckError(

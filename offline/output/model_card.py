@@ -12,11 +12,11 @@ library_name: vllm
 pipeline_tag: text-generation
 tags:
 - infoquant
-- w4a4kv4
+- {_tag(recipe)}
 {_base_model(report.source)}---
 # {name}
 
-{report.source} in {report.bits_per_weight:.2f} bits per weight of its linear layers, made by `infoquant quantize`
+{report.source} {_what(recipe, report)}, made by `infoquant quantize`
 with the recipe `{recipe.name}` (transform {recipe.transform}, rounding {recipe.rounding}, calibration
 `{report.calibration}`, seed {report.seed}).
 
@@ -35,6 +35,18 @@ vllm serve PATH-OF-THIS-FOLDER
 The recipe is in `infoquant_recipe.yaml`, the errors of each layer are in `infoquant_report.json`.
 The license of the source model applies.
 """
+
+
+def _tag(recipe: Recipe) -> str:
+    """Name the bits, for the hub's search."""
+    return "kv4" if recipe.rounding == "none" else "w4a4kv4"
+
+
+def _what(recipe: Recipe, report: Report) -> str:
+    """Say what is quantized."""
+    if recipe.rounding == "none":
+        return "with a quantized KV cache and unquantized linear layers"
+    return f"in {report.bits_per_weight:.2f} bits per weight of its linear layers"
 
 
 def _base_model(source: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from offline.algorithms.fold import NORM_OF, fold_tensor, rotate_rows
+from offline.algorithms.fold import NORM_OF, fold_tensor, rotate_heads, rotate_rows
 from offline.algorithms.rotations import Transforms
 from offline.model.source import Source
 
@@ -12,14 +12,17 @@ from offline.model.source import Source
 def fold_layer(source: Source, layer: int, transforms: Transforms | None) -> dict[str, torch.Tensor]:
     """Return the tensors of a decoder layer by their names inside it, float32, with `transforms` folded in.
 
-    The gains of the residual stream's norms are 1 then. The inverses of the transforms that apply to inputs at
-    run time are not in the weights yet (see `undo_in_weights`). Without transforms these are the source's tensors.
+    The gains of the residual stream's norms are 1 then, unless R2 is all there is. The inverses of the transforms that
+    apply to inputs at run time are not in the weights yet (see `undo_in_weights`). Without transforms these are the
+    source's tensors.
     """
     prefix = f"model.layers.{layer}."
     names = [name.removeprefix(prefix) for name in source.names if name.startswith(prefix)]
     if transforms is None:
         return {name: source.tensor(prefix + name).float() for name in names}
     heads = None if transforms.heads is None else transforms.heads[layer]
+    if transforms.residual is None and not transforms.inputs:
+        return {name: rotate_heads(source.tensor(prefix + name), name, heads, source.shape) for name in names}
     gains = {f"{linear}.weight": source.tensor(f"{prefix}{norm}.weight") for linear, norm in NORM_OF.items()}
     return {
         name: fold_tensor(name, source.tensor(prefix + name), gains.get(name), transforms.residual, heads, source.shape)

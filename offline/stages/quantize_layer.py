@@ -48,11 +48,13 @@ def quantize_layer(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Return the checkpoint's tensors of one layer, and the output error of each linear where GPTQ rounds.
 
-    dtype: of the norms and biases, which stay unquantized
+    dtype: of the norms and biases, which stay unquantized, and of weights that do
     """
-    tensors = {name: tensor.to(dtype) for name, tensor in layer.state.items() if not name.endswith("_proj.weight")}
+    plain = recipe.rounding == "none"
+    kept = [name for name in layer.state if plain or not name.endswith("_proj.weight")]
+    tensors = {name: layer.state[name].to(dtype) for name in kept}
     errors: dict[str, float] = {}
-    for site, linears in SITES.items():
+    for site, linears in {} if plain else SITES.items():
         shared_input = _SiteInput(
             recipe.input_transform(site, shape),
             layer.transforms.get(site, {}),

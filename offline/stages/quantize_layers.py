@@ -26,7 +26,7 @@ def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transfor
     hidden, layers, done = None, run.source.shape.num_hidden_layers, 0
     if run.store.exists(RESUME_STATE):
         done = run.store.metadata(RESUME_STATE)["layer"]
-    if run.recipe.rounding == "gptq" and done < layers:
+    if run.recipe.reads_layers and done < layers:
         assert tokens is not None  # such recipes need calibration
         hidden = HiddenStates(run.source, tokens, transforms, run.devices, run.store.scratch)
         if done:
@@ -103,7 +103,7 @@ def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs) -> 
     shape, statistics = run.source.shape, InputStatistics()
     positions = None if run.recipe.kv_cache is None else run.recipe.kv_cache.key_mean_positions
     _, key_module = ARCHITECTURES[shape.architecture].rope_inputs
-    modules = [linears[0] for linears in SITES.values()]
+    modules = [] if run.recipe.rounding == "none" else [linears[0] for linears in SITES.values()]
     hidden.forward_layer(inputs.state, modules, statistics.observe, () if positions is None else (key_module,))
     inputs.hessians = statistics.take_hessians()
     if run.recipe.equalize:

@@ -16,6 +16,8 @@ def make_transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
     if run.recipe.transform == "none":
         return None
     generator = torch.Generator().manual_seed(run.seed)
+    if run.recipe.transform == "heads":
+        return Transforms(None, random_head_rotations(run.source.shape, generator))
     if run.recipe.transform == "psot-layer" and tokens is not None:
         return learn_layer_rotations(run, tokens, generator)
     residual = random_hadamard(run.source.shape.hidden_size, generator)

@@ -10,6 +10,7 @@ import yaml
 
 from infoquant_vllm.format import Checkpoint, WeightArgs, files_of, read_projection, unpack_codes
 from offline import PRESETS, Recipe, ToolError, load_recipe, quantize
+from offline.evaluate.verify import verify
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, LearnedClips, Psot, PsotLayer, Site, SiteActivations, Sites
@@ -185,6 +186,10 @@ def test_published_setting_is_a_valid_recipe(tmp_path: Path) -> None:
         ("name: x\ntransform: spin\nrounding: rtn\n", "transform"),
         ("name: x\ntransform: none\nrounding: rtn\nbits: 4\n", "bits"),
         ("name: x\ntransform: none\nrounding: rtn\nsites: {o: {clip_ratio: 1.5}}\n", "sites.o.clip_ratio"),
+        ("name: x\ntransform: hadamard\nrounding: none\n", "rounding 'none' goes with 'heads'"),
+        ("name: x\ntransform: heads\nrounding: none\nequalize: true\n", "equalize reads the statistics of GPTQ"),
+        ("name: x\ntransform: heads\nrounding: none\ndistillation: {}\n", "distillation trains the scales of weights"),
+        ("name: x\ntransform: heads\nrounding: none\nkv_cache: null\n", "quantizes nothing"),
         ("name: x\ntransform: none\nrounding: rtn\nequalize: true\n", "equalize reads the statistics of GPTQ"),
         ("name: x\ntransform: none\nrounding: rtn\ngptq: {refinements: 1}\n", "gptq.refinements reads"),
         (
@@ -231,3 +236,16 @@ def test_group_size_that_does_not_divide_is_refused_before_anything_runs(tmp_pat
     with pytest.raises(ToolError, match="100 does not divide its 320"):
         quantize(write_source(tmp_path / "source"), tmp_path / "out", recipe=recipe, progress=silent)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", EVEN)
+def test_kv4_keeps_every_tensor_of_the_source_but_v_proj_and_o_proj(tmp_path: Path, text: str, size: str) -> None:
+    source = write_source(tmp_path / "source", dtype=torch.bfloat16, **SIZES[size])
+    report = quantize(source, tmp_path / "out", recipe=small("kv4"), calibration=text, progress=silent)
+    checkpoint, opened = Checkpoint(tmp_path / "out"), Source.open(source)
+    changed = {name for name in opened.names if not torch.equal(checkpoint.tensor(name), opened.tensor(name))}
+    assert {name.split(".")[-2] for name in changed} == {"v_proj", "o_proj"}
+    assert not checkpoint.config.config_groups
+    assert not checkpoint.config.rotated_hidden_states
+    assert 3.5 <= report.source_kv_bytes_per_token / report.kv_bytes_per_token <= 3.8 or size == "one-kv-head"
+    assert verify(tmp_path / "out", against=source).passed
