@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.accuracy.scores import Scores, score, standard_error
 from benchmarks.common.models import DEMO, infoquant, language_reference, quantized, source_model
-from benchmarks.common.server import Server, ServerError, serve, stop_on_sigterm
+from benchmarks.common.server import Server, ServerError, started, stop_on_sigterm, wait_until_healthy
 from offline.text import text_windows
 
 QUESTION = "What can I do to sleep better?"
@@ -58,11 +58,13 @@ def run(stay: bool) -> None:
     infoquant("verify", checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(source)
     windows = text_windows(str(language_reference()), tokenizer, len(tokenizer), WINDOWS, WINDOW, seed=0)
-    step("Serve the bf16 model, to compare with")
-    with serve(source, DEMO / "bf16.log", *SERVER_ARGUMENTS) as server:
-        reference = measure(server, windows)
-    step("Serve the 4-bit model")
-    with serve(checkpoint, DEMO / "w4a4kv4.log", *SERVER_ARGUMENTS) as server:
+    step("Serve the bf16 model, to compare with, while the server of the 4-bit model starts")
+    with started(checkpoint, DEMO / "w4a4kv4.log", *SERVER_ARGUMENTS) as server:
+        with started(source, DEMO / "bf16.log", *SERVER_ARGUMENTS) as original:
+            wait_until_healthy(original)
+            reference = measure(original, windows)
+        step("Serve the 4-bit model")
+        wait_until_healthy(server)
         console.print(f"$ vllm serve {os.path.relpath(checkpoint)} {' '.join(SERVER_ARGUMENTS)}")
         console.print(f"{server.logged(r'infoquant: (.+)')}\n")
         ask(server, QUESTION)

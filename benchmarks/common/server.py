@@ -122,9 +122,18 @@ def serve(
 
     Raises ServerError if the server exits or does not answer within `seconds`.
     """
+    with started(model, log, *arguments, kv_gib=kv_gib, environment=environment) as server:
+        wait_until_healthy(server, seconds)
+        yield server
+
+
+@contextmanager
+def started(
+    model: Path, log: Path, *arguments: str, kv_gib: int = 1, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Server]:
+    """Serve `model` until the block is left, which may begin before the server answers (see `serve`)."""
     server = start(model, log, *arguments, kv_gib=kv_gib, environment=environment)
     try:
-        wait_until_healthy(server, seconds)
         yield server
     finally:
         server.stop()
