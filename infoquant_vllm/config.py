@@ -10,6 +10,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from infoquant_vllm.format import (
+    FUSED,
     INDEX_FILE,
     QUANT_METHOD,
     Checkpoint,
@@ -131,10 +132,15 @@ class InfoQuantConfig(QuantizationConfig):
             self.started = True
 
     def _sources(self, prefix: str) -> list[str]:
-        """Return the checkpoint's linears behind a vLLM linear: its shards where vLLM fuses them."""
-        parent, _, name = prefix.rpartition(".")
-        shards = self.packed_modules_mapping.get(name, [name])
-        return [f"{parent}.{shard}" if parent else shard for shard in shards]
+        """Return the checkpoint's linears behind a vLLM linear: its shards where vLLM fuses them.
+
+        vLLM's `packed_modules_mapping` does not say that for a class whose source has fused linears (Phi-3).
+        """
+        for fused, shards in FUSED.items():
+            layer = prefix.removesuffix(fused)
+            if layer != prefix:
+                return [layer + shard for shard in shards]
+        return [prefix]
 
     def _embedding_method(self, is_head: bool, prefix: str) -> QuantizeMethodBase | None:
         from infoquant_vllm.embedding import InfoQuantEmbeddingMethod

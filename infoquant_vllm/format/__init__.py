@@ -5,7 +5,7 @@ checkpoint is hostile input: numbers are bounded before anything is allocated, u
 every error names file and tensor.
 """
 
-from infoquant_vllm.format.architectures import ARCHITECTURES, ROW_PARALLEL_SITES, SITE_NORMS, SITES
+from infoquant_vllm.format.architectures import ARCHITECTURES, FUSED, ROW_PARALLEL_SITES, SITE_NORMS, SITES
 from infoquant_vllm.format.checkpoint import (
     INDEX_FILE,
     Checkpoint,
@@ -55,6 +55,7 @@ from infoquant_vllm.format.tensors import (
 __all__ = [
     "ARCHITECTURES",
     "FORMAT_VERSION",
+    "FUSED",
     "INDEX_FILE",
     "MODULES_FILE",
     "PROJECTION_CONFIG",

@@ -16,11 +16,17 @@ SITES: dict[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 """Linears of a decoder layer by the input that they share, which is transformed and quantized once."""
+FUSED = {"self_attn.qkv_proj": SITES["qkv"], "mlp.gate_up_proj": SITES["gate_up"]}
+"""Linears that vLLM holds as one, and so do the sources of some classes; a checkpoint never does."""
 SITE_NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 """RMSNorms whose output is a site's input: linears of these sites read the residual stream."""
 ROW_PARALLEL_SITES = tuple(site for site in SITES if site not in SITE_NORMS)
 """Sites whose linears write to the residual stream. Tensor parallelism shards their input features over the ranks;
 the inputs of the other sites are whole on every rank."""
+
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""RoPE types that transformers and vLLM compute alike in most classes; they differ on dynamic."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,11 @@ class Architecture:
     bias_fields: the fields among `attention_bias` and `mlp_bias` that add biases to all linears of their block
     qkv_bias: q, k and v always have a bias, o never has one
     qk_norm: queries and keys pass through RMSNorms per head before RoPE, `q_norm` and `k_norm` [head_dim]
+    fused: the source holds the linears of FUSED as one, with their rows in that order
     windows: the layers that `sliding_window` applies to: none (transformers does not read it), all, or those that
         `layer_types` names; Qwen's `max_window_layers` stands for it
+    partial_rotary: `partial_rotary_factor` may leave features of a head without RoPE
+    ropes: the RoPE types that transformers and vLLM compute alike
     free_head_dim: `head_dim` may differ from hidden_size / num_attention_heads
     defaults: values of fields that config.json leaves out
     """
@@ -41,6 +50,9 @@ class Architecture:
     bias_fields: tuple[str, ...] = ()
     qkv_bias: bool = False
     qk_norm: bool = False
+    fused: bool = False
+    partial_rotary: bool = False
+    ropes: tuple[str, ...] = ROPE_TYPES
     windows: Literal["none", "all", "layers"] = "none"
     free_head_dim: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +90,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             "sliding_window": 4096,
             "max_position_embeddings": 131_072,
         },
+    ),
+    "Phi3ForCausalLM": Architecture(
+        "phi3",
+        fused=True,
+        windows="all",
+        partial_rotary=True,
+        ropes=("default",),
+        free_head_dim=False,
+        defaults={"max_position_embeddings": 4096},
     ),
     "Qwen2ForCausalLM": Architecture(
         "qwen2",

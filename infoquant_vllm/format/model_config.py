@@ -12,8 +12,6 @@ Settings = Mapping[str, Any]
 Check = Callable[[str, Settings, Architecture], str | None]
 """Takes a field, the settings and the class; returns a description of what differs, or None."""
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""RoPE types that transformers and vLLM compute alike; they differ on dynamic."""
 ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
@@ -143,17 +141,34 @@ def _rope(name: str, settings: Settings, architecture: Architecture) -> str | No
     if not isinstance(rope, dict):
         return f"{name} is {rope!r:.80}, not an object"
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        return f"{name}: rope_type is {kind!r:.80}, not {', '.join(ROPE_TYPES)}"
+    if kind not in architecture.ropes:
+        return f"{name}: rope_type is {kind!r:.80}, not {', '.join(architecture.ropes)}"
     nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
     if nested is not None:
         return f"{name} has its own {nested!r:.80}, RoPE of some layers"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"{name}: partial_rotary_factor is {rope['partial_rotary_factor']!r:.80}, not 1.0"
+    problem = _nested_rotary("partial_rotary_factor", rope, settings, architecture)
+    if problem is not None:
+        return f"{name}: {problem}"
     other = next((key for key in ROPE_OF_VLLM if rope.get(key)), None)
     if other is not None:
         return f"{name}: {other} is {rope[other]!r:.80}, which vLLM alone reads"
     return _rope_numbers(name, rope, str(kind))
+
+
+def _partial_rotary(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    found, lowest = settings[name], 0 if architecture.partial_rotary else 1
+    if found is None or (_is_positive(found) and lowest <= found <= 1):
+        return None
+    return f"{name} is {found!r:.80}, not {'at most ' * architecture.partial_rotary}1.0"
+
+
+def _nested_rotary(name: str, rope: Settings, settings: Settings, architecture: Architecture) -> str | None:
+    """Refuse a field that differs from the one of the same name outside: only one of them counts."""
+    if name not in rope:
+        return None
+    if rope[name] is None or settings.get(name, rope[name]) != rope[name]:
+        return f"{name} is {rope[name]!r:.80}, and {settings.get(name)!r:.80} outside"
+    return _partial_rotary(name, rope, architecture)
 
 
 def _rope_numbers(name: str, rope: Settings, kind: str) -> str | None:
@@ -250,7 +265,7 @@ FIELDS: dict[str, Check] = {
     "rope_scaling": _rope,
     "rope_parameters": _rope,
     "rotary_emb_base": _only(None),
-    "partial_rotary_factor": _only(1.0, 1, None),
+    "partial_rotary_factor": _partial_rotary,
     "rotary_pct": _only(1.0, 1, None),
     "rotary_emb_fraction": _only(1.0, 1, None),
     "is_causal": _only(True),
@@ -273,6 +288,8 @@ FIELDS: dict[str, Check] = {
     **dict.fromkeys(EXPERTS, _only(0, None)),
     # training, generation and records
     "attention_dropout": _unread,
+    "resid_pdrop": _unread,
+    "embd_pdrop": _unread,
     "initializer_range": _unread,
     "pretraining_tp": _unread,
     "use_cache": _unread,

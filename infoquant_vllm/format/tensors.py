@@ -39,6 +39,7 @@ class ModelShape(BaseModel):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _query_heads_share_kv_heads(self) -> "ModelShape":
@@ -46,6 +47,15 @@ class ModelShape(BaseModel):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rotary_features_are_pairs(self) -> "ModelShape":
+        if self.rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor {self.partial_rotary_factor} of head_dim {self.head_dim} is {self.rotary_dim}, "
+                "not an even number"
             )
         return self
 
@@ -58,11 +68,18 @@ class ModelShape(BaseModel):
         if isinstance(heads, int) and heads > 0 and isinstance(config.get("hidden_size"), int):
             defaults["head_dim"] = config["hidden_size"] // heads
         unnamed = {key: value for key, value in ARCHITECTURES[name].defaults.items() if key not in config}
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        defaults["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
         given = {key: value for key, value in config.items() if value is not None and key != "architecture"}
         try:
             return cls.model_validate(defaults | unnamed | given)
         except ValidationError as error:
             raise FormatError.from_validation(source, error) from None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Return how many features of a head RoPE rotates: the first ones, i with i + rotary_dim / 2."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def lm_head_module(self) -> str:

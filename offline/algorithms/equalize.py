@@ -11,15 +11,22 @@ SMALLEST = 1e-6
 """Smallest norm, as a share of the largest: unused channels need no scale."""
 
 
-def key_scales(queries: torch.Tensor, keys: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
+def key_scales(
+    queries: torch.Tensor, keys: torch.Tensor, kv_heads: int, head_dim: int, rotary_dim: int
+) -> torch.Tensor:
     """Return the scales of keys [kv_heads, head_dim]; queries get the inverse.
 
-    RoPE mixes channels i and i + head_dim / 2, so both get the same scale.
+    RoPE mixes channels i and i + rotary_dim / 2 of the first rotary_dim, so both get the same scale.
 
     queries, keys: second moments [heads * head_dim] of the channels before RoPE
     """
-    pairs = (kv_heads, -1, 2, head_dim // 2)
-    return _scales(*(x.view(pairs).sum((1, 2)).sqrt() for x in (queries, keys))).repeat(1, 2)
+
+    def norms(moments: torch.Tensor) -> torch.Tensor:
+        rotated, still = moments.view(kv_heads, -1, head_dim).sum(1).tensor_split([rotary_dim], -1)
+        pairs = rotated.unflatten(-1, (2, -1)).sum(1).repeat(1, 2)
+        return torch.cat((pairs, still), -1).sqrt()
+
+    return _scales(norms(queries), norms(keys))
 
 
 def down_scales(weight: torch.Tensor, second_moments: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,13 @@ import torch
 
 
 def mean_rotated_key(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return the mean over all positions of a constant key [kv_heads, head_dim] after RoPE.
+    """Return the mean over all positions of a constant key [kv_heads, head_dim] after RoPE of its first features.
 
     Channels that RoPE rotates full circle within these positions average to zero: they have no common constant.
 
-    cos, sin: [1, positions, head_dim], of RoPE
+    cos, sin: [1, positions, rotary_dim], of RoPE
     """
     cos, sin = cos[0].mean(0), sin[0].mean(0)
-    first, second = key.chunk(2, -1)
-    return key * cos + torch.cat((-second, first), -1) * sin
+    rotated, still = key.tensor_split([len(cos)], -1)
+    first, second = rotated.chunk(2, -1)
+    return torch.cat((rotated * cos + torch.cat((-second, first), -1) * sin, still), -1)

@@ -107,7 +107,7 @@ def _replace_between(model: CausalLM) -> None:
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             _set(model, name, SimulatedNorm(module.weight, module.variance_epsilon))
-        elif name.endswith(".act_fn") and model.config.hidden_act == "silu":
+        elif name.endswith((".act_fn", ".activation_fn")) and model.config.hidden_act == "silu":
             _set(model, name, SimulatedSilu())
 
 

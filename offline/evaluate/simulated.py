@@ -155,7 +155,7 @@ class DeferredRotary(nn.Module):
     def apply_rope(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """Rotate x [batch, heads, tokens, head_size] at positions start, start + 1, ...; keep its dtype."""
         positions = torch.arange(start, start + x.shape[2], device=x.device)[None]
-        cos, sin = (t.float()[:, None, :, : x.shape[-1] // 2] for t in self.rotary(x, positions))
+        cos, sin = (t.float()[:, None].chunk(2, -1)[0] for t in self.rotary(x, positions))
         return apply_rope(x, cos, sin)
 
 

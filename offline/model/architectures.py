@@ -6,13 +6,29 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedConfig
 
-from infoquant_vllm.format import ModelShape
+from infoquant_vllm.format import ARCHITECTURES, FUSED, ModelShape
 from offline.errors import ToolError
 
 CausalLM = LlamaForCausalLM
-"""For type checkers: every class of `ARCHITECTURES` has the modules of Llama."""
+"""For type checkers: every class of `ARCHITECTURES` has the modules of Llama (see `empty_model`)."""
+
+
+class FusedLinear(nn.Module):
+    """A linear of transformers that is computed by the linears beside it, which hold its rows.
+
+    Those are looked up by their names when it runs, so that they may be replaced.
+    """
+
+    def __init__(self, parent: nn.Module, names: list[str]):
+        super().__init__()
+        self._parent, self._names = (parent,), names  # in a tuple, the parent is no submodule
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., K] to the outputs of the linears side by side."""
+        return torch.cat([getattr(self._parent[0], name)(x) for name in self._names], -1)
 
 
 def model_class(architecture: str) -> type[CausalLM]:
@@ -32,8 +48,24 @@ def read_config(shape: ModelShape, hf_config: Mapping[str, Any], file: Path) -> 
 
 
 def empty_model(shape: ModelShape, config: PreTrainedConfig) -> CausalLM:
-    """Build the model without values (device meta), except for its rotary embedding, which nothing stores."""
+    """Build the model without values (device meta), except for its rotary embedding, which nothing stores.
+
+    Its decoder layers have the linears of SITES: where transformers fuses them, they are split.
+    """
     with torch.device("meta"):
         model = model_class(shape.architecture)(config)
+        if ARCHITECTURES[shape.architecture].fused:
+            for layer in model.model.layers:
+                _split_linears(layer, shape)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
+
+
+def _split_linears(layer: nn.Module, shape: ModelShape) -> None:
+    sizes = shape.linears()
+    for fused, linears in FUSED.items():
+        for linear in linears:
+            rows, columns = sizes[f"model.layers.0.{linear}"]
+            layer.set_submodule(linear, nn.Linear(columns, rows, bias=False))
+        names = [linear.rpartition(".")[2] for linear in linears]
+        layer.set_submodule(fused, FusedLinear(layer.get_submodule(fused.rpartition(".")[0]), names))

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from infoquant_vllm.format import (
+    ARCHITECTURES,
+    FUSED,
     INDEX_FILE,
     FormatError,
     ModelShape,
@@ -21,7 +22,7 @@ from infoquant_vllm.format import (
     read_weight_map,
 )
 from offline.errors import ToolError, first_line
-from offline.model.architectures import CausalLM, model_class, read_config
+from offline.model.architectures import CausalLM, empty_model, read_config
 from offline.model.copied_files import HUB_FILES
 from offline.model.folders import missing_index, missing_prefix, other_kind
 
@@ -45,7 +46,8 @@ Headers = dict[str, tuple[Path, tuple[int, ...], str]]
 class Source:
     """An unquantized model of a known class whose headers agree with its config.
 
-    `weight_map` gives the shard of every tensor that the architecture needs, and of no others. Where config.json
+    `weight_map` gives the shard of every tensor that the architecture needs, and of no others; linears that the
+    files fuse are apart here. Where config.json
     says that embedding and head are tied but the files hold a head of other values, `hf_config` and `shape`
     say untied: transformers and vLLM use the head of the files, and so does this tool.
     """
@@ -93,9 +95,9 @@ class Source:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor in its stored dtype; raises ToolError where it holds NaN or Inf."""
-        file = self.folder / self.weight_map[name]
+        file, (stored, rows) = self.folder / self.weight_map[name], stored_rows(self.shape, name)
         with safe_open(file, framework="pt") as shard:
-            tensor = shard.get_tensor(name)
+            tensor = shard.get_tensor(stored) if rows is None else shard.get_slice(stored)[rows]
         try:
             check_values(tensor, name, str(file))
         except FormatError as error:
@@ -107,7 +109,7 @@ class Source:
         if not self.weight_map:
             return config_dtype(self.hf_config)
         with safe_open(self.folder / self.weight_map[name], framework="pt") as shard:
-            return DTYPES[shard.get_slice(name).get_dtype()]
+            return DTYPES[shard.get_slice(stored_rows(self.shape, name)[0]).get_dtype()]
 
     @property
     def unquantized_dtype(self) -> torch.dtype:
@@ -121,9 +123,11 @@ class Source:
     def model(self, dtype: torch.dtype) -> CausalLM:
         """Load the model in eval mode, with every weight read through `tensor` and none left as initialized."""
         config = read_config(self.shape, self.hf_config, self.folder / "config.json")
-        disable_progress_bar()
         state = {name: self.tensor(name).to(dtype) for name in self.names}
-        model = model_class(self.shape.architecture).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        model = empty_model(self.shape, config)
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+        model.config.dtype = dtype
         return model.eval().requires_grad_(False)
 
 
@@ -171,6 +175,29 @@ def _refuse_quantized(hf_config: dict[str, Any], file: Path) -> None:
         )
 
 
+def stored_rows(shape: ModelShape, name: str) -> tuple[str, slice | None]:
+    """Return the tensor of the files that holds tensor `name`, and the rows there where files fuse linears."""
+    if not ARCHITECTURES[shape.architecture].fused:
+        return name, None
+    module, _, kind = name.rpartition(".")
+    for fused, linears in FUSED.items():
+        linear = next((linear for linear in linears if module.endswith(f".{linear}")), None)
+        if linear is not None:
+            layer, sizes = module.removesuffix(linear), shape.linears()
+            start = sum(sizes[layer + before][0] for before in linears[: linears.index(linear)])
+            return f"{layer}{fused}.{kind}", slice(start, start + sizes[module][0])
+    return name, None
+
+
+def _stored(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor that the files of an unquantized model of that shape hold."""
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, size in _expected(shape).items():
+        found, rows = stored_rows(shape, name)
+        stored[found] = size if rows is None else (rows.stop, *size[1:])  # the last rows come last
+    return stored
+
+
 def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of an unquantized model of that shape."""
     hidden = shape.hidden_size
@@ -203,7 +230,7 @@ def _is_tied(headers: Headers) -> bool:
 
 
 def _weight_map(folder: Path, headers: Headers, shape: ModelShape) -> dict[str, str]:
-    expected = _expected(shape)
+    expected = _stored(shape)
     for name, size in expected.items():
         if name not in headers:
             missing = (
@@ -219,7 +246,7 @@ def _weight_map(folder: Path, headers: Headers, shape: ModelShape) -> dict[str, 
     extra = sorted(name for name in headers if name not in expected.keys() | unused and not UNUSED.match(name))
     if extra:
         raise ToolError(f"{headers[extra[0]][0]}: unexpected tensor {extra[0]} ({len(extra)} such tensors)")
-    return {name: headers[name][0].name for name in expected}
+    return {name: headers[stored_rows(shape, name)[0]][0].name for name in _expected(shape)}
 
 
 def _headers(folder: Path) -> Headers:

@@ -46,7 +46,7 @@ def equalize_keys(
     if ARCHITECTURES[shape.architecture].qk_norm:
         queries = normed_moments(queries, state[f"{query_module}.weight"])
         keys, kv_heads = normed_moments(keys, state[f"{key_module}.weight"]), 1
-    scale = key_scales(queries, keys, kv_heads, shape.head_dim)
+    scale = key_scales(queries, keys, kv_heads, shape.head_dim, shape.rotary_dim)
     _scale_rows(state, key_module, scale.flatten())
     group = len(state[f"{query_module}.weight"]) // scale.numel()
     _scale_rows(state, query_module, 1 / scale.repeat_interleave(group, dim=0).flatten())

@@ -38,6 +38,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 24,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "phi3": {
+        "architecture": "Phi3ForCausalLM",
+        "tie_word_embeddings": False,
+        "partial_rotary_factor": 0.75,
+        "pad_token_id": 0,
+    },
     "qwen2": {
         "architecture": "Qwen2ForCausalLM",
         "rope_parameters": {
@@ -57,7 +63,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
-FAMILIES = ("llama3-rope", "mistral", "mistral-window", "ministral", "qwen2", "qwen3", "qwen3-windows")
+FAMILIES = ("llama3-rope", "mistral", "mistral-window", "ministral", "phi3", "qwen2", "qwen3", "qwen3-windows")
 """Those that differ in more than sizes."""
 
 

@@ -15,7 +15,7 @@ from infoquant_vllm.format.model_config import FIELDS
 from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
-LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3 = ARCHITECTURES
+LLAMA, MISTRAL, MINISTRAL, PHI3, QWEN2, QWEN3 = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -79,6 +79,11 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (QWEN3, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
     (LLAMA, {"rotary_emb_base": 500.0}),
     (LLAMA, {"partial_rotary_factor": 0.5}),
+    (PHI3, {"partial_rotary_factor": 1.5}),
+    (PHI3, {"partial_rotary_factor": 0.75, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    (PHI3, {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [1.0] * 32}}),
+    (PHI3, {"rope_scaling": YARN}),
+    (PHI3, {"head_dim": 32}),
     (LLAMA, {"rotary_pct": 0.25}),
     (LLAMA, {"rotary_emb_fraction": 0.5}),
     *((name, {"is_causal": value}) for name in ARCHITECTURES for value in (False, None)),
@@ -106,6 +111,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 """By class; the last field named is the one that is refused."""
 UNREAD: dict[str, Any] = {
     "attention_dropout": 0.5,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
     "initializer_range": 1.0,
     "pretraining_tp": 4,
     "use_cache": False,
@@ -152,7 +159,8 @@ def test_every_field_of_the_installed_transformers_is_in_the_table(architecture:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_config_that_transformers_writes_is_accepted(architecture: str) -> None:
     kind = model_class(architecture).config_class
-    config = kind(architectures=[architecture], dtype="bfloat16", pad_token_id=0, head_dim=128).to_dict()
+    head_dim = kind().hidden_size // kind().num_attention_heads
+    config = kind(architectures=[architecture], dtype="bfloat16", pad_token_id=0, head_dim=head_dim).to_dict()
     assert ModelShape.from_hf(config).architecture == architecture
 
 

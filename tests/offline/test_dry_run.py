@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from offline.cli.main import app
 from offline.memory import Plan, sampling_dtype
 from offline.progress import silent
 from tests.common.big import LAYER, LAYER_BYTES, LLAMA_3_8B
+from tests.common.real import REAL
 
 LLAMA_3_70B = LLAMA_3_8B | {
     "hidden_size": 8192,
@@ -28,7 +30,7 @@ def _in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offline.memory.held_bytes", lambda: 6 * 10**8)
 
 
-def config_alone(folder: Path, **config: object) -> Path:
+def config_alone(folder: Path, **config: Any) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -53,6 +55,16 @@ def test_config_alone_gives_sizes_and_memory_of_a_70b_model(tmp_path: Path) -> N
     assert sorted(tmp_path.iterdir()) == [source]
     with pytest.raises(ToolError, match="no tokenizer"):
         quantize(source, tmp_path / "out", calibration="text.txt", progress=silent)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_config_of_a_real_model_gives_its_parameters_within_the_bound(tmp_path: Path, name: str) -> None:
+    parameters, config = REAL[name]
+    report = quantize(config_alone(tmp_path / "source", **config), tmp_path / "out", **DRY)
+    plan = planned(report)
+    assert abs(report.source_bytes / 2 / parameters - 1) < 0.01
+    assert report.linear_bytes < 0.26 * report.source_linear_bytes
+    assert plan.memory_bytes <= plan.memory_bound_bytes
 
 
 @pytest.mark.parametrize("preset", ["rtn", "quarot", "fast", "paper"])

@@ -38,7 +38,6 @@ FIELDS = {
     ),
     ("vllm.v1.worker.workspace", "WorkspaceManager"): ("get_simultaneous",),
     ("vllm.v1.kv_cache_interface", "AttentionSpec"): ("head_size", "dtype", "state_content_bytes", "kv_quant_mode"),
-    ("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig"): ("packed_modules_mapping",),
     ("vllm.platforms.interface", "Platform"): ("device_type", "is_cpu"),
     ("vllm.ir.op", "IrOp"): ("register_impl", "get_priority", "set_default"),
     ("vllm.model_executor.custom_op", "CustomOp"): ("register_oot", "forward_cpu"),

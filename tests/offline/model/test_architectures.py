@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from infoquant_vllm.format import ARCHITECTURES, SITE_NORMS, SITES
+from infoquant_vllm.format import ARCHITECTURES, SITE_NORMS, SITES, ModelShape
 from offline import PRESETS, quantize
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
-from offline.model.architectures import model_class
+from offline.model.architectures import empty_model, model_class, read_config
 from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Psot
 from offline.stages.fold import fold_layer
+from tests.common.checkpoints import hf_config
 from tests.common.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
 
 SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}
@@ -31,11 +32,9 @@ def test_every_class_of_the_table_is_one_of_transformers_with_its_model_type(nam
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sites_and_norms_are_all_the_linears_and_norms_of_a_layer(name: str) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-    sizes |= {"head_dim": 32}
-    layer = model_class(name)(model_class(name).config_class(vocab_size=16, num_hidden_layers=1, **sizes)).model.layers[
-        0
-    ]
+    config = hf_config(architectures=[name], pad_token_id=0)
+    shape = ModelShape.from_hf(config)
+    layer = empty_model(shape, read_config(shape, config, Path("config.json"))).model.layers[0]
     linears = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
     assert linears == {linear for linears in SITES.values() for linear in linears}
     assert {name for name, _ in layer.named_children() if "norm" in name} == set(SITE_NORMS.values())
