@@ -14,6 +14,8 @@ class InputQuant(NamedTuple):
     clip_ratio: float32 [groups, 2], factors on the minimum and maximum of each group; None: int16 activations
     num_bits: of the activations
     symmetric: zero-points are 2^(num_bits - 1)
+    segments: of a token, each with its own float32 scale: one, or one for each shard of features that a TP rank might
+        serve. Divides the groups; if a segment has several groups, each has an integer multiplier and num_bits is 4
     """
 
     matrices: list[torch.Tensor]
@@ -21,18 +23,23 @@ class InputQuant(NamedTuple):
     clip_ratio: torch.Tensor | None
     num_bits: int
     symmetric: bool
+    segments: int = 1
 
 
 class PackedWeight(NamedTuple):
     """Quantized weight [N, K] of a linear, each tensor in the layout of the backend that prepared it.
 
+    The integer weight is (code - zero_point) * multiplier, within -127 .. 127; times `scale` it is the weight.
+
     packed: codes, from `prepare_weight`
-    scale: float32 [N, groups], from `prepare_qparams`
+    scale: float32 [N, 1]
+    multiplier: uint8 [N, groups], from `prepare_qparams`; None: 1
     zero_point: uint8 [N, groups], from `prepare_qparams`; None: signed codes
     """
 
     packed: torch.Tensor
     scale: torch.Tensor
+    multiplier: torch.Tensor | None
     zero_point: torch.Tensor | None
 
 

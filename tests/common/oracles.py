@@ -12,7 +12,9 @@ from infoquant_vllm.format import apply_hadamard, unpack_codes
 from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams, Sequences
 
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Codes, scales and zero-points."""
+"""Codes, scales and zeros of keys or values."""
+Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Values int8 [tokens, K], scales float32 and offsets int32 [tokens, segments]; x is about (value - offset) * scale."""
 
 SUB_BLOCK = 16
 STEP = 128
@@ -34,93 +36,92 @@ def apply_transform(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int
     return (halfway.double() @ right).float().flatten(1)
 
 
-def rotate_quantize(
-    x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, clip: torch.Tensor, num_bits: int, symmetric: bool
-) -> Codes:
-    """Transform and quantize x [tokens, K], one group after the other."""
-    found = []
-    for part, factors in zip(apply_transform(x.float(), matrices, hadamard).chunk(len(clip), 1), clip, strict=True):
-        low, high = part.amin(1).clamp(max=0) * factors[0], part.amax(1).clamp(min=0) * factors[1]
-        if symmetric:
-            scale = (torch.maximum(-low, high) / (2 ** (num_bits - 1) - 1)).clamp(min=1e-12)
-            zero = torch.full_like(scale, 2 ** (num_bits - 1))
-        else:
-            scale = ((high - low) / (2**num_bits - 1)).clamp(min=1e-12)
-            zero = torch.round(-low * (1 / scale))
-        codes = torch.clamp(torch.round(part * (1 / scale)[:, None]) + zero[:, None], 0, 2**num_bits - 1)
-        found.append((codes.to(torch.uint8), scale, zero.to(torch.int32)))
-    codes, scales, zeros = zip(*found, strict=True)
-    return torch.cat(codes, 1), torch.stack(scales, 1), torch.stack(zeros, 1)
+def rotate_quantize(x: torch.Tensor, inputs: InputQuant) -> Quantized:
+    """Transform and quantize x [tokens, K], one segment after the other, as `InputQuant` says."""
+    y = apply_transform(x.float(), inputs.matrices, inputs.hadamard)
+    if inputs.clip_ratio is None:
+        return quantize_int16(y)
+    clips = inputs.clip_ratio.chunk(inputs.segments)
+    found = [_quantize_segment(part, clip, inputs) for part, clip in zip(y.chunk(len(clips), 1), clips, strict=True)]
+    values, scales, offsets = zip(*found, strict=True)
+    offset = torch.stack(offsets, 1) if inputs.num_bits == 8 else None
+    return torch.cat(values, 1), torch.stack(scales, 1), offset
 
 
-def quantize_int16(y: torch.Tensor) -> Codes:
+def _quantize_segment(
+    y: torch.Tensor, clip: torch.Tensor, inputs: InputQuant
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize y [tokens, features] with one scale: values int8, scale float32 [tokens], offset int32 [tokens]."""
+    qmax = 2**inputs.num_bits - 1
+    parts = y.chunk(len(clip), 1)
+    steps, zeros, lows = zip(
+        *(_range(part, factors, inputs) for part, factors in zip(parts, clip, strict=True)), strict=True
+    )
+    if len(parts) == 1:
+        codes = torch.clamp(torch.round(y * (1 / steps[0])[:, None]) + zeros[0][:, None], 0, qmax)
+        center = zeros[0] if inputs.num_bits == 4 else torch.full_like(zeros[0], 128)
+        return (codes - center[:, None]).to(torch.int8), steps[0], (zeros[0] - center).int()
+    reaches = [torch.maximum(zero, qmax - zero) for zero in zeros]
+    scale = torch.stack([step * reach for step, reach in zip(steps, reaches, strict=True)]).amax(0) / 127
+    values = []
+    for part, step, reach, zero, low in zip(parts, steps, reaches, zeros, lows, strict=True):
+        multiplier = torch.minimum(torch.ceil(step / scale), torch.floor(127 / reach)).clamp(min=1)
+        inverse = 1 / (scale * multiplier)
+        zero = zero if inputs.symmetric else torch.round(-low * inverse).clamp(max=qmax)  # noqa: PLW2901
+        limit = torch.floor(127 / multiplier)[:, None]
+        codes = torch.round(part * inverse[:, None]).clamp(-limit, limit) + zero[:, None]
+        values.append((codes.clamp(0, qmax) - zero[:, None]) * multiplier[:, None])
+    return torch.cat(values, 1).to(torch.int8), scale, torch.zeros(len(y), dtype=torch.int32)
+
+
+def _range(y: torch.Tensor, clip: torch.Tensor, inputs: InputQuant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the step, the zero-point and the clipped minimum of each token's group y [tokens, size]."""
+    low, high = y.amin(1).clamp(max=0) * clip[0], y.amax(1).clamp(min=0) * clip[1]
+    if inputs.symmetric:
+        step = (torch.maximum(-low, high) / (2 ** (inputs.num_bits - 1) - 1)).clamp(min=1e-12)
+        return step, torch.full_like(step, 2 ** (inputs.num_bits - 1)), low
+    step = ((high - low) / (2**inputs.num_bits - 1)).clamp(min=1e-12)
+    return step, torch.round(-low * (1 / step)), low
+
+
+def quantize_int16(y: torch.Tensor) -> Quantized:
     """Quantize y [tokens, K] float32 to int16: a row of high bytes and one of low bytes for each token."""
     step = (y.abs().amax(1, keepdim=True) / 32767).clamp(min=1e-12)
     codes = torch.round(y * (1 / step)).int() + 32768
     scale = torch.stack((step * 256, step), 1)
-    zero = torch.tensor([[128], [0]], dtype=torch.int32).expand(len(y), 2, 1)
-    codes = torch.stack((codes // 256, codes % 256), 1)
-    return codes.flatten(0, 1).to(torch.uint8), scale.flatten(0, 1), zero.flatten(0, 1)
+    offset = torch.tensor([[0], [-128]], dtype=torch.int32).expand(len(y), 2, 1)
+    values = torch.stack((codes // 256, codes % 256), 1) - 128
+    return values.flatten(0, 1).to(torch.int8), scale.flatten(0, 1), offset.flatten(0, 1)
 
 
-def quantized_linear(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Multiply codes [tokens, K] by a checkpoint's weight in int64, group by group."""
-    features = codes.shape[1]
-    num_bits = 8 * packed.shape[1] // features
-    weight = unpack_codes(packed, num_bits, signed=weight_zero is None).long()
-    if weight_zero is not None:
-        weight = weight - weight_zero.long().repeat_interleave(features // weight_zero.shape[1], 1)
-    centered = codes.long() - zero.long().repeat_interleave(features // zero.shape[1], 1)
-    groups = max(scale.shape[1], weight_scale.shape[1])
-    out = torch.zeros(len(codes), len(weight))
-    for g in range(groups):
-        part = slice(g * features // groups, (g + 1) * features // groups)
-        exact = centered[:, part] @ weight[:, part].T
-        a, w = g * scale.shape[1] // groups, g * weight_scale.shape[1] // groups
-        term = exact.float() if weight_scale.shape[1] == 1 else exact.float() * weight_scale[:, w]
-        out += term * scale[:, a, None]
-    if weight_scale.shape[1] == 1:
-        out *= weight_scale[:, 0]
+def quantized_linear(x: Quantized, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply quantized activations [tokens, K] by a checkpoint's weight in int64, segment by segment."""
+    values, scale, offset = x
+    features, segments = values.shape[1], scale.shape[1]
+    num_bits = 8 * weight.packed.shape[1] // features
+    integers = unpack_codes(weight.packed, num_bits, signed=weight.zero_point is None).long()
+    if weight.zero_point is not None:
+        integers = integers - weight.zero_point.long().repeat_interleave(features // weight.zero_point.shape[1], 1)
+    if weight.multiplier is not None:
+        integers = integers * weight.multiplier.long().repeat_interleave(features // weight.multiplier.shape[1], 1)
+    centered = values.long()
+    if offset is not None:
+        centered = centered - offset.long().repeat_interleave(features // segments, 1)
+    out = torch.zeros(len(values), len(integers))
+    for s, (part, rows) in enumerate(zip(centered.chunk(segments, 1), integers.chunk(segments, 1), strict=True)):
+        out += (part @ rows.T).float() * scale[:, s, None]
+    out *= weight.scale[:, 0]
     return (out if bias is None else out + bias.float()).to(dtype)
-
-
-def add_bytes(products: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Add products of high and of low bytes [2 * tokens, N] float32, and the bias."""
-    out = products[0::2] + products[1::2]
-    return (out if bias is None else out + bias.float()).to(dtype)
-
-
-def linear_int16(
-    x: torch.Tensor,
-    matrices: list[torch.Tensor],
-    hadamard: int,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Multiply x [tokens, K], transformed and in int16, by a checkpoint's weight."""
-    codes = quantize_int16(apply_transform(x.float(), matrices, hadamard))
-    products = quantized_linear(*codes, packed, weight_scale, weight_zero, None, torch.float32)
-    return add_bytes(products, bias, x.dtype)
 
 
 def linear(x: torch.Tensor, inputs: InputQuant, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Compute a whole linear layer of x [tokens, K] and a checkpoint's tensors."""
-    matrices, hadamard, clip, num_bits, symmetric = inputs
-    if clip is None:
-        return linear_int16(x, matrices, hadamard, *weight, bias)
-    codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric)
-    return quantized_linear(*codes, *weight, bias, x.dtype)
+    quantized = rotate_quantize(x, inputs)
+    if inputs.clip_ratio is not None:
+        return quantized_linear(quantized, weight, bias, x.dtype)
+    products = quantized_linear(quantized, weight, None, torch.float32)
+    out = products[0::2] + products[1::2]  # of high and of low bytes
+    return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
