@@ -15,7 +15,7 @@ class InputQuant(NamedTuple):
     num_bits: of the activations
     symmetric: zero-points are 2^(num_bits - 1)
     segments: of a token, each with its own float32 scale: one, or one for each shard of features that a TP rank might
-        serve. Divides the groups; if a segment has several groups, each has an integer multiplier and num_bits is 4
+        serve. Divides the groups; if a segment has several groups, num_bits is 4
     """
 
     matrices: list[torch.Tensor]

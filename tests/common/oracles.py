@@ -54,34 +54,30 @@ def _quantize_segment(
     """Quantize y [tokens, features] with one scale: values int8, scale float32 [tokens], offset int32 [tokens]."""
     qmax = 2**inputs.num_bits - 1
     parts = y.chunk(len(clip), 1)
-    steps, zeros, lows = zip(
+    steps, zeros = zip(
         *(_range(part, factors, inputs) for part, factors in zip(parts, clip, strict=True)), strict=True
     )
     if len(parts) == 1:
         codes = torch.clamp(torch.round(y * (1 / steps[0])[:, None]) + zeros[0][:, None], 0, qmax)
         center = zeros[0] if inputs.num_bits == 4 else torch.full_like(zeros[0], 128)
         return (codes - center[:, None]).to(torch.int8), steps[0], (zeros[0] - center).int()
-    reaches = [torch.maximum(zero, qmax - zero) for zero in zeros]
-    scale = torch.stack([step * reach for step, reach in zip(steps, reaches, strict=True)]).amax(0) / 127
+    far = [step * torch.maximum(zero, qmax - zero) for step, zero in zip(steps, zeros, strict=True)]
+    scale = torch.stack(far).amax(0) / 127
     values = []
-    for part, step, reach, zero, low in zip(parts, steps, reaches, zeros, lows, strict=True):
-        multiplier = torch.minimum(torch.ceil(step / scale), torch.floor(127 / reach)).clamp(min=1)
-        inverse = 1 / (scale * multiplier)
-        zero = zero if inputs.symmetric else torch.round(-low * inverse).clamp(max=qmax)  # noqa: PLW2901
-        limit = torch.floor(127 / multiplier)[:, None]
-        codes = torch.round(part * inverse[:, None]).clamp(-limit, limit) + zero[:, None]
-        values.append((codes.clamp(0, qmax) - zero[:, None]) * multiplier[:, None])
+    for part, step, zero in zip(parts, steps, zeros, strict=True):
+        codes = torch.clamp(torch.round(part * (1 / step)[:, None]) + zero[:, None], 0, qmax)
+        values.append(torch.round((codes - zero[:, None]) * (step * (1 / scale))[:, None]))
     return torch.cat(values, 1).to(torch.int8), scale, torch.zeros(len(y), dtype=torch.int32)
 
 
-def _range(y: torch.Tensor, clip: torch.Tensor, inputs: InputQuant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the step, the zero-point and the clipped minimum of each token's group y [tokens, size]."""
+def _range(y: torch.Tensor, clip: torch.Tensor, inputs: InputQuant) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the step and the zero-point of each token's group y [tokens, size]."""
     low, high = y.amin(1).clamp(max=0) * clip[0], y.amax(1).clamp(min=0) * clip[1]
     if inputs.symmetric:
         step = (torch.maximum(-low, high) / (2 ** (inputs.num_bits - 1) - 1)).clamp(min=1e-12)
-        return step, torch.full_like(step, 2 ** (inputs.num_bits - 1)), low
+        return step, torch.full_like(step, 2 ** (inputs.num_bits - 1))
     step = ((high - low) / (2**inputs.num_bits - 1)).clamp(min=1e-12)
-    return step, torch.round(-low * (1 / step)), low
+    return step, torch.round(-low * (1 / step))
 
 
 def quantize_int16(y: torch.Tensor) -> Quantized:
