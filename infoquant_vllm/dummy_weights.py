@@ -6,6 +6,8 @@ import torch
 
 ONES = ("input_clip_ratio", "key_clip_ratio", "value_clip_ratio", "final_norm_weight")
 ZEROS = ("key_mean",)
+DUMMY_MULTIPLIER = 15
+"""The largest one for zero-points in the middle."""
 IDENTITIES = ("input_blocks", "input_left", "input_right", "r1")
 
 
@@ -21,7 +23,10 @@ def fill_dummy_weights(tensors: dict[str, torch.Tensor], module: str, num_bits: 
             _fill_with_random_bytes(data, zlib.crc32(module.encode()))
         elif name == "weight_scale" and num_bits is not None:
             features = tensors["weight_packed"].shape[1] * 8 // num_bits
-            data.fill_(3**0.5 / (2 ** (num_bits - 1) * features**0.5))  # codes are nearly uniform
+            step = 3**0.5 / (2 ** (num_bits - 1) * features**0.5)  # codes are nearly uniform
+            data.fill_(step / DUMMY_MULTIPLIER if "weight_multiplier" in tensors else step)
+        elif name == "weight_multiplier":
+            data.fill_(DUMMY_MULTIPLIER)
         elif name == "weight_zero_point" and num_bits is not None:
             data.fill_(2 ** (num_bits - 1))
         elif name in ONES:

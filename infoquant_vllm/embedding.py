@@ -115,7 +115,6 @@ class InfoQuantEmbeddingMethod(QuantizeMethodBase):
             bf16 = 2 * packed.numel()
             if not self.tied:
                 packed.data = kernels.prepare_weight(packed.data, 8, True, 1)
-                layer.weight_scale.data = kernels.prepare_qparams(layer.weight_scale.data)
             self.summary.lm_head(f"W8A16 ({kernels.name})", packed.nbytes + layer.weight_scale.nbytes, bf16)
 
     def _check_rotation(self, rotation: torch.Tensor) -> None:
@@ -141,7 +140,7 @@ class InfoQuantEmbeddingMethod(QuantizeMethodBase):
         """Map hidden states [rows, H], without the final norm's gain if rotated, to logits [rows, vocab]."""
         rows = rotate_rows(x, _inverse_rotation(layer), layer.final_norm_weight) if self.rotated else x
         if self.num_bits is not None:
-            return linear(rows, INT16_INPUT, PackedWeight(layer.weight_packed, layer.weight_scale, None), bias)
+            return linear(rows, INT16_INPUT, PackedWeight(layer.weight_packed, layer.weight_scale, None, None), bias)
         logits = dense_linear(rows, layer.weight)
         return logits if bias is None else logits + bias
 

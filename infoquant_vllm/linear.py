@@ -14,14 +14,22 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
-from infoquant_vllm.format import FormatError, LinearScheme, activation_groups, check_tp_divisible
+from infoquant_vllm.format import (
+    MAX_VALUE,
+    FormatError,
+    LinearScheme,
+    activation_groups,
+    activation_segments,
+    check_multipliers,
+    check_tp_divisible,
+)
 from infoquant_vllm.kernels.dispatch import backend
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from infoquant_vllm.kernels.ops import linear
 from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.summary import Summary
 
-QPARAMS = ("weight_scale", "weight_zero_point")
+QPARAMS = ("weight_multiplier", "weight_zero_point")
 INPUT_TENSORS = ("input_clip_ratio", "input_blocks", "input_left", "input_right")
 
 
@@ -39,7 +47,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
         activations, transform = scheme.input_activations, scheme.input_transform
         self.hadamard = transform.block_size or 0 if transform.type == "hadamard" else 0
         self.num_bits, self.symmetric = activations.num_bits, activations.symmetric
-        self.has_clip_ratio, self.has_zero_point = activations.num_bits != 16, not scheme.weights.symmetric
+        self.has_clip_ratio = activations.num_bits != 16
+        self.has_multiplier, self.has_zero_point = scheme.weights.group_size is not None, not scheme.weights.symmetric
 
     def create_weights(
         self,
@@ -56,7 +65,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
         self._check_kernel()
         tracker = LoadTracker(self._shards(len(output_partition_sizes)))
         loader = extra_weight_attrs["weight_loader"]
-        layer.infoquant_tracker = tracker
+        layer.infoquant_tracker, layer.infoquant_rows = tracker, output_partition_sizes
+        layer.infoquant_segments = activation_segments(self.scheme.input_activations, input_size_per_partition)
         self._create_weight(layer, tracker, loader, sum(output_partition_sizes), input_size_per_partition)
         self._create_input(layer, tracker, loader, input_size_per_partition)
         self.summary.expect()
@@ -75,10 +85,14 @@ class InfoQuantLinearMethod(LinearMethodBase):
             weight_loader=tracker.track("weight_packed", loader),
         )
         layer.register_parameter("weight_packed", packed)
-        qparams = {"weight_scale": torch.float32} | ({} if weights.symmetric else {"weight_zero_point": torch.uint8})
-        for name, dtype in qparams.items():
-            largest = 2**weights.num_bits - 1 if dtype == torch.uint8 else None
-            data, load = torch.empty(rows, groups, dtype=dtype), tracker.track(name, loader, largest_code=largest)
+        scale = ChannelQuantScaleParameter(
+            data=torch.empty(rows, 1), output_dim=0, weight_loader=tracker.track("weight_scale", loader)
+        )
+        layer.register_parameter("weight_scale", scale)
+        qparams = ("weight_multiplier",) * self.has_multiplier + ("weight_zero_point",) * self.has_zero_point
+        for name in qparams:
+            largest = 2**weights.num_bits - 1 if name == "weight_zero_point" else None
+            data, load = torch.empty(rows, groups, dtype=torch.uint8), tracker.track(name, loader, largest_code=largest)
             if weights.group_size is None:
                 param: BasevLLMParameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=load)
             else:
@@ -87,7 +101,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
 
     def _create_input(self, layer: Any, tracker: LoadTracker, loader: Callable[..., None], features: int) -> None:
         activations, transform = self.scheme.input_activations, self.scheme.input_transform
-        sharded = {"input_clip_ratio": activations.group_size is not None, "input_blocks": True}
+        sharded = {"input_clip_ratio": activation_groups(activations, features) > 1, "input_blocks": True}
         shapes: dict[str, tuple[int, ...]] = {}
         if self.has_clip_ratio:
             shapes["input_clip_ratio"] = (activation_groups(activations, features), 2)
@@ -116,13 +130,12 @@ class InfoQuantLinearMethod(LinearMethodBase):
             check_tp_divisible(self.scheme, all_features, tp_size=all_features // features)
         except FormatError as error:
             raise FormatError(f"{self.prefix}: {error}") from None
-        activations = self.scheme.input_activations
-        input_group = None if activations.num_bits == 16 else activations.group_size
-        groups = [group for group in (input_group, self.scheme.weights.group_size) if group is not None]
-        if len(groups) == 2 and max(groups) % min(groups):
-            raise FormatError(f"{self.prefix}: group sizes {groups[0]} and {groups[1]} do not nest")
-        if 2 ** min(activations.num_bits, 8) * 2**8 * min(groups, default=features) >= 2**31:
-            raise FormatError(f"{self.prefix}: sums over {features} features may overflow 32 bits")
+        inputs, weights = self.scheme.input_activations, self.scheme.weights
+        largest_input = MAX_VALUE if inputs.num_bits == 4 else 2**8
+        largest_weight = MAX_VALUE if weights.num_bits == 4 else 2**8
+        summed = inputs.segment_size or features
+        if largest_input * largest_weight * summed >= 2**31:
+            raise FormatError(f"{self.prefix}: sums over {summed} features may overflow 32 bits")
 
     def _check_kernel(self) -> None:
         groups = self.scheme.weights.group_size, self.scheme.input_activations.group_size
@@ -139,9 +152,9 @@ class InfoQuantLinearMethod(LinearMethodBase):
         kernels = backend(packed.device.type)
         matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
         layer.infoquant_matrices = kernels.prepare_matrices(matrices, self.hadamard)
-        groups = max(len(layer.input_clip_ratio) if self.has_clip_ratio else 1, layer.weight_scale.shape[1])
+        groups = max(len(layer.input_clip_ratio) if self.has_clip_ratio else 1, self._check_qparams(layer))
         layer.weight_packed = _frozen(kernels.prepare_weight(packed, weights.num_bits, weights.symmetric, groups))
-        for name in (*QPARAMS, *INPUT_TENSORS):
+        for name in ("weight_scale", *QPARAMS, *INPUT_TENSORS):
             if hasattr(layer, name):
                 data = getattr(layer, name).data
                 setattr(layer, name, _frozen(kernels.prepare_qparams(data) if name in QPARAMS else data))
@@ -149,15 +162,27 @@ class InfoQuantLinearMethod(LinearMethodBase):
         kind = f"W{weights.num_bits}A{self.num_bits} ({kernels.name})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
 
+    def _check_qparams(self, layer: Any) -> int:
+        """Refuse multipliers that are too large for their zero-points; return the number of groups in a row."""
+        if not self.has_multiplier:
+            return 1
+        multipliers = layer.weight_multiplier.data.split(layer.infoquant_rows)
+        zeros = layer.weight_zero_point.data.split(layer.infoquant_rows) if self.has_zero_point else [None] * 3
+        for source, multiplier, zero in zip(self.sources, multipliers, zeros, strict=False):
+            check_multipliers(multiplier, zero, f"{source}.weight_multiplier", "checkpoint")
+        return layer.weight_multiplier.shape[1]
+
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map x [..., K] to [..., N], both in the model's dtype."""
         clip_ratio = layer.input_clip_ratio if self.has_clip_ratio else None
+        multiplier = layer.weight_multiplier if self.has_multiplier else None
         zero_point = layer.weight_zero_point if self.has_zero_point else None
+        segments = layer.infoquant_segments
         is_flat = x.dim() == 2
         out = linear(
             x if is_flat else x.reshape(-1, x.shape[-1]),
-            InputQuant(layer.infoquant_matrices, self.hadamard, clip_ratio, self.num_bits, self.symmetric),
-            PackedWeight(layer.weight_packed, layer.weight_scale, zero_point),
+            InputQuant(layer.infoquant_matrices, self.hadamard, clip_ratio, self.num_bits, self.symmetric, segments),
+            PackedWeight(layer.weight_packed, layer.weight_scale, multiplier, zero_point),
             bias,
         )
         return out if is_flat else out.view(*x.shape[:-1], out.shape[-1])

@@ -41,6 +41,8 @@ class SiteActivations(StrictModel):
     def _group_size_needs_strategy(self) -> "SiteActivations":
         if (self.strategy == "group") != (self.group_size is not None):
             raise ValueError(f"group_size {self.group_size} does not go with strategy '{self.strategy}'")
+        if self.strategy != "token" and self.num_bits != 4:
+            raise ValueError(f"strategy '{self.strategy}' needs num_bits 4, found {self.num_bits}")
         return self
 
     def for_model(self, shape: ModelShape) -> ActivationArgs:
@@ -234,13 +236,13 @@ class Recipe(StrictModel):
         return InputTransform()
 
     def input_activations(self, site: str, shape: ModelShape) -> ActivationArgs:
-        """Return the number format of a site's inputs; a range per token becomes one per shard where TP shards them."""
+        """Return the number format of a site's inputs; a scale per token becomes one per shard where TP shards them."""
         args = getattr(self.sites, site).input_activations.for_model(shape)
-        if site not in ROW_PARALLEL_SITES or args.strategy != "token" or args.num_bits == 16:
+        if site not in ROW_PARALLEL_SITES or args.num_bits == 16:
             return args
         _, features = shape.linears()[f"model.layers.0.{SITES[site][0]}"]
         shard = common_shard_size(features, shape, self.max_tp_size)
-        return args if shard == features else args.model_copy(update={"strategy": "group", "group_size": shard})
+        return args if shard == features else args.model_copy(update={"segment_size": shard})
 
     def quantization_config(self, shape: ModelShape) -> QuantizationConfigData:
         """Return `quantization_config` of the checkpoint that this recipe makes of a model of that shape.

@@ -25,7 +25,7 @@ transform: none
 rounding: rtn
 sites:
   qkv: &token {weights: {num_bits: 8}, input_activations: {num_bits: 8}, clip_ratio: 1.0}
-  o: {weights: {num_bits: 8}, input_activations: {num_bits: 8, strategy: head}, clip_ratio: 1.0}
+  o: *token
   gate_up: *token
   down: *token
 kv_cache: {key_bits: 8, value_bits: 8, key_clip_ratio: 1.0, value_clip_ratio: 1.0}

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     f"{KERNELS}.cpu": (FORMAT, f"{KERNELS}.cpu", f"{KERNELS}.operands"),
     KERNELS: (FORMAT, KERNELS),
     "infoquant_vllm": ("infoquant_vllm",),
-    "offline.algorithms": ("offline.algorithms", FORMAT, f"{KERNELS}.torch"),
+    "offline.algorithms": ("offline.algorithms", FORMAT, f"{KERNELS}.torch", f"{KERNELS}.operands"),
     "offline.model": ("offline.model", "offline.algorithms", "offline.errors", FORMAT),
     "offline": ("offline", "infoquant_vllm"),
     "benchmarks": ("benchmarks", "offline", "infoquant_vllm"),

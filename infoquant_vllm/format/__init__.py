@@ -1,4 +1,4 @@
-"""Specify the InfoQuant checkpoint format, version 2: `config.json` and the safetensors files.
+"""Specify the InfoQuant checkpoint format, version 3: `config.json` and the safetensors files.
 
 Both halves of the project share this package. It imports neither vllm nor triton. Everything that comes from a
 checkpoint is hostile input: numbers are bounded before anything is allocated, unknown fields are refused by name, and
@@ -9,6 +9,7 @@ from infoquant_vllm.format.architectures import ARCHITECTURES, FUSED, ROW_PARALL
 from infoquant_vllm.format.checkpoint import (
     INDEX_FILE,
     Checkpoint,
+    check_multipliers,
     check_values,
     is_checkpoint,
     read_header,
@@ -30,6 +31,7 @@ from infoquant_vllm.format.projection import (
 )
 from infoquant_vllm.format.schema import (
     FORMAT_VERSION,
+    MAX_VALUE,
     QUANT_METHOD,
     ActivationArgs,
     ConfigGroup,
@@ -46,6 +48,7 @@ from infoquant_vllm.format.tensors import (
     ModelShape,
     TensorSpec,
     activation_groups,
+    activation_segments,
     cache_tensors,
     expected_tensors,
     kv_bytes_per_token_head,
@@ -57,6 +60,7 @@ __all__ = [
     "FORMAT_VERSION",
     "FUSED",
     "INDEX_FILE",
+    "MAX_VALUE",
     "MODULES_FILE",
     "PROJECTION_CONFIG",
     "PROJECTION_FOLDER",
@@ -79,8 +83,10 @@ __all__ = [
     "TensorSpec",
     "WeightArgs",
     "activation_groups",
+    "activation_segments",
     "apply_hadamard",
     "cache_tensors",
+    "check_multipliers",
     "check_tp_divisible",
     "check_values",
     "expected_tensors",

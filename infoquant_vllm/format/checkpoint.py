@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from infoquant_vllm.format.errors import FormatError
-from infoquant_vllm.format.schema import QUANT_METHOD, parse_config
+from infoquant_vllm.format.schema import MAX_VALUE, QUANT_METHOD, parse_config
 from infoquant_vllm.format.tensors import ModelShape, TensorSpec, expected_tensors
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,11 +40,16 @@ class Checkpoint:
         self._compare(self.headers)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Load one tensor; raise FormatError if its values are invalid (see `check_values`)."""
+        """Load one tensor; raise FormatError if its values are invalid (see `check_values`, `check_multipliers`)."""
         file = self.folder / self.weight_map[name]
         with safe_open(file, framework="pt") as shard:
             tensor = shard.get_tensor(name)
-        check_values(tensor, name, str(file), self._largest_code(name))
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_multiplier":
+            zero_point = f"{module}.weight_zero_point"
+            check_multipliers(tensor, self.tensor(zero_point) if zero_point in self.headers else None, name, str(file))
+        else:
+            check_values(tensor, name, str(file), self._largest_code(name))
         return tensor
 
     def check_norms(self) -> None:
@@ -158,11 +163,29 @@ def check_values(tensor: torch.Tensor, name: str, source: str, largest_code: int
             first = start + int(bad.nonzero()[0]) if first is None else first
             count += int(bad.sum())
     if first is not None:
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
-        raise FormatError(
-            f"{source}: {name}[{', '.join(map(str, index))}] is {tensor[index].item():g}, "
-            f"expected {expected} ({count} of {tensor.numel()} are wrong)"
-        )
+        raise FormatError(_wrong_values(tensor, first, count, expected, f"{source}: {name}"))
+
+
+def check_multipliers(multiplier: torch.Tensor, zero_point: torch.Tensor | None, name: str, source: str) -> None:
+    """Raise FormatError for multipliers [N, groups] of 0, and for those with which some code is no int8 value.
+
+    zero_point: [N, groups], 0 .. 15; None: signed codes
+    """
+    reach = torch.full_like(multiplier, 8) if zero_point is None else torch.maximum(zero_point, 15 - zero_point)
+    bad = ((multiplier < 1) | (multiplier.int() * reach > MAX_VALUE)).flatten()
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        farthest = int(reach.flatten()[first])
+        expected = f"1 .. {MAX_VALUE // farthest}, since codes are up to {farthest} from their zero-point"
+        raise FormatError(_wrong_values(multiplier, first, int(bad.sum()), expected, f"{source}: {name}"))
+
+
+def _wrong_values(tensor: torch.Tensor, first: int, count: int, expected: str, name: str) -> str:
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
+    return (
+        f"{name}[{', '.join(map(str, index))}] is {tensor[index].item():g}, "
+        f"expected {expected} ({count} of {tensor.numel()} are wrong)"
+    )
 
 
 def _rule(tensor: torch.Tensor, name: str, largest_code: int | None) -> tuple[Rule, str]:

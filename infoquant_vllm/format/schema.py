@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from infoquant_vllm.format.errors import FormatError
 
 QUANT_METHOD = "infoquant"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+MAX_VALUE = 127
+"""Largest magnitude of an int8 value that a kernel multiplies: (code - zero_point) * multiplier."""
 
 Bits = Literal[4, 8]
 Size = Annotated[int, Field(ge=1, le=2**17)]
@@ -23,7 +25,10 @@ class StrictModel(BaseModel):
 
 
 class WeightArgs(StrictModel):
-    """Describe weights: `weight_packed` with `weight_scale` [N, G], and `weight_zero_point` [N, G] if asymmetric."""
+    """Describe weights: `weight_packed` with `weight_scale` [N, 1], and `weight_zero_point` [N, G] if asymmetric.
+
+    Groups have integer multipliers of their row's scale, `weight_multiplier` [N, G], and 4 bits.
+    """
 
     num_bits: Bits
     symmetric: bool = True
@@ -32,25 +37,38 @@ class WeightArgs(StrictModel):
 
     @model_validator(mode="after")
     def _group_size_goes_with_strategy(self) -> "WeightArgs":
-        _check_group_size(self.strategy == "group", self.strategy, self.group_size)
+        _check_group_size(self.strategy == "group", self.strategy, self.group_size, self.num_bits)
         return self
 
 
 class ActivationArgs(StrictModel):
-    """Describe dynamic activation quantization: one (scale, zero-point) per token, or per group of its features.
+    """Describe dynamic activation quantization: one scale per token, or per segment of its features.
+
+    segment_size: features that share a scale; None: all. A TP rank serves whole segments
+    group_size: features that share a zero-point and an integer multiplier of the scale, within a segment, with 4 bits;
+        None: those of a segment share a zero-point, and nothing multiplies their scale
 
     `input_clip_ratio` [activation groups, 2] multiplies (min, max). 16-bit activations are symmetric per token, the
-    largest magnitude at 32767 steps, without groups and clip ratio.
+    largest magnitude at 32767 steps, without segments, groups and clip ratio.
     """
 
     num_bits: Literal[4, 8, 16]
     symmetric: bool = False
     strategy: Literal["token", "head", "group"] = "token"
     group_size: Size | None = None
+    segment_size: Size | None = None
 
     @model_validator(mode="after")
     def _group_size_goes_with_strategy(self) -> "ActivationArgs":
-        _check_group_size(self.strategy != "token", self.strategy, self.group_size)
+        _check_group_size(self.strategy != "token", self.strategy, self.group_size, self.num_bits)
+        return self
+
+    @model_validator(mode="after")
+    def _segments_hold_whole_groups(self) -> "ActivationArgs":
+        if self.segment_size is not None and self.num_bits == 16:
+            raise ValueError(f"segment_size {self.segment_size} does not go with num_bits 16")
+        if self.segment_size is not None and self.segment_size % (self.group_size or 1):
+            raise ValueError(f"group_size {self.group_size} does not divide segment_size {self.segment_size}")
         return self
 
 
@@ -194,6 +212,8 @@ def parse_config(data: Any, source: str = "quantization_config") -> Quantization
         raise FormatError.from_validation(source, error) from None
 
 
-def _check_group_size(wanted: bool, strategy: str, group_size: int | None) -> None:
+def _check_group_size(wanted: bool, strategy: str, group_size: int | None, num_bits: int) -> None:
     if wanted != (group_size is not None):
         raise ValueError(f"group_size {group_size} does not go with strategy '{strategy}'")
+    if wanted and num_bits != 4:
+        raise ValueError(f"strategy '{strategy}' needs num_bits 4, found {num_bits}")

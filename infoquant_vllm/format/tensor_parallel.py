@@ -11,13 +11,14 @@ def check_tp_divisible(scheme: LinearScheme, features: int, tp_size: int = 1) ->
     rank. 16-bit inputs are the exception: their steps are so fine that every rank may have its own scale.
     """
     weights, inputs, transform = scheme.weights, scheme.input_activations, scheme.input_transform
-    token = features if tp_size > 1 and inputs.strategy == "token" else None
+    token = features if tp_size > 1 and inputs.segment_size is None else None
     for label, size in (
         ("weight group_size", weights.group_size),
         (f"{transform.type} block_size", transform.block_size),
         ("kronecker size", features if transform.factors is not None else None),
         ("activation group_size", inputs.group_size),
-        ("activation range per token, of", None if inputs.num_bits == 16 else token),
+        ("activation segment_size", inputs.segment_size),
+        ("activation scale per token, of", None if inputs.num_bits == 16 else token),
         ("codes per byte", 8 // weights.num_bits),
     ):
         if size is not None and features // tp_size % size:

@@ -126,9 +126,14 @@ class ModelShape(BaseModel):
         return layers | {"model.norm": self.hidden_size}
 
 
+def activation_segments(args: ActivationArgs, in_features: int) -> int:
+    """Return the number of scales per token for an input of `in_features`."""
+    return 1 if args.segment_size is None else in_features // args.segment_size
+
+
 def activation_groups(args: ActivationArgs, in_features: int) -> int:
-    """Return the number of (scale, zero-point) pairs per token for an input of `in_features`."""
-    return 1 if args.group_size is None else in_features // args.group_size
+    """Return the number of zero-points per token for an input of `in_features`."""
+    return activation_segments(args, in_features) if args.group_size is None else in_features // args.group_size
 
 
 def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
@@ -142,8 +147,10 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
     groups = 1 if weights.group_size is None else in_features // weights.group_size
     tensors = {
         "weight_packed": TensorSpec(shape=(out_features, in_features * weights.num_bits // 8), dtype="U8"),
-        "weight_scale": TensorSpec(shape=(out_features, groups), dtype="F32"),
+        "weight_scale": TensorSpec(shape=(out_features, 1), dtype="F32"),
     }
+    if weights.group_size is not None:
+        tensors["weight_multiplier"] = TensorSpec(shape=(out_features, groups), dtype="U8")
     if not weights.symmetric:
         tensors["weight_zero_point"] = TensorSpec(shape=(out_features, groups), dtype="U8")
     if activations.num_bits != 16:

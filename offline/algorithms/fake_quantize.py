@@ -1,8 +1,8 @@
 """Fake quantization: the values that codes stand for, of weights and, with gradients, of activations and KV.
 
 Rounding passes gradients unchanged, a straight-through estimator (Bengio et al., arXiv 1308.3432). Scales have the
-gradient of LSQ (Esser et al., arXiv 1902.08153): a scale is a clipped range / levels, so it depends on the clip
-ratios. Zero-points, and the minimum and maximum of a range, count as constants.
+gradient of LSQ (Esser et al., arXiv 1902.08153): a step is a clipped range / levels, so it depends on the clip
+ratios. Zero-points, the minimum and maximum of a range, and the scale that groups share count as constants.
 """
 
 from typing import Any
@@ -10,42 +10,47 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from infoquant_vllm.format import WeightArgs, unpack_codes
+from infoquant_vllm.format import ActivationArgs, WeightArgs, activation_segments, unpack_codes
+from infoquant_vllm.kernels.operands import InputQuant
 from infoquant_vllm.kernels.torch.quantize import quantize_groups, quantize_kv
 
 MAX_ROUNDING = 0.5001
-"""Scales; rounding moves a value by no more (with room for float32), clipping moves it further."""
+"""Steps; rounding moves a value by no more (with room for float32), clipping moves it further."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def integer_weights(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:
-    """Subtract zero-points from the codes of a linear's checkpoint tensors.
+    """Subtract zero-points from the codes of a linear's checkpoint tensors, and multiply by multipliers.
 
     Returns [N, K]: int8, or int16 for asymmetric 8-bit codes.
     """
     codes = unpack_codes(tensors["weight_packed"], args.num_bits, signed=args.symmetric)
-    if args.symmetric:
-        return codes
-    zeros = tensors["weight_zero_point"].to(torch.int16)
-    centered = (codes.to(torch.int16).unflatten(1, (zeros.shape[1], -1)) - zeros[:, :, None]).flatten(1)
-    return centered if args.num_bits == 8 else centered.to(torch.int8)
+    integers = codes if args.symmetric or args.num_bits == 4 else codes.to(torch.int16)
+    for name, apply in (("weight_zero_point", torch.sub), ("weight_multiplier", torch.mul)):
+        if name in tensors:
+            by_group = integers.unflatten(1, (tensors[name].shape[1], -1))
+            integers = apply(by_group, tensors[name].to(integers.dtype)[:, :, None]).flatten(1)
+    return integers
 
 
 def dequantized_weight(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:
     """Dequantize a linear's checkpoint tensors to [N, K] float32."""
-    scale = tensors["weight_scale"]
-    codes = integer_weights(tensors, args).unflatten(1, (scale.shape[1], -1))
-    return (codes * scale[:, :, None]).flatten(1)
+    return integer_weights(tensors, args) * tensors["weight_scale"]
 
 
-def fake_quantize(x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric: bool) -> torch.Tensor:
+def input_quant(args: ActivationArgs, clip: torch.Tensor | None, features: int) -> InputQuant:
+    """Return the quantizer of inputs of `features`, without a transform; clip: ratios [groups, 2], or None."""
+    return InputQuant([], 0, clip, args.num_bits, args.symmetric, activation_segments(args, features))
+
+
+def fake_quantize(x: torch.Tensor, clip: torch.Tensor, args: ActivationArgs) -> torch.Tensor:
     """Quantize activations x [..., K] float32 as `quantize_groups` does and dequantize them.
 
     clip: clip ratios [groups, 2] float32 of (minimum, maximum)
     Gradients go to x and clip.
     """
-    return _FakeQuantize.apply(x, clip, num_bits, symmetric)
+    return _FakeQuantize.apply(x, clip, args)
 
 
 def fake_store(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tensor:
@@ -59,30 +64,30 @@ def fake_store(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tens
 
 class _FakeQuantize(Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric: bool) -> torch.Tensor:
-        codes, scale, zero = quantize_groups(x.flatten(0, -2), clip, num_bits, symmetric)
-        y = codes.sub_(zero).mul_(scale).view(x.shape)
-        ctx.save_for_backward(x, y, scale, clip)
-        ctx.num_bits, ctx.symmetric = num_bits, symmetric
-        return y
+    def forward(ctx: Any, x: torch.Tensor, clip: torch.Tensor, args: ActivationArgs) -> torch.Tensor:
+        quantized = quantize_groups(x.flatten(0, -2), input_quant(args, clip, x.shape[-1]))
+        ctx.save_for_backward(x, quantized.step, quantized.zero, clip)
+        ctx.num_bits, ctx.symmetric = args.num_bits, args.symmetric
+        return quantized.dequantized().view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale, clip = ctx.saved_tensors[2:]
-        x, y, gradient = (
-            t.reshape(-1, len(clip), t.shape[-1] // len(clip)) for t in (*ctx.saved_tensors[:2], *gradients)
-        )
-        to_x = _where_not_clipped(gradient, x, y, scale)
-        to_scale = (torch.linalg.vecdot(gradient, y) - torch.linalg.vecdot(to_x, x)) / scale[..., 0]
+        step, zero, clip = ctx.saved_tensors[1:]
+        x, gradient = (t.reshape(*step.shape[:2], -1) for t in (ctx.saved_tensors[0], *gradients))
+        scaled, levels = x * (1 / step), 2**ctx.num_bits - 1
+        rounded = scaled.round()
+        integers = torch.clamp(rounded, -zero, levels - zero)
+        to_x = gradient.masked_fill(integers != rounded, 0)
+        to_step = torch.linalg.vecdot(gradient, integers) - torch.linalg.vecdot(to_x, scaled)
         smallest, largest = _range(x)
         if ctx.symmetric:
             steps = 2 ** (ctx.num_bits - 1) - 1
             below = -smallest * clip[:, 0] > largest * clip[:, 1]
-            to_low, to_high = -to_scale * below / steps, to_scale * ~below / steps
+            to_low, to_high = -to_step * below / steps, to_step * ~below / steps
         else:
-            to_low, to_high = -to_scale / (2**ctx.num_bits - 1), to_scale / (2**ctx.num_bits - 1)
+            to_low, to_high = -to_step / levels, to_step / levels
         to_clip = torch.stack((to_low * smallest, to_high * largest), -1).sum(0)
-        return to_x.view(ctx.saved_tensors[0].shape), to_clip, None, None
+        return to_x.view(ctx.saved_tensors[0].shape), to_clip, None
 
 
 class _FakeStore(Function):

@@ -8,7 +8,7 @@ itself rather than of its inverse, which is half the work and need not be in mem
 import torch
 
 from infoquant_vllm.format import WeightArgs
-from offline.algorithms.rtn import QuantizedWeight, Scales, search_scales
+from offline.algorithms.rtn import QuantizedWeight, Steps, quantized_weight, search_scales, search_steps
 
 BLOCK = 32
 """Columns that are rounded before their errors are passed on to all later ones."""
@@ -21,26 +21,25 @@ MAX_ERROR_ROWS = 2048
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs, dampening_frac: float) -> QuantizedWeight:
     """Quantize weight [N, K] float32 for inputs x with sum of x^T x = hessian [K, K].
 
-    Scales come from a clip search on the weights: over whole rows before anything is rounded or, with
-    groups, over each group just before it is rounded.
+    Scales come from a clip search on the weights, over whole rows before anything is rounded. With groups, the
+    multipliers are searched for each group just before it is rounded.
     """
     rest = weight.T.clone(
         memory_format=torch.contiguous_format
     )  # [K, N]: rows that are rounded together are contiguous
     factor, end = unit_factor(hessian, dampening_frac), len(rest)
-    group = args.group_size or end
-    found: list[Scales] = []
+    group, scale = args.group_size or end, search_scales(weight, args)
+    found: list[Steps] = []
     for first in range(0, end, group):
-        scales = search_scales(_compensated(weight, rest, factor, slice(first, first + group)), args)
-        found.append(scales)
+        steps = search_steps(_compensated(weight, rest, factor, slice(first, first + group)), scale, args)
+        found.append(steps)
         for start in range(first, first + group, BLOCK):
             stop = min(start + BLOCK, first + group)
             rows, target = _part(factor, slice(start, stop), slice(start, end)), weight.T[start:stop].contiguous()
-            codes, errors = _round_block(target, rest[start:stop], rows[:, : stop - start], scales)
+            codes, errors = _round_block(target, rest[start:stop], rows[:, : stop - start], steps)
             rest[start:stop] = codes  # in place of weights that are no longer read
             rest[stop:].addmm_(rows[:, stop - start :].T, errors)
-    scale, zero = (torch.cat([getattr(scales, name) for scales in found], dim=1) for name in ("scale", "zero"))
-    return QuantizedWeight(rest.T, scale, zero)
+    return quantized_weight(rest.T, scale, found)
 
 
 def _compensated(weight: torch.Tensor, rest: torch.Tensor, factor: list[torch.Tensor], group: slice) -> torch.Tensor:
@@ -57,19 +56,19 @@ def _compensated(weight: torch.Tensor, rest: torch.Tensor, factor: list[torch.Te
 
 
 def _round_block(
-    target: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scales: Scales
+    target: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, steps: Steps
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes and errors [B, N] of B inputs' weights `target` [B, N], one input after the other.
 
     rows: [B, N], the weights with the errors of the inputs before the block compensated
     """
-    scales = Scales(scales.scale[:, 0], scales.zero[:, 0], scales.lowest, scales.highest)
+    steps = Steps(steps.step[:, 0], steps.zero[:, 0], steps.lowest, steps.highest)
     codes, errors = torch.empty_like(rows), torch.empty_like(rows)
     for index, row in enumerate(rows):
         if index:
             row = torch.addmv(row, errors[:index].T, factor[:index, index])  # noqa: PLW2901
-        codes[index] = scales.codes(row)
-        errors[index] = target[index] - scales.values(codes[index])
+        codes[index] = steps.codes(row)
+        errors[index] = target[index] - steps.values(codes[index])
     return codes, errors
 
 

@@ -93,7 +93,9 @@ def scheme_words(scheme: LinearScheme | None) -> tuple[str, str, str]:
         + (f" of {args.group_size}" if args.group_size else "")
         for args in (weights, inputs)
     ]
-    return words[0], "int16 per token" if inputs.num_bits == 16 else words[1], f"{transform.type} {shape}".strip()
+    segments = f", a scale per segment of {inputs.segment_size}" if inputs.segment_size else ""
+    activations = "int16 per token" if inputs.num_bits == 16 else words[1] + segments
+    return words[0], activations, f"{transform.type} {shape}".strip()
 
 
 def part_sizes(checkpoint: Checkpoint) -> dict[str, Size]:

@@ -6,7 +6,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from infoquant_vllm.format import KVCacheArgs, LinearScheme, apply_hadamard, kv_bytes_per_token_head
+from infoquant_vllm.format import (
+    KVCacheArgs,
+    LinearScheme,
+    activation_segments,
+    apply_hadamard,
+    kv_bytes_per_token_head,
+)
 from infoquant_vllm.kernels.dispatch import backend
 from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams, Sequences
 from infoquant_vllm.kernels.torch.elementwise import apply_rope, rms_norm, silu
@@ -31,8 +37,10 @@ class SimulatedLinear(nn.Module):
         """Multiply x [..., K] by the weight; return [..., N] in the dtype of x."""
         tensors, args = dict(self.named_buffers()), self.scheme.input_activations
         transform = transform_operands(self.scheme.input_transform, tensors)
-        inputs = InputQuant(*transform, tensors.get("input_clip_ratio"), args.num_bits, args.symmetric)
-        weight = PackedWeight(tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero_point"))
+        segments = activation_segments(args, x.shape[-1])
+        inputs = InputQuant(*transform, tensors.get("input_clip_ratio"), args.num_bits, args.symmetric, segments)
+        qparams = (tensors.get(name) for name in ("weight_multiplier", "weight_zero_point"))
+        weight = PackedWeight(tensors["weight"], tensors["weight_scale"], *qparams)
         out = linear(x.flatten(0, -2), inputs, weight, tensors.get("bias"))
         return out.unflatten(0, x.shape[:-1])
 

@@ -154,18 +154,19 @@ def check_codes(checkpoint: Checkpoint) -> str:
 
 
 def _full_ranges(checkpoint: Checkpoint, module: str, args: WeightArgs) -> float:
-    """Return the share of groups whose codes reach half of their range, zero groups left out."""
-    scale = checkpoint.tensor(f"{module}.weight_scale")
-    integers = _integers(checkpoint, module, args).unflatten(1, (scale.shape[1], -1))
-    reached = torch.maximum(integers.amax(2).int(), -integers.amin(2).int())
-    full = reached >= 2 ** (args.num_bits - 2)
-    stored = scale > SCALE_OF_ZEROS
-    return full[stored].float().mean().item() if stored.any() else 1.0
+    """Return the share of groups whose codes reach half of their range.
 
-
-def _integers(checkpoint: Checkpoint, module: str, args: WeightArgs) -> torch.Tensor:
+    Left out are groups of rows of zeros, and those with multiplier 1: their row's scale may be too coarse for them.
+    """
     names = ["weight_packed"] if args.symmetric else ["weight_packed", "weight_zero_point"]
-    return integer_weights({name: checkpoint.tensor(f"{module}.{name}") for name in names}, args)
+    codes = integer_weights({name: checkpoint.tensor(f"{module}.{name}") for name in names}, args)
+    stored = checkpoint.tensor(f"{module}.weight_scale") > SCALE_OF_ZEROS
+    if args.group_size is not None:
+        codes = codes.unflatten(1, (-1, args.group_size))
+        stored = stored & (checkpoint.tensor(f"{module}.weight_multiplier") > 1)
+    reached = torch.maximum(codes.amax(-1).int(), -codes.amin(-1).int()).view_as(stored)
+    full = reached >= 2 ** (args.num_bits - 2)
+    return full[stored].float().mean().item() if stored.any() else 1.0
 
 
 def check_rotations(checkpoint: Checkpoint) -> str:

@@ -115,6 +115,8 @@ def _linear_tensors(weight: QuantizedWeight, args: WeightArgs) -> dict[str, torc
         "weight_packed": pack_codes(weight.codes, args.num_bits, signed=args.symmetric),
         "weight_scale": weight.scale,
     }
+    if args.group_size is not None:
+        tensors["weight_multiplier"] = weight.multiplier.to(torch.uint8)
     if not args.symmetric:
         tensors["weight_zero_point"] = weight.zero.to(torch.uint8)
     return tensors

@@ -81,14 +81,13 @@ class FakeQuantInput(nn.Module):
     def _quantize(self, x: torch.Tensor) -> torch.Tensor:
         transform, args = self._scheme.input_transform, self._scheme.input_activations
         y = transform_input(x.flatten(0, -2), transform, self._matrices, hadamard_product).view(x.shape)
-        return y if self.clip is None else fake_quantize(y.contiguous(), self.clip(), args.num_bits, args.symmetric)
+        return y if self.clip is None else fake_quantize(y.contiguous(), self.clip(), args)
 
 
 class FakeQuantLinear(nn.Module):
     """A linear with dequantized weights, whose rows are multiplied by exp(log_scale) [N] if `train_scale`.
 
-    One factor per row even where weights have a scale per group: those are hundreds of times as many,
-    too many for a few steps to estimate, and they overfit the calibration text (docs/method.md).
+    One factor per row suffices: one for each group of a row overfits the calibration text (docs/method.md).
     """
 
     bias: torch.Tensor | None
@@ -110,7 +109,7 @@ class FakeQuantLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def scale(self) -> torch.Tensor:
-        """Return the scales [N, G] as the checkpoint stores them."""
+        """Return the scales [N, 1] as the checkpoint stores them."""
         scale = self.get_buffer("weight_scale")
         return scale if self.log_scale is None else scale * self.log_scale.exp()[:, None]
 

@@ -94,7 +94,8 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
                 first = module.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
                 tensors[name] = tensors[first + name.removeprefix(module)].clone()
         if f"{module}.weight_scale" in tensors:
-            tensors[f"{module}.weight_scale"] *= 0.2 / in_features**0.5
+            multiplier = 6 if f"{module}.weight_multiplier" in tensors else 1
+            tensors[f"{module}.weight_scale"] *= 0.2 / multiplier / in_features**0.5
     if f"{shape.lm_head_module}.weight_scale" in tensors:
         tensors[f"{shape.lm_head_module}.weight_scale"] /= 74.0  # the standard deviation of 8-bit codes
     return tensors
@@ -119,6 +120,8 @@ def write_random(folder: Path, quantization: dict[str, Any] | None = None, **cha
 
 def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
     kind, shape = name.rsplit(".", 1)[-1], spec.shape
+    if kind == "weight_multiplier":
+        return torch.randint(4, 9, shape, generator=generator, dtype=torch.uint8)  # 8 goes with all zero-points
     if kind in ("weight_packed", "weight_zero_point"):
         high = 16 if kind == "weight_zero_point" else 256
         return torch.randint(0, high, shape, generator=generator, dtype=torch.uint8)

@@ -41,6 +41,7 @@ QUANTIZATION = {
 TENSORS = {  # one of each kind
     "packed": f"{LAYER}mlp.up_proj.weight_packed",
     "scale": f"{LAYER}mlp.up_proj.weight_scale",
+    "multiplier": f"{LAYER}mlp.up_proj.weight_multiplier",
     "zero point": f"{LAYER}mlp.up_proj.weight_zero_point",
     "clip": f"{LAYER}mlp.down_proj.input_clip_ratio",
     "blocks": f"{LAYER}self_attn.q_proj.input_blocks",
@@ -85,19 +86,29 @@ def _tensors() -> Iterator[tuple[str, Case]]:
         yield f"{label} cut short", _tensor(name, lambda t: t[:-1].clone(), "has shape", "expected")
         yield f"{label} reshaped", _tensor(name, lambda t: t.reshape(-1, 1, 1), "has shape", "expected")
         yield f"{label} of another dtype", _tensor(name, lambda t: t.to(torch.int32), "is I32", "expected")
-        if label not in ("packed", "zero point", "vocabulary"):
+        if label not in ("packed", "multiplier", "zero point", "vocabulary"):
             for value in (float("nan"), float("inf")):
                 yield f"{label} {value}", _tensor(name, lambda t, v=value: _first(t, v), f"is {value:g}", "1 of")
         if label not in MAY_BE_ZERO:
             yield f"{label} zero", _tensor(name, torch.zeros_like, "is 0,")
     yield "scale negative", _tensor(TENSORS["scale"], lambda t: _first(t, -1.0), "is -1, expected scales above 0")
     yield "clip above 1", _tensor(TENSORS["clip"], lambda t: _first(t, 2.0), "is 2, expected factors in (0, 1]")
+    too_large = _tensor(TENSORS["multiplier"], lambda t: _first(t, 16), "is 16, expected 1 .. ", "zero-point")
+    yield "multiplier too large", too_large
+    yield "multiplier too large for its zero point", Case(_stretch, (TENSORS["multiplier"], "is 9, expected 1 .. 8,"))
     yield "zero point of 5 bits", _tensor(TENSORS["zero point"], lambda t: _first(t, 16), "is 16, expected codes up to")
 
 
 def _first(tensor: torch.Tensor, value: float) -> torch.Tensor:
     tensor.view(-1)[0] = value
     return tensor
+
+
+def _stretch(folder: Path) -> None:
+    tensors = load_file(folder / SHARD)
+    _first(tensors[TENSORS["multiplier"]], 9)
+    _first(tensors[TENSORS["zero point"]], 0)
+    save_file(tensors, folder / SHARD)
 
 
 def _tensor(name: str, change: Change | None, *says: str) -> Case:
@@ -167,9 +178,14 @@ def _config_fields() -> Iterator[tuple[str, Case]]:
             if kind != "missing" or path not in SERVED_WITHOUT:
                 spoil = _edit("config.json", ("quantization_config", *path), value)
                 yield f"{'.'.join(path)} {kind}", Case(spoil, ())
-    path = ("quantization_config", "config_groups", "blocks", "weights", "group_size")
-    yield "groups that do not divide", Case(_edit("config.json", path, 48), ("group_size 48 does not divide",))
-    yield "groups of another size", Case(_edit("config.json", path, 16), ("weight_scale", "has shape"))
+    weights = ("quantization_config", *BLOCKS, "weights", "group_size")
+    yield "groups that do not divide", Case(_edit("config.json", weights, 48), ("group_size 48 does not divide",))
+    path = ("quantization_config", *BLOCKS, "input_activations", "segment_size")
+    for size, says in ((96, "segment_size 96 does not divide"), (48, "group_size 32 does not divide segment_size 48")):
+        yield f"segments of {size}", Case(_edit("config.json", path, size), (says,))
+    for kind in ("of another type", "huge", "negative"):
+        yield f"segment_size {kind}", Case(_edit("config.json", path, WRONG[kind]), ("segment_size",))
+    yield "groups of another size", Case(_edit("config.json", weights, 16), ("weight_multiplier", "has shape"))
 
 
 def _model_fields() -> Iterator[tuple[str, Case]]:

@@ -54,9 +54,7 @@ def _quantize_segment(
     """Quantize y [tokens, features] with one scale: values int8, scale float32 [tokens], offset int32 [tokens]."""
     qmax = 2**inputs.num_bits - 1
     parts = y.chunk(len(clip), 1)
-    steps, zeros = zip(
-        *(_range(part, factors, inputs) for part, factors in zip(parts, clip, strict=True)), strict=True
-    )
+    steps, zeros = zip(*(_range(part, factors, inputs) for part, factors in zip(parts, clip, strict=True)), strict=True)
     if len(parts) == 1:
         codes = torch.clamp(torch.round(y * (1 / steps[0])[:, None]) + zeros[0][:, None], 0, qmax)
         center = zeros[0] if inputs.num_bits == 4 else torch.full_like(zeros[0], 128)

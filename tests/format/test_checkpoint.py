@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from infoquant_vllm.format import INDEX_FILE, Checkpoint, FormatError, check_values
-from tests.common.checkpoints import write_random
+from tests.common.checkpoints import hf_config, quantization_config, write_random
 
 SHARD = "model-00001-of-00001.safetensors"
 SCALE = "model.layers.1.mlp.down_proj.weight_scale"
@@ -112,6 +112,39 @@ def test_scale_that_no_quantizer_writes_is_named_with_its_place(folder: Path, va
         FormatError, match=rf"{SHARD}: {SCALE}\[17, 0\] is {value:g}, expected scales above 0 \(1 of 256"
     ):
         Checkpoint(folder).tensor(SCALE)
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "multiplier", "zero", "largest"),
+    [
+        (True, 0, 0, 15),
+        (True, 16, 0, 15),
+        (False, 16, 7, 15),
+        (False, 9, 15, 8),
+        (False, 15, 6, 14),
+        (False, 255, 0, 8),
+    ],
+)
+def test_multiplier_that_makes_no_int8_values_is_named_with_its_place(
+    tmp_path: Path, symmetric: bool, multiplier: int, zero: int, largest: int
+) -> None:
+    weights = {"num_bits": 4, "symmetric": symmetric, "strategy": "group", "group_size": 64}
+    groups = quantization_config(hf_config())["config_groups"]
+    changes = {"config_groups": groups | {"down": groups["down"] | {"weights": weights}}}
+    folder, name = write_random(tmp_path / "groups", changes), "model.layers.1.mlp.down_proj.weight_multiplier"
+    tensors = load_file(folder / SHARD)
+    zero_point = name.replace("multiplier", "zero_point")
+    Checkpoint(folder).tensor(name)
+    tensors[name][5, 2] = largest
+    if not symmetric:
+        tensors[zero_point][5, 2] = zero
+    save_file(tensors, folder / SHARD)
+    Checkpoint(folder).tensor(name)
+    tensors[name][5, 2] = multiplier
+    save_file(tensors, folder / SHARD)
+    message = rf"{SHARD}: {name}\[5, 2\] is {multiplier}, expected 1 .. {largest}, .*1 of 1536 are wrong"
+    with pytest.raises(FormatError, match=message):
+        Checkpoint(folder).tensor(name)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5, float("nan")])

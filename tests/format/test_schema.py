@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from infoquant_vllm.format import ARCHITECTURES, FormatError, ModelShape, expected_tensors, parse_config
+from infoquant_vllm.format import (
+    ARCHITECTURES,
+    FormatError,
+    ModelShape,
+    activation_segments,
+    expected_tensors,
+    linear_tensors,
+    parse_config,
+)
 from tests.common.checkpoints import hf_config, quantization_config
 
 
@@ -20,7 +28,7 @@ def group(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 1}, "format_version is 1, this release reads 2"),
+        ({"format_version": 1}, "format_version is 1, this release reads 3"),
         ({"format_version": None}, "format_version is None"),
         ({"quant_method": "gptq"}, "quant_method is 'gptq', expected 'infoquant'"),
         ({"surprise": 1}, "surprise"),
@@ -28,6 +36,19 @@ def group(**changes: Any) -> dict[str, Any]:
         (group(weights={"num_bits": 4, "scale": 2}), "config_groups.g.weights.scale"),
         (group(weights={"num_bits": 4, "strategy": "group"}), "group_size None does not go with strategy 'group'"),
         (group(input_activations={"num_bits": 4, "group_size": 64}), "group_size 64 does not go with strategy 'token'"),
+        (group(weights={"num_bits": 8, "strategy": "group", "group_size": 64}), "'group' needs num_bits 4, found 8"),
+        (
+            group(input_activations={"num_bits": 8, "strategy": "head", "group_size": 64}),
+            "strategy 'head' needs num_bits 4, found 8",
+        ),
+        (
+            group(input_activations={"num_bits": 4, "strategy": "group", "group_size": 64, "segment_size": 96}),
+            "group_size 64 does not divide segment_size 96",
+        ),
+        (
+            group(input_activations={"num_bits": 16, "segment_size": 96}),
+            "segment_size 96 does not go with num_bits 16",
+        ),
         (group(input_transform={"type": "fourier"}), "input_transform.type.*found 'fourier'"),
         (group(input_transform={"type": "hadamard"}), "block_size None does not go with type 'hadamard'"),
         (group(input_transform={"type": "kronecker", "factors": [2, 2**40]}), "factors"),
@@ -64,6 +85,22 @@ def test_8_bit_vocabulary_is_the_matrix_that_makes_the_logits(tied: bool, module
     assert new == {f"{module}.weight_packed", f"{module}.weight_scale"}
     assert (eight[f"{module}.weight_packed"].shape, eight[f"{module}.weight_packed"].dtype) == ((512, 256), "U8")
     assert (eight[f"{module}.weight_scale"].shape, eight[f"{module}.weight_scale"].dtype) == ((512, 1), "F32")
+
+
+def test_groups_of_weights_have_multipliers_of_one_scale_per_row() -> None:
+    weights = {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 64}
+    inputs = {"num_bits": 4, "strategy": "group", "group_size": 32, "segment_size": 128}
+    scheme = parse_config(config(**group(weights=weights, input_activations=inputs))).scheme("q_proj")
+    assert scheme is not None
+    tensors = linear_tensors(scheme, 96, 256)
+    found = {name: (spec.shape, spec.dtype) for name, spec in tensors.items() if name != "weight_packed"}
+    assert found == {
+        "weight_scale": ((96, 1), "F32"),
+        "weight_multiplier": ((96, 4), "U8"),
+        "weight_zero_point": ((96, 4), "U8"),
+        "input_clip_ratio": ((8, 2), "F32"),
+    }
+    assert activation_segments(scheme.input_activations, 256) == 2
 
 
 def test_linear_that_nothing_names_is_refused() -> None:

@@ -113,6 +113,8 @@ def test_groups_8_bits_and_unquantized_inputs_are_written_as_the_recipe_says(tmp
     recipe = small("quarot").model_copy(update={"sites": sites, "kv_cache": None})
     quantize(write_source(tmp_path / "source"), tmp_path / "out", recipe=recipe, calibration=text, progress=silent)
     checkpoint = Checkpoint(tmp_path / "out")
+    assert checkpoint.tensor("model.layers.0.self_attn.q_proj.weight_scale").shape == (256, 1)
+    assert checkpoint.tensor("model.layers.0.self_attn.q_proj.weight_multiplier").shape == (256, 4)
     assert checkpoint.tensor("model.layers.0.self_attn.q_proj.weight_zero_point").shape == (256, 4)
     assert checkpoint.tensor("model.layers.0.self_attn.q_proj.input_clip_ratio").shape == (4, 2)
     assert checkpoint.tensor("model.layers.0.mlp.up_proj.weight_packed").shape == (320, 256)

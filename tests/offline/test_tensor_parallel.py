@@ -53,7 +53,7 @@ def test_every_preset_can_be_made_for_tp_size_four(preset: str) -> None:
 def test_a_range_per_token_becomes_one_per_shard_in_row_parallel_linears() -> None:
     token = Site()
     recipe = Recipe(name="t", transform="none", rounding="rtn", sites=Sites(o=token, down=token), max_tp_size=2)
-    assert [recipe.input_activations(site, LLAMA_8B).group_size for site in SITES] == [None, 2048, None, 7168]
+    assert [recipe.input_activations(site, LLAMA_8B).segment_size for site in SITES] == [None, 2048, None, 7168]
 
 
 def test_a_model_rotated_for_tp_size_two_computes_what_its_source_does(tmp_path: Path) -> None:

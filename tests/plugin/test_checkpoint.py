@@ -70,7 +70,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _change_tensors(f, lambda t: t["model.norm.weight"].fill_(float("inf"))),
         rf"{SHARD}: model\.norm\.weight\[0\] is inf, expected finite numbers \(256 of 256",
     ),
-    "unknown version": (_config(lambda q: q.update(format_version=9)), r"format_version is 9, this release reads 2"),
+    "unknown version": (_config(lambda q: q.update(format_version=9)), r"format_version is 9, this release reads 3"),
     "unknown field": (_config(lambda q: q.update(sparsity=2)), r"sparsity"),
     "promised rotation": (
         lambda f: (

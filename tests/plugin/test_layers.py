@@ -19,6 +19,7 @@ from infoquant_vllm import register
 from infoquant_vllm.config import InfoQuantConfig
 from infoquant_vllm.format import FormatError
 from infoquant_vllm.kernels.dispatch import backend
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from tests.common import oracles
 from tests.common.checkpoints import hf_config, quantization_config, random_tensors, write_random
 
@@ -108,12 +109,12 @@ SHARDABLE = {
         "out": {
             "targets": ["o_proj"],
             "weights": {"num_bits": 4},
-            "input_activations": {"num_bits": 4, "strategy": "head", "group_size": 64},
+            "input_activations": {"num_bits": 4, "strategy": "head", "group_size": 64, "segment_size": 128},
         },
         "down": {
             "targets": ["down_proj"],
             "weights": GROUPED | {"symmetric": False},
-            "input_activations": GROUPED,
+            "input_activations": GROUPED | {"segment_size": 64},
             "input_transform": {"type": "blocks", "block_size": 32},
         },
     }
@@ -201,6 +202,15 @@ def test_impossible_scales_are_refused_by_place(value: float, said: str) -> None
         model.load(model.create("mlp.gate_up_proj"), "mlp.gate_up_proj")
 
 
+def test_impossible_multipliers_are_refused_by_place() -> None:
+    model = Model(_with_group("residual", weights=GROUPED))
+    model.tensors[f"{LAYER}.mlp.up_proj.weight_multiplier"][7, 3] = 16
+    with _rank(0, 1):
+        layer = model.load(model.create("mlp.gate_up_proj"), "mlp.gate_up_proj")
+        with pytest.raises(FormatError, match=r"up_proj\.weight_multiplier\[7, 3\] is 16, expected 1 .. 15"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_block_that_tensor_parallelism_cuts_is_refused_with_numbers(ranks: int) -> None:
     share = f"the {384 // ranks} of 384 input features on each of {ranks} tensor-parallel ranks"
@@ -213,7 +223,7 @@ def test_a_range_per_token_that_tensor_parallelism_cuts_is_refused() -> None:
     model = Model(_with_group("out", input_activations={"num_bits": 8}))
     with (
         _rank(1, 2),
-        pytest.raises(FormatError, match=r"o_proj: activation range per token, of 256 does not divide the 128"),
+        pytest.raises(FormatError, match=r"o_proj: activation scale per token, of 256 does not divide the 128"),
     ):
         model.create("self_attn.o_proj")
 
@@ -247,7 +257,8 @@ def test_a_weight_only_linear_multiplies_its_input_as_it_comes(transform: dict[s
         found = layer(x)[0]
     assert not hasattr(layer, "input_clip_ratio")
     packed, scale = (model.tensors[f"{LAYER}.mlp.down_proj.{name}"] for name in ("weight_packed", "weight_scale"))
-    assert torch.equal(found, oracles.linear_int16(x, [], transform.get("block_size", 0), packed, scale, None, None))
+    inputs = InputQuant([], transform.get("block_size", 0), None, 16, False)
+    assert torch.equal(found, oracles.linear(x, inputs, PackedWeight(packed, scale, None, None), None))
     assert model.config.summary.linears == {f"W4A16 ({backend('cpu').name})": 1}
 
 

@@ -63,7 +63,7 @@ CASES = {
     "truncated shard": Case(truncate, (SHARD, "not a whole safetensors file")),
     "missing tensor": Case(without(SCALE), (SCALE, "missing")),
     "missing rotation": Case(without(ROTATION), (ROTATION, "missing")),
-    "unknown format version": Case(from_the_future, ("format_version is 99", "reads 2")),
+    "unknown format version": Case(from_the_future, ("format_version is 99", "reads 3")),
     "NaN scale": Case(not_a_number, (SCALE, "nan", "scales above 0")),
     "unquantized model": Case(unquantized, ("infoquant quantize",), ("--quantization", "infoquant")),
     "tensor parallelism through a block": Case(

@@ -13,12 +13,11 @@ from tests.common.tiny import VOCAB_SIZE, write_source
 from tests.server.test_equality import next_nll
 
 TOKEN = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
-HEAD = TOKEN | {"input_activations": {"num_bits": 8, "strategy": "head"}}
 RECIPE = {
     "name": "w8a8kv4",  # of 4 bits would be the linears' codes that a last bit upsets
     "transform": "hadamard",
     "rounding": "rtn",
-    "sites": {"qkv": TOKEN, "o": HEAD, "gate_up": TOKEN, "down": TOKEN},
+    "sites": {"qkv": TOKEN, "o": TOKEN, "gate_up": TOKEN, "down": TOKEN},
 }
 FEW_BLOCKS = ("--num-gpu-blocks-override", "8")  # the interpreter copies the whole cache at every launch
 ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", *FEW_BLOCKS)

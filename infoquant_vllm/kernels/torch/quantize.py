@@ -9,14 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from infoquant_vllm.format import apply_hadamard
+from infoquant_vllm.format import MAX_VALUE, apply_hadamard
 from infoquant_vllm.kernels.operands import InputQuant
 
 MIN_SCALE = 1e-12
 MIN_KV_SCALE = 2.0**-20
 MAX_FLOAT16 = 65504.0
-MAX_VALUE = 127.0
-"""Largest magnitude of a 4-bit activation as an int8 value."""
 
 
 def apply_transform(

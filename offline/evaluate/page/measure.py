@@ -8,7 +8,7 @@ from torch import nn
 
 from infoquant_vllm.format import SITES, ActivationArgs, Checkpoint
 from infoquant_vllm.kernels.torch.quantize import quantize_groups
-from offline.algorithms.fake_quantize import fake_store
+from offline.algorithms.fake_quantize import fake_store, input_quant
 from offline.algorithms.rotations import transform_input
 from offline.errors import ToolError
 from offline.evaluate.metrics import Figure, compare
@@ -129,13 +129,13 @@ class _Observer:
 def _quantized_input(
     y: torch.Tensor, args: ActivationArgs, clip: torch.Tensor | None
 ) -> tuple[torch.Tensor, Quantized | None]:
-    """Split values [tokens, K] into the groups that share a scale, and quantize them."""
+    """Split values [tokens, K] into the groups that share a step, and quantize them."""
     if clip is None:
         return y, None
-    codes, scale, zero = quantize_groups(y, clip, args.num_bits, args.symmetric)
-    lowest = -zero * scale
-    highest = lowest + (2**args.num_bits - 1) * scale
-    values = (codes - zero) * scale
+    quantized = quantize_groups(y, input_quant(args, clip, y.shape[1]))
+    lowest = -quantized.zero * quantized.step
+    highest = lowest + (2**args.num_bits - 1) * quantized.step
+    values = quantized.dequantized()
     groups = y.unflatten(1, (len(clip), -1)).flatten(0, 1)
     return groups, Quantized(values.flatten(0, 1), lowest.flatten(), highest.flatten())
 

@@ -1,13 +1,14 @@
 """The differentiable quantizers give the oracles' values, and the gradients of the same formulas."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from infoquant_vllm.format import kv_bytes_per_token_head
+from infoquant_vllm.format import ActivationArgs, activation_groups, kv_bytes_per_token_head
 from infoquant_vllm.kernels.operands import KVCalibration, KVScheme
-from offline.algorithms.fake_quantize import fake_quantize, fake_store
+from offline.algorithms.fake_quantize import fake_quantize, fake_store, input_quant
 from tests.common import oracles
 
 
@@ -16,8 +17,9 @@ def through(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     return x + (rounded - x).detach()
 
 
-def plain_quantize(x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric: bool) -> torch.Tensor:
+def plain_quantize(x: torch.Tensor, clip: torch.Tensor, args: ActivationArgs) -> torch.Tensor:
     """What autograd differentiates in place of `fake_quantize`."""
+    num_bits, symmetric = args.num_bits, args.symmetric
     y = x.unflatten(-1, (len(clip), -1))
     low = y.detach().amin(-1, keepdim=True).clamp(max=0) * clip[:, :1]
     high = y.detach().amax(-1, keepdim=True).clamp(min=0) * clip[:, 1:]
@@ -28,7 +30,7 @@ def plain_quantize(x: torch.Tensor, clip: torch.Tensor, num_bits: int, symmetric
         scale = (high - low) / (2**num_bits - 1)
         zero = torch.round(-low / scale).detach()
     codes = (through(y / scale, torch.round(y / scale)) + zero).clamp(0, 2**num_bits - 1)
-    return ((codes - zero) * scale).flatten(-2)
+    return ((codes - zero) * scale).flatten(-2)  # rounding to the scale that groups share passes gradients
 
 
 def plain_store(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tensor:
@@ -63,18 +65,26 @@ def gradients(
     return x.grad, clip.grad
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "a4": {"num_bits": 4},
+    "a4 in segments": {"num_bits": 4, "segment_size": 16},
+    "a4 in groups": {"num_bits": 4, "strategy": "group", "group_size": 8},
+    "a4 in segments of groups": {"num_bits": 4, "strategy": "group", "group_size": 8, "segment_size": 24},
+    "a8": {"num_bits": 8},
+    "a8 in segments": {"num_bits": 8, "segment_size": 16},
+}
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("num_bits", [4, 8])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_fake_quantize_has_the_oracles_values_and_its_formulas_gradients(
-    groups: int, num_bits: int, symmetric: bool
-) -> None:
-    x, clip = inputs(2, 7, 48, clips=groups)
-    codes, scale, zero = oracles.rotate_quantize(x.flatten(0, 1), [], 0, clip, num_bits, symmetric)
-    values = (codes.view(14, groups, -1) - zero[..., None]) * scale[..., None]
-    assert torch.equal(fake_quantize(x, clip, num_bits, symmetric), values.view(x.shape))
-    found = gradients(lambda x, clip: fake_quantize(x, clip, num_bits, symmetric), x, clip)
-    expected = gradients(lambda x, clip: plain_quantize(x, clip, num_bits, symmetric), x, clip)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_quantize_has_the_oracles_values_and_its_formulas_gradients(layout: str, symmetric: bool) -> None:
+    args = ActivationArgs(symmetric=symmetric, **LAYOUTS[layout])
+    x, clip = inputs(2, 7, 48, clips=activation_groups(args, 48))
+    values, scale, offset = oracles.rotate_quantize(x.flatten(0, 1), input_quant(args, clip, 48))
+    integers = values.view(*scale.shape, -1) - (0 if offset is None else offset[..., None])
+    assert torch.equal(fake_quantize(x, clip, args), (integers * scale[..., None]).view(x.shape))
+    found = gradients(lambda x, clip: fake_quantize(x, clip, args), x, clip)
+    expected = gradients(lambda x, clip: plain_quantize(x, clip, args), x, clip)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -109,5 +119,5 @@ def test_fake_store_is_finite_beyond_half_precision() -> None:
 
 def test_tokens_of_zeros_get_finite_gradients() -> None:
     x = torch.zeros(2, 8)
-    for gradient in gradients(lambda x, clip: fake_quantize(x, clip, 4, False), x, torch.ones(1, 2)):
+    for gradient in gradients(lambda x, clip: fake_quantize(x, clip, ActivationArgs(num_bits=4)), x, torch.ones(1, 2)):
         assert torch.isfinite(gradient).all()

@@ -1,18 +1,19 @@
 """Codes fit their bits, and GPTQ does better than rounding exactly where inputs are correlated."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from infoquant_vllm.format import WeightArgs
 from offline.algorithms.gptq import gptq, output_error, unit_factor
 from offline.algorithms.refine import descend, refine, refit_scales
-from offline.algorithms.rtn import QuantizedWeight, round_to_nearest, search_scales
+from offline.algorithms.rtn import largest_multiplier, round_to_nearest, search_scales, search_steps
 
 SCHEMES = [
     pytest.param(WeightArgs(num_bits=bits, symmetric=symmetric, **group), id=f"{bits}-{symmetric}-{group}")
-    for bits in (4, 8)
+    for bits, group in ((4, {}), (8, {}), (4, {"strategy": "group", "group_size": 24}))
     for symmetric in (True, False)
-    for group in ({}, {"strategy": "group", "group_size": 24})
 ]
 DAMPENING = 0.01
 
@@ -42,6 +43,23 @@ def test_codes_fit_their_bits(args: WeightArgs, extreme: float) -> None:
         assert torch.equal(rounded.codes, rounded.codes.round())
         assert (rounded.scale > 0).all()
         assert torch.isfinite(rounded.values()).all()
+        assert torch.equal(rounded.multiplier, rounded.multiplier.round())
+        assert (rounded.multiplier >= 1).all()
+        if args.group_size is None:
+            assert (rounded.multiplier == 1).all()
+        else:
+            farthest = torch.maximum(rounded.zero - lowest, highest - rounded.zero)
+            assert (rounded.multiplier * farthest <= 127).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_multipliers_of_a_scale_per_row_cost_little(symmetric: bool) -> None:
+    args = WeightArgs(num_bits=4, symmetric=symmetric, strategy="group", group_size=24)
+    weight = random_weight() * torch.tensor([1.0, 0.3, 2.0, 0.7]).repeat_interleave(24)
+    lost = (round_to_nearest(weight, args).values() - weight).square().sum()
+    alone = WeightArgs(num_bits=4, symmetric=symmetric)
+    exact = sum((round_to_nearest(part, alone).values() - part).square().sum() for part in weight.split(24, dim=1))
+    assert lost < 1.04 * exact
 
 
 @pytest.mark.parametrize("args", SCHEMES)
@@ -55,7 +73,7 @@ def test_gptq_loses_less_than_rounding_on_correlated_inputs(args: WeightArgs) ->
 def test_gptq_on_uncorrelated_inputs_is_rounding(args: WeightArgs) -> None:
     weight = random_weight()
     plain, same = round_to_nearest(weight, args), gptq(weight, torch.eye(96), args, DAMPENING)
-    for field in ("codes", "scale", "zero"):
+    for field in ("codes", "scale", "multiplier", "zero"):
         assert torch.equal(getattr(plain, field), getattr(same, field)), field
 
 
@@ -64,7 +82,7 @@ def test_each_step_of_refining_lowers_the_error_of_outputs(args: WeightArgs) -> 
     weight, hessian = random_weight(), correlated_hessian()
     start = gptq(weight, hessian, args, DAMPENING)
     moved = descend(weight, start, hessian, args)
-    scaled = refit_scales(weight, moved, hessian)
+    scaled = refit_scales(weight, moved, hessian, args)
     errors = [output_error(weight, rounded, hessian) for rounded in (start, moved, scaled)]
     assert errors[0] > errors[1] > errors[2]
     assert output_error(weight, refine(weight, start, hessian, args, 3), hessian) < 0.97 * errors[0]
@@ -81,21 +99,35 @@ def test_no_single_code_is_better_than_the_one_that_coordinate_descent_finds() -
             if -8 <= rounded.codes[row, column] + step <= 7:
                 codes = rounded.codes.clone()
                 codes[row, column] += step
-                moved = QuantizedWeight(codes, rounded.scale, rounded.zero)
+                moved = dataclasses.replace(rounded, codes=codes)
                 assert output_error(weight, moved, hessian) >= least * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("args", SCHEMES)
 def test_refitted_scales_are_those_of_least_squares(args: WeightArgs) -> None:
     weight, x = random_weight().double(), torch.randn(300, 96, dtype=torch.float64)
-    rounded = round_to_nearest(weight, args)
-    found = refit_scales(weight, rounded, x.T @ x)
-    groups = rounded.scale.shape[1]
+    found = refit_scales(weight, round_to_nearest(weight, args), x.T @ x, args)
     for row in (0, 69):
-        codes = rounded.codes[row].unflatten(0, (groups, -1)) - rounded.zero[row, :, None]
-        columns = torch.stack([x.unflatten(1, (groups, -1))[:, g] @ codes[g] for g in range(groups)], dim=1)
-        expected = torch.linalg.lstsq(columns, (x @ weight[row])[:, None]).solution[:, 0]
+        column = x @ (found.values()[row] / found.scale[row])
+        expected = torch.linalg.lstsq(column[:, None], (x @ weight[row])[:, None]).solution[0]
         torch.testing.assert_close(found.scale[row], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_no_single_multiplier_is_better_than_the_one_that_refitting_finds(symmetric: bool) -> None:
+    args = WeightArgs(num_bits=4, symmetric=symmetric, strategy="group", group_size=24)
+    weight, hessian = random_weight(6), correlated_hessian()
+    rounded = gptq(weight, hessian, args, DAMPENING)
+    for _ in range(10):
+        rounded = refit_scales(weight, rounded, hessian, args)
+    least, largest = output_error(weight, rounded, hessian), largest_multiplier(rounded.zero, args)
+    for row, group in torch.cartesian_prod(torch.arange(6), torch.arange(4)).tolist():
+        for step in (-1, 1):
+            if 1 <= rounded.multiplier[row, group] + step <= largest[row, group]:
+                multiplier = rounded.multiplier.clone()
+                multiplier[row, group] += step
+                moved = dataclasses.replace(rounded, multiplier=multiplier)
+                assert output_error(weight, moved, hessian) >= least * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("args", SCHEMES)
@@ -136,12 +168,13 @@ def test_factor_is_that_of_the_dampened_hessian_of_any_rank(
 def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs) -> torch.Tensor:
     """The values that GPTQ's algorithm 1 rounds to in float64, column by column, by the inverse's factor."""
     rest, values = weight.double(), torch.empty_like(weight, dtype=torch.float64)
+    scale = search_scales(rest, args)
     dampened = hessian.double() + DAMPENING * hessian.double().diagonal().mean() * torch.eye(len(hessian))
     factor = torch.linalg.cholesky(torch.linalg.inv(dampened), upper=True)
     for column in range(weight.shape[1]):
         if column % (args.group_size or weight.shape[1]) == 0:
-            scales = search_scales(rest[:, column : column + (args.group_size or weight.shape[1])], args)
-        values[:, column] = scales.values(scales.codes(rest[:, column : column + 1]))[:, 0]
+            steps = search_steps(rest[:, column : column + (args.group_size or weight.shape[1])], scale, args)
+        values[:, column] = steps.values(steps.codes(rest[:, column : column + 1]))[:, 0]
         error = (rest[:, column] - values[:, column]) / factor[column, column]
         rest[:, column:] -= torch.outer(error, factor[column, column:])
     return values
@@ -163,10 +196,9 @@ def test_clip_search_narrows_the_range_where_one_weight_sticks_out() -> None:
     args, weight = WeightArgs(num_bits=4), random_weight(70, 1000)
     weight[0] = torch.randn(1000, generator=torch.Generator().manual_seed(3))
     weight[0, 5] = 6.0
-    scales = search_scales(weight, args)
-    assert scales.scale[0] < 0.9 * weight[0].abs().max() / 7
-    unclipped = scales.scale.clone()
-    unclipped[:] = weight.abs().amax(1, keepdim=True) / 7
-    searched = (scales.values(scales.codes(weight)) - weight).square().sum(1)
+    rounded = round_to_nearest(weight, args)
+    assert rounded.scale[0] < 0.9 * weight[0].abs().max() / 7
+    unclipped = weight.abs().amax(1, keepdim=True) / 7
+    searched = (rounded.values() - weight).square().sum(1)
     plain = ((weight / unclipped).round() * unclipped - weight).square().sum(1)
     assert (searched <= plain).all()

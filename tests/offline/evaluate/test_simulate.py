@@ -40,13 +40,16 @@ WEIGHTS = {
     "w4-zeros": WeightArgs(num_bits=4, symmetric=False),
     "w4-groups": WeightArgs(num_bits=4, strategy="group", group_size=32),
     "w8": WeightArgs(num_bits=8),
-    "w8-zeros-groups": WeightArgs(num_bits=8, symmetric=False, strategy="group", group_size=64),
+    "w4-zeros-groups": WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=48),
+    "w8-zeros": WeightArgs(num_bits=8, symmetric=False),
 }
 ACTIVATIONS = {
     "a4": ActivationArgs(num_bits=4),
     "a4-symmetric": ActivationArgs(num_bits=4, symmetric=True),
     "a4-heads": ActivationArgs(num_bits=4, strategy="head", group_size=64),
-    "a8-groups": ActivationArgs(num_bits=8, strategy="group", group_size=32),
+    "a4-groups": ActivationArgs(num_bits=4, strategy="group", group_size=32, segment_size=96),
+    "a4-symmetric-groups": ActivationArgs(num_bits=4, symmetric=True, strategy="group", group_size=16),
+    "a8-segments": ActivationArgs(num_bits=8, segment_size=64),
     "a8": ActivationArgs(num_bits=8),
     "a16": ActivationArgs(num_bits=16),
 }
@@ -63,8 +66,10 @@ def random_tensors(scheme: LinearScheme, generator: torch.Generator) -> dict[str
     tensors = {}
     for name, spec in linear_tensors(scheme, N, K).items():
         if spec.dtype == "U8":
-            high = 2**scheme.weights.num_bits if name == "weight_zero_point" else 256
-            tensors[name] = torch.randint(0, high, spec.shape, generator=generator, dtype=torch.uint8)
+            low, high = {"weight_multiplier": (1, 9), "weight_zero_point": (0, 2**scheme.weights.num_bits)}.get(
+                name, (0, 256)
+            )
+            tensors[name] = torch.randint(low, high, spec.shape, generator=generator, dtype=torch.uint8)
         elif name == "input_clip_ratio":
             tensors[name] = 0.7 + 0.3 * torch.rand(spec.shape, generator=generator)
         elif name == "weight_scale":
@@ -78,8 +83,10 @@ def expected_output(scheme: LinearScheme, tensors: dict[str, torch.Tensor], x: t
     transform, args = scheme.input_transform, scheme.input_activations
     matrices = [tensors[name] for name in ("input_blocks", "input_left", "input_right") if name in tensors]
     hadamard = transform.block_size or 0 if transform.type == "hadamard" else 0
-    inputs = InputQuant(matrices, hadamard, tensors.get("input_clip_ratio"), args.num_bits, args.symmetric)
-    weight = PackedWeight(tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"))
+    segments = K // (args.segment_size or K)
+    inputs = InputQuant(matrices, hadamard, tensors.get("input_clip_ratio"), args.num_bits, args.symmetric, segments)
+    qparams = (tensors.get(name) for name in ("weight_multiplier", "weight_zero_point"))
+    weight = PackedWeight(tensors["weight_packed"], tensors["weight_scale"], *qparams)
     return oracles.linear(x, inputs, weight, tensors.get("bias"))
 
 
