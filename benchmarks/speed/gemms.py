@@ -9,14 +9,23 @@ from infoquant_vllm.kernels.cpu.library import DTYPES, operations
 
 
 def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups: int) -> Candidate:
-    """Run our GEMM of 4-bit weights with activations of `num_bits`, both in `groups` (1: per row and per token)."""
+    """Run our GEMM of 4-bit weights, asymmetric in `groups` or symmetric per row (1), by values of 4 or 8 bits."""
     packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
-    weight = prepare_weight(packed, 4, True, groups)
-    weights, scales = [weight.clone() for _ in copies(weight.nbytes)], prepare_qparams(torch.rand(channels, groups))
-    codes = torch.randint(0, 2**num_bits, (tokens, features), dtype=torch.uint8)
-    scale, zero = torch.rand(tokens, groups), torch.randint(0, 2**num_bits, (tokens, groups), dtype=torch.int32)
-    rest, quantized_linear = (scales, None, None, num_bits, DTYPES[torch.bfloat16]), operations().quantized_linear
-    return lambda i: quantized_linear(codes, scale, zero, weights[i % len(weights)], *rest)
+    weight = prepare_weight(packed, 4, groups == 1, groups)
+    weights, qparams = [weight.clone() for _ in copies(weight.nbytes)], int4_qparams(channels, groups)
+    values, scale = torch.randint(-15, 16, (tokens, features), dtype=torch.int8), torch.rand(tokens, 1)
+    offset = torch.randint(-128, 128, (tokens, 1), dtype=torch.int32) if num_bits == 8 else None
+    quantized_linear = operations().quantized_linear
+    rest = (*qparams, None, DTYPES[torch.bfloat16])
+    return lambda i: quantized_linear(values, scale, offset, weights[i % len(weights)], *rest)
+
+
+def int4_qparams(channels: int, groups: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Make random scales, multipliers and zero-points; the latter two of groups only."""
+    if groups == 1:
+        return torch.rand(channels, 1), None, None
+    multiplier, zero = torch.randint(1, 9, (channels, groups)), torch.randint(0, 16, (channels, groups))
+    return torch.rand(channels, 1), *(prepare_qparams(each.to(torch.uint8)) for each in (multiplier, zero))
 
 
 def read_weights(size: int) -> Candidate:

@@ -15,6 +15,7 @@ from benchmarks.common.provenance import provenance, write_rows
 from benchmarks.speed import gemms
 from infoquant_vllm.kernels.cpu.kernels import prepare_matrices
 from infoquant_vllm.kernels.cpu.library import library, operations
+from infoquant_vllm.kernels.operands import InputQuant
 from infoquant_vllm.kernels.torch import quantize as plain
 
 LINEAR_SHAPES = ((1, 4096, 4096), (16, 4096, 4096), (256, 4096, 4096))  # tokens, features, channels
@@ -77,11 +78,12 @@ def rotate_rows(seconds: float) -> list[dict[str, Any]]:
     for tokens in ROTATE_TOKENS:
         for name, features, channels, hadamard, shapes, groups in ROTATE_CASES:
             x, matrices = torch.randn(tokens, features).bfloat16(), [torch.randn(shape) for shape in shapes]
-            quantizer, prepared = (hadamard, torch.ones(groups, 2), 4, False), prepare_matrices(matrices, hadamard)
+            inputs = InputQuant(matrices, hadamard, torch.ones(groups, 2), 4, False)
+            prepared = inputs._replace(matrices=prepare_matrices(matrices, hadamard))
             candidates = {
                 "int4_linear": gemms.int4_linear(tokens, features, channels, num_bits=4, groups=1),
-                name: _ignoring_copy(partial(operations().rotate_quantize, x, prepared, *quantizer)),
-                f"{name} (torch)": _ignoring_copy(partial(plain.rotate_quantize, x, matrices, *quantizer)),
+                name: _ignoring_copy(partial(operations().rotate_quantize, x, *prepared)),
+                f"{name} (torch)": _ignoring_copy(partial(plain.rotate_quantize, x, inputs)),
             }
             facts = {"operation": "rotate_quantize", "tokens": tokens, "features": features, "channels": channels}
             rows += [facts | row for row in time_interleaved(candidates, seconds)]

@@ -19,8 +19,8 @@ from vllm import _custom_ops
 
 from benchmarks.common.interleaved import Candidate, copies, time_interleaved
 from benchmarks.common.provenance import provenance, write_rows
-from benchmarks.speed.gemms import bf16_handlers, int8_handlers, w4a8_weights
-from infoquant_vllm.kernels.cpu.kernels import linear, prepare_matrices, prepare_qparams, prepare_weight
+from benchmarks.speed.gemms import bf16_handlers, int4_qparams, int8_handlers, w4a8_weights
+from infoquant_vllm.kernels.cpu.kernels import linear, prepare_matrices, prepare_weight
 from infoquant_vllm.kernels.cpu.library import library
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 
@@ -123,16 +123,11 @@ def _ours(site: str, features: int, channels: int, codes: Codes) -> Maker:
     clip = None if codes.num_bits == 16 else torch.full((groups, 2), 0.9)
     packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
     weight = prepare_weight(packed, 4, weight_groups == 1, max(weight_groups, groups))
-    weights, scale = (
-        [weight.clone() for _ in copies(weight.nbytes)],
-        prepare_qparams(torch.rand(channels, weight_groups)),
-    )
-    zeros = torch.randint(0, 16, (channels, weight_groups), dtype=torch.uint8)
-    zero = None if weight_groups == 1 else prepare_qparams(zeros)
+    weights, qparams = [weight.clone() for _ in copies(weight.nbytes)], int4_qparams(channels, weight_groups)
     inputs = InputQuant(prepare_matrices([], hadamard), hadamard, clip, codes.num_bits, symmetric=False)
 
     def run(x: torch.Tensor, i: int) -> torch.Tensor:
-        return linear(x, inputs, PackedWeight(weights[i % len(weights)], scale, zero), None)
+        return linear(x, inputs, PackedWeight(weights[i % len(weights)], *qparams), None)
 
     return lambda x: partial(run, x)
 

@@ -31,7 +31,7 @@ class Backend:
     groups: the finer of both groupings, of the weights and of the activations.
     """
     prepare_qparams: Callable[[Tensor], Tensor]
-    """Scales or zero-points [N, groups] in the order the kernel reads; the shape stays."""
+    """Multipliers or zero-points [N, groups] in the order the kernel reads; the shape stays."""
     prepare_matrices: Callable[[list[Tensor], int], list[Tensor]]
     """Matrices of an input transform, and the size of its Hadamard blocks or 0, to `InputQuant.matrices`."""
     weight_rows: Callable[[Tensor, Tensor, int], Tensor]
@@ -153,6 +153,7 @@ def _native() -> Backend:
         kv_attention=kernels.kv_attention,
         kv_decode=None,
         decode_scratch=None,
+        group_multiple=4,
     )
 
 

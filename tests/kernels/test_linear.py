@@ -11,6 +11,7 @@ from infoquant_vllm.kernels.cpu import kernels as native
 from infoquant_vllm.kernels.cpu.library import DTYPES, operations
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from infoquant_vllm.kernels.torch import linear as torch_kernels
+from infoquant_vllm.kernels.torch.quantize import QuantizedInput
 from tests.common import oracles
 from tests.common.libraries import RUNNABLE, library
 
@@ -52,26 +53,33 @@ class Layer:
         features: int = 576,
         bits: tuple[int, int] = (4, 4),
         signed: bool = True,
-        groups: tuple[int, int] = (1, 1),
+        groups: tuple[int, int, int] = (1, 1, 1),
         transform: tuple[list[torch.Tensor], int] = ([], 0),
     ):
-        (self.weight_bits, input_bits), (weight_groups, input_groups) = bits, groups
+        """Make a layer; groups are those of weights and of activations, and the segments of these."""
+        (self.weight_bits, input_bits), (weight_groups, input_groups, segments) = bits, groups
         self.kernels, self.signed, self.groups = kernels, signed, max(groups)
         low = -(2 ** (self.weight_bits - 1)) if signed else 0
         codes = torch.randint(low, low + 2**self.weight_bits, (channels, features))
         zeros = torch.randint(0, 2**self.weight_bits, (channels, weight_groups), dtype=torch.uint8)
-        scale = (torch.rand(channels, weight_groups) + 0.5) / features**0.5
-        self.weight = PackedWeight(pack_codes(codes, self.weight_bits, signed), scale, None if signed else zeros)
+        reach = torch.maximum(zeros, 15 - zeros) if not signed else torch.full_like(zeros, 8)
+        multiplier = 1 + (torch.rand(channels, weight_groups) * (127 // reach)).to(torch.uint8)
+        self.weight = PackedWeight(
+            pack_codes(codes, self.weight_bits, signed),
+            (torch.rand(channels, 1) + 0.5) / features**0.5,
+            None if weight_groups == 1 else multiplier,
+            None if signed else zeros,
+        )
         clip = None if input_bits == 16 else 0.7 + 0.3 * torch.rand(input_groups, 2)
-        self.inputs = InputQuant(*transform, clip, input_bits, symmetric=False)
+        self.inputs = InputQuant(*transform, clip, input_bits, symmetric=False, segments=segments)
         self.bias: torch.Tensor | None = torch.randn(channels)
 
     def prepared(self) -> PackedWeight:
-        packed, scale, zero = self.weight
+        packed, scale, *qparams = self.weight
         return PackedWeight(
             self.kernels.prepare_weight(packed, self.weight_bits, self.signed, self.groups),
-            self.kernels.prepare_qparams(scale),
-            None if zero is None else self.kernels.prepare_qparams(zero),
+            scale,
+            *(None if given is None else self.kernels.prepare_qparams(given) for given in qparams),
         )
 
     def found(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,41 +94,84 @@ class Layer:
         assert found.dtype == x.dtype
         assert torch.equal(found, self.expected(x))
 
-    def product(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Multiply given activation codes; return float32 without a bias."""
-        num_bits = self.inputs.num_bits
+    def product(self, *x: torch.Tensor | None) -> torch.Tensor:
+        """Multiply given values, scales and offsets of activations; return float32 without a bias."""
         if self.kernels is torch_kernels:
-            return torch_kernels.quantized_product(codes, scale, zero, num_bits, *self.prepared())
-        weight = (*self.prepared(), None, num_bits, DTYPES[torch.float32])
-        return operations().quantized_linear(codes, scale, zero, *weight)
+            return torch_kernels.quantized_product(QuantizedInput(*x), self.prepared())
+        return operations().quantized_linear(*x, *self.prepared(), None, DTYPES[torch.float32])
+
+
+def _values(tokens: int, features: int, segments: int, num_bits: int) -> oracles.Quantized:
+    """Return any values, scales and, of 8 bits, offsets."""
+    values = torch.randint(-127 if num_bits == 4 else -128, 128, (tokens, features), dtype=torch.int8)
+    offset = torch.randint(-128, 128, (tokens, segments), dtype=torch.int32)
+    return values, torch.rand(tokens, segments) + 0.5, offset if num_bits == 8 else None
+
+
+GROUPS = [(1, 1, 1), (1, 9, 1), (9, 18, 1), (9, 9, 3), (3, 9, 9), (9, 2, 2)]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 123])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("groups", [(1, 1), (1, 9), (9, 1), (9, 9), (9, 18), (9, 3)])
-@pytest.mark.parametrize("features", [576, 126])  # groups of 64 and, where padding is needed, of 14
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("features", [576, 72 * 7])  # groups of 64 and 56: tiles of 64 features that end in a group
 def test_a_linear_has_the_oracles_bits(
-    kernels: ModuleType, rows: int, bits: tuple[int, int], signed: bool, groups: tuple[int, int], features: int
+    kernels: ModuleType,
+    rows: int,
+    bits: tuple[int, int],
+    signed: bool,
+    groups: tuple[int, int, int],
+    features: int,
 ) -> None:
     torch.manual_seed(rows)
-    groups = (groups[0], 1) if bits[1] == 16 else groups
-    Layer(kernels, 35, features, bits, signed, groups).check(torch.randn(rows, features))
+    Layer(kernels, 35, features, bits, signed, _possible(groups, bits)).check(torch.randn(rows, features))
 
 
+def _possible(groups: tuple[int, int, int], bits: tuple[int, int]) -> tuple[int, int, int]:
+    """Return the groups that the format admits at these bits: only 4-bit groups share a scale."""
+    weights, inputs, segments = groups
+    return weights if bits[0] == 4 else 1, {4: inputs, 8: segments, 16: 1}[bits[1]], segments if bits[1] < 16 else 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 13, 40])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("features", [3, 126, 577])
+def test_features_need_not_be_a_multiple_of_anything(
+    kernels: ModuleType, rows: int, bits: tuple[int, int], signed: bool, features: int
+) -> None:
+    torch.manual_seed(rows)
+    if bits[0] == 4:
+        features += features % 2  # two codes to a byte
+    Layer(kernels, 35, features, bits, signed).check(torch.randn(rows, features))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize("bits", BITS[:4])
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("groups", [(1, 1), (9, 1), (9, 18), (9, 3)])
-def test_products_of_any_codes_and_zero_points_have_the_oracles_bits(
-    kernels: ModuleType, bits: tuple[int, int], signed: bool, groups: tuple[int, int]
+@pytest.mark.parametrize("groups", GROUPS)
+def test_products_of_any_values_and_offsets_have_the_oracles_bits(
+    kernels: ModuleType, tokens: int, bits: tuple[int, int], signed: bool, groups: tuple[int, int, int]
 ) -> None:
     torch.manual_seed(0)
-    layer = Layer(kernels, 35, 576, bits, signed, groups)
-    codes = torch.randint(0, 2 ** bits[1], (5, 576), dtype=torch.uint8)
-    zero = torch.randint(0, 2 ** bits[1], (5, groups[1]), dtype=torch.int32)
-    inputs = codes, torch.rand(5, groups[1]) + 0.5, zero
-    expected = oracles.quantized_linear(*inputs, *layer.weight, None, torch.float32)
-    assert torch.equal(layer.product(*inputs), expected)
+    layer = Layer(kernels, 35, 576, bits, signed, _possible(groups, bits))
+    x = _values(tokens, 576, groups[2], bits[1])
+    assert torch.equal(layer.product(*x), oracles.quantized_linear(x, layer.weight, None, torch.float32))
+
+
+@pytest.mark.parametrize("tokens", [1, 13])
+@pytest.mark.parametrize(("zero", "codes"), [(0, 15), (15, 0), (8, 0), (7, 15)])
+def test_integer_weights_use_the_whole_range_of_int8(kernels: ModuleType, tokens: int, zero: int, codes: int) -> None:
+    layer = Layer(kernels, 32, 1024, signed=False, groups=(16, 1, 1))
+    assert layer.weight.zero_point is not None
+    assert layer.weight.multiplier is not None
+    layer.weight.packed.fill_(17 * codes)
+    layer.weight.zero_point.fill_(zero)
+    layer.weight.multiplier.fill_(127 // max(zero, 15 - zero))
+    for value in (-127, 127):
+        x = torch.full((tokens, 1024), value, dtype=torch.int8), torch.ones(tokens, 1), None
+        assert torch.equal(layer.product(*x), oracles.quantized_linear(x, layer.weight, None, torch.float32))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 8, 11, 12, 13, 16, 17, 25, 32, 33, 49, 60, 61, 300])
@@ -143,7 +194,7 @@ def test_transforms_biases_and_rows_that_lie_apart_have_the_oracles_bits(
     kernels: ModuleType, transform: str, num_bits: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    layer = Layer(kernels, bits=(4, num_bits), groups=(9, 1), transform=TRANSFORMS[transform])
+    layer = Layer(kernels, bits=(4, num_bits), groups=(9, 1, 1), transform=TRANSFORMS[transform])
     layer.bias = torch.randn(35).to(dtype)
     layer.check(torch.randn(7, 2 * 576).to(dtype)[:, 576:])
 
@@ -174,14 +225,14 @@ def test_rows_of_a_prepared_weight_are_the_checkpoints(kernels: ModuleType, feat
     assert torch.equal(found, packed.view(torch.int8)[rows])
 
 
-@pytest.mark.parametrize("groups", [(1, 1), (9, 9)])
+@pytest.mark.parametrize("groups", [(1, 1, 1), (9, 18, 1), (9, 9, 9)])
 @pytest.mark.parametrize("bits", [(4, 4), (4, 8), (4, 16)])
 def test_a_row_is_the_same_bits_in_any_batch_on_any_number_of_threads(
-    kernels: ModuleType, groups: tuple[int, int], bits: tuple[int, int]
+    kernels: ModuleType, groups: tuple[int, int, int], bits: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    groups = (groups[0], 1) if bits[1] == 16 else groups
-    layer, x, threads = Layer(kernels, 300, bits=bits, groups=groups), torch.randn(123, 576), torch.get_num_threads()
+    layer, x = Layer(kernels, 300, bits=bits, groups=_possible(groups, bits)), torch.randn(123, 576)
+    threads = torch.get_num_threads()
     whole = layer.found(x)
     try:
         for count in (1, 2, 3):
@@ -192,26 +243,30 @@ def test_a_row_is_the_same_bits_in_any_batch_on_any_number_of_threads(
         torch.set_num_threads(threads)
 
 
-def test_the_largest_sums_that_the_format_admits_are_exact(kernels: ModuleType) -> None:
-    for bits, features, code, weight_code in (((4, 8), 32764, 255, 0), ((8, 8), 32764, 255, 0), ((4, 4), 65536, 0, 15)):
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_the_largest_sums_that_the_format_admits_are_exact(kernels: ModuleType, tokens: int) -> None:
+    for bits, features, value, weight_code in (
+        ((4, 8), 32764, 127, 0),
+        ((8, 8), 32764, 127, 0),
+        ((4, 4), 65536, -15, 15),
+    ):
         layer = Layer(kernels, 32, features, bits, signed=False)
         layer.weight.packed.fill_(weight_code * 17)
         assert layer.weight.zero_point is not None
         layer.weight.zero_point.fill_(0 if weight_code else 2 ** bits[0] - 1)
-        codes = torch.full((1, features), code, dtype=torch.uint8)
-        inputs = codes, torch.ones(1, 1), torch.full((1, 1), 0 if code else 15, dtype=torch.int32)
-        expected = oracles.quantized_linear(*inputs, *layer.weight, None, torch.float32)
-        assert torch.equal(layer.product(*inputs), expected)
+        values = torch.full((tokens, features), value, dtype=torch.int8)
+        offset = torch.full((tokens, 1), -128, dtype=torch.int32) if bits[1] == 8 else None
+        x = values, torch.ones(tokens, 1), offset
+        assert torch.equal(layer.product(*x), oracles.quantized_linear(x, layer.weight, None, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nan_scales_give_nan_and_too_large_products_infinity(compiled: ModuleType, dtype: torch.dtype) -> None:
     layer = Layer(compiled, 40)
-    codes, zero = torch.randint(0, 16, (2, 576), dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int32)
-    inputs = codes, torch.tensor([[torch.nan], [1e36]]), zero
-    found = operations().quantized_linear(*inputs, *layer.prepared(), layer.bias, 4, DTYPES[dtype])
+    x = torch.randint(0, 16, (2, 576), dtype=torch.int8), torch.tensor([[torch.nan], [1e36]]), None
+    found = operations().quantized_linear(*x, *layer.prepared(), layer.bias, DTYPES[dtype])
     assert found[0].isnan().all()
-    assert torch.equal(found[1], oracles.quantized_linear(*inputs, *layer.weight, layer.bias, dtype)[1])
+    assert torch.equal(found[1], oracles.quantized_linear(x, layer.weight, layer.bias, dtype)[1])
 
 
 @pytest.mark.parametrize(("bits", "channels"), [(4, 576), (8, 576), (4, 1000)])

@@ -72,11 +72,11 @@ def _quantized_linears(ops: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     scale, clip, results = torch.ones(len(bias), 1), torch.ones(1, 2), []
     for rows in (1, 20):
         x = torch.ones(rows, 8, dtype=dtype)
-        quantized = ops.rotate_quantize(x, [], 0, clip, 4, False)
+        quantized = ops.rotate_quantize(x, [], 0, clip, 4, False, 1)
         results += [
-            ops.linear(x, [], 0, clip, 4, False, weight, scale, None, bias),
-            ops.linear(x, [], 0, None, 16, False, weight, scale, None, bias),
-            ops.quantized_linear(*quantized, weight, scale, None, bias, 4, DTYPES[dtype]),
+            ops.linear(x, [], 0, clip, 4, False, 1, weight, scale, None, None, bias),
+            ops.linear(x, [], 0, None, 16, False, 1, weight, scale, None, None, bias),
+            ops.quantized_linear(*quantized, weight, scale, None, None, bias, DTYPES[dtype]),
         ]
     return results
 

@@ -18,12 +18,13 @@ def _linear(tokens: int, num_bits: int = 4) -> tuple[Any, ...]:
     torch.manual_seed(0)
     kernels = backend("cpu")
     weight = kernels.prepare_weight(torch.randint(0, 256, (40, 288), dtype=torch.uint8), 4, False, 9)
-    qparams = torch.rand(40, 9), torch.randint(0, 16, (40, 9), dtype=torch.uint8)
+    scale, multiplier, zero = torch.rand(40, 1), torch.ones(40, 9), torch.randint(0, 16, (40, 9))
+    qparams = (kernels.prepare_qparams(each.to(torch.uint8)) for each in (multiplier, zero))
     clip = None if num_bits == 16 else torch.ones(1, 2)
     x = torch.randn(tokens, 1152).bfloat16()[:, ::2]  # a layout that kernels have to copy
     bias = torch.randn(40).bfloat16()
-    inputs = kernels.prepare_matrices([], 64), 64, clip, num_bits, True
-    return x, *inputs, weight, *map(kernels.prepare_qparams, qparams), bias
+    inputs = kernels.prepare_matrices([], 64), 64, clip, num_bits, True, 1
+    return x, *inputs, weight, scale, *qparams, bias
 
 
 def _elementwise(name: str) -> tuple[Any, ...]:
@@ -47,24 +48,27 @@ def test_schemas_and_fakes_tell_what_the_kernels_do(name: str) -> None:
     torch.library.opcheck(operation, arguments(), test_utils=("test_schema", "test_faketensor"))
 
 
-def _product() -> tuple[Any, ...]:
-    x, _, _, _, _, _, weight, *grids, bias = _linear(5)
-    codes = operations().rotate_quantize(x, [], 0, torch.ones(1, 2), 4, True)
-    return *codes, weight, *grids, bias, 4, 1
+def _product(num_bits: int) -> tuple[Any, ...]:
+    return *operations().rotate_quantize(*_linear(5, num_bits)[:7]), *_linear(5)[7:], 1
 
 
-ALONE: dict[str, Callable[[], tuple[Any, ...]]] = {  # parts of what is served: tests and benchmarks call them
-    "rotate_quantize": lambda: (*_linear(5)[:3], torch.ones(1, 2), 4, True),
-    "rotate_quantize_wide": lambda: _linear(5)[:3],
-    "quantized_linear": _product,
-    "few_rows_linear": lambda: (torch.randn(2, 64).bfloat16(), torch.randn(9, 64).bfloat16()),
+# Parts of what is served, which tests and benchmarks call.
+ALONE: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
+    "quantizing to 4 bits": ("rotate_quantize", lambda: _linear(5)[:7]),
+    "quantizing to 16 bits": ("rotate_quantize", lambda: _linear(5, 16)[:7]),
+    "a product without offsets": ("quantized_linear", lambda: _product(4)),
+    "a product with offsets": ("quantized_linear", lambda: _product(8)),
+    "few_rows_linear": ("few_rows_linear", lambda: (torch.randn(2, 64).bfloat16(), torch.randn(9, 64).bfloat16())),
 }
 
 
 @native
 @pytest.mark.parametrize("name", [*OPERATIONS, *ALONE])
 def test_calls_leave_no_memory_behind(name: str) -> None:
-    operation, arguments = OPERATIONS[name] if name in OPERATIONS else (getattr(operations(), name), ALONE[name])
+    if name in OPERATIONS:
+        operation, arguments = OPERATIONS[name]
+    else:
+        operation, arguments = getattr(operations(), ALONE[name][0]), ALONE[name][1]
     given, process = arguments(), psutil.Process()
     used = []
     for _ in range(2):

@@ -9,6 +9,7 @@ import torch
 
 from infoquant_vllm.kernels.cpu.kernels import prepare_matrices, rotate_rows
 from infoquant_vllm.kernels.cpu.library import operations
+from infoquant_vllm.kernels.operands import InputQuant
 from infoquant_vllm.kernels.torch import quantize as torch_kernels
 from infoquant_vllm.kernels.torch.dense import rotate_rows as torch_rows
 from infoquant_vllm.kernels.triton.linear import rotate_rows as gpu_rows
@@ -43,8 +44,9 @@ class Compiled:
         return operations().rotate(x, prepare_matrices(matrices, hadamard), hadamard)
 
     @staticmethod
-    def rotate_quantize(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int, *rest: Any) -> Any:
-        return operations().rotate_quantize(x, prepare_matrices(matrices, hadamard), hadamard, *rest)
+    def rotate_quantize(x: torch.Tensor, inputs: InputQuant) -> Any:
+        matrices = prepare_matrices(inputs.matrices, inputs.hadamard)
+        return operations().rotate_quantize(x, *inputs._replace(matrices=matrices))
 
 
 Kernels = ModuleType | type[Compiled]
@@ -76,21 +78,16 @@ def _transform(kind: tuple, features: int) -> tuple[list[torch.Tensor], int]:
     return [torch.randn(size, size) for size in kind[1:]], 0
 
 
-def _check_int16(kernels: Kernels, x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int) -> None:
-    expected = oracles.quantize_int16(oracles.apply_transform(x.float(), matrices, hadamard))
-    if kernels is torch_kernels:
-        found = torch_kernels.quantize_int16(torch_kernels.apply_transform(x.float(), matrices, hadamard))
-    else:
-        found = operations().rotate_quantize_wide(x, prepare_matrices(matrices, hadamard), hadamard)
-    _assert_equal(found, expected)
-
-
 def _check(kernels: Kernels, x: torch.Tensor, *args: Any) -> None:
-    _assert_equal(kernels.rotate_quantize(x, *args), oracles.rotate_quantize(x, *args))
+    inputs = InputQuant(*args)
+    _assert_equal(kernels.rotate_quantize(x, inputs), oracles.rotate_quantize(x, inputs))
 
 
-def _assert_equal(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+def _assert_equal(found: oracles.Quantized, expected: oracles.Quantized) -> None:
     for one, right in zip(found, expected, strict=True):
+        if one is None or right is None:
+            assert one is right
+            continue
         assert one.dtype == right.dtype
         assert torch.equal(one, right)
 
@@ -105,19 +102,33 @@ def test_transforms_and_codes_have_the_oracles_bits(
     features, kind = TRANSFORMS[name]
     transform, x = _transform(kind, features), (3 * torch.randn(tokens, features)).to(dtype)
     _check(kernels, x, *transform, 0.7 + 0.3 * torch.rand(1, 2), 4, False)
-    _check_int16(kernels, x, *transform)
+    _check(kernels, x, *transform, None, 16, False)
     assert torch.equal(kernels.apply_transform(x.float(), *transform), oracles.apply_transform(x.float(), *transform))
 
 
 @pytest.mark.parametrize("group_size", [1, 12, 16, 64, 128, 1536])
 @pytest.mark.parametrize(("num_bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
-def test_groups_and_bits_have_the_oracles_bits(
+def test_segments_and_bits_have_the_oracles_bits(
     kernels: Kernels, group_size: int, num_bits: int, symmetric: bool
 ) -> None:
     torch.manual_seed(0)
     clip = 0.7 + 0.3 * torch.rand(1536 // group_size, 2)
     for transform in (([], 0), ([], 1536)):
-        _check(kernels, torch.randn(5, 1536).bfloat16(), *transform, clip, num_bits, symmetric)
+        _check(kernels, torch.randn(5, 1536).bfloat16(), *transform, clip, num_bits, symmetric, len(clip))
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 12, 16, 32, 64, 256])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("segments", [1, 2])
+def test_groups_that_share_a_scale_have_the_oracles_bits(
+    kernels: Kernels, group_size: int, symmetric: bool, segments: int
+) -> None:
+    torch.manual_seed(0)
+    clip = 0.7 + 0.3 * torch.rand(1536 // group_size, 2)
+    spread = 10 * torch.randn(23, 1536 // group_size).exp().repeat_interleave(group_size, 1)  # of groups' ranges
+    for x in (torch.randn(23, 1536), spread * torch.randn(23, 1536), spread * torch.rand(23, 1536)):
+        for transform in (([], 0), ([], 64)):
+            _check(kernels, x.bfloat16(), *transform, clip, 4, symmetric, segments)
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
@@ -130,8 +141,9 @@ def test_extremes_have_the_oracles_bits(kernels: Kernels, num_bits: int, symmetr
     halves = torch.arange(96) / 2  # values half way between codes: ties
     rows = [torch.zeros(96), torch.full((96,), 1e30), torch.full((96,), -3.0), torch.rand(96) * 1e-20, outlier, halves]
     for clip in (1.0, 0.5, 0.0):
-        _check(kernels, torch.stack(rows), [], hadamard, torch.full((1, 2), clip), num_bits, symmetric)
-    _check_int16(kernels, torch.stack(rows), [], hadamard)
+        for groups in (1, 6, 24) if num_bits == 4 else (1,):
+            _check(kernels, torch.stack(rows), [], hadamard, torch.full((groups, 2), clip), num_bits, symmetric)
+    _check(kernels, torch.stack(rows), [], hadamard, None, 16, False)
 
 
 @pytest.mark.usefixtures("_library")
@@ -199,14 +211,14 @@ def test_a_row_is_the_same_bits_in_any_batch_by_any_number_of_threads(kernels: K
     torch.manual_seed(0)
     features, kind = TRANSFORMS[name]
     transform, x = _transform(kind, features), torch.randn(123, features).bfloat16()
-    args = (*transform, torch.ones(features // 64, 2), 4, False)
+    inputs = InputQuant(*transform, torch.ones(features // 64, 2), 4, False)
     before = torch.get_num_threads()
-    whole = kernels.rotate_quantize(x, *args)
+    whole = kernels.rotate_quantize(x, inputs)[:2]
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for rows in (1, 2, 7, 64, 123):
-                for found, expected in zip(kernels.rotate_quantize(x[:rows], *args), whole, strict=True):
+                for found, expected in zip(kernels.rotate_quantize(x[:rows], inputs)[:2], whole, strict=True):
                     assert torch.equal(found, expected[:rows])
     finally:
         torch.set_num_threads(before)
@@ -214,7 +226,6 @@ def test_a_row_is_the_same_bits_in_any_batch_by_any_number_of_threads(kernels: K
 
 def test_rows_need_not_be_contiguous(kernels: Kernels) -> None:
     torch.manual_seed(0)
-    x = torch.randn(7, 256).bfloat16()
-    found = kernels.rotate_quantize(x[:, 64:192], [], 128, torch.ones(1, 2), 4, False)
-    expected = kernels.rotate_quantize(x[:, 64:192].contiguous(), [], 128, torch.ones(1, 2), 4, False)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    x, inputs = torch.randn(7, 256).bfloat16(), InputQuant([], 128, torch.ones(1, 2), 4, False)
+    found = kernels.rotate_quantize(x[:, 64:192], inputs)
+    _assert_equal(found, kernels.rotate_quantize(x[:, 64:192].contiguous(), inputs))

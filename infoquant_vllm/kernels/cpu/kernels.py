@@ -16,21 +16,21 @@ FEW_ROWS = 8  # for more rows torch's GEMM of 16-bit floats is faster
 
 
 def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: int) -> torch.Tensor:
-    """Convert checkpoint bytes [N, K * num_bits / 8] to lines [N / 32, K / 4, 16 * num_bits] uint8.
+    """Convert checkpoint bytes [N, K * num_bits / 8] to lines [N / 32, K / 4, 16 * num_bits] uint8, of any groups.
 
     A line holds four features of 32 channels, in unsigned codes (signed ones plus 2^(bits-1)): byte 4c + j is feature j
     of channel c, with that of channel 16 + c in the high nibble or, at 8 bits, 64 bytes further. Zeros pad N to a
-    multiple of 32 and the features of each group to a multiple of 4.
+    multiple of 32 and K to a multiple of 4.
     """
     codes = torch.stack((packed & 0xF, packed >> 4), -1).flatten(1) if num_bits == 4 else packed
-    grouped = (codes ^ 2 ** (num_bits - 1) if signed else codes).view(len(codes), groups, -1)
-    padded = F.pad(grouped, (0, -grouped.shape[2] % STEP, 0, 0, 0, -len(codes) % PANEL))
+    codes = codes ^ 2 ** (num_bits - 1) if signed else codes
+    padded = F.pad(codes, (0, -codes.shape[1] % STEP, 0, -len(codes) % PANEL))
     lines = padded.view(len(padded) // PANEL, 2, PANEL // 2, -1, STEP).permute(0, 3, 1, 2, 4)
     return (lines[:, :, 0] | lines[:, :, 1] << 4 if num_bits == 4 else lines).flatten(2).contiguous()
 
 
 def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
-    """Lay out scales or zero-points [N, groups] with the channels of a group side by side; the shape stays."""
+    """Lay out multipliers or zero-points [N, groups] with the channels of a group side by side; the shape stays."""
     return qparams.t().contiguous().t()
 
 
@@ -45,7 +45,7 @@ def _base_hadamard(size: int) -> torch.Tensor:
 
 
 def weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tensor:
-    """Return signed codes [..., features] int8 of rows of an 8-bit weight, from `prepare_weight` with one group."""
+    """Return signed codes [..., features] int8 of rows of an 8-bit weight from `prepare_weight`."""
     lines = weight.view(len(weight), -1, 2, PANEL // 2, STEP)
     panel, channel = rows // PANEL, rows % PANEL
     found = lines[panel, :, channel // (PANEL // 2), channel % (PANEL // 2)]

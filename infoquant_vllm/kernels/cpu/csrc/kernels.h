@@ -31,32 +31,34 @@ struct InputQuant {
     const float* clip;  // clip ratios of minimum and maximum [groups, 2]; null: int16
     int64_t groups, num_bits;
     bool symmetric;
+    int64_t segments;  // consecutive groups of a segment share a scale
+
+    int64_t rows_each() const { return clip ? 1 : 2; }  // rows of values for a token
+    bool has_offset() const { return !clip || num_bits > 4; }
 };
 
-// Quantized activations: codes [tokens, features], scale and zero_point [tokens, groups].
+// Quantized activations, about (value - offset) * scale: values [rows, features], scale and offset [rows, segments].
 struct Quantized {
-    uint8_t* codes;
+    int8_t* values;
     float* scale;
-    int32_t* zero_point;
-    int64_t tokens, features, groups, num_bits;
+    int32_t* offset;  // null: 0
+    int64_t rows, features, segments;
 };
 
-// A weight as quantized_linear.py packs it and its qparams.
+// A weight as kernels.py packs it: (code - zero_point) * multiplier * scale.
 struct Weight {
     const uint8_t* lines;
-    const float* scale;
-    const uint8_t* zero_point;  // null: signed codes
+    const float* scale;          // [channels]
+    const uint8_t* multiplier;   // [groups, channels]; null: 1
+    const uint8_t* zero_point;   // [groups, channels]; null: signed codes
     int64_t channels, groups, num_bits;
 };
 
 // The transformed input to y [tokens, features].
 void rotate(const Input& input, float* y);
 
-// The transformed input to the arrays of `to`.
+// The transformed input to the arrays of `to`. int16 makes two rows of each token: of high bytes, then of low ones.
 void rotate_quantize(const Input& input, const InputQuant& quant, const Quantized& to);
-
-// The same in int16: to two rows of codes per token, of high bytes and of low ones, with one group each.
-void rotate_quantize_wide(const Input& input, const Quantized& to);
 
 // To out [tokens, channels]; bias [channels] or null.
 void quantized_linear(const Quantized& x, const Weight& weight, const float* bias, void* out, Dtype out_dtype);

@@ -40,18 +40,46 @@ struct InputArguments {
     }
 };
 
-// Three arguments: lines [N / 32, K / 4, 16 * num_bits], scale and zero-points or none [N, groups].
-struct WeightArguments {
-    Tensor lines, scale, zero_point;
+// Four arguments: clip ratios [groups, 2] or none, num_bits, symmetric, segments.
+struct QuantArguments {
+    Tensor clip;
+    InputQuant quant;
 
-    explicit WeightArguments(Arguments& in)
-        : lines(in.tensor()), scale(in.tensor()), zero_point(in.optional_tensor()) {}
-
-    Weight weight() const {
-        return {lines.data<uint8_t>(), scale.data<float>(), zero_point.data<uint8_t>(),
-                scale.sizes()[0],      scale.sizes()[1],    lines.sizes()[2] / 16};
+    QuantArguments(Arguments& in, int64_t features) : clip(in.optional_tensor()) {
+        const int64_t groups = clip ? clip.sizes()[0] : 1, num_bits = in.integer();
+        const bool symmetric = in.boolean();
+        const int64_t segments = in.integer();
+        quant = {clip.data<float>(), groups, num_bits, symmetric, clip ? segments : 1};
+        require(quant.segments > 0 && groups % quant.segments == 0 && features % groups == 0,
+                "the segments must divide the groups, which must divide the features");
+        require(groups == quant.segments || num_bits == 4, "only 4-bit groups share a scale");
     }
 };
+
+// Four arguments: lines [N / 32, K / 4, 16 * num_bits], scale [N, 1], multipliers or none, zero-points or none
+// [N, groups].
+struct WeightArguments {
+    Tensor lines, scale, multiplier, zero_point;
+
+    explicit WeightArguments(Arguments& in)
+        : lines(in.tensor()), scale(in.tensor()), multiplier(in.optional_tensor()), zero_point(in.optional_tensor()) {}
+
+    Weight weight() const {
+        const int64_t groups = multiplier ? multiplier.sizes()[1] : zero_point ? zero_point.sizes()[1] : 1;
+        require(!multiplier || !zero_point || zero_point.sizes()[1] == groups, "zero-points must be those of the groups");
+        return {lines.data<uint8_t>(),      scale.data<float>(), multiplier.data<uint8_t>(),
+                zero_point.data<uint8_t>(), scale.sizes()[0],    groups,
+                lines.sizes()[2] / 16};
+    }
+};
+
+void check_product(int64_t features, int64_t segments, const WeightArguments& packed, const Weight& weight) {
+    require(packed.lines.sizes()[1] == div_up(features, 4), "the weight must have the features of the input");
+    require(weight.groups == 1 || weight.num_bits == 4, "only 4-bit weights have groups");
+    for (const int64_t parts : {segments, weight.groups}) {
+        require(parts == 1 || features % (4 * parts) == 0, "groups must have multiples of 4 features");
+    }
+}
 
 // The bias in float32, converted into `converted` if it has another dtype.
 const float* float_bias(const Tensor& bias, int64_t channels, std::vector<float>& converted) {
@@ -64,71 +92,45 @@ const float* float_bias(const Tensor& bias, int64_t channels, std::vector<float>
 void run_linear(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
     const InputArguments x(in);
-    const Tensor clip = in.optional_tensor();
-    const int64_t num_bits = in.integer();
-    const bool symmetric = in.boolean();
+    const QuantArguments how(in, x.features());
     const WeightArguments packed(in);
     const Tensor bias = in.optional_tensor();
     const Weight weight = packed.weight();
+    check_product(x.features(), how.quant.segments, packed, weight);
     Tensor out = empty({x.tokens(), weight.channels}, x.x.dtype());
     std::vector<float> converted;
-    linear(x.input(), {clip.data<float>(), clip ? clip.sizes()[0] : 1, num_bits, symmetric}, weight,
-           float_bias(bias, weight.channels, converted), out.data());
+    linear(x.input(), how.quant, weight, float_bias(bias, weight.channels, converted), out.data());
     stack[0] = out.release();
 }
 
 void run_quantized_linear(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
-    const Tensor codes = in.tensor().contiguous(), scale = in.tensor().contiguous();
-    const Tensor zero_point = in.tensor().contiguous();
+    const Tensor values = in.tensor().contiguous(), scale = in.tensor().contiguous();
+    Tensor offset = in.optional_tensor();
+    if (offset) offset = std::move(offset).contiguous();
     const WeightArguments packed(in);
     const Tensor bias = in.optional_tensor();
-    const int64_t num_bits = in.integer();
     const Dtype dtype = static_cast<Dtype>(in.integer());
     const Weight weight = packed.weight();
-    const Quantized x{codes.data<uint8_t>(), scale.data<float>(), zero_point.data<int32_t>(), codes.sizes()[0],
-                      codes.sizes()[1],      scale.sizes()[1],    num_bits};
-    Tensor out = empty({x.tokens, weight.channels}, dtype);
+    const Quantized x{values.data<int8_t>(), scale.data<float>(), offset.data<int32_t>(),
+                      values.sizes()[0],     values.sizes()[1],   scale.sizes()[1]};
+    check_product(x.features, x.segments, packed, weight);
+    Tensor out = empty({x.rows, weight.channels}, dtype);
     std::vector<float> converted;
     quantized_linear(x, weight, float_bias(bias, weight.channels, converted), out.data(), dtype);
     stack[0] = out.release();
 }
 
-// New tensors for quantized activations.
-struct QuantizedResult {
-    Tensor codes, scale, zero_point;
-    Quantized arrays;
-
-    QuantizedResult(int64_t rows, int64_t features, int64_t groups, int64_t num_bits)
-        : codes(empty({rows, features}, functions().uint8)),
-          scale(empty({rows, groups}, FLOAT32)),
-          zero_point(empty({rows, groups}, functions().int32)),
-          arrays{codes.data<uint8_t>(), scale.data<float>(), zero_point.data<int32_t>(), rows, features, groups,
-                 num_bits} {}
-
-    void release(Value* stack) {
-        stack[0] = codes.release(), stack[1] = scale.release(), stack[2] = zero_point.release();
-    }
-};
-
 void run_rotate_quantize(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
     const InputArguments x(in);
-    const Tensor clip = in.tensor();
-    const int64_t num_bits = in.integer();
-    const bool symmetric = in.boolean();
-    const int64_t groups = clip.sizes()[0];
-    QuantizedResult result(x.tokens(), x.features(), groups, num_bits);
-    rotate_quantize(x.input(), {clip.data<float>(), groups, num_bits, symmetric}, result.arrays);
-    result.release(stack);
-}
-
-void run_rotate_quantize_wide(Value* stack, uint64_t, uint64_t) {
-    Arguments in(stack);
-    const InputArguments x(in);
-    QuantizedResult result(2 * x.tokens(), x.features(), 1, 8);
-    rotate_quantize_wide(x.input(), result.arrays);
-    result.release(stack);
+    const QuantArguments how(in, x.features());
+    const int64_t rows = how.quant.rows_each() * x.tokens(), segments = how.quant.segments;
+    Tensor values = empty({rows, x.features()}, functions().int8), scale = empty({rows, segments}, FLOAT32);
+    Tensor offset = how.quant.has_offset() ? empty({rows, segments}, functions().int32) : Tensor();
+    rotate_quantize(x.input(), how.quant,
+                    {values.data<int8_t>(), scale.data<float>(), offset.data<int32_t>(), rows, x.features(), segments});
+    stack[0] = values.release(), stack[1] = scale.release(), stack[2] = optional(std::move(offset));
 }
 
 void run_rotate(Value* stack, uint64_t, uint64_t) {
@@ -293,20 +295,17 @@ struct Entry {
 
 constexpr Entry OPERATIONS[] = {
     {"linear",
-     "linear(Tensor x, Tensor[] matrices, int hadamard, Tensor? clip, int num_bits, bool symmetric, Tensor weight, "
-     "Tensor weight_scale, Tensor? weight_zero, Tensor? bias) -> Tensor",
+     "linear(Tensor x, Tensor[] matrices, int hadamard, Tensor? clip, int num_bits, bool symmetric, int segments, "
+     "Tensor weight, Tensor weight_scale, Tensor? weight_multiplier, Tensor? weight_zero, Tensor? bias) -> Tensor",
      run_linear},
     {"quantized_linear",
-     "quantized_linear(Tensor codes, Tensor scale, Tensor zero, Tensor weight, Tensor weight_scale, "
-     "Tensor? weight_zero, Tensor? bias, int num_bits, int dtype) -> Tensor",
+     "quantized_linear(Tensor values, Tensor scale, Tensor? offset, Tensor weight, Tensor weight_scale, "
+     "Tensor? weight_multiplier, Tensor? weight_zero, Tensor? bias, int dtype) -> Tensor",
      run_quantized_linear},
     {"rotate_quantize",
-     "rotate_quantize(Tensor x, Tensor[] matrices, int hadamard, Tensor clip, int num_bits, bool symmetric) "
-     "-> (Tensor, Tensor, Tensor)",
+     "rotate_quantize(Tensor x, Tensor[] matrices, int hadamard, Tensor? clip, int num_bits, bool symmetric, "
+     "int segments) -> (Tensor, Tensor, Tensor?)",
      run_rotate_quantize},
-    {"rotate_quantize_wide",
-     "rotate_quantize_wide(Tensor x, Tensor[] matrices, int hadamard) -> (Tensor, Tensor, Tensor)",
-     run_rotate_quantize_wide},
     {"rotate", "rotate(Tensor x, Tensor[] matrices, int hadamard) -> Tensor", run_rotate},
     {"rotate_rows", "rotate_rows(Tensor rows, Tensor rotation, Tensor? gain) -> Tensor", run_rotate_rows},
     {"few_rows_linear", "few_rows_linear(Tensor x, Tensor weight) -> Tensor", run_dense_linear},

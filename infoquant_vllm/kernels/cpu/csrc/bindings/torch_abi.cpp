@@ -38,9 +38,11 @@ Functions look_up() {
     set(f.list_get_item, "torch_list_get_item");
     set(f.delete_list, "torch_delete_list");
     set(f.delete_value, "torch_delete_stable_ivalue");
+    set(f.new_value, "torch_new_stable_ivalue");
     f.cpu = number(torch, "aoti_torch_device_type_cpu");
     f.contiguous_format = number(torch, "aoti_torch_memory_format_contiguous_format");
     f.uint8 = number(torch, "aoti_torch_dtype_uint8");
+    f.int8 = number(torch, "aoti_torch_dtype_int8");
     f.int32 = number(torch, "aoti_torch_dtype_int32");
     f.dtypes[FLOAT32] = number(torch, "aoti_torch_dtype_float32");
     f.dtypes[BFLOAT16] = number(torch, "aoti_torch_dtype_bfloat16");

@@ -43,7 +43,8 @@ struct Functions {
     int32_t (*list_get_item)(ListObject*, size_t, Value*);
     int32_t (*delete_list)(ListObject*);
     int32_t (*delete_value)(Value*);
-    int32_t cpu, contiguous_format, uint8, int32;  // enum values of torch
+    int32_t (*new_value)(Value**);
+    int32_t cpu, contiguous_format, uint8, int8, int32;  // enum values of torch
     int32_t dtypes[3];                             // the same, in the order of `Dtype`
 };
 
@@ -143,6 +144,15 @@ inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
 
 inline Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) {
     return empty(sizes, functions().dtypes[dtype]);
+}
+
+// A tensor or none, for the stack.
+inline Value optional(Tensor tensor) {
+    if (!tensor) return 0;
+    Value* held;
+    check(functions().new_value(&held));
+    *held = tensor.release();
+    return reinterpret_cast<Value>(held);
 }
 
 // Takes the arguments of an operation off the stack, in the order of its schema. Tensors pass to the caller.

@@ -1,4 +1,4 @@
-// What the two kernels of the quantized GEMM share: tiles of the input, zero-points, scales and the output.
+// What the two kernels of the quantized GEMM share: tiles of the input, weights that are unpacked, and the output.
 // quantized_linear.cpp says what is computed.
 #pragma once
 #include <algorithm>
@@ -15,112 +15,127 @@ constexpr int HALF = PANEL / 2;  // channels in the low nibbles of a line; the o
 constexpr int LINE = 4 * HALF;   // bytes of a line of 4-bit weights: four features of a panel
 
 struct Problem {
-    const uint8_t* codes;              // [tokens, features]
-    const float* scale;                // [tokens, input_groups]
-    const int32_t* zero_point;         // [tokens, input_groups]
-    const uint8_t* weight;             // [panels, groups * steps, line]
-    const float* weight_scale;         // [weight_groups, channels]
-    const uint8_t* weight_zero_point;  // [weight_groups, channels]; null: `offset` for all
-    const float* bias;                 // [channels] or null
-    void* out;                         // [tokens, channels]
+    const int8_t* values;       // [tokens, features]
+    const float* scale;         // [tokens, segments]
+    const int32_t* offset;      // [tokens, segments], or null
+    const uint8_t* weight;      // [panels, lines, line]
+    const float* weight_scale;  // [channels]
+    const uint8_t* multiplier;  // [weight_groups, channels]; null: 1
+    const uint8_t* zero_point;  // [weight_groups, channels]; null: `middle` for all
+    const float* bias;          // [channels] or null
+    void* out;                  // [tokens, channels]
     Dtype out_dtype;
-    int64_t tokens, features, channels, input_groups, weight_groups, offset;
-    int64_t groups = std::max(input_groups, weight_groups), group_size = features / groups;
-    int64_t steps = div_up(group_size, 4);  // lines of a group, of four features each
-    int64_t panels = div_up(channels, PANEL);
+    int64_t tokens, features, channels, segments, weight_groups, middle;
+    int64_t lines = div_up(features, 4), panels = div_up(channels, PANEL);
+    int64_t steps = lines / segments, group_steps = lines / weight_groups;  // lines of a segment, of a weight group
+    int64_t run = std::gcd(steps, group_steps);                            // lines within one of each
+    int64_t sum_steps = steps;                                             // lines of an entry of Tile::minus_sum
 };
 
-// Inputs of a few tokens. WIDTH words of a row lie next to each other; groups are padded with zeros.
+// Inputs of a few tokens. WIDTH words of a row lie next to each other; segments are padded with zeros to whole ones.
+// A kernel with ONES_ROW has one more row where the inputs have offsets: of ones, whose products are sums of weights.
 struct Tile {
     int64_t first, rows;       // tokens first .. first + rows
-    const int32_t* words;      // [groups, steps / WIDTH, padded rows, WIDTH]: x, four signed bytes
-    const int32_t* minus_sum;  // [groups, rows]: -sum (code - z), where SUMMED
-    const int32_t* zp_offset;  // [groups, rows]: r
-    const float* scale;        // [groups, rows]
+    const int32_t* words;      // [segments, steps / WIDTH, padded rows, WIDTH]: four values each
+    const int32_t* minus_sum;  // [segments * steps / sum_steps, rows]: minus the sum of the values, where SUMMED
+    const int32_t* offset;     // [segments, rows]
+    const float* scale;        // [segments, rows]
 };
 
 // 32-bit words that `make_tile` writes for a row.
-inline int64_t row_words(const Problem& p, int64_t width) { return p.groups * (round_up(p.steps, width) + 3); }
+inline int64_t row_words(const Problem& p, int64_t width) {
+    return p.segments * (round_up(p.steps, width) + p.steps / p.sum_steps + 2);
+}
+
+INLINE int32_t sum_of(const int8_t* values, int64_t count) { return std::accumulate(values, values + count, int32_t{0}); }
 
 // The tile of tokens first .. first + rows, in memory for padded_rows. Kernel::write_words lays out the words.
-template <int BITS, typename Kernel, bool SUMMED>
-Tile make_tile(const Problem& p, int64_t first, int64_t rows, int64_t padded_rows, int32_t* words) {
-    const int64_t steps = round_up(p.steps, Kernel::WIDTH), cells = p.groups * rows, ratio = p.groups / p.input_groups;
-    int32_t *const minus_sum = words + p.groups * steps * padded_rows, *const zp_offset = minus_sum + cells;
-    float* const scale = reinterpret_cast<float*>(zp_offset + cells);
-    for (int64_t g = 0; g < p.groups; g++) {
-        const int64_t range = first * p.input_groups + g / ratio, cell = g * rows;
+template <typename Kernel, bool SUMMED>
+Tile make_tile(const Problem& p, int64_t first, int64_t rows, bool ones, int64_t padded_rows, int32_t* words) {
+    const int64_t steps = round_up(p.steps, Kernel::WIDTH), cells = p.segments * padded_rows;
+    const int64_t sums = p.steps / p.sum_steps;
+    int32_t *const minus_sum = words + steps * cells, *const offset = minus_sum + sums * cells;
+    float* const scale = reinterpret_cast<float*>(offset + cells);
+    const std::vector<int8_t> all_ones(ones ? p.features : 0, 1);
+    for (int64_t segment = 0; segment < p.segments; segment++) {
+        const int64_t begin = 4 * p.steps * segment, size = std::min(4 * p.steps, p.features - begin);
+        const auto row = [&](int64_t r) {
+            return (r < rows ? p.values + (first + r) * p.features : all_ones.data()) + begin;
+        };
         for (int64_t r = 0; r < rows; r++) {
-            const int32_t zero_point = p.zero_point[range + r * p.input_groups];
-            minus_sum[cell + r] = zero_point * static_cast<int32_t>(p.group_size);
-            zp_offset[cell + r] = zero_point - 128;
-            scale[cell + r] = p.scale[range + r * p.input_groups];
+            const int64_t at = (first + r) * p.segments + segment;
+            offset[segment * rows + r] = p.offset ? p.offset[at] : 0;
+            scale[segment * rows + r] = p.scale[at];
+        }
+        for (int64_t i = 0; SUMMED && i < sums; i++) {
+            const int64_t from = 4 * p.sum_steps * i, count = std::min(4 * p.sum_steps, size - from);
+            int32_t* const to = minus_sum + (segment * sums + i) * (rows + ones);
+            for (int64_t r = 0; r < rows + ones; r++) to[r] = -sum_of(row(r) + from, count);
         }
         for (int64_t s = 0; s < steps; s += Kernel::BLOCK) {
             const int64_t block = std::min<int64_t>(Kernel::BLOCK, steps - s);
-            const int64_t size = std::min(4 * block, p.group_size - 4 * s);
-            for (int64_t r = 0; r < rows; r++) {
-                const uint8_t* const codes = p.codes + (first + r) * p.features + g * p.group_size + 4 * s;
-                const uint8_t zero_point = BITS == 8 ? 128 : zp_offset[cell + r] + 128;
-                if (SUMMED) minus_sum[cell + r] -= std::accumulate(codes, codes + size, int32_t{0});
-                int32_t* const to = words + (g * steps + s) * padded_rows + r * Kernel::WIDTH;
-                Kernel::write_words(codes, size, zero_point, block, padded_rows, to);
+            for (int64_t r = 0; r < rows + ones; r++) {
+                Kernel::write_words(row(r) + 4 * s, std::min(4 * block, size - 4 * s), block, padded_rows,
+                                    words + (segment * steps + s) * padded_rows + r * Kernel::WIDTH);
             }
         }
     }
-    return {first, rows, words, minus_sum, zp_offset, scale};
+    return {first, rows, words, minus_sum, offset, scale};
 }
 
-// Zero-points of a weight group, of LANES channels from `first` on.
-INLINE Ints zero_points(const Problem& p, int64_t group, int64_t first) {
-    typedef uint8_t ZeroPoints __attribute__((vector_size(LANES)));
-    if (!p.weight_zero_point) return splat(static_cast<int32_t>(p.offset));
+// Zero-points or multipliers of a weight group in LANES channels from `first` on; 0 beyond the channels.
+INLINE Ints weight_qparams(const Problem& p, const uint8_t* qparams, int64_t group, int64_t first) {
+    typedef uint8_t Qparams __attribute__((vector_size(LANES)));
     if (first >= p.channels) return Ints{};
-    const uint8_t* const zero_points = p.weight_zero_point + group * p.weight_groups / p.groups * p.channels;
-    return __builtin_convertvector(load_some<ZeroPoints>(zero_points + first, p.channels - first), Ints);
+    return __builtin_convertvector(load_some<Qparams>(qparams + group * p.channels + first, p.channels - first), Ints);
 }
 
-// Scales of a weight group, of LANES channels from `first` on.
-INLINE Floats weight_scales(const Problem& p, int64_t group, int64_t first) {
-    if (first >= p.channels) return Floats{};
-    const float* const scales = p.weight_scale + group * p.weight_groups / p.groups * p.channels;
-    return load_some<Floats>(scales + first, p.channels - first);
+INLINE Ints zero_points(const Problem& p, int64_t group, int64_t first) {
+    return p.zero_point ? weight_qparams(p, p.zero_point, group, first) : splat(static_cast<int32_t>(p.middle));
 }
 
-INLINE void store_channels(const Problem& p, int64_t token, int64_t channel, Floats x) {
-    const int64_t left = p.channels - channel, at = token * p.channels + channel;
-    with_dtype(p.out_dtype, [&](auto dtype) { store_part<dtype>(p.out, at, left, x); });
+INLINE Ints multipliers(const Problem& p, int64_t group, int64_t first) {
+    return p.multiplier ? weight_qparams(p, p.multiplier, group, first) : splat(1);
 }
 
-// Factors of a group's sums before the groups are added. Where all groups share a channel's scale, `finish` applies it.
-INLINE Floats group_scales(const Problem& p, int64_t group, int64_t first) {
-    return p.weight_groups > 1 ? weight_scales(p, group, first) : splat(1.0f);
+// The weight group that a line belongs to; 32-bit divisions are faster.
+INLINE int64_t weight_group(const Problem& p, int64_t line) {
+    return static_cast<uint32_t>(line) / static_cast<uint32_t>(p.group_steps);
 }
 
-// Scales of channels that all groups share.
-INLINE Floats channel_scales(const Problem& p, int64_t first) {
-    return p.weight_groups == 1 ? weight_scales(p, 0, first) : splat(1.0f);
-}
+// Both 16-bit halves of each lane.
+INLINE Ints both_halves(Ints v) { return v | v << 16; }
 
-// Writes the sums over the groups, of LANES channels from `first` on.
-INLINE void finish(const Problem& p, int64_t token, int64_t first, Floats sum, Floats scale, Floats bias) {
-    if (p.weight_groups == 1) sum *= scale;
-    if (p.bias) sum += bias;
-    store_channels(p, token, first, sum);
-}
+// Unpacks lines of LANES channels, and of as many that are HALF further, to bytes (code - zero_point) * multiplier +
+// `added`. A 16-bit product holds those of two codes, since 15 * 15 has 8 bits.
+class Unpacker {
+  public:
+    Unpacker() = default;
 
-INLINE Floats biases(const Problem& p, int64_t first) {
-    return p.bias && first < p.channels ? load_some<Floats>(p.bias + first, p.channels - first) : Floats{};
-}
-
-// Lines of 4-bit codes to lines of bytes, code - zero_point.
-INLINE void unpack(const uint8_t* from, int64_t lines, uint8_t* to, uint8_t zero_point = 0) {
-    for (int64_t i = 0; i < LINE * lines; i += sizeof(Bytes)) {
-        const Bytes line = load<Bytes>(from + i), low = (line & 15) - zero_point, high = (line >> 4) - zero_point;
-        const int64_t at = i + i / LINE * LINE;
-        store(to + at, low);
-        store(to + at + LINE, high);
+    // For a weight group, in channels from `first` on.
+    Unpacker(const Problem& p, int64_t group, int64_t first, int32_t added) {
+        for (int h = 0; h < 2; h++) {
+            const Ints multiplier = multipliers(p, group, first + h * HALF);
+            const Ints add = (added - zero_points(p, group, first + h * HALF) * multiplier) & 255;
+            add_[h] = (Bytes)(add * 0x01010101);
+            multiplier_[h] = (Words)(both_halves(multiplier) << (h ? 12 : 0));
+        }
     }
+
+    // The high nibbles are multiplied where they are, times 16, and the multiplier is times 2^12.
+    INLINE_MEMBER void operator()(Bytes bytes, Bytes (&weights)[2]) const {
+        weights[0] = (Bytes)((Words)(bytes & 15) * multiplier_[0]) + add_[0];
+        weights[1] = (Bytes)multiply_high((Words)(bytes & 0xF0), multiplier_[1]) + add_[1];
+    }
+
+  private:
+    Bytes add_[2];
+    Words multiplier_[2];
+};
+
+// Scales or biases of LANES channels from `first` on; 0 where there are none.
+INLINE Floats channel_floats(const Problem& p, const float* floats, int64_t first) {
+    return floats && first < p.channels ? load_some<Floats>(floats + first, p.channels - first) : Floats{};
 }
 
 }  // namespace infoquant::gemm

@@ -11,171 +11,286 @@ constexpr int PARTS = HALF / LANES;
 constexpr int MAX_ROWS = LANES == 16 ? 12 : 4;  // rows of a tile: two accumulators each fit in the registers
 constexpr int64_t AHEAD = 2048, AHEAD_WORDS = 192;  // bytes of weights and words of inputs to prefetch
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int HIGH_SHIFT = 4;    // high nibbles are multiplied in place, as 16 w
+constexpr bool VNNI = true;
 constexpr int UNPACK_TILES = 5;  // for as many tiles a panel is unpacked once for all
 #else
-constexpr int HIGH_SHIFT = 0;          // 16 w could overflow the 16 bits of maddubs
+constexpr bool VNNI = false;
 constexpr int UNPACK_TILES = 1 << 30;  // never: bytes need the slower exact `dot`
 #endif
 
-// Loads four features of LANES channels, and of the LANES channels that are HALF further.
-template <int WEIGHT_BITS>
-INLINE void load_line(const uint8_t* line, Bytes (&weights)[2]) {
-    const Bytes bytes = load<Bytes>(line);
-    weights[0] = WEIGHT_BITS == 8 ? bytes : bytes & 15;
-    weights[1] = WEIGHT_BITS == 8 ? load<Bytes>(line + 4 * HALF) : HIGH_SHIFT ? bytes & 0xF0 : bytes >> 4;
+// What lines hold: 4-bit codes of rows, 4-bit codes of groups, which have multipliers, or bytes.
+enum Kind { CODES, SCALED, BYTES };
+constexpr int64_t line_bytes(Kind kind) { return kind == BYTES ? 2 * LINE : LINE; }
+
+// Products of high nibbles are 2^high_shift too large: these are multiplied where they are.
+constexpr int high_shift(Kind kind) { return VNNI && kind == CODES ? 4 : 0; }
+
+// SCALED weights are multiplied as they are unpacked, to bytes around 128, or, without VNNI, sums of their codes are.
+constexpr int32_t UNPACKED_ZERO = 128;
+
+// Lines of a weight group and a segment, in PANELS panels.
+struct Run {
+    const uint8_t* weight;
+    int64_t next_panel;    // bytes
+    const int32_t* words;  // [steps, rows]
+    int64_t steps, group, channel, next_channel;
+};
+
+template <Kind KIND>
+INLINE const uint8_t* prefetched_line(const Run& run, int64_t step, int panel) {
+    const uint8_t* const line = run.weight + panel * run.next_panel + step * line_bytes(KIND);
+    _mm_prefetch(line + AHEAD, _MM_HINT_T0);
+    if (KIND == BYTES) _mm_prefetch(line + AHEAD + LINE, _MM_HINT_T0);
+    return line;
 }
 
-// Adds sum x w of one group to dots, for all rows of a tile in several panels, and sum w to sums where inputs have
-// 8 bits. Sums of high nibbles are multiplied by 2^HIGH_SHIFT.
-template <int WEIGHT_BITS, int BITS, int ROWS, int PANELS>
-INLINE void multiply_group(const uint8_t* weight, int64_t next_panel, const int32_t* words, int64_t steps,
-                           Ints (&dots)[PANELS][ROWS][2], Ints (&sums)[PANELS][2]) {
-    for (int64_t s = 0; s < steps; s++) {
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// Adds sum x w to dots, for all rows of a tile in several panels.
+template <Kind KIND, int ROWS, int PANELS>
+INLINE void multiply_run(const Problem& p, const Run& run, Ints (&dots)[PANELS][ROWS][2]) {
+    std::array<Unpacker, PANELS> unpackers;
+    if (KIND == SCALED) {
+        for (int q = 0; q < PANELS; q++) {
+            unpackers[q] = Unpacker(p, run.group, run.channel + q * run.next_channel, UNPACKED_ZERO);
+        }
+    }
+    for (int64_t s = 0; s < run.steps; s++) {
+        _mm_prefetch(run.words + s * ROWS + AHEAD_WORDS, _MM_HINT_T0);
 #pragma GCC unroll 4
-        for (int p = 0; p < PANELS; p++) {
-            const uint8_t* const line = weight + p * next_panel + s * 16 * WEIGHT_BITS;
-            _mm_prefetch(line + AHEAD, _MM_HINT_T0);
-            if (WEIGHT_BITS == 8) _mm_prefetch(line + AHEAD + 4 * HALF, _MM_HINT_T0);
-            if (p == 0) _mm_prefetch(words + s * ROWS + AHEAD_WORDS, _MM_HINT_T0);
-            Bytes weights[2];
-            load_line<WEIGHT_BITS>(line, weights);
-            if (BITS == 8) {
-                sums[p][0] = dot(sums[p][0], weights[0], splat(0x01010101), false);
-                sums[p][1] = dot(sums[p][1], weights[1], splat(0x01010101), false);
-            }
-#pragma GCC unroll 12
+        for (int q = 0; q < PANELS; q++) {
+            const uint8_t* const line = prefetched_line<KIND>(run, s, q);
+            Bytes weights[2] = {load<Bytes>(line), load<Bytes>(line + (KIND == BYTES ? LINE : 0))};
+            if (KIND == CODES) weights[0] &= 15, weights[1] &= 0xF0;
+            if (KIND == SCALED) unpackers[q](weights[0], weights);
+#pragma GCC unroll 13
             for (int r = 0; r < ROWS; r++) {
-                const Ints x = splat(words[s * ROWS + r]);
-                dots[p][r][0] = dot(dots[p][r][0], weights[0], x, WEIGHT_BITS == 8 && BITS == 8);
-                dots[p][r][1] = dot(dots[p][r][1], weights[1], x, WEIGHT_BITS == 8 && BITS == 8);
+                const Ints x = splat(run.words[s * ROWS + r]);
+                dots[q][r][0] = dot(dots[q][r][0], weights[0], x, true);
+                dots[q][r][1] = dot(dots[q][r][1], weights[1], x, true);
             }
         }
+    }
+}
+#else
+// Adds sum x w to dots, for all rows of a tile in several panels. Sums of a few products of 4-bit codes fit 16 bits;
+// they are multiplied as they are widened.
+template <Kind KIND, int ROWS, int PANELS>
+INLINE void multiply_run(const Problem& p, const Run& run, Ints (&dots)[PANELS][ROWS][2]) {
+    constexpr int64_t CHAIN = 8;  // 8 * 2 * 15 * 128 < 2^15
+    for (int64_t begin = 0; begin < run.steps; begin += CHAIN) {
+        const int64_t end = std::min(begin + CHAIN, run.steps);
+#pragma GCC unroll 4
+        for (int q = 0; q < PANELS; q++) {
+            Words sums[ROWS][2] = {};
+            for (int64_t s = begin; s < end; s++) {
+                const uint8_t* const line = prefetched_line<KIND>(run, s, q);
+                Bytes weights[2] = {load<Bytes>(line), load<Bytes>(line + (KIND == BYTES ? LINE : 0))};
+                if (KIND != BYTES) weights[1] = weights[1] >> 4, weights[0] &= 15;
+#pragma GCC unroll 5
+                for (int r = 0; r < ROWS; r++) {
+                    const Ints x = splat(run.words[s * ROWS + r]);
+#pragma GCC unroll 2
+                    for (int h = 0; h < 2; h++) {
+                        if (KIND == BYTES) dots[q][r][h] = dot(dots[q][r][h], weights[h], x, true);
+                        if (KIND != BYTES) sums[r][h] += dot_pairs(weights[h], x);
+                    }
+                }
+            }
+            if (KIND == BYTES) continue;
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                const int64_t first = run.channel + q * run.next_channel + h * HALF;
+                const Ints multiplier = KIND == SCALED ? both_halves(multipliers(p, run.group, first)) : splat(0x10001);
+#pragma GCC unroll 5
+                for (int r = 0; r < ROWS; r++) dots[q][r][h] += dot_pairs(sums[r][h], multiplier);
+            }
+        }
+    }
+}
+#endif
+
+// What a unit of a value counts beside the products: minus that of the zero-point.
+template <Kind KIND>
+INLINE Ints counted_zero_points(const Problem& p, int64_t group, int64_t first) {
+    if (KIND != SCALED) return zero_points(p, group, first);
+    return VNNI ? splat(UNPACKED_ZERO) : zero_points(p, group, first) * multipliers(p, group, first);
+}
+
+// Adds sum x (w - zero_point) over a segment to dots.
+template <Kind KIND, int ROWS, int PANELS>
+INLINE void multiply_segment(const Problem& p, const int32_t* minus_sum, Run run, int64_t line, int64_t end,
+                             Ints (&dots)[PANELS][ROWS][2]) {
+    for (int64_t summed = line; line < end; line += p.run) {
+        run.group = weight_group(p, line);
+        if (line == summed) {
+#pragma GCC unroll 4
+            for (int q = 0; q < PANELS; q++) {
+#pragma GCC unroll 2
+                for (int h = 0; h < 2; h++) {
+                    const int64_t first = run.channel + q * run.next_channel + h * HALF;
+                    const Ints zero_point = counted_zero_points<KIND>(p, run.group, first)
+                                            << (h ? high_shift(KIND) : 0);
+#pragma GCC unroll 13
+                    for (int r = 0; r < ROWS; r++) dots[q][r][h] += zero_point * minus_sum[r];
+                }
+            }
+            minus_sum += ROWS, summed += p.sum_steps;
+        }
+        multiply_run<KIND, ROWS, PANELS>(p, run, dots);
+        run.weight += run.steps * line_bytes(KIND), run.words += run.steps * ROWS;
     }
 }
 
 // The results of a tile in LANES channels from `channel` on and as many from channel + HALF on; in PANELS panels that
 // are `apart` panels from each other, since memory serves several streams faster than one.
-template <int WEIGHT_BITS, int BITS, int ROWS, int PANELS>
+template <Kind KIND, bool OFFSET, int ROWS, int PANELS>
 void multiply(const Problem& problem, const Tile& tile, const uint8_t* weight, int64_t channel, int64_t apart) {
     const Problem p = problem;
-    const int64_t group_bytes = p.steps * 16 * WEIGHT_BITS;
+    constexpr int WORDS = ROWS + OFFSET;  // the last row is of ones
+    const int64_t bytes = line_bytes(KIND), next_channel = apart * PANEL, segment_sums = p.steps / p.sum_steps * WORDS;
     Floats out[PANELS][ROWS][2] = {};
-    for (int64_t g = 0; g < p.groups; g++) {
-        const int32_t* const minus_sum = tile.minus_sum + g * ROWS;
-        Ints dots[PANELS][ROWS][2], sums[PANELS][2] = {};
+    for (int64_t segment = 0; segment < p.segments; segment++) {
+        const int64_t line = segment * p.steps;
+        const Run run{weight + line * bytes, apart * p.lines * bytes, tile.words + line * WORDS, p.run, 0, channel,
+                      next_channel};
+        Ints dots[PANELS][WORDS][2] = {};
+        multiply_segment<KIND, WORDS, PANELS>(p, tile.minus_sum + segment * segment_sums, run, line, line + p.steps,
+                                              dots);
 #pragma GCC unroll 4
         for (int q = 0; q < PANELS; q++) {
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
-                const int shift = h && WEIGHT_BITS == 4 ? HIGH_SHIFT : 0;
-                const int64_t first = channel + q * apart * PANEL + h * HALF;
-                const Ints zero_point = zero_points(p, g, first) << shift;
-#pragma GCC unroll 12
-                for (int r = 0; r < ROWS; r++) dots[q][r][h] = zero_point * minus_sum[r];
-            }
-        }
-        multiply_group<WEIGHT_BITS, BITS, ROWS, PANELS>(weight + g * group_bytes, apart * p.groups * group_bytes,
-                                                        tile.words + g * p.steps * ROWS, p.steps, dots, sums);
-#pragma GCC unroll 4
-        for (int q = 0; q < PANELS; q++) {
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; h++) {
-                const int shift = h && WEIGHT_BITS == 4 ? HIGH_SHIFT : 0;
-                const int64_t first = channel + q * apart * PANEL + h * HALF;
-                const Floats scale = group_scales(p, g, first);
 #pragma GCC unroll 12
                 for (int r = 0; r < ROWS; r++) {
+                    const int64_t cell = segment * ROWS + r;
                     Ints exact = dots[q][r][h];
-                    if (BITS == 8) exact -= sums[q][h] * tile.zp_offset[g * ROWS + r];
-                    out[q][r][h] += __builtin_convertvector(exact >> shift, Floats) * scale * tile.scale[g * ROWS + r];
+                    if (OFFSET) exact -= dots[q][WORDS - 1][h] * tile.offset[cell];
+                    exact >>= h ? high_shift(KIND) : 0;
+                    out[q][r][h] += __builtin_convertvector(exact, Floats) * tile.scale[cell];
                 }
             }
         }
     }
     for (int q = 0; q < PANELS; q++) {
         for (int h = 0; h < 2; h++) {
-            const int64_t first = channel + q * apart * PANEL + h * HALF;
+            const int64_t first = channel + q * next_channel + h * HALF;
             if (first >= p.channels) continue;
-            const Floats scale = weight_scales(p, 0, first), bias = biases(p, first);
-            for (int r = 0; r < ROWS; r++) finish(p, tile.first + r, first, out[q][r][h], scale, bias);
+            const Floats scale = channel_floats(p, p.weight_scale, first), bias = channel_floats(p, p.bias, first);
+            for (int r = 0; r < ROWS; r++) {
+                const int64_t at = (tile.first + r) * p.channels + first;
+                const Floats result = out[q][r][h] * scale + bias;
+                with_dtype(p.out_dtype, [&](auto dtype) { store_part<dtype>(p.out, at, p.channels - first, result); });
+            }
         }
     }
 }
 
 using Multiply = void (*)(const Problem&, const Tile&, const uint8_t*, int64_t, int64_t);
 
-template <int WEIGHT_BITS, int BITS, int... ROWS>
+template <Kind KIND, bool OFFSET, int... ROWS>
 constexpr std::array<Multiply, sizeof...(ROWS)> multiply_by_rows(std::integer_sequence<int, ROWS...>) {
-    return {multiply<WEIGHT_BITS, BITS, ROWS + 1, 1>...};
+    return {multiply<KIND, OFFSET, ROWS + 1, 1>...};
 }
 
-template <int WEIGHT_BITS, int BITS>
-constexpr auto BY_ROWS = multiply_by_rows<WEIGHT_BITS, BITS>(std::make_integer_sequence<int, MAX_ROWS>());
+template <Kind KIND, bool OFFSET>
+constexpr auto BY_ROWS = multiply_by_rows<KIND, OFFSET>(std::make_integer_sequence<int, MAX_ROWS>());
 
-// Multiplies all tiles by one panel.
-template <int WEIGHT_BITS, int BITS>
-void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, int64_t panel) {
-    const uint8_t* weight = p.weight + panel * p.groups * p.steps * 16 * WEIGHT_BITS;
-    const bool unpacked = WEIGHT_BITS == 4 && count >= UNPACK_TILES;
-    if (unpacked) {
-        static thread_local Buffer<uint8_t> kept;
-        uint8_t* const to = kept.reserve(p.groups * p.steps * 2 * LINE);
-        unpack(weight, p.groups * p.steps, to);
-        weight = to;
-    }
-    const auto& by_rows = unpacked ? BY_ROWS<8, BITS> : BY_ROWS<WEIGHT_BITS, BITS>;
-    for (int64_t i = 0; i < count; i++) {
+// Whether 4-bit panels are unpacked to bytes once for all tiles.
+inline bool unpacks_panels(const Problem&, int64_t tiles) { return tiles >= UNPACK_TILES; }
+
+// Unpacks a panel to bytes around UNPACKED_ZERO.
+inline void unpack_panel(const Problem& p, const uint8_t* from, int64_t channel, uint8_t* to) {
+    for (int64_t group = 0; group < p.weight_groups; group++) {
         for (int part = 0; part < PARTS; part++) {
-            by_rows[tiles[i].rows - 1](p, tiles[i], weight + part * 4 * LANES, panel * PANEL + part * LANES, 0);
+            const Unpacker unpack(p, group, channel + part * LANES, UNPACKED_ZERO);
+            for (int64_t i = group * p.group_steps; i < (group + 1) * p.group_steps; i++) {
+                Bytes weights[2];
+                unpack(load<Bytes>(from + i * LINE + part * 4 * LANES), weights);
+                store(to + 2 * i * LINE + part * 4 * LANES, weights[0]);
+                store(to + (2 * i + 1) * LINE + part * 4 * LANES, weights[1]);
+            }
         }
     }
+}
+
+// Problem `p` with weights that are unpacked to bytes.
+inline Problem unpacked(Problem p) {
+    p.multiplier = p.zero_point = nullptr;
+    p.middle = UNPACKED_ZERO;
+    p.run = p.steps;
+    return p;
+}
+
+// Multiplies all tiles by one panel.
+template <Kind KIND, bool OFFSET>
+void multiply_panel(const Problem& p, const Tile* tiles, int64_t count, int64_t panel) {
+    const auto multiply = [&](const auto& by_rows, const Problem& problem, const uint8_t* weight) {
+        for (int64_t i = 0; i < count; i++) {
+            for (int part = 0; part < PARTS; part++) {
+                by_rows[tiles[i].rows - 1](problem, tiles[i], weight + part * 4 * LANES, panel * PANEL + part * LANES, 0);
+            }
+        }
+    };
+    const uint8_t* const weight = p.weight + panel * p.lines * line_bytes(KIND);
+    if (KIND == BYTES || !unpacks_panels(p, count)) return multiply(BY_ROWS<KIND, OFFSET>, p, weight);
+    static thread_local Buffer<uint8_t> kept;
+    uint8_t* const bytes = kept.reserve(p.lines * 2 * LINE);
+    unpack_panel(p, weight, panel * PANEL, bytes);
+    multiply(BY_ROWS<BYTES, OFFSET>, unpacked(p), bytes);
 }
 
 // Tiles of a few rows, whose sums stay in vector registers.
 struct VectorKernel {
     static constexpr int ROWS = MAX_ROWS, WIDTH = 1, UNIT = 1;
     static constexpr int BLOCK = 64;  // words of a row at a time: what they are scattered to stays in the L1 cache
+    static constexpr bool ONES_ROW = true;
 
-    template <int BITS>
-    static bool needs_sums(const Problem&) {
-        return true;
-    }
+    static bool needs_sums(const Problem&) { return true; }
 
-    static void write_words(const uint8_t* codes, int64_t size, uint8_t zero_point, int64_t count, int64_t padded_rows,
-                            int32_t* to) {
-        int8_t bytes[4 * BLOCK] = {};
-        for (int64_t i = 0; i < size; i++) bytes[i] = static_cast<int8_t>(codes[i] - zero_point);
-        for (int64_t i = 0; i < count; i++) memcpy(to + i * padded_rows, bytes + 4 * i, 4);
+    // Lines of an entry of Tile::minus_sum.
+    static int64_t sum_steps(const Problem& p, int64_t) { return !VNNI && is_scaled(p) ? p.run : p.steps; }
+
+    static bool is_scaled(const Problem& p) { return p.weight_groups > 1 || p.multiplier; }
+
+    static void write_words(const int8_t* values, int64_t size, int64_t count, int64_t padded_rows, int32_t* to) {
+        const int64_t whole = std::min(size / 4, count);
+        for (int64_t i = 0; i < whole; i++) memcpy(to + i * padded_rows, values + 4 * i, 4);
+        if (whole == count) return;
+        to[whole * padded_rows] = 0;
+        memcpy(to + whole * padded_rows, values + 4 * whole, size - 4 * whole);
     }
 
     // Multiplies all tiles by all panels; called by every thread of a parallel region.
-    template <int WEIGHT_BITS, int BITS>
+    template <int WEIGHT_BITS, bool OFFSET>
     static void multiply_panels(const Problem& p, const Tile* tiles, int64_t count);
 };
 
-template <int WEIGHT_BITS, int BITS>
-void VectorKernel::multiply_panels(const Problem& p, const Tile* tiles, int64_t count) {
+template <Kind KIND, bool OFFSET>
+void multiply_all(const Problem& p, const Tile* tiles, int64_t count) {
     constexpr int STREAMS = 4, MAX_STREAM_ROWS = LANES == 16 ? 2 : 1;  // sums of all streams fit in the registers
     const int64_t apart = p.panels / STREAMS;
     const bool streams = count == 1 && tiles[0].rows <= MAX_STREAM_ROWS;
     if (streams) {
-        const Multiply multiply_streams =
-            tiles[0].rows == 1 ? multiply<WEIGHT_BITS, BITS, 1, STREAMS>
-                               : multiply<WEIGHT_BITS, BITS, MAX_STREAM_ROWS, STREAMS>;
+        const Multiply multiply_streams = tiles[0].rows == 1 ? multiply<KIND, OFFSET, 1, STREAMS>
+                                                             : multiply<KIND, OFFSET, MAX_STREAM_ROWS, STREAMS>;
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < apart; panel++) {
             for (int part = 0; part < PARTS; part++) {
-                multiply_streams(p, tiles[0],
-                                 p.weight + panel * p.groups * p.steps * 16 * WEIGHT_BITS + part * 4 * LANES,
+                multiply_streams(p, tiles[0], p.weight + panel * p.lines * line_bytes(KIND) + part * 4 * LANES,
                                  panel * PANEL + part * LANES, apart);
             }
         }
     }
 #pragma omp for schedule(static)
     for (int64_t panel = streams ? apart * STREAMS : 0; panel < p.panels; panel++) {
-        multiply_panel<WEIGHT_BITS, BITS>(p, tiles, count, panel);
+        multiply_panel<KIND, OFFSET>(p, tiles, count, panel);
     }
+}
+
+template <int WEIGHT_BITS, bool OFFSET>
+void VectorKernel::multiply_panels(const Problem& p, const Tile* tiles, int64_t count) {
+    if (WEIGHT_BITS == 8) return multiply_all<BYTES, OFFSET>(p, tiles, count);
+    is_scaled(p) ? multiply_all<SCALED, OFFSET>(p, tiles, count) : multiply_all<CODES, OFFSET>(p, tiles, count);
 }
 
 }  // namespace infoquant::gemm

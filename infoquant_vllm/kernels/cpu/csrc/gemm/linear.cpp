@@ -24,29 +24,28 @@ void add_halves(const float* halves, int64_t tokens, int64_t channels, const flo
 }  // namespace
 
 void linear(const Input& input, const InputQuant& quant, const Weight& weight, const float* bias, void* out) {
-    static thread_local Buffer<uint8_t> codes;
+    static thread_local Buffer<int8_t> values;
     static thread_local Buffer<float> scale, halves;
-    static thread_local Buffer<int32_t> zero_point;
+    static thread_local Buffer<int32_t> offset;
     const bool int16 = quant.clip == nullptr;
-    const int64_t features = input.features, channels = weight.channels;
+    const int64_t features = input.features, channels = weight.channels, segments = quant.segments;
     const int64_t widest = int16 ? std::max(features, channels) : features;
     const int64_t max_tokens = std::clamp<int64_t>(SCRATCH / widest, 1, std::max<int64_t>(input.tokens, 1));
-    const int64_t rows_each = int16 ? 2 : 1, groups = int16 ? 1 : quant.groups, max_rows = rows_each * max_tokens;
-    Quantized quantized{codes.reserve(max_rows * features), scale.reserve(max_rows * groups),
-                        zero_point.reserve(max_rows * groups), 0, features, groups, int16 ? 8 : quant.num_bits};
+    const int64_t max_rows = quant.rows_each() * max_tokens;
+    Quantized quantized{values.reserve(max_rows * features), scale.reserve(max_rows * segments),
+                        quant.has_offset() ? offset.reserve(max_rows * segments) : nullptr, 0, features, segments};
     float* const sums = int16 ? halves.reserve(max_rows * channels) : nullptr;
     Input part = input;
     for (int64_t first = 0; first < input.tokens; first += max_tokens) {
         part.tokens = std::min(max_tokens, input.tokens - first);
         part.x = element(input.x, input.dtype, first * features);
-        quantized.tokens = rows_each * part.tokens;
+        quantized.rows = quant.rows_each() * part.tokens;
         void* const to = element(out, input.dtype, first * channels);
+        rotate_quantize(part, quant, quantized);
         if (int16) {
-            rotate_quantize_wide(part, quantized);
             quantized_linear(quantized, weight, nullptr, sums, FLOAT32);
             add_halves(sums, part.tokens, channels, bias, to, input.dtype);
         } else {
-            rotate_quantize(part, quant, quantized);
             quantized_linear(quantized, weight, bias, to, input.dtype);
         }
     }

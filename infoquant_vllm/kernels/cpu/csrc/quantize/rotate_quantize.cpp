@@ -103,45 +103,114 @@ MinMax min_max(const float* y, int64_t size) {
     return {hmin(low[0]), hmax(high[0])};
 }
 
-void quantize_group(const float* y, int64_t size, const InputQuant& quant, const float* clip, uint8_t* codes,
-                    float* scale, int32_t* zero_point) {
-    const MinMax range = min_max(y, size);
-    const float low = range.low * clip[0], high = range.high * clip[1];
-    const float largest = static_cast<float>((1 << quant.num_bits) - 1);
-    const float half = static_cast<float>(1 << (quant.num_bits - 1));
-    const float step = std::max(quant.symmetric ? std::max(-low, high) / (half - 1) : (high - low) / largest, 1e-12f);
-    const float inverse = 1 / step, middle = quant.symmetric ? half : std::nearbyint(-low * inverse);
-    const int32_t offset = static_cast<int32_t>(middle);
-    *scale = step;
-    *zero_point = offset;
-    const float highest = largest - middle;  // an integer, so clamping may come before rounding
-    const auto integers = [&](int64_t i) { return round_to_int(min(load(y + i) * inverse, splat(highest))); };
+// Row `row` of `to`, from its scale on: values [features], scales and offsets [segments].
+struct Row {
+    int8_t* values;
+    float* scale;
+    int32_t* offset;
+
+    Row(const Quantized& to, int64_t row)
+        : values(to.values + row * to.features), scale(to.scale + row * to.segments),
+          offset(to.offset ? to.offset + row * to.segments : nullptr) {}
+};
+
+// How the values of a group are made of y: rounded (y * inverse), within low .. high, which are integers.
+struct Rounding {
+    float inverse, low, high;
+    INLINE_MEMBER Floats clamped(Floats y) const { return max(min(y * inverse, splat(high)), splat(low)); }
+};
+
+// values [size] = to_integers(y).
+template <typename ToIntegers>
+INLINE void store_values(const float* y, int64_t size, int8_t* values, const ToIntegers& to_integers) {
+    typedef int8_t Values __attribute__((vector_size(LANES)));
     int64_t i = 0;
     for (; i + 4 * LANES <= size; i += 4 * LANES) {
-        store_codes(codes + i, integers(i), integers(i + LANES), integers(i + 2 * LANES), integers(i + 3 * LANES),
-                    offset);
+        store_bytes(values + i, to_integers(load(y + i)), to_integers(load(y + i + LANES)),
+                    to_integers(load(y + i + 2 * LANES)), to_integers(load(y + i + 3 * LANES)));
     }
-    for (; i < size; ++i) {
-        const float code = std::nearbyint(std::min(y[i] * inverse, highest)) + middle;
-        codes[i] = static_cast<uint8_t>(std::max(code, 0.0f));
+    for (; i < size; i += LANES) {
+        const Values last = __builtin_convertvector(to_integers(load_some(y + i, size - i)), Values);
+        std::memcpy(values + i, &last, std::min<int64_t>(LANES, size - i));
     }
 }
 
-// int16 codes of a token, 256 * (high - 128) + low: a row of high bytes, then a row of low bytes.
-void quantize_wide(const float* y, int64_t size, uint8_t* codes, float* scale, int32_t* zero_point) {
-    typedef uint8_t Codes __attribute__((vector_size(LANES)));
+MinMax clipped_range(const float* y, int64_t size, const float* clip) {
+    const MinMax range = min_max(y, size);
+    return {range.low * clip[0], range.high * clip[1]};
+}
+
+// A segment of one group.
+void quantize_segment(const float* y, int64_t size, const InputQuant& quant, const float* clip, int8_t* values,
+                      float* scale, int32_t* offset) {
+    const auto [low, high] = clipped_range(y, size, clip);
+    const float largest = static_cast<float>((1 << quant.num_bits) - 1);
+    const float half = static_cast<float>(1 << (quant.num_bits - 1));
+    const float step = std::max(quant.symmetric ? std::max(-low, high) / (half - 1) : (high - low) / largest, 1e-12f);
+    const float inverse = 1 / step, zero_point = quant.symmetric ? half : std::nearbyint(-low * inverse);
+    const int32_t added = quant.has_offset() ? static_cast<int32_t>(zero_point) - 128 : 0;
+    *scale = step;
+    if (offset) *offset = added;
+    const Rounding rounding{inverse, -zero_point, largest - zero_point};
+    store_values(y, size, values, [=](Floats v) { return round_to_int(rounding.clamped(v)) + added; });
+}
+
+// Scratch memory of the groups of a segment, padded to whole vectors.
+struct Groups {
+    float *low, *high, *step, *zero_point;
+
+    explicit Groups(int64_t groups) {
+        thread_local Buffer<float> buffer;
+        const int64_t padded = round_up(groups, LANES);
+        low = buffer.reserve(4 * padded);
+        high = low + padded, step = high + padded, zero_point = step + padded;
+    }
+};
+
+// A segment of several groups of 4 bits, whose values share a scale: see `quantize_groups` in kernels/torch/quantize.py.
+void quantize_groups(const float* y, int64_t size, int64_t groups, const InputQuant& quant, const float* clip,
+                     int8_t* values, float* scale) {
+    constexpr float MAX_CODE = 15, MIDDLE = 8, MAX_VALUE = 127;
+    const Groups found(groups);
+    for (int64_t g = 0; g < groups; ++g) {
+        const MinMax range = clipped_range(y + g * size, size, clip + 2 * g);
+        found.low[g] = range.low, found.high[g] = range.high;
+    }
+    Floats largest{};
+    for (int64_t g = 0; g < groups; g += LANES) {
+        const Floats low = load(found.low + g), high = load(found.high + g);
+        const Floats step =
+            max(quant.symmetric ? max(-low, high) / (MIDDLE - 1) : (high - low) / MAX_CODE, splat(1e-12f));
+        const Floats zero_point = quant.symmetric ? splat(MIDDLE) : round(-low * (1 / step));
+        store(found.step + g, step);
+        store(found.zero_point + g, zero_point);
+        const Floats reached = step * max(zero_point, MAX_CODE - zero_point);
+        largest = max(largest, load_some(reinterpret_cast<const float*>(&reached), groups - g));
+    }
+    *scale = hmax(largest) / MAX_VALUE;
+    const float inverse_scale = 1 / *scale;
+    for (int64_t g = 0; g < groups; ++g) {
+        const float ratio = found.step[g] * inverse_scale, zero_point = found.zero_point[g];
+        const Rounding rounding{1 / found.step[g], -zero_point, MAX_CODE - zero_point};
+        store_values(y + g * size, size, values + g * size,
+                     [=](Floats v) { return round_to_int(round(rounding.clamped(v)) * ratio); });
+    }
+}
+
+// int16 codes of a token, 256 * high byte + low byte: a row of each, less 128.
+void quantize_int16(const float* y, int64_t size, const Row& high_row, const Row& low_row) {
+    typedef int8_t Values __attribute__((vector_size(LANES)));
     const MinMax range = min_max(y, size);
     const float step = std::max(std::max(-range.low, range.high) / 32767, 1e-12f), inverse = 1 / step;
-    scale[0] = 256 * step;
-    scale[1] = step;
-    zero_point[0] = 128;
-    zero_point[1] = 0;
+    *high_row.scale = 256 * step, *high_row.offset = 0;
+    *low_row.scale = step, *low_row.offset = -128;
     for (int64_t i = 0; i < size; i += LANES) {
         const int64_t count = std::min<int64_t>(LANES, size - i);
-        const Ints code = round_to_int(load_some(y + i, count) * inverse) + 32768;
-        const Codes high = __builtin_convertvector(code >> 8, Codes), low = __builtin_convertvector(code & 255, Codes);
-        std::memcpy(codes + i, &high, count);
-        std::memcpy(codes + size + i, &low, count);
+        const Ints code = round_to_int(load_some(y + i, count) * inverse);
+        const Values high = __builtin_convertvector(code >> 8, Values);
+        const Values low = __builtin_convertvector((code & 255) - 128, Values);
+        std::memcpy(high_row.values + i, &high, count);
+        std::memcpy(low_row.values + i, &low, count);
     }
 }
 
@@ -167,22 +236,26 @@ void for_tiles(const Input& t, Each each) {
 }  // namespace
 
 void rotate_quantize(const Input& input, const InputQuant& quant, const Quantized& to) {
-    const int64_t groups = quant.groups, size = input.features / groups;
-    for_tiles(input, [=](int64_t first, int64_t count, const float* y) {
-        for (int64_t i = 0; i < count * groups; ++i) {
-            const int64_t at = first * groups + i;
-            quantize_group(y + i * size, size, quant, quant.clip + 2 * (i % groups), to.codes + at * size,
-                           to.scale + at, to.zero_point + at);
-        }
-    });
-}
-
-void rotate_quantize_wide(const Input& input, const Quantized& to) {
-    const int64_t features = input.features;
-    for_tiles(input, [=](int64_t first, int64_t count, const float* y) {
+    const int64_t features = input.features, segments = quant.segments, size = features / segments;
+    const int64_t groups = quant.groups / segments;  // of a segment
+    for_tiles(input, [=](int64_t first, int64_t count, const float* rows) {
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = 2 * (first + i);
-            quantize_wide(y + i * features, features, to.codes + row * features, to.scale + row, to.zero_point + row);
+            const float* const y = rows + i * features;
+            const Row row(to, quant.rows_each() * (first + i));
+            if (!quant.clip) {
+                quantize_int16(y, features, row, Row(to, 2 * (first + i) + 1));
+                continue;
+            }
+            for (int64_t s = 0; s < segments; ++s) {
+                const float* const clip = quant.clip + 2 * s * groups;
+                if (groups == 1) {
+                    quantize_segment(y + s * size, size, quant, clip, row.values + s * size, row.scale + s,
+                                     row.offset ? row.offset + s : nullptr);
+                } else {
+                    quantize_groups(y + s * size, size / groups, groups, quant, clip, row.values + s * size,
+                                    row.scale + s);
+                }
+            }
         }
     });
 }

@@ -34,14 +34,19 @@ INLINE Ints dot(Ints acc, Bytes codes, Ints x, [[maybe_unused]] bool wide) {
 #endif
 }
 
-// 4 * LANES integers plus an offset, at least 0, as bytes. The sums are at most 255, the offset below 2^15.
-inline void store_codes(uint8_t* to, Ints a, Ints b, Ints c, Ints d, int16_t offset) {
-    // Packing saturates, and leaves the 128-bit lanes of the four side by side.
-    const __m256i add = _mm256_set1_epi16(offset);
-    const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b), add);
-    const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32((__m256i)c, (__m256i)d), add);
+// The sums of neighboring products of bytes (unsigned times signed), and of 16-bit integers. The first must fit 16 bits.
+INLINE Words dot_pairs(Bytes codes, Ints x) { return (Words)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x); }
+INLINE Ints dot_pairs(Words a, Ints b) { return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+
+// The upper 16 bits of the products.
+inline Words multiply_high(Words a, Words b) { return (Words)_mm256_mulhi_epu16((__m256i)a, (__m256i)b); }
+
+// 4 * LANES integers within -128 .. 127 as bytes.
+inline void store_bytes(int8_t* to, Ints a, Ints b, Ints c, Ints d) {
+    // Packing leaves the 128-bit lanes of the four side by side.
+    const __m256i low = _mm256_packs_epi32((__m256i)a, (__m256i)b), high = _mm256_packs_epi32((__m256i)c, (__m256i)d);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+    _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
 }
 
 // table[index] for LANES indices.

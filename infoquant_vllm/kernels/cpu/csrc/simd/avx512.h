@@ -29,14 +29,15 @@ INLINE Ints dot(Ints acc, Bytes codes, Ints x, [[maybe_unused]] bool wide) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
 }
 
-// 4 * LANES integers plus an offset, at least 0, as bytes. The sums are at most 255, the offset below 2^15.
-inline void store_codes(uint8_t* to, Ints a, Ints b, Ints c, Ints d, int16_t offset) {
-    // Packing saturates, and leaves the 128-bit lanes of the four side by side.
-    const __m512i add = _mm512_set1_epi16(offset);
-    const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b), add);
-    const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32((__m512i)c, (__m512i)d), add);
+// The upper 16 bits of the products.
+inline Words multiply_high(Words a, Words b) { return (Words)_mm512_mulhi_epu16((__m512i)a, (__m512i)b); }
+
+// 4 * LANES integers within -128 .. 127 as bytes.
+inline void store_bytes(int8_t* to, Ints a, Ints b, Ints c, Ints d) {
+    // Packing leaves the 128-bit lanes of the four side by side.
+    const __m512i low = _mm512_packs_epi32((__m512i)a, (__m512i)b), high = _mm512_packs_epi32((__m512i)c, (__m512i)d);
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
 }
 
 // table[index] for LANES indices.

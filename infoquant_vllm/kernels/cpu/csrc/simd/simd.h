@@ -13,6 +13,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace infoquant {
 
@@ -26,6 +27,7 @@ constexpr int DOUBLE_LANES = LANES / 2, LANES16 = 16;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));  // bits of float16 or bfloat16
 typedef double Doubles __attribute__((vector_size(4 * LANES)));
 
