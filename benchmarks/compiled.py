@@ -24,11 +24,8 @@ OTHERS_ARCHS = (80, 90)
 """Architectures for which what other checkpoints need is compiled too, beside what serves LLaMA-3-8B."""
 KNOWN_SPILLS = re.compile(
     r"rotate_quantize_kernel (sm_(80|86|89) .*outer=64 inner=64 |.* outer=96 inner=4 )"
-    r"|gemm_kernel sm_(80|86|89) weight_bits=8 .*block_n=128 block_m=128 "
-    r"|gemm_kernel sm_80 group_size=64 .*block_n=128 block_m=64 "
-    r"|gemm_kernel sm_(86|89) group_size=64 .*block_n=64 block_m=16 "
-    r"|gemm_kernel sm_100 (weight_bits=8 .*block_n=256 block_m=128 |group_size=32 .*block_n=128 block_m=32 )"
-    r"|rotate_blocks_kernel sm_100 block_size=2048 .*rows=16 "
+    r"|gemm_kernel sm_(80|86|89) .*weight_bits=8 .*block_n=128 block_m=128 "
+    r"|gemm_kernel sm_100 .*weight_bits=8 .*block_n=256 block_m=128 "
     r"|kv_(decode|attention)_kernel sm_(80|90) .*head=(80|192) "
     r"|kv_decode_kernel sm_(80|90) .*head=64 group=40 "
 )

@@ -32,7 +32,8 @@ def main() -> None:
 def measure(bench: Bench, name: str, site: Site) -> None:
     """Write the rows of one site; its weights are freed behind it."""
     torch.manual_seed(0)
-    ours = QuantizedLinear(site, bench.device)
+    ours = {"W4A4": QuantizedLinear(site, bench.device)}
+    ours["W4A4 in groups"] = QuantizedLinear(site.in_groups(), bench.device)
     number = copies(2 * site.features * site.channels, bench.device)
     dense = torch.randn(number, site.channels, site.features, device=bench.device, dtype=torch.bfloat16)
     for tokens in SMALL_TOKENS if bench.dry_run else TOKENS:
@@ -47,12 +48,15 @@ def timed(make: Callable[[], Calls], device: str) -> dict[str, float | None]:
     return {"us": microseconds(make(), device)}
 
 
-def kernels(ours: QuantizedLinear, dense: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[str, Callable[[], Calls]]]:
+def kernels(
+    ours: dict[str, QuantizedLinear], dense: torch.Tensor, x: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], Calls]]]:
     """Yield each kernel's name and what makes its calls on x [tokens, features], dense [copies, channels, features]."""
     tokens = len(x)
-    yield "W4A4", partial(ours.calls, x)
-    yield "W4A4, quantizer alone", lambda: [partial(ours.quantize, x)]
-    yield "W4A4, product alone", lambda: ours.products(ours.quantize(x))
+    for name, made in ours.items():
+        yield name, partial(made.calls, x)
+        yield f"{name}, quantizer alone", partial(lambda made: [partial(made.quantize, x)], made)
+        yield f"{name}, product alone", partial(lambda made: made.products(made.quantize(x)), made)
     yield "bf16", lambda: [partial(torch.nn.functional.linear, x, weight) for weight in dense]
     if x.device.type == "cpu":
         return

@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.timing import copies
 from infoquant_vllm.format import ModelShape
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
-from infoquant_vllm.kernels.triton.linear import gemm, linear, prepare_matrices, prepare_qparams, prepare_weight
+from infoquant_vllm.kernels.triton.linear import gemm, linear, prepare_matrices, prepare_linear
 from infoquant_vllm.kernels.triton.rotate_quantize import Codes, rotate_quantize
 from infoquant_vllm.kernels.triton.weights import layout
 
@@ -21,12 +21,20 @@ MODULES = MappingProxyType(
 
 
 class Site(NamedTuple):
-    """A linear as the preset `fast` serves it: input quantized in `groups`, through a Hadamard matrix (0: none)."""
+    """A linear as the preset `fast` serves it: input quantized in `groups`, through a Hadamard matrix (0: none).
+
+    weight_group: features of a group of its weights (0: all)
+    """
 
     features: int
     channels: int
     groups: int
     hadamard: int
+    weight_group: int = 0
+
+    def in_groups(self) -> "Site":
+        """Return the linear as the preset `best` serves it."""
+        return self._replace(groups=self.features // 32, weight_group=64)
 
 
 class Heads(NamedTuple):
@@ -70,22 +78,28 @@ class QuantizedLinear:
         number = copies(site.channels * site.features // 2, device)
         self.weights = [self._weight(device) for _ in range(number)]
 
-    def _weight(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = torch.randint(0, 256, (self.site.channels, self.site.features // 2), dtype=torch.uint8, device=device)
-        scale = torch.rand(self.site.channels, 1, device=device) / 100 + 0.01
-        return prepare_weight(packed, 4, True, self.site.groups), prepare_qparams(scale)
+    def _weight(self, device: str) -> PackedWeight:
+        channels, features, size = self.site.channels, self.site.features, self.site.weight_group
+        packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8, device=device)
+        scale = torch.rand(channels, 1, device=device) / 100 + 0.01
+        if not size:
+            return prepare_linear(PackedWeight(packed, scale, None, None), 4, 1)
+        qparams = torch.randint(1, 9, (2, channels, features // size), dtype=torch.uint8, device=device)
+        return prepare_linear(PackedWeight(packed, scale, *qparams), 4, 1)
+
+    @property
+    def inputs(self) -> InputQuant:
+        """Return how its activations are quantized."""
+        return InputQuant(self.matrices, self.site.hadamard, self.clip, 4, symmetric=False)
 
     def calls(self, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
         """Return a call of the whole linear for each copy."""
-        inputs = InputQuant(self.matrices, self.site.hadamard, self.clip, 4, symmetric=False)
-        return [partial(linear, x, inputs, PackedWeight(*pair, None), None) for pair in self.weights]
+        return [partial(linear, x, self.inputs, weight, None) for weight in self.weights]
 
     def quantize(self, x: torch.Tensor) -> Codes:
         """Run the quantizer alone."""
-        padded = layout(self.site.features, self.site.groups, 4).padded
-        return rotate_quantize(x, self.matrices, self.site.hadamard, self.clip, 4, False, padded, 0)
+        return rotate_quantize(x, self.inputs, layout(self.site.features, 1).padded, with_sums=False)
 
     def products(self, codes: Codes) -> list[Callable[[], torch.Tensor]]:
         """Return a call of the product alone for each copy."""
-        weights = [PackedWeight(*pair, None) for pair in self.weights]
-        return [partial(gemm, codes, self.site.features, weight, None, torch.bfloat16) for weight in weights]
+        return [partial(gemm, codes, self.site.features, weight, None, torch.bfloat16) for weight in self.weights]

@@ -44,23 +44,28 @@ class Case:
 
 @dataclass(frozen=True)
 class Product:
-    """A W4A4 linear whose input is quantized in so many groups, through a Hadamard of `hadamard` or (0) none."""
+    """A W4A4 linear whose input and weight are quantized in so many groups, through a Hadamard or (0) none."""
 
     tokens: int
     features: int
     channels: int
     groups: int
+    weight_groups: int
     hadamard: int
 
 
 CASES = (Case(4, 2, 64, 2, 40, 1), Case(4, 2, 64, 1, 300, 4), Case(4, 2, 64, 2, 40, 12))
-PRODUCTS = (Product(5, 128, 48, 2, 0), Product(40, 192, 32, 1, 192))
+PRODUCTS = (Product(5, 128, 48, 2, 2, 0), Product(40, 192, 32, 1, 1, 192))
 GPU_CASES = (
     *(Case(32, 8, 128, 2, 1200, queries) for queries in (1, 4)),  # contexts in parts
     Case(32, 32, 64, 36, 200, 1),  # enough sequences for one program to go through the parts of each
     Case(32, 8, 128, 2, 300, 70),
 )
-GPU_PRODUCTS = (Product(5, 4096, 512, 32, 0), Product(80, 2048, 256, 1, 2048))
+GPU_PRODUCTS = (
+    Product(5, 4096, 512, 128, 64, 0),
+    Product(300, 4096, 512, 128, 64, 4096),
+    Product(80, 2048, 256, 1, 1, 2048),
+)
 
 
 def main() -> None:
@@ -145,14 +150,16 @@ def check_linear(case: Product, device: str) -> dict[str, Any]:
     torch.manual_seed(0)
     x, clip = torch.randn(case.tokens, case.features).bfloat16(), torch.full((case.groups, 2), 0.9)
     packed = torch.randint(0, 256, (case.channels, case.features // 2), dtype=torch.uint8)
-    scale = torch.rand(case.channels, 1)
-    matrices = [matrix.to(device) for matrix in triton_linear.prepare_matrices([], case.hadamard)]
+    multiplier, zero = torch.randint(1, 9, (2, case.channels, case.weight_groups), dtype=torch.uint8)
+    grouped = case.weight_groups > 1
+    given = PackedWeight(packed, torch.rand(case.channels, 1), *((multiplier, zero) if grouped else (None, None)))
     inputs = InputQuant([], case.hadamard, clip, 4, symmetric=False)
+    matrices = [matrix.to(device) for matrix in triton_linear.prepare_matrices([], case.hadamard)]
     prepared = inputs._replace(matrices=matrices, clip_ratio=clip.to(device))
-    weight = triton_linear.prepare_weight(packed, 4, True, case.groups).to(device)
-    packed_weight = PackedWeight(weight, triton_linear.prepare_qparams(scale).to(device), None)
-    found = triton_linear.linear(x.to(device), prepared, packed_weight, None)
-    plain = PackedWeight(torch_linear.prepare_weight(packed, 4, True), scale, None)
+    weight = triton_linear.prepare_linear(given, 4, 1)
+    there = PackedWeight(*(None if each is None else each.to(device) for each in weight))
+    found = triton_linear.linear(x.to(device), prepared, there, None)
+    plain = given._replace(packed=torch_linear.prepare_weight(packed, 4, not grouped))
     return _compared(found.cpu(), torch_linear.linear(x, inputs, plain, None))
 
 

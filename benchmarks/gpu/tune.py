@@ -17,15 +17,14 @@ from rich.console import Console
 
 from benchmarks.common.provenance import write_whole
 from benchmarks.gpu.sites import MODULES, sizes
-from benchmarks.gpu.smoke import TOLERANCE
 from benchmarks.gpu.timing import copies, microseconds
 from infoquant_vllm.format import Checkpoint
-from infoquant_vllm.kernels.operands import PackedWeight
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from infoquant_vllm.kernels.triton.common import architecture
 from infoquant_vllm.kernels.triton.linear import gemm
 from infoquant_vllm.kernels.triton.rotate_quantize import Codes
 from infoquant_vllm.kernels.triton.tiles import FEW_TOKENS, Measured, Tile, linear_tile
-from infoquant_vllm.kernels.triton.weights import Layout, layout, prepare_qparams, prepare_weight
+from infoquant_vllm.kernels.triton.weights import Layout, layout, prepare_linear
 
 TOKENS = (1, 16, FEW_TOKENS, 64, 128, 256, 512, 2048)
 MANY = tuple(
@@ -61,38 +60,36 @@ class Linear:
 
     features: int
     channels: int
-    weight_groups: int
-    input_groups: int
+    group_size: int | None
+    """of the weights"""
     symmetric: bool
     num_bits: int
     """of the inputs"""
 
     @property
-    def finer(self) -> int:
-        """Groups of the finer grouping."""
-        return max(self.weight_groups, self.input_groups)
+    def layout(self) -> Layout:
+        """Return the layout of its weights."""
+        return layout(self.features, 1, self.group_size)
 
     def products(self, tokens: int, device: torch.device) -> list[Callable[[Tile], torch.Tensor]]:
         """Return calls of random codes and weights with a tile, which differ in where the weights are."""
         torch.manual_seed(0)
         packed = torch.randint(0, 256, (self.channels, self.features // 2), dtype=torch.uint8)
-        zeros = torch.randint(0, 16, (self.channels, self.weight_groups), dtype=torch.uint8)
-        weight = prepare_weight(packed, 4, self.symmetric, self.finer).to(device)
-        weights = [weight, *(weight.clone() for _ in range(copies(weight.nbytes, device.type) - 1))]
-        grid = prepare_qparams(torch.rand(self.channels, self.weight_groups)).to(device)
-        zero = None if self.symmetric else prepare_qparams(zeros).to(device)
-        sum_groups = 0 if self.symmetric else self.finer
-        padded = layout(self.features, self.finer, 4).padded
-        codes = Codes.empty(tokens, self.input_groups, padded, sum_groups, self.num_bits, False, device)
-        codes.values.random_(-8, 8)
+        groups = 1 if self.group_size is None else self.features // self.group_size
+        multiplier, zero = torch.randint(1, 9, (2, self.channels, groups), dtype=torch.uint8)
+        scale, has_groups = torch.rand(self.channels, 1), self.group_size is not None
+        given = PackedWeight(packed, scale, multiplier if has_groups else None, None if self.symmetric else zero)
+        weight = prepare_linear(given, 4, 1)
+        weight = PackedWeight(*(None if each is None else each.to(device) for each in weight))
+        weights = [weight._replace(packed=weight.packed.clone()) for _ in range(copies(packed.nbytes, device.type))]
+        inputs = InputQuant([], 0, torch.empty(1, 2), self.num_bits, symmetric=False)
+        codes = Codes.empty(tokens, inputs, self.layout.padded, weight.zero_point is not None, device)
+        codes.values.random_(-127, 128)
         codes.scale.uniform_(0.5, 1.5)
         for part in (codes.zp_offset, codes.sums):
             if part is not None:
                 part.random_(0, 8)
-        return [
-            partial(gemm, codes, self.features, PackedWeight(each, grid, zero), None, torch.bfloat16)
-            for each in weights
-        ]
+        return [partial(gemm, codes, self.features, each, None, torch.bfloat16) for each in weights]
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:
@@ -103,16 +100,14 @@ def linears(checkpoint: Checkpoint) -> list[Linear]:
         if scheme is None or scheme.input_activations.num_bits == 16 or scheme.weights.num_bits != 4:
             continue
         features, channels = sizes(checkpoint.shape, site)
-        group_sizes = scheme.weights.group_size, scheme.input_activations.group_size
-        weight_groups, input_groups = (1 if size is None else features // size for size in group_sizes)
-        rest = scheme.weights.symmetric, scheme.input_activations.num_bits
-        found.append(Linear(features, channels, weight_groups, input_groups, *rest))
+        weights, num_bits = scheme.weights, scheme.input_activations.num_bits
+        found.append(Linear(features, channels, weights.group_size, weights.symmetric, num_bits))
     return list(dict.fromkeys(found))
 
 
 def best(linear: Linear, tokens: int, device: torch.device) -> Measured:
     """Return the fastest tile for up to so many tokens; raise ValueError where a tile gives other results."""
-    shape, arch = layout(linear.features, linear.finer, 4), architecture(device)
+    shape, arch = linear.layout, architecture(device)
     own, calls = linear_tile(arch, tokens, linear.channels, shape), linear.products(tokens, device)
     expected, times = calls[0](own).float(), {own: time_of(calls, own, device)}
     for tile in candidates(tokens, shape):
@@ -120,11 +115,11 @@ def best(linear: Linear, tokens: int, device: torch.device) -> Measured:
             found = calls[0](tile).float()
         except (RuntimeError, triton.TritonError):  # it does not compile, or does not fit in shared memory
             continue
-        if (found - expected).abs().max() > TOLERANCE * expected.abs().max():
+        if not found.equal(expected):
             raise ValueError(f"{linear}, {tokens} tokens: results of {tile} are not those of {own}")
         times[tile] = time_of(calls, tile, device)
     fastest = min(times, key=lambda tile: times[tile])
-    sizes = {"channels": linear.channels, "features": linear.features, "group_size": shape.group_size}
+    sizes = {"channels": linear.channels, "features": linear.features, "grouped": shape.grouped}
     return Measured(arch=arch, tokens=tokens, tile=fastest, **sizes)
 
 

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -21,41 +20,34 @@ from infoquant_vllm.kernels.triton.weights import layout
 PROMPT = 2048
 NEAR = 1.05
 _WIDTHS = {16: (64, 128), 32: (64, 128, 256), 64: (64, 128, 256), 128: (128, 256)}
-CANDIDATES = MappingProxyType(
-    {
-        kind: tuple(
-            tuple(Tile(n, m, k, warps, 4 if m <= 64 else 3) for n in widths for k in depths for warps in (4, 8))
-            for m, widths in _WIDTHS.items()
-            if kind == "row" or m <= 64
-        )
-        for kind, depths in (("row", (128, 256)), ("groups", (128,)))
-    }
+CANDIDATES = tuple(
+    tuple(Tile(n, m, k, warps, 4 if m <= 64 else 3) for n in widths for k in (128, 256) for warps in (4, 8))
+    for m, widths in _WIDTHS.items()
 )
-"""Tiles by kind, for up to block_m tokens each, the last for prompts."""
+"""Tiles for up to block_m tokens each, the last for prompts."""
 
 
 def choose(arch: int) -> ArchTiles:
-    """Return the best tile of each kind: of those within NEAR of the fastest the one with the least issue time."""
-    row, groups = (tuple(_best(arch, kind, tiles) for tiles in CANDIDATES[kind]) for kind in ("row", "groups"))
-    return ArchTiles(row, groups, _sms(arch))
+    """Return the best tiles: of those within NEAR of the fastest the one with the least issue time."""
+    return ArchTiles(tuple(_best(arch, tiles) for tiles in CANDIDATES), _sms(arch))
 
 
 def _sms(arch: int) -> int:
     return TILE_TABLE[arch].sms
 
 
-def _best(arch: int, kind: str, tiles: tuple[Tile, ...]) -> Tile:
-    tokens = PROMPT if tiles == CANDIDATES[kind][-1] else tiles[0].block_m
-    scored = {tile: _seconds(arch, kind, tokens, tile) for tile in tiles}
+def _best(arch: int, tiles: tuple[Tile, ...]) -> Tile:
+    tokens = PROMPT if tiles == CANDIDATES[-1] else tiles[0].block_m
+    scored = {tile: _seconds(arch, tokens, tile) for tile in tiles}
     fastest = min(seconds for seconds, _ in scored.values())
     near = {tile: issue for tile, (seconds, issue) in scored.items() if seconds <= NEAR * fastest}
     return min(near, key=lambda tile: near[tile])
 
 
-def _seconds(arch: int, kind: str, tokens: int, tile: Tile) -> tuple[float, float]:
+def _seconds(arch: int, tokens: int, tile: Tile) -> tuple[float, float]:
     """Predict seconds over all shapes, in all and of issue; infinite if a tile spills, does not fit or compile."""
     total = issue = 0.0
-    for call in _calls(arch, kind, tokens, tile):
+    for call in _calls(arch, tokens, tile):
         try:
             for launch in launches(call, arch):
                 code = compiled(launch, arch)
@@ -68,15 +60,15 @@ def _seconds(arch: int, kind: str, tokens: int, tile: Tile) -> tuple[float, floa
     return total, issue
 
 
-def _calls(arch: int, kind: str, tokens: int, tile: Tile) -> Iterator[Callable[[], Any]]:
-    """Yield GEMMs of every linear, with groups of 128 and, where spills are likelier, of 64."""
+def _calls(arch: int, tokens: int, tile: Tile) -> Iterator[Callable[[], Any]]:
+    """Yield GEMMs of every linear, with weights per row and in groups of 64."""
     for model in MODELS:
         for features, channels in model.linears.values():
-            for size in (128, 64) if kind == "groups" else (features,):
-                shape = layout(features, features // size, 4)
+            for size in (None, 64):
+                shape = layout(features, 1, size)
                 own = tile._replace(block_k=shape.block_k(tile.block_k))
                 own = own._replace(splits=split_k(own, tokens, channels, shape, _sms(arch)))
-                yield linear_call(tokens, features, channels, features // size, tile=own)
+                yield linear_call(tokens, features, channels, size, tile=own)
 
 
 def main() -> None:

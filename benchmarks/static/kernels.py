@@ -9,97 +9,95 @@ import torch
 from benchmarks.static.cases import LAYER_TOKENS, MODELS, Case, Entry, Model
 from benchmarks.static.kv_kernels import KV_ENTRIES
 from benchmarks.static.launches import Launch
-from infoquant_vllm.kernels.operands import PackedWeight
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from infoquant_vllm.kernels.triton.linear import gemm
 from infoquant_vllm.kernels.triton.rotate_quantize import Codes, prepare_matrices, rotate_quantize
 from infoquant_vllm.kernels.triton.tiles import Tile
-from infoquant_vllm.kernels.triton.weights import layout, prepare_weight
+from infoquant_vllm.kernels.triton.weights import layout, prepare_linear
 
 TOKENS = (16, 2048)
 
 
-def linear_cases(model: Model) -> Iterator[Case]:
-    """Yield GEMMs of W4A4: input of o_proj per head, else per token; of the first model other schemes too."""
-    for layer, (features, channels) in model.linears.items():
-        groups = features // model.head_size if layer == "o" else 1
-        for tokens in LAYER_TOKENS:
-            scheme = "A4 per head" if layer == "o" else "A4 per token"
-            yield Case(
-                model.name,
-                layer,
-                scheme,
-                tokens,
-                linear_call(tokens, features, channels, groups),
-                tokens * features * channels,
-            )
-    if model is MODELS[0]:
-        features, channels = model.linears["gate_up"]
-        for tokens in TOKENS:
-            for name, given in SCHEMES.items():
-                yield Case(
-                    model.name,
-                    "gate_up",
-                    name,
-                    tokens,
-                    linear_call(tokens, features, channels, **given),
-                    tokens * features * channels,
-                )
-
-
+LAYER_SCHEMES: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
+    {
+        "W4A4": {},
+        "W4A4, weights in groups": {"group_size": 64, "signed": False},
+        "W4A8, weights in groups": {"group_size": 64, "signed": False, "num_bits": 8},
+    }
+)
+"""Of a layer's linears: the product of `fast` (groups of activations do not change it), of `best` and of `w4a8kv4`."""
 SCHEMES: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
         "A8 per token": {"num_bits": 8},
-        "A4 groups of 64, weights of 64 with zeros": {"groups": 64, "weight_groups": 64, "signed": False},
-        "A4 groups of 128": {"groups": 32},
-        "A8 groups of 32, weights of 64 with zeros": {
-            "groups": 128,
-            "weight_groups": 64,
-            "signed": False,
-            "num_bits": 8,
-        },
-        "A16, weights of 64 with zeros": {"weight_groups": 64, "signed": False, "num_bits": 16},
+        "W4A4, weights in groups of 32": {"group_size": 32},
+        "W4A4 in two segments": {"segments": 2},
+        "A16, weights in groups": {"group_size": 64, "signed": False, "num_bits": 16},
     }
 )
+
+
+def linear_cases(model: Model) -> Iterator[Case]:
+    """Yield GEMMs of W4A4; of the first model other schemes too."""
+    schemes = LAYER_SCHEMES if model is MODELS[0] else {"W4A4": {}}
+    for scheme, given in schemes.items():
+        for layer in model.linears:
+            yield from (_linear_case(model, layer, scheme, tokens, given) for tokens in LAYER_TOKENS)
+    if model is MODELS[0]:
+        for tokens in TOKENS:
+            yield from (_linear_case(model, "gate_up", scheme, tokens, given) for scheme, given in SCHEMES.items())
+
+
+def _linear_case(model: Model, layer: str, scheme: str, tokens: int, given: dict[str, Any]) -> Case:
+    features, channels = model.linears[layer]
+    call = linear_call(tokens, features, channels, **given)
+    return Case(model.name, layer, scheme, tokens, call, tokens * features * channels)
 
 
 def linear_call(
     tokens: int,
     features: int,
     channels: int,
-    groups: int = 1,
-    weight_groups: int = 1,
+    group_size: int | None = None,
     signed: bool = True,
     num_bits: int = 4,
+    segments: int = 1,
     tile: Tile | None = None,
 ) -> Callable[[], Any]:
-    """Return a GEMM's call as `linear` makes it; tile: another than the table's."""
-    finer = max(groups, weight_groups)
-    with torch.device("meta"):
-        weight = prepare_weight(torch.empty(channels, features // 2, dtype=torch.uint8), 4, signed, finer)
-        grid = torch.empty(weight_groups, channels).t()
-        zero = None if signed else torch.empty(weight_groups, channels, dtype=torch.uint8).t()
-        shape = layout(features, finer, 4)
-        sum_groups = 0 if signed else finer
-        codes = Codes.empty(tokens, groups, shape.padded, sum_groups, num_bits, False, torch.device("meta"))
-    return lambda: gemm(codes, features, PackedWeight(weight, grid, zero), None, torch.bfloat16, tile, num_bits == 16)
+    """Return a GEMM's call as `linear` makes it; group_size: of weights; tile: another than the table's."""
+    device, groups = torch.device("meta"), 1 if group_size is None else features // group_size
+    qparams = torch.empty(channels, groups, dtype=torch.uint8, device=device)
+    packed = torch.empty(channels, features // 2, dtype=torch.uint8, device=device)
+    given = PackedWeight(
+        packed,
+        torch.empty(channels, 1, device=device),
+        None if group_size is None else qparams,
+        None if signed else qparams,
+    )
+    weight = prepare_linear(given, 4, segments)
+    inputs = InputQuant([], 0, torch.empty(segments, 2, device=device), num_bits, False, segments)
+    padded = layout(features, segments, group_size).padded
+    codes = Codes.empty(tokens, inputs, padded, weight.zero_point is not None, device)
+    return lambda: gemm(codes, features, weight, None, torch.bfloat16, tile, num_bits == 16)
 
 
 def linear_trips(launch: Launch) -> float:
     """Return the average steps of a program."""
-    return launch.arguments["steps"] / launch.grid[1]
+    given = launch.arguments
+    return given["steps"] * given["SEGMENTS"] / launch.grid[1]
 
 
 def linear_macs(launch: Launch) -> float:
     """Count multiply-accumulates of all programs, in whole tiles."""
     given = launch.arguments
-    return launch.grid[0] * given["BLOCK_N"] * given["BLOCK_M"] * given["codes_stride"]
+    return launch.grid[0] * given["BLOCK_N"] * given["BLOCK_M"] * given["values_stride"]
 
 
 def linear_loaded(launch: Launch) -> float:
-    """Return the bytes of weights and codes of a step."""
+    """Return the bytes of weights, multipliers and values of a step."""
     given = launch.arguments
-    step = given["codes_stride"] // given["steps"]
-    return given["BLOCK_N"] * step * given["WEIGHT_BITS"] // 8 + given["BLOCK_M"] * step
+    words = 0 if given["word_ptr"] is None else given["BLOCK_K"] // given["RUN"] * given["word_ptr"].itemsize
+    weights = given["BLOCK_K"] * given["WEIGHT_BITS"] // 8 + words
+    return given["BLOCK_N"] * weights + given["BLOCK_M"] * given["BLOCK_K"]
 
 
 def linear_in_flight(launch: Launch) -> float:
@@ -109,14 +107,15 @@ def linear_in_flight(launch: Launch) -> float:
 
 def reduce_moved(launch: Launch) -> int:
     """Return all bytes but the weight's, of which only the sums behind the rows are read."""
-    return launch.nbytes - int(launch.arguments["weight_ptr"].nbytes)
+    given = launch.arguments
+    held = [given[name] for name in ("weight_ptr", "word_ptr") if given[name] is not None]
+    return launch.nbytes - sum(int(each.nbytes) for each in held)
 
 
 def rotate_cases(model: Model) -> Iterator[Case]:
-    """Yield quantizers as `fast` needs them; of the first model other transforms too."""
+    """Yield quantizers as `fast` needs them; of the first model other transforms and groups too."""
     for layer, (features, _) in model.linears.items():
-        groups = features // model.head_size if layer == "o" else 1
-        hadamard = features if layer == "down" else 0
+        hadamard, groups = features if layer == "down" else 0, features // model.head_size if layer == "o" else 1
         for tokens in TOKENS:
             scheme = ("Hadamard, " if hadamard else "") + ("A4 per head" if layer == "o" else "A4 per token")
             yield Case(model.name, layer, scheme, tokens, rotate_call(tokens, features, groups, hadamard))
@@ -127,23 +126,15 @@ def rotate_cases(model: Model) -> Iterator[Case]:
             "Hadamard, A4 per token": (1, features),
             "Hadamard, A8 per token": (1, features, [], 8),
             "Hadamard of heads, A4 per head": (32, 128),
-            "A4 groups of 64": (64, 0),
+            "A4 groups of 32": (128, 0),
             "Kronecker 64 x 64, A4 per token": (1, 0, pair),
         }
         for tokens in TOKENS:
             for name, given in others.items():
                 yield Case(model.name, "qkv", name, tokens, rotate_call(tokens, features, *given))
-
-
-def blocks_cases(model: Model) -> Iterator[Case]:
-    """Yield learned blocks: half a row each, as in the paper, and of a head's size."""
-    if model is not MODELS[0]:
-        return
-    for size in (128, model.hidden // 2):
-        blocks = [torch.empty(model.hidden // size, size, size, device="meta")]
-        for tokens in TOKENS:
-            call = rotate_call(tokens, model.hidden, 1, 0, blocks)
-            yield Case(model.name, "qkv", f"blocks of {size}, A4 per token", tokens, call)
+            features, _ = model.linears["down"]
+            call = rotate_call(tokens, features, features // 32, features)
+            yield Case(model.name, "down", "Hadamard, A4 groups of 32", tokens, call)
 
 
 def rotate_call(
@@ -157,16 +148,8 @@ def rotate_call(
     """Return a quantizer's call as `linear` makes it."""
     given = [matrix.to("meta") for matrix in prepare_matrices(list(matrices or []), hadamard)]
     x = torch.empty(tokens, features, dtype=torch.bfloat16, device="meta")
-    clip = torch.empty(groups, 2, device="meta")
-    padded = layout(features, groups, 4).padded
-    return lambda: rotate_quantize(x, given, hadamard, clip, num_bits, False, padded, 0)
-
-
-def blocks_trips(launch: Launch) -> float:
-    """Count steps over the depth of a block, for each tile of columns, and twice if a group is wider than a tile."""
-    given = launch.arguments
-    columns = given["GROUP_SIZE"] // given["COLUMNS"]
-    return given["BLOCK_SIZE"] / given["BLOCK_K"] * columns * (2 if columns > 1 else 1)
+    inputs = InputQuant(given, hadamard, torch.empty(groups, 2, device="meta"), num_bits, False)
+    return lambda: rotate_quantize(x, inputs, layout(features, 1).padded, with_sums=False)
 
 
 def rotate_in_flight(launch: Launch) -> float:
@@ -180,7 +163,6 @@ ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(
         "gemm_kernel": Entry(linear_cases, linear_trips, linear_macs, linear_in_flight, loaded=linear_loaded),
         "split_k_reduce_kernel": Entry(lambda model: iter(()), moved=reduce_moved),
         "rotate_quantize_kernel": Entry(rotate_cases, in_flight=rotate_in_flight),
-        "rotate_blocks_kernel": Entry(blocks_cases, blocks_trips),
         **KV_ENTRIES,
     }
 )

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.static.cases import LAYER_TOKENS, MODELS
+from benchmarks.static.kernels import LAYER_SCHEMES
 from benchmarks.static.predict import MACHINES
 from infoquant_vllm.kernels.triton.tiles import FEW_TOKENS
 
@@ -17,7 +18,6 @@ MAX_ISSUE_PER_DRAM = 0.5
 MAX_BYTES_PER_CACHE = 1.05
 MAX_STEP = 1.2  # of a layer's time: one token more can cost a tile of them more, and tokens need not fill tiles
 MAX_FALL = 0.9
-LAYER_SCHEMES = ("A4 per token", "A4 per head")  # of W4A4's linears
 OWN_CACHE = "4 bits, "  # prefix of the scheme of a model's own cache
 Rows = list[dict[str, Any]]
 
@@ -27,12 +27,13 @@ def broken(rows: Rows) -> list[str]:
     return list(dict.fromkeys([line for row in rows for line in _broken(row)] + steps(rows)))
 
 
-def layers(rows: Rows) -> dict[tuple[str, int], dict[int, float]]:
-    """Sum the predicted seconds of a layer's linears, by (model, arch) and then by tokens in their order."""
-    found: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
+def layers(rows: Rows) -> dict[tuple[str, int, str], dict[int, float]]:
+    """Sum the predicted seconds of a layer's products, by (model, arch, scheme) and then by tokens in their order."""
+    found: dict[tuple[str, int, str], dict[int, dict[str, float]]] = {}
     for row in rows:
-        if row["kernel"] in ("gemm", "split_k_reduce") and row["scheme"] in LAYER_SCHEMES:
-            times = found.setdefault((row["model"], row["arch"]), {}).setdefault(row["tokens"], {})
+        if _in_layer(row):
+            key = row["model"], row["arch"], row["scheme"]
+            times = found.setdefault(key, {}).setdefault(row["tokens"], {})
             times[row["layer"]] = times.get(row["layer"], 0) + row["predicted_seconds"]
     whole = MODELS[0].linears.keys()
     return {
@@ -44,9 +45,9 @@ def layers(rows: Rows) -> dict[tuple[str, int], dict[int, float]]:
 def steps(rows: Rows) -> list[str]:
     """List where a layer's predicted time grows by more than its tokens, or falls, as tokens grow."""
     lines = []
-    for (model, arch), seconds in layers(rows).items():
+    for (model, arch, scheme), seconds in layers(rows).items():
         for (fewer, before), (more, after) in pairwise(seconds.items()):
-            who = f"linears of {model} sm_{arch}, {fewer} to {more} tokens: {1e6 * before:.1f} to {1e6 * after:.1f} us"
+            who = f"{scheme} of {model} sm_{arch}, {fewer} to {more} tokens: {1e6 * before:.1f} to {1e6 * after:.1f} us"
             if after > max(more / fewer, MAX_STEP) * before:
                 lines.append(f"{who}, expected at most {max(more / fewer, MAX_STEP):.2f} times")
             elif after < MAX_FALL * before:
@@ -80,7 +81,7 @@ def _broken_of_kernel(row: dict[str, Any], who: str, of: str) -> Iterable[str]:
             yield f"{who}: {share:.3f} of the cache's bytes, at most {MAX_BYTES_PER_CACHE} {of}"
     if row["kernel"] != "gemm":
         return
-    prompt = row["scheme"] == "A4 per token" and row["tokens"] >= PROMPT
+    prompt = row["scheme"] in LAYER_SCHEMES and row["tokens"] >= PROMPT
     if prompt and row["arch"] in PROMPT_ARCHS and row["issue_per_mma"] > MAX_ISSUE_PER_MMA:
         share = f"{row['issue_per_mma']:.2f} of the tensor cores' cycles"
         yield f"{who}: issue takes {share}, at most {MAX_ISSUE_PER_MMA} {of}"
@@ -104,12 +105,12 @@ def markdown(rows: Rows, broken: Sequence[str]) -> str:
 def layer_table(rows: Rows) -> str:
     """Render the predicted microseconds of a layer's linears."""
     lines = [
-        (model, f"sm_{arch} {MACHINES[arch].name}", *(f"{1e6 * seconds[tokens]:.1f}" for tokens in LAYER_TOKENS))
-        for (model, arch), seconds in layers(rows).items()
+        (model, f"sm_{arch} {MACHINES[arch].name}", scheme, *(f"{1e6 * seconds[each]:.1f}" for each in LAYER_TOKENS))
+        for (model, arch, scheme), seconds in layers(rows).items()
         if seconds.keys() == set(LAYER_TOKENS)
     ]
-    heads = ["model", "GPU", *map(str, LAYER_TOKENS)]
-    return "## Predicted microseconds of a layer's linears, by tokens\n" + _table(heads, lines)
+    heads = ["model", "GPU", "scheme", *map(str, LAYER_TOKENS)]
+    return "## Predicted microseconds of a layer's products, by tokens\n" + _table(heads, lines)
 
 
 def _in_layer(row: dict[str, Any]) -> bool:

@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.static.cases import MODELS
 from benchmarks.static.kv_kernels import FULL, Cache, attention_call, store_call
-from infoquant_vllm.format import InputTransform, LinearScheme, ModelShape, linear_tensors
+from infoquant_vllm.format import InputTransform, LinearScheme, ModelShape, WeightArgs
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
-from infoquant_vllm.kernels.triton.linear import linear, prepare_matrices, prepare_qparams, prepare_weight
+from infoquant_vllm.kernels.triton.linear import linear, prepare_matrices, prepare_linear
 from offline.presets import PRESETS
 
 Calls = Iterator[Callable[[], Any]]
@@ -24,12 +24,11 @@ BATCHES = ((FEW, 1), (FULL, 1), (1, FEW))
 CHANNELS = 48
 GROUPINGS = (
     *((0, 0, 384), (64, 0, 384), (0, 64, 384), (64, 64, 384), (32, 64, 384), (64, 32, 384)),
-    *((128, 0, 384), (256, 256, 512), (96, 32, 288)),
+    *((128, 0, 384), (256, 256, 512), (96, 96, 288)),
 )
 """Group sizes of inputs and of weights (0: one group), and features."""
 QUANTIZERS = ((4, FEW), (8, MANY), (16, FEW), (4, MANY), (8, FEW), (16, MANY))
 """Bits of the input, and tokens."""
-DTYPES = {"U8": torch.uint8, "F32": torch.float32}
 LLAMA = ModelShape(
     architecture="LlamaForCausalLM",
     hidden_size=4096,
@@ -82,13 +81,14 @@ def other_calls() -> Calls:
 
 
 def product_calls() -> Calls:
-    """Yield linears of all bits in all groupings, symmetric or not, of few and of many tokens."""
-    given = product(GROUPINGS, (True, False), (FEW, MANY), (4, 8, 16), (4, 8))
-    for (input_group, weight_group, features), symmetric, tokens, input_bits, weight_bits in islice(given, 0, None, 11):
-        group = input_group if input_bits != 16 else 0
-        yield linear_call(
-            linear_scheme(weight_bits, input_bits, group, weight_group, symmetric), tokens, features, CHANNELS
+    """Yield linears of all bits in all groupings and segments, symmetric or not, of few and of many tokens."""
+    given = product(GROUPINGS, (True, False), (FEW, MANY), (4, 8, 16), (4, 8), (1, 3))
+    for (inputs, weights, features), symmetric, tokens, input_bits, weight_bits, segments in islice(given, 0, None, 11):
+        scheme = linear_scheme(
+            weight_bits, input_bits, inputs * (input_bits == 4), weights * (weight_bits == 4), symmetric
         )
+        split = segments if input_bits != 16 and features % (segments * 96) == 0 and inputs < 128 else 1
+        yield linear_call(scheme, tokens, features, CHANNELS, segments=split)
     for dtype, tokens in product((torch.float16, torch.float32), (FEW, MANY)):
         yield linear_call(linear_scheme(4, 4), tokens, 512, CHANNELS, dtype, bias=True)
 
@@ -142,17 +142,18 @@ def linear_call(
     channels: int,
     dtype: torch.dtype = torch.bfloat16,
     bias: bool = False,
+    segments: int = 1,
 ) -> Callable[[], Any]:
     """Return the call of a linear as a vLLM layer makes it."""
     inputs, transform = scheme.input_activations, scheme.input_transform
     hadamard = (transform.block_size or 0) if transform.type == "hadamard" else 0
-    tensors = _tensors(scheme, channels, features)
-    own = [tensors[name] for name in ("input_blocks", "input_left", "input_right") if name in tensors]
+    matrices = _transform_matrices(transform, features) or _matrices(hadamard)
+    groups = segments if inputs.group_size is None else features // inputs.group_size
+    clip_ratio = None if inputs.num_bits == 16 else torch.empty(groups, 2, device="meta")
     x = torch.empty(tokens, features, dtype=dtype, device="meta")
     given = torch.empty(channels, dtype=dtype, device="meta") if bias else None
-    matrices, clip_ratio = own or _matrices(hadamard), tensors.get("input_clip_ratio")
-    quant = InputQuant(matrices, hadamard, clip_ratio, inputs.num_bits, inputs.symmetric)
-    weight = PackedWeight(tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point"))
+    quant = InputQuant(matrices, hadamard, clip_ratio, inputs.num_bits, inputs.symmetric, segments)
+    weight = prepare_linear(_weight(scheme.weights, channels, features), scheme.weights.num_bits, segments)
     return lambda: linear(x, quant, weight, given)
 
 
@@ -161,17 +162,21 @@ def _matrices(hadamard: int) -> list[torch.Tensor]:
     return [matrix.to("meta") for matrix in prepare_matrices([], hadamard)]
 
 
-def _tensors(scheme: LinearScheme, channels: int, features: int) -> dict[str, Any]:
-    """Return a layer's tensors of a linear after loading."""
-    given = {
-        name: torch.empty(spec.shape, dtype=DTYPES[str(spec.dtype)], device="meta")
-        for name, spec in linear_tensors(scheme, channels, features).items()
-    }
-    groups = max(
-        1 if "input_clip_ratio" not in given else len(given["input_clip_ratio"]), given["weight_scale"].shape[1]
+def _transform_matrices(transform: InputTransform, features: int) -> list[torch.Tensor]:
+    """Return a learned transform's matrices."""
+    if transform.type == "blocks":
+        size = transform.block_size or features
+        return [torch.empty(features // size, size, size, device="meta")]
+    return [torch.empty(size, size, device="meta") for size in transform.factors or ()]
+
+
+def _weight(weights: WeightArgs, channels: int, features: int) -> PackedWeight:
+    """Return a checkpoint's tensors of a weight."""
+    groups = 1 if weights.group_size is None else features // weights.group_size
+    qparams = torch.empty(channels, groups, dtype=torch.uint8, device="meta")
+    return PackedWeight(
+        torch.empty(channels, features * weights.num_bits // 8, dtype=torch.uint8, device="meta"),
+        torch.empty(channels, 1, device="meta"),
+        None if weights.group_size is None else qparams,
+        None if weights.symmetric else qparams,
     )
-    packed = given["weight_packed"]
-    given["weight_packed"] = prepare_weight(packed, scheme.weights.num_bits, scheme.weights.symmetric, groups)
-    for name in given.keys() & {"weight_scale", "weight_zero_point"}:
-        given[name] = prepare_qparams(given[name])
-    return given

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.static.cases import LAYER_TOKENS, MODELS, Case
-from benchmarks.static.kernels import ENTRIES, linear_call, rotate_call
+from benchmarks.static.kernels import ENTRIES, LAYER_SCHEMES, linear_call, rotate_call
 from benchmarks.static.launches import Code, compiled, launches, main_loop
 from benchmarks.static.predict import MACHINES, predict, row
-from benchmarks.static.report import LAYER_SCHEMES, broken, layers, markdown, steps
+from benchmarks.static.report import broken, layers, markdown, steps
 
 KNOWN_MISSES = re.compile("kv_attention sm_(90|100): tensor cores by mma.sync|kv_decode .* bound by issue")
 """See docs/gpu-kernels.md."""
@@ -107,8 +107,8 @@ def _rows(call: Callable[[], Any], arch: int, scheme: str, tokens: int) -> list[
 def rows() -> list[dict[str, Any]]:
     """A prompt's product on Hopper, a decoding one on Ampere, and a Hadamard on Ampere: compiled here."""
     return [
-        *_rows(linear_call(2048, 4096, 6144), 90, "A4 per token", 2048),
-        *_rows(linear_call(16, 4096, 6144), 80, "A4 per token", 16),
+        *_rows(linear_call(2048, 4096, 6144), 90, "W4A4", 2048),
+        *_rows(linear_call(16, 4096, 6144), 80, "W4A4", 16),
         *_rows(rotate_call(2048, 4096, 1, 4096), 80, "Hadamard, A4 per token", 2048),
     ]
 
@@ -172,12 +172,13 @@ def test_no_tokens_of_a_layer_take_more_than_their_share_of_time() -> None:
         if case.scheme in LAYER_SCHEMES
         for launch in launches(case.call, 90)
     ]
-    assert list(layers(found)["LLaMA-3-8B", 90]) == list(LAYER_TOKENS)
+    for scheme in LAYER_SCHEMES:
+        assert list(layers(found)["LLaMA-3-8B", 90, scheme]) == list(LAYER_TOKENS)
     assert broken(found) == []
 
 
 def test_a_cliff_and_a_fall_are_told() -> None:
-    whole = {"kernel": "gemm", "model": "LLaMA-3-8B", "arch": 90, "scheme": "A4 per token"}
+    whole = {"kernel": "gemm", "model": "LLaMA-3-8B", "arch": 90, "scheme": "W4A4"}
     seconds = {16: 1.0, 32: 1.9, 33: 2.4, 64: 2.0}
     made = [
         whole | {"layer": layer, "tokens": tokens, "predicted_seconds": each}

@@ -39,7 +39,7 @@ def bound(launch: Launch) -> list[Any]:
         lambda tokens: store_call(CACHE, tokens),
         lambda tokens: whole_linear_call(linear_scheme(4, 4), 32 + tokens, 512, 64),
         lambda tokens: whole_linear_call(
-            linear_scheme(8, 8, 32, 64, False, InputTransform(type="blocks", block_size=64)), 32 + tokens, 512, 64
+            linear_scheme(4, 4, 32, 64, False, InputTransform(type="blocks", block_size=64)), 32 + tokens, 512, 64
         ),
     ],
     ids=["decode", "drafts", "prompts", "prompt", "store", "linear", "groups behind blocks"],

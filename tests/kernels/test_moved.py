@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from infoquant_vllm.kernels.operands import InputQuant
 from infoquant_vllm.kernels.triton.rotate_quantize import Codes
 from tests.common.moved import moved
 
@@ -27,7 +28,7 @@ def test_strides_offsets_and_aliases_are_kept_and_what_is_written_comes_back() -
 
 
 def test_tuples_with_names_come_and_go_and_other_values_are_left_alone() -> None:
-    codes = Codes.empty(2, 1, 4, 0, 4, True, torch.device("cpu"))
+    codes = Codes.empty(2, InputQuant([], 0, None, 4, symmetric=True), 4, False, torch.device("cpu"))
 
     def launcher(given: Codes, nothing: None, sizes: tuple[int, int]) -> tuple[Any, ...]:
         assert given.values.data_ptr() != codes.values.data_ptr()

@@ -1,5 +1,7 @@
 """Device functions that the Triton kernels share (rounding, extremes, Hadamard, nibbles), and facts of the GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -18,6 +20,11 @@ NIBBLE_FACTOR = tl.constexpr(16)  # by which signed nibbles come out of `unpack_
 _LOW_SIGNED = tl.constexpr("{ .reg .b32 raised; shl.b32 raised, $1, 4; and.b32 $0, raised, 0xF0F0F0F0; }")
 _HIGH_SIGNED = tl.constexpr("and.b32 $0, $1, 0xF0F0F0F0;")
 _UNSIGNED = tl.constexpr("and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;")
+_BYTE_0, _BYTE_2 = (tl.constexpr(f"prmt.b32 $0, $1, 0, 0x444{byte};") for byte in (0, 2))
+_FOUR_OF_BYTE_1, _FOUR_OF_BYTE_3 = (tl.constexpr(f"prmt.b32 $0, $1, 0, 0x{4 * str(byte)};") for byte in (1, 3))
+_MULTIPLY = "and.b32 code, code, 0x0F0F0F0F; mad.lo.u32 code, code, $2, $6; xor.b32 $0, code, 0x80808080; }"
+_MULTIPLY_LOW = tl.constexpr("{ .reg .b32 code; mov.b32 code, $1; " + _MULTIPLY)
+_MULTIPLY_HIGH = tl.constexpr("{ .reg .b32 code; shr.u32 code, $1, 4; " + _MULTIPLY)
 
 
 @triton.jit
@@ -38,6 +45,35 @@ def unpack_nibbles(packed, SIGNED: tl.constexpr):
             _UNSIGNED, "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
     return low, high
+
+
+@triton.jit
+def multiply_nibbles(packed, word):
+    """Unpack int8 [rows, bytes] to low and high nibbles, each as (nibble - zero) * multiplier, int8 alike.
+
+    word: int32 [rows], as `prepare_linear` makes them. Four bytes at a time, which lie in a row: no sum of theirs
+    reaches 256.
+    """
+    if INTERPRETED:
+        code, word = packed.to(tl.int32), word[:, None]
+        low = ((code & 15) * (word & 255) + (word >> 8 & 255) - 128).to(tl.int8)
+        high = ((code >> 4 & 15) * (word >> 16 & 255) + (word >> 24 & 255) - 128).to(tl.int8)
+    else:
+        low = _multiply_nibbles(_MULTIPLY_LOW, packed, _byte(_BYTE_0, word), _byte(_FOUR_OF_BYTE_1, word))
+        high = _multiply_nibbles(_MULTIPLY_HIGH, packed, _byte(_BYTE_2, word), _byte(_FOUR_OF_BYTE_3, word))
+    return low, high
+
+
+@triton.jit
+def _byte(PTX: tl.constexpr, word):
+    return tl.inline_asm_elementwise(PTX, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _multiply_nibbles(PTX: tl.constexpr, packed, multiplier, rest):
+    """Of four bytes of a row in a register: the multiplier and the rest come in four registers alike."""
+    operands = [packed, multiplier[:, None], rest[:, None]]
+    return tl.inline_asm_elementwise(PTX, "=r,r,r,r,r,r,r,r,r,r", operands, dtype=tl.int8, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -163,3 +199,14 @@ def hadamard_sizes(size: int, enabled: bool) -> tuple[int, int]:
         return 1, 0
     order = len(hadamard_dense(size))
     return order, (size // order).bit_length() - 1
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply float32 as float32, where VLLM_FLOAT32_MATMUL_PRECISION allows the 11 bits of TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from infoquant_vllm.kernels.triton.common import MAGIC, MAGIC_BITS, NIBBLE_FACTOR, narrow, unpack_nibbles
+from infoquant_vllm.kernels.triton.common import NIBBLE_FACTOR, multiply_nibbles, narrow, unpack_nibbles
 
 
 class OutputTile(NamedTuple):
@@ -23,40 +23,38 @@ class OutputTile(NamedTuple):
     N: Any
 
 
-class ZeroPoints(NamedTuple):
-    """Pointers to what `correct_zero_points` needs; None: no such zero points."""
+class Scales(NamedTuple):
+    """Pointers to what turns an integer product into a segment's float32 sum; None: no such zero-points."""
 
+    scale_ptr: Any
     zp_offset_ptr: Any
     sums_ptr: Any
     weight_sums_ptr: Any
     weight_zero_ptr: Any
 
 
-@triton.jit(do_not_specialize=["M", "groups", "steps", "split_steps", "features"])
+@triton.jit(do_not_specialize=["M", "steps", "split_steps", "features"])
 def gemm_kernel(
-    codes_ptr,
+    values_ptr,
     scale_ptr,
     zp_offset_ptr,
     sums_ptr,
     weight_ptr,
     weight_scale_ptr,
+    word_ptr,
     weight_zero_ptr,
     bias_ptr,
     out_ptr,
     M,
     N,
-    groups,
     steps,
     split_steps,
-    codes_stride,
+    values_stride,
     weight_stride,
     features,
-    GROUP_SIZE: tl.constexpr,
-    INPUT_SPAN: tl.constexpr,
-    WEIGHT_SPAN: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     WEIGHT_BITS: tl.constexpr,
-    SUM_BITS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     INT16: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -64,15 +62,15 @@ def gemm_kernel(
     RUN: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """Compute a tile of sum_g scale[m, g] * weight_scale[n, g] * sum_k (code - zp_offset) * (weight - zero) + bias.
+    """Compute a tile of weight_scale[n] * sum_s scale[s, m] * sum_k (value - zp_offset) * integer weight + bias.
 
-    codes [M, codes_stride] int8; scale [input groups, M] float32, zp_offset alike int32 (None: zeros); sums [groups, M]
-    of the codes; weight [N, weight_stride] bytes as `prepare_weight` lays them out, behind them sums of its codes
-    [groups, N] of SUM_BITS; weight_scale, weight_zero [weight groups, N] (None: symmetric); bias [N] or None; out
-    [M, N], with INT16 (see `finish`) [M / 2, N].
+    values [M, values_stride] int8; scale [segments, M] float32, zp_offset alike int32 (None: zeros), sums alike of the
+    values; weight [N, weight_stride] bytes, behind them sums, and words [runs, N] as `prepare_linear` lays them out;
+    weight_scale, weight_zero [N] (None: symmetric, or in the words); bias [N] or None; out [M, N], with INT16 (see
+    `finish`) [M / 2, N].
 
-    GROUP_SIZE 0: one group of `features`. A SPAN is how many groups share a scale, 0: all. A program does split_steps
-    of the steps; with SPLIT_K that is not all, and out is [splits, M, N]: int32 sums of one group, float32 of more.
+    A segment has `features` and takes `steps`. A program does all segments, or with SPLITS, their number in a segment,
+    split_steps of one: then out is int32 [splits, M, N].
     """
     tile_n, tile_m = _tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), BAND)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -80,52 +78,33 @@ def gemm_kernel(
     n_mask, m_mask = n < N, m < M
     # Rows past the end wrap around, which costs no mask in the loop, and are not stored.
     weight_rows = weight_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + (n % N).to(tl.int64)[:, None] * weight_stride
-    codes_rows = codes_ptr + (m % M).to(tl.int64)[None, :] * codes_stride
-    first = tl.program_id(1) * split_steps
-    last = tl.minimum(first + split_steps, steps)
-    zeros = ZeroPoints(zp_offset_ptr, sums_ptr, weight_sums(weight_ptr, N, weight_stride, SUM_BITS), weight_zero_ptr)
-    if GROUP_SIZE == 0:
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-        for step in tl.range(first, last):
-            total = _multiply(total, weight_rows, codes_rows, step, WEIGHT_BITS, BLOCK_K, RUN)
-        out = tl.trans(total)
-        if not SPLIT_K:
-            tile = OutputTile(m, n, m_mask, n_mask, M, N)
-            out = correct_zero_points(out, 0, 0, 0, tile, zeros, features, WEIGHT_BITS)
-            out = out.to(tl.float32) * tl.load(scale_ptr + m, m_mask, other=0)[:, None]
-    else:
-        out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        HALVES: tl.constexpr = 8 // WEIGHT_BITS
-        # Sums that begin with MAGIC_BITS are the bits of a float32, MAGIC plus the sum, while that is below 2^22: it is
-        # with int8 codes, 4-bit weights and 128 features (128 * 15 * NIBBLE_FACTOR * 128). That saves conversions
-        # from int32, which take eight times as long as additions on sm_80.
-        BIASED: tl.constexpr = zp_offset_ptr is None and WEIGHT_BITS == 4 and GROUP_SIZE <= 128
-        for step in tl.range(first, last):
-            low, high = _multiply_groups(
-                weight_rows, codes_rows, step, BLOCK_N, BLOCK_M, WEIGHT_BITS, GROUP_SIZE, BLOCK_K, BIASED
-            )
-            for half in tl.static_range(HALVES):
-                group = step * HALVES + half
-                input_group, weight_group = _shared(group, INPUT_SPAN), _shared(group, WEIGHT_SPAN)
-                # An odd number of 4-bit groups leaves a last half of zeros, which has no scale.
-                is_group = group < groups
-                tile = OutputTile(m, n, m < tl.where(is_group, M, 0), n < tl.where(is_group, N, 0), M, N)
-                exact = tl.trans(high if half else low)
-                exact = correct_zero_points(
-                    exact, group, input_group, weight_group, tile, zeros, GROUP_SIZE, WEIGHT_BITS
-                )
-                term = exact.to(tl.float32, bitcast=True) - MAGIC if BIASED else exact.to(tl.float32)
-                if WEIGHT_SPAN != 0:
-                    term *= load_row(weight_scale_ptr, weight_group, N, n, tile.n_mask)[None, :]
-                out += term * load_row(scale_ptr, input_group, M, m, tile.m_mask)[:, None]
-    if SPLIT_K:
+    values_rows = values_ptr + (m % M).to(tl.int64)[None, :] * values_stride
+    words = word_ptr if word_ptr is None else word_ptr + (n % N)
+    tile = OutputTile(m, n, m_mask, n_mask, M, N)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    if SPLITS > 1:
+        segment = tl.program_id(1) // SPLITS
+        first = segment * steps + tl.program_id(1) % SPLITS * split_steps
+        for step in tl.range(first, tl.minimum(first + split_steps, (segment + 1) * steps)):
+            total = _multiply(total, weight_rows, values_rows, words, N, step, WEIGHT_BITS, BLOCK_K, RUN)
         target = (tl.program_id(1) * M + m).to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(out_ptr + target, out, m_mask[:, None] & n_mask[None, :])
+        tl.store(out_ptr + target, tl.trans(total), m_mask[:, None] & n_mask[None, :])
     else:
-        tile = OutputTile(m, n, m_mask, n_mask, M, N)
-        finish(
-            out, tile_m * BLOCK_M, tile, weight_scale_ptr, bias_ptr, out_ptr, BLOCK_M, WEIGHT_SPAN, WEIGHT_BITS, INT16
-        )
+        sums = weight_sums(weight_ptr, N, weight_stride)
+        scales = Scales(scale_ptr, zp_offset_ptr, sums_ptr, sums, weight_zero_ptr)
+        grouped: tl.constexpr = word_ptr is not None
+        if SEGMENTS == 1:
+            for step in tl.range(0, steps):
+                total = _multiply(total, weight_rows, values_rows, words, N, step, WEIGHT_BITS, BLOCK_K, RUN)
+            out = scale_segment(tl.trans(total), 0, tile, scales, features, WEIGHT_BITS, grouped)
+        else:
+            out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for segment in tl.range(0, SEGMENTS):
+                part = total
+                for step in tl.range(segment * steps, (segment + 1) * steps):
+                    part = _multiply(part, weight_rows, values_rows, words, N, step, WEIGHT_BITS, BLOCK_K, RUN)
+                out += scale_segment(tl.trans(part), segment, tile, scales, features, WEIGHT_BITS, grouped)
+        finish(out, tile_m * BLOCK_M, tile, weight_scale_ptr, bias_ptr, out_ptr, BLOCK_M, INT16)
 
 
 @triton.jit
@@ -138,53 +117,38 @@ def _tile(index, tiles_n, tiles_m, BAND: tl.constexpr):
 
 
 @triton.jit
-def _shared(group, SPAN: tl.constexpr):
-    return group // SPAN if SPAN != 0 else 0
-
-
-@triton.jit
 def _multiply(
-    total, weight_rows, codes_rows, step, WEIGHT_BITS: tl.constexpr, BLOCK_K: tl.constexpr, RUN: tl.constexpr
+    total,
+    weight_rows,
+    values_rows,
+    words,
+    N,
+    step,
+    WEIGHT_BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    """Add weights @ codes over BLOCK_K features to total, in runs whose first half is in the low nibbles."""
+    """Add weights @ values over BLOCK_K features to total, in runs whose first half is in the low nibbles."""
+    HALF: tl.constexpr = RUN // 2
     if WEIGHT_BITS == 8:
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        return tl.dot(tl.load(weight_rows + k[None, :]), tl.load(codes_rows + k[:, None]), total, out_dtype=tl.int32)
-    HALF: tl.constexpr = RUN // 2
-    byte = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-    k = byte // HALF * RUN + byte % HALF
-    low, high = unpack_nibbles(tl.load(weight_rows + byte[None, :]), True)
-    total = tl.dot(low, tl.load(codes_rows + k[:, None]), total, out_dtype=tl.int32)
-    return tl.dot(high, tl.load(codes_rows + (k + HALF)[:, None]), total, out_dtype=tl.int32)
-
-
-@triton.jit
-def _multiply_groups(
-    weight_rows,
-    codes_rows,
-    step,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BIASED: tl.constexpr,
-):
-    """Multiply the two groups in the low and the high nibbles; 8-bit weights have one group, returned twice."""
-    low = tl.full((BLOCK_N, BLOCK_M), MAGIC_BITS if BIASED else 0, tl.int32)
-    high = low
-    for part in tl.static_range(GROUP_SIZE // BLOCK_K):
-        byte = step * GROUP_SIZE + part * BLOCK_K + tl.arange(0, BLOCK_K)
-        packed = tl.load(weight_rows + byte[None, :])
-        if WEIGHT_BITS == 8:
-            low = tl.dot(packed, tl.load(codes_rows + byte[:, None]), low, out_dtype=tl.int32)
-            high = low
-        else:
-            k = byte + step * GROUP_SIZE
-            weight_low, weight_high = unpack_nibbles(packed, True)
-            low = tl.dot(weight_low, tl.load(codes_rows + k[:, None]), low, out_dtype=tl.int32)
-            high = tl.dot(weight_high, tl.load(codes_rows + (k + GROUP_SIZE)[:, None]), high, out_dtype=tl.int32)
-    return low, high
+        total = tl.dot(tl.load(weight_rows + k[None, :]), tl.load(values_rows + k[:, None]), total, out_dtype=tl.int32)
+    elif words is None:
+        byte = step * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+        k = byte // HALF * RUN + byte % HALF
+        low, high = unpack_nibbles(tl.load(weight_rows + byte[None, :]), True)
+        total = tl.dot(low, tl.load(values_rows + k[:, None]), total, out_dtype=tl.int32)
+        total = tl.dot(high, tl.load(values_rows + (k + HALF)[:, None]), total, out_dtype=tl.int32)
+    else:
+        for part in tl.static_range(BLOCK_K // RUN):
+            run = step * (BLOCK_K // RUN) + part
+            byte = tl.arange(0, HALF)
+            word = tl.load(words + run.to(tl.int64) * N)
+            low, high = multiply_nibbles(tl.load(weight_rows + (run * HALF + byte)[None, :]), word)
+            k = run * RUN + byte
+            total = tl.dot(low, tl.load(values_rows + k[:, None]), total, out_dtype=tl.int32)
+            total = tl.dot(high, tl.load(values_rows + (k + HALF)[:, None]), total, out_dtype=tl.int32)
+    return total
 
 
 @triton.jit(do_not_specialize=["M", "features"])
@@ -195,6 +159,7 @@ def split_k_reduce_kernel(
     sums_ptr,
     weight_ptr,
     weight_scale_ptr,
+    word_ptr,
     weight_zero_ptr,
     bias_ptr,
     out_ptr,
@@ -202,95 +167,72 @@ def split_k_reduce_kernel(
     N,
     weight_stride,
     features,
-    GROUPED: tl.constexpr,
-    WEIGHT_SPAN: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr,
-    SUM_BITS: tl.constexpr,
-    INT16: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr,
+    INT16: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add up partial [SPLITS, M, N] to out [M, N], with INT16 [M / 2, N]; the other arguments are `gemm_kernel`'s.
-
-    Sums of one group are integers, so that the order of additions does not matter; those of more are float32 and differ
-    from an unsplit GEMM's in last bits, the same ones in every run.
-    """
+    """Add up partial int32 [splits, M, N] to out [M, N], with INT16 [M / 2, N]; other arguments are `gemm_kernel`'s."""
     first = tl.program_id(1) * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_mask, n_mask = m < M, n < N
     mask = m_mask[:, None] & n_mask[None, :]
-    offset = m.to(tl.int64)[:, None] * N + n[None, :]
-    out = tl.load(partial_ptr + offset, mask, other=0)
-    for split in tl.static_range(1, SPLITS):
-        out += tl.load(partial_ptr + split * M.to(tl.int64) * N + offset, mask, other=0)
+    rows = partial_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
     tile = OutputTile(m, n, m_mask, n_mask, M, N)
-    if not GROUPED:
-        sums = weight_sums(weight_ptr, N, weight_stride, SUM_BITS)
-        zeros = ZeroPoints(zp_offset_ptr, sums_ptr, sums, weight_zero_ptr)
-        out = correct_zero_points(out, 0, 0, 0, tile, zeros, features, WEIGHT_BITS)
-        out = out.to(tl.float32) * tl.load(scale_ptr + m, m_mask, other=0)[:, None]
-    finish(out, first, tile, weight_scale_ptr, bias_ptr, out_ptr, BLOCK_M, WEIGHT_SPAN, WEIGHT_BITS, INT16)
+    scales = Scales(scale_ptr, zp_offset_ptr, sums_ptr, weight_sums(weight_ptr, N, weight_stride), weight_zero_ptr)
+    out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for segment in tl.static_range(SEGMENTS):
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        for split in tl.static_range(SPLITS):
+            total += tl.load(rows + (segment * SPLITS + split) * M.to(tl.int64) * N, mask, other=0)
+        out += scale_segment(total, segment, tile, scales, features, WEIGHT_BITS, word_ptr is not None)
+    finish(out, first, tile, weight_scale_ptr, bias_ptr, out_ptr, BLOCK_M, INT16)
 
 
 @triton.jit
-def load_row(ptr, group, size, index, mask):
-    """Load entries `index` of row `group` of ptr [groups, size]."""
-    return tl.load(ptr + group * size + index, mask=mask, other=0)
+def load_row(ptr, row, size, index, mask):
+    """Load entries `index` of a row of ptr [rows, size]."""
+    return tl.load(ptr + row * size + index, mask=mask, other=0)
 
 
 @triton.jit
-def weight_sums(weight_ptr, N, weight_stride, SUM_BITS: tl.constexpr):
-    """Return a pointer to the sums of a weight from `prepare_weight`, which lie behind its rows."""
-    ptr = weight_ptr + N.to(tl.int64) * weight_stride
-    return ptr.to(tl.pointer_type(tl.int16 if SUM_BITS == 16 else tl.int32), bitcast=True)
+def weight_sums(weight_ptr, N, weight_stride):
+    """Return a pointer to the sums of a weight from `prepare_linear`, which lie behind its rows."""
+    return (weight_ptr + N.to(tl.int64) * weight_stride).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
-def correct_zero_points(total, group, input_group, weight_group, tile, zeros, GROUP_SIZE, WEIGHT_BITS: tl.constexpr):
-    """Turn total = sum code * weight of a group into sum (code - zp_offset) * (weight - zero).
+def scale_segment(total, segment, tile, scales, features, WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr):
+    """Turn total = sum value * weight of a segment into scale * sum (value - zp_offset) * (weight - zero), float32.
 
-    total [tokens, channels] int32, like the result times NIBBLE_FACTOR with 4-bit weights. The difference is
-    zp_offset * sum(weight) and zero * sum(code - zp_offset), whose sums are kept with the weights and with the codes.
+    total [tokens, channels] int32, with 4-bit weights that were not multiplied NIBBLE_FACTOR times that. The difference
+    is zp_offset * sum(weight) and zero * sum(value - zp_offset), whose sums are kept with weights and with values.
     """
-    UNIT: tl.constexpr = NIBBLE_FACTOR if WEIGHT_BITS == 4 else 1
-    if zeros.zp_offset_ptr is not None:
-        zp_offset = load_row(zeros.zp_offset_ptr, input_group, tile.M, tile.m, tile.m_mask) * UNIT
-        weights = load_row(zeros.weight_sums_ptr, group, tile.N, tile.n, tile.n_mask)
-        total -= zp_offset[:, None] * weights.to(tl.int32)[None, :]
-    if zeros.weight_zero_ptr is not None:
-        zero = load_row(zeros.weight_zero_ptr, weight_group, tile.N, tile.n, tile.n_mask)
-        zero = zero.to(tl.int32) - (1 << (WEIGHT_BITS - 1))
-        sums = load_row(zeros.sums_ptr, group, tile.M, tile.m, tile.m_mask) * UNIT
-        if zeros.zp_offset_ptr is not None:
-            sums -= zp_offset * GROUP_SIZE
+    UNIT: tl.constexpr = NIBBLE_FACTOR if WEIGHT_BITS == 4 and not GROUPED else 1
+    if scales.zp_offset_ptr is not None:
+        zp_offset = load_row(scales.zp_offset_ptr, segment, tile.M, tile.m, tile.m_mask) * UNIT
+        total -= zp_offset[:, None] * load_row(scales.weight_sums_ptr, segment, tile.N, tile.n, tile.n_mask)[None, :]
+    if scales.weight_zero_ptr is not None:
+        zero = tl.load(scales.weight_zero_ptr + tile.n, tile.n_mask, other=0).to(tl.int32) - (1 << (WEIGHT_BITS - 1))
+        sums = load_row(scales.sums_ptr, segment, tile.M, tile.m, tile.m_mask) * UNIT
+        if scales.zp_offset_ptr is not None:
+            sums -= zp_offset * features
         total -= sums[:, None] * zero[None, :]
-    return total
+    scale = load_row(scales.scale_ptr, segment, tile.M, tile.m, tile.m_mask)
+    return total.to(tl.float32) * (scale * (1.0 / UNIT))[:, None]
 
 
 @triton.jit
-def finish(
-    out,
-    first,
-    tile,
-    weight_scale_ptr,
-    bias_ptr,
-    out_ptr,
-    BLOCK_M: tl.constexpr,
-    WEIGHT_SPAN: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr,
-    INT16: tl.constexpr,
-):
+def finish(out, first, tile, weight_scale_ptr, bias_ptr, out_ptr, BLOCK_M: tl.constexpr, INT16: tl.constexpr):
     """Scale out float32 [BLOCK_M rows from `first` on, channels] per channel, add the bias, and store it.
 
     Operations round in the reference's order. With INT16 rows 2t and 2t + 1 are the high and the low bytes of token t,
-    and are added. Grouped weights (WEIGHT_SPAN > 0) were scaled before.
+    and are added.
     """
-    if WEIGHT_SPAN == 0:
-        out *= tl.load(weight_scale_ptr + tile.n, tile.n_mask, other=0)[None, :]
-    if WEIGHT_BITS == 4:
-        out *= 1.0 / NIBBLE_FACTOR
+    out *= tl.load(weight_scale_ptr + tile.n, tile.n_mask, other=0)[None, :]
     ROWS: tl.constexpr = 2 if INT16 else 1
     if INT16:
         out = tl.sum(tl.reshape(out, (BLOCK_M // 2, 2, out.shape[1])), 1)

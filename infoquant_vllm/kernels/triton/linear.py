@@ -1,7 +1,5 @@
 """A linear layer on a GPU: the quantizer's kernel, then the GEMM's; semantics: kernels/torch/linear.py."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,30 +11,22 @@ from infoquant_vllm.kernels.triton import common
 from infoquant_vllm.kernels.triton.gemm import gemm_kernel, split_k_reduce_kernel
 from infoquant_vllm.kernels.triton.rotate_quantize import Codes, prepare_matrices, rotate_quantize
 from infoquant_vllm.kernels.triton.tiles import BAND, REDUCE_TILE, Tile, linear_tile, token_class
-from infoquant_vllm.kernels.triton.weights import (
-    prepare_qparams,
-    prepare_weight,
-    stored_layout,
-    sums_dtype,
-    weight_rows,
-)
+from infoquant_vllm.kernels.triton.weights import prepare_linear, stored_layout, weight_rows
 
-__all__ = ["linear", "prepare_matrices", "prepare_qparams", "prepare_weight", "rotate_rows", "weight_rows"]
+__all__ = ["linear", "prepare_matrices", "prepare_linear", "rotate_rows", "weight_rows"]
 
 
 def linear(x: torch.Tensor, inputs: InputQuant, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute what the reference does, from tensors that the three `prepare_` functions return.
+    """Compute what the reference does, from tensors that the `prepare_` functions return.
 
-    Results are the same bits, but for float32 products with matrices of an input transform, which round elsewhere (a
-    code in some hundred thousand differs by one), and for sums over groups of few tokens (see `gemm`).
+    Results are the same bits, but for float32 products with matrices of an input transform, which round elsewhere: a
+    code in some hundred thousand differs by one.
     """
-    matrices, hadamard, clip, num_bits, symmetric = inputs
-    features = x.shape[1]
-    groups = max(1 if clip is None else len(clip), weight.scale.shape[1])
-    _, shape = stored_layout(weight.packed.numel(), len(weight.scale), features, groups)
-    sum_groups = 0 if weight.zero_point is None else groups
-    codes = rotate_quantize(x, matrices, hadamard, clip, num_bits, symmetric, shape.padded, sum_groups)
-    return gemm(codes, features, weight, bias, x.dtype, int16=clip is None)
+    channels, features = len(weight.scale), x.shape[1]
+    runs = 0 if weight.multiplier is None else len(weight.multiplier)
+    _, shape = stored_layout(weight.packed.numel(), channels, features, inputs.segments, runs)
+    codes = rotate_quantize(x, inputs, shape.padded, with_sums=weight.zero_point is not None)
+    return gemm(codes, features, weight, bias, x.dtype, int16=inputs.clip_ratio is None)
 
 
 def gemm(
@@ -48,28 +38,26 @@ def gemm(
     tile: Tile | None = None,
     int16: bool = False,
 ) -> torch.Tensor:
-    """Multiply quantized rows with a weight: [tokens, N] in `dtype`.
+    """Multiply quantized rows with a weight: [tokens, N] in `dtype`, the reference's bits.
 
     bias [N]. tile: None for the table's. int16: a token has a row of high and a row of low bytes, whose products are
-    added in float32. The result is the reference's bits, but for last bits of sums over groups where the features of a
-    few tokens are split over programs.
+    added in float32.
     """
     rows, channels = len(codes.values), len(weight.scale)
-    sizes = channels, features, len(codes.scale), weight.scale.shape[1]
-    arch = common.architecture(weight.packed.device)
-    made = plan(arch, token_class(rows), weight.packed.numel(), sizes, codes.zp_offset is not None, int16, tile)
+    runs = 0 if weight.multiplier is None else len(weight.multiplier)
+    sizes = weight.packed.numel(), channels, features, len(codes.scale), runs
+    made = plan(common.architecture(weight.packed.device), token_class(rows), sizes, int16, tile)
     out = torch.empty(rows // 2 if int16 else rows, channels, dtype=dtype, device=weight.packed.device)
-    assert codes.values.shape[1] == made.codes_stride
-    assert all(grid is None or grid.stride(0) == 1 for grid in weight[1:]), "not from prepare_qparams"
+    assert codes.values.shape[1] == made.values_stride
     if rows == 0:
         return out
-    splits, partial = made.tile.splits, out
-    if splits > 1:
-        partial = torch.empty((splits, rows, channels), dtype=made.partial_dtype, device=out.device)
-    gemm_kernel[made.programs * -(-rows // made.tile.block_m), splits](
+    partial = out
+    if made.splits > 1:
+        partial = torch.empty((made.splits, rows, channels), dtype=torch.int32, device=out.device)
+    gemm_kernel[made.programs * -(-rows // made.tile.block_m), made.splits](
         *codes, *weight, bias, partial, rows, *made.sizes, **made.constants
     )
-    if splits > 1:
+    if made.splits > 1:
         block_m, block_n = REDUCE_TILE
         split_k_reduce_kernel[-(-channels // block_n), -(-rows // block_m)](
             partial, *codes[1:], *weight, bias, out, rows, channels, *made.sizes[-2:], **made.reduce_constants
@@ -83,9 +71,9 @@ class Plan(NamedTuple):
     tile: Tile
     programs: int
     """for all channels"""
-    codes_stride: int
-    partial_dtype: torch.dtype
-    """of sums of a split GEMM"""
+    splits: int
+    """of all features"""
+    values_stride: int
     sizes: tuple[int, ...]
     """the kernel's arguments from N to `features`"""
     constants: dict[str, Any]
@@ -93,35 +81,23 @@ class Plan(NamedTuple):
 
 
 @cache
-def plan(
-    arch: int,
-    tokens: int,
-    size: int,
-    sizes: tuple[int, int, int, int],
-    has_zp_offset: bool,
-    int16: bool,
-    tile: Tile | None,
-) -> Plan:
-    """Plan GEMMs of up to `tokens` rows, a class of them, with a weight of `size` bytes.
+def plan(arch: int, tokens: int, sizes: tuple[int, int, int, int, int], int16: bool, tile: Tile | None) -> Plan:
+    """Plan GEMMs of up to `tokens` rows, a class of them.
 
-    sizes: channels, features, groups of the input, groups of the weight.
+    sizes: bytes of the weight, channels, features, segments, runs of the multipliers (0: there are none).
     """
-    channels, features, input_groups, weight_groups = sizes
-    groups = max(input_groups, weight_groups)
-    bits, shape = stored_layout(size, channels, features, groups)
+    size, channels, features, segments, runs = sizes
+    bits, shape = stored_layout(size, channels, features, segments, runs)
     tile = tile or linear_tile(arch, tokens, channels, shape)
-    steps, stride = shape.steps(tile.block_k), shape.padded * bits // 8
+    steps = shape.steps(tile.block_k)
     shared = {
-        "WEIGHT_SPAN": groups // weight_groups if weight_groups > 1 else 0,
+        "SEGMENTS": segments,
+        "SPLITS": tile.splits,
         "WEIGHT_BITS": bits,
-        "SUM_BITS": sums_dtype(shape, bits).itemsize * 8 if has_zp_offset else 0,
         "INT16": int16,
         "enable_fp_fusion": False,
     }
     constants = {
-        "GROUP_SIZE": shape.group_size,
-        "INPUT_SPAN": groups // input_groups if input_groups > 1 else 0,
-        "SPLIT_K": tile.splits > 1,
         "BLOCK_N": tile.block_n,
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
@@ -130,19 +106,14 @@ def plan(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    reduce_constants = {
-        "GROUPED": shape.group_size > 0,
-        "SPLITS": tile.splits,
-        "BLOCK_M": REDUCE_TILE[0],
-        "BLOCK_N": REDUCE_TILE[1],
-        "num_warps": 4,
-    }
+    reduce_constants = {"BLOCK_M": REDUCE_TILE[0], "BLOCK_N": REDUCE_TILE[1], "num_warps": 4}
+    strides = shape.stride, shape.stride * bits // 8
     return Plan(
         tile,
         triton.cdiv(channels, tile.block_n),
-        shape.padded,
-        torch.float32 if shape.group_size else torch.int32,
-        (channels, groups, steps, triton.cdiv(steps, tile.splits), shape.padded, stride, features),
+        segments * tile.splits if tile.splits > 1 else 1,
+        shape.stride,
+        (channels, steps, triton.cdiv(steps, tile.splits), *strides, shape.features),
         shared | constants,
         shared | reduce_constants,
     )
@@ -150,17 +121,6 @@ def plan(
 
 def rotate_rows(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
     """Rotate rows into or out of the rotated residual basis; last bits of float32 depend on torch's product."""
-    with _full_precision():
+    with common.full_precision():
         out = rows.float() @ rotation
     return (out if gain is None else out.mul_(gain)).to(rows.dtype)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Multiply float32 as float32, where VLLM_FLOAT32_MATMUL_PRECISION allows the 11 bits of TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -1,6 +1,6 @@
 """Input transform and quantization of activations on a GPU; semantics: kernels/torch/quantize.py."""
 
-from math import frexp, gcd, sqrt
+from math import frexp, sqrt
 from typing import NamedTuple
 
 import torch
@@ -8,8 +8,9 @@ import triton
 
 from infoquant_vllm.format import hadamard as hadamard_matrix
 from infoquant_vllm.format import hadamard_dense
-from infoquant_vllm.kernels.triton.common import current_device
-from infoquant_vllm.kernels.triton.quantize import DEPTH, rotate_blocks_kernel, rotate_quantize_kernel
+from infoquant_vllm.kernels.operands import InputQuant
+from infoquant_vllm.kernels.triton import common
+from infoquant_vllm.kernels.triton.quantize import DEPTH, rotate_quantize_kernel
 from infoquant_vllm.kernels.triton.tiles import FEW_TOKENS
 
 PER_WARP, PER_WARP_OF_PAIRS = 2048, 1024  # features that a warp holds, and those it holds with a right matrix
@@ -19,40 +20,32 @@ WIDTH = 4096  # features of all its tokens that a program holds where it can cho
 
 
 class Codes(NamedTuple):
-    """Quantized rows: value[t, k] = (values[t, k] - zp_offset[g, t]) * scale[g, t].
+    """Quantized rows: value[t, k] = (values[t, k] - zp_offset[s, t]) * scale[s, t] in each segment s of the features.
 
-    4-bit codes are stored less their zero point, which fits in an int8, so that the GEMM has nothing to correct; 8-bit
-    ones are stored less 128, and what is left of the zero point is in zp_offset.
+    At 4 bits that is all there is to subtract, so that the GEMM has nothing to correct; 8-bit codes are stored less
+    128, and what is left of the zero-point is in zp_offset.
     """
 
     values: torch.Tensor
     """int8 [tokens, padded features]; the padding is arbitrary, as it meets weights of zero"""
     scale: torch.Tensor
-    """float32 [groups, tokens]"""
+    """float32 [segments, tokens]"""
     zp_offset: torch.Tensor | None
-    """int32 [groups, tokens]; None: zeros"""
+    """int32 [segments, tokens]; None: zeros"""
     sums: torch.Tensor | None
-    """int32 [finer groups, tokens]: sums of `values`, for weights with zero points"""
+    """int32 [segments, tokens]: sums of `values`, for weights with a zero-point"""
 
     @classmethod
-    def empty(
-        cls,
-        tokens: int,
-        groups: int,
-        padded: int,
-        sum_groups: int,
-        num_bits: int,
-        symmetric: bool,
-        device: torch.device,
-    ) -> "Codes":
-        """Allocate codes of `num_bits`, at 16 bits a row of high and a row of low bytes for each token."""
+    def empty(cls, tokens: int, inputs: InputQuant, padded: int, with_sums: bool, device: torch.device) -> "Codes":
+        """Allocate codes, segments of `padded` features; at 16 bits a token has a row of high and one of low bytes."""
+        num_bits, segments = inputs.num_bits, inputs.segments
         rows = 2 * tokens if num_bits == 16 else tokens
-        has_zp_offset = num_bits == 16 or (num_bits == 8 and not symmetric)
+        has_zp_offset = num_bits == 16 or (num_bits == 8 and not inputs.symmetric)
         return cls(
-            torch.empty(rows, padded, dtype=torch.int8, device=device),
-            torch.empty(groups, rows, dtype=torch.float32, device=device),
-            torch.empty(groups, rows, dtype=torch.int32, device=device) if has_zp_offset else None,
-            torch.empty(sum_groups, rows, dtype=torch.int32, device=device) if sum_groups else None,
+            torch.empty(rows, segments * padded, dtype=torch.int8, device=device),
+            torch.empty(segments, rows, dtype=torch.float32, device=device),
+            torch.empty(segments, rows, dtype=torch.int32, device=device) if has_zp_offset else None,
+            torch.empty(segments, rows, dtype=torch.int32, device=device) if with_sums else None,
         )
 
 
@@ -64,7 +57,7 @@ def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.
     if not hadamard:
         return [matrix.contiguous() for matrix in matrices]
     base = hadamard_dense(hadamard)
-    order, device = len(base), current_device()
+    order, device = len(base), common.current_device()
     if order == 1:
         return []
     factors = [base]
@@ -74,7 +67,7 @@ def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.
 
 
 class Segment(NamedTuple):
-    """The part of a token that a program quantizes: `blocks` blocks of outer * inner features."""
+    """What a program quantizes of a token: `blocks` blocks of outer * inner features."""
 
     blocks: int
     outer: int
@@ -93,99 +86,85 @@ class Segment(NamedTuple):
     def padded_group(self, size: int) -> int:
         """Return the elements that a group of `size` features takes; raises ValueError if padding would split it.
 
-        Behind each block there may be padding, so that groups must not lie across two.
+        Behind each block there may be padding, so that a group is all, a block or some, or within one.
         """
         blocks, outer, inner = self.padded
         if size == self.features:
             return blocks * outer * inner
+        block = self.outer * self.inner
         gaps = inner != self.inner and self.blocks * self.outer > 1
-        across = outer != self.outer and self.blocks > 1 and self.outer * self.inner % size
-        if size & (size - 1) or gaps or across:
+        across = outer != self.outer and self.blocks > 1 and block % size
+        if size % block == 0:
+            found, parts = size // block * outer * inner, size // block
+        else:
+            found, parts = size, 0 if gaps or across else size
+        if parts == 0 or found & (found - 1):
             raise ValueError(
                 f"groups of {size} features: beside {self} the Triton kernels need a power of two, whole in a block"
             )
-        return size
+        return found
 
 
 def segment(features: int, factors: tuple[int, int], group_size: int) -> Segment:
-    """Cut a token into segments; factors: (outer, inner) sizes of the transform's block, product 1 for none."""
+    """Cut a segment into blocks; factors: (outer, inner) sizes of the transform's block, product 1 for none."""
     size = factors[0] * factors[1]
     if size == 1:
-        groups = WIDTH // group_size if group_size & (group_size - 1) == 0 else 1
-        while features // group_size % max(groups, 1):
-            groups //= 2
-        return Segment(1, 1, group_size * max(groups, 1))
-    if group_size % size == 0:
-        return Segment(group_size // size, *factors)
-    if size % group_size == 0:
-        return Segment(1, *factors)
-    raise ValueError(f"groups of {group_size} features and a transform of {size} do not nest")
+        inner = features if group_size & (group_size - 1) == 0 else group_size
+        return Segment(features // inner, 1, inner)
+    if features % size:
+        raise ValueError(f"segments of {features} features and a transform of {size} do not nest")
+    return Segment(features // size, *factors)
 
 
-def rotate_quantize(
-    x: torch.Tensor,
-    matrices: list[torch.Tensor],
-    hadamard: int,
-    clip: torch.Tensor | None,
-    num_bits: int,
-    symmetric: bool,
-    padded: int,
-    sum_groups: int,
-) -> Codes:
-    """Transform and quantize x [tokens, K], rows any stride apart; arguments are the reference's.
+def rotate_quantize(x: torch.Tensor, inputs: InputQuant, padded: int, with_sums: bool) -> Codes:
+    """Transform and quantize x [tokens, K], rows any stride apart, as the reference does.
 
-    clip None: 16 bits, one group. matrices: from `prepare_matrices`. padded: features of a stored row, those behind K
-    are not written; sum_groups: groups whose codes are summed, 0 for none.
+    inputs.matrices: from `prepare_matrices`. padded: features of a stored segment, those behind its own are not
+    written; with_sums: for weights with a zero-point.
     """
     tokens, features = x.shape
-    groups = 1 if clip is None else len(clip)
-    codes = Codes.empty(tokens, groups, padded, sum_groups, num_bits, symmetric, x.device)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    codes = Codes.empty(tokens, inputs, padded, with_sums, x.device)
     if tokens == 0:
         return codes
-    quantizer = {
-        "GROUP_SIZE": features // groups,
-        "SUM_SIZE": features // (sum_groups or groups),
-        "NUM_BITS": num_bits,
-        "SYMMETRIC": symmetric or num_bits == 16,
-        "enable_fp_fusion": False,
-    }
-    if matrices and matrices[0].dim() == 3:
-        _launch_blocks(x, matrices[0], clip, codes, quantizer)
-        return codes
-    left, right = (*matrices, None, None)[:2]
-    if left is not None and right is not None and (features > MAX_FEATURES or max(map(len, matrices)) > MAX_ORDER):
-        pairs = x.float().reshape(tokens, -1, len(left), len(right))
-        x = torch.matmul(torch.matmul(left.t(), pairs), right).view(tokens, features)
-        left, right, hadamard = None, None, 0
-    _launch_rows(x, (left, right), hadamard, clip, codes, quantizer)
+    matrices = inputs.matrices
+    in_blocks = len(matrices) == 1 and not inputs.hadamard
+    wide = features > MAX_FEATURES or max(map(len, matrices), default=0) > MAX_ORDER
+    if in_blocks or (wide and len(matrices) == 2):
+        x, inputs = _multiplied(x.float(), matrices), inputs._replace(matrices=[], hadamard=0)
+    _launch(x if x.stride(1) == 1 else x.contiguous(), inputs, codes, padded)
     return codes
 
 
-def _launch_rows(
-    x: torch.Tensor,
-    matrices: tuple[torch.Tensor | None, torch.Tensor | None],
-    hadamard: int,
-    clip: torch.Tensor | None,
-    codes: Codes,
-    quantizer: dict[str, int],
-) -> None:
-    """Fill `codes` from x [tokens, K]; quantizer: the kernel's constants of it."""
-    (tokens, features), (left, right) = x.shape, matrices
+def _multiplied(x: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
+    """Multiply x [tokens, K] float32 by matrices that are too wide for a program, or in blocks of features."""
+    with common.full_precision():
+        if len(matrices) == 1:
+            blocks = x.unflatten(1, (len(matrices[0]), -1)).transpose(0, 1)
+            return torch.matmul(blocks, matrices[0]).transpose(0, 1).flatten(1)
+        left, right = matrices
+        pairs = x.unflatten(1, (-1, len(left), len(right)))
+        return torch.matmul(torch.matmul(left.t(), pairs), right).flatten(1)
+
+
+def _launch(x: torch.Tensor, inputs: InputQuant, codes: Codes, padded: int) -> None:
+    """Fill `codes` from x [tokens, K]."""
+    (tokens, features), segments, hadamard = x.shape, inputs.segments, inputs.hadamard
+    groups = 1 if inputs.clip_ratio is None else len(inputs.clip_ratio)
+    left, right = (*inputs.matrices, None, None)[:2]
     outer = len(left) if left is not None else 1
     inner = hadamard // outer if hadamard else len(right) if right is not None else 1
     factor = 1 / sqrt(hadamard) if hadamard else 1.0
-    part = segment(features, (outer, inner), quantizer["GROUP_SIZE"])
+    part = segment(features // segments, (outer, inner), features // groups)
     blocks, outer_padded, inner_padded = part.padded
     width = blocks * max(outer_padded, DEPTH.value if left is not None else 1)
     width *= max(inner_padded, DEPTH.value if right is not None else 1)
     rows = max(1, WIDTH // width) if tokens > FEW_TOKENS else 1
     held = rows * width if right is None else max(rows * width, outer_padded**2, inner_padded**2)
-    rotate_quantize_kernel[triton.cdiv(tokens, rows), features // part.features](
+    rotate_quantize_kernel[triton.cdiv(tokens, rows), segments](
         x,
         left,
         right,
-        clip,
+        inputs.clip_ratio,
         *codes,
         tokens,
         x.stride(0),
@@ -200,38 +179,12 @@ def _launch_rows(
         BLOCKS_PADDED=blocks,
         OUTER_PADDED=outer_padded,
         INNER_PADDED=inner_padded,
-        GROUP_PADDED=part.padded_group(quantizer["GROUP_SIZE"]),
-        SUM_PADDED=part.padded_group(quantizer["SUM_SIZE"]),
+        GROUPS=groups // segments,
+        GROUP_PADDED=part.padded_group(features // groups),
+        SEGMENT_PADDED=padded,
+        NUM_BITS=inputs.num_bits,
+        SYMMETRIC=inputs.symmetric or inputs.num_bits == 16,
         ROWS=rows,
-        **quantizer,
+        enable_fp_fusion=False,
         num_warps=max(1, min(16, held // (PER_WARP if right is None else PER_WARP_OF_PAIRS))),
-    )
-
-
-def _launch_blocks(
-    x: torch.Tensor, blocks: torch.Tensor, clip: torch.Tensor | None, codes: Codes, quantizer: dict[str, int]
-) -> None:
-    """Fill `codes` from x [tokens, K] and blocks [K / size, size, size]; quantizer: the kernel's constants of it."""
-    tokens, features = x.shape
-    size, group_size = blocks.shape[1], quantizer["GROUP_SIZE"]
-    columns = gcd(size, group_size, quantizer["SUM_SIZE"], 64)
-    if columns < 16 or max(size, group_size) % min(size, group_size):
-        raise ValueError(
-            f"blocks of {size} and groups of {group_size} features: the Triton kernels need multiples of 16 that nest"
-        )
-    rows = 64 if tokens > FEW_TOKENS else 16
-    rotate_blocks_kernel[triton.cdiv(tokens, rows), features // group_size](
-        x,
-        blocks,
-        clip,
-        *codes,
-        tokens,
-        x.stride(0),
-        codes.values.shape[1],
-        BLOCK_SIZE=size,
-        ROWS=rows,
-        COLUMNS=columns,
-        BLOCK_K=gcd(size, 32),
-        **quantizer,
-        num_warps=4,
     )

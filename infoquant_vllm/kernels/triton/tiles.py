@@ -35,7 +35,7 @@ Power = Annotated[int, Field(ge=1, le=1024), AfterValidator(_power_of_two)]
 
 
 class Tile(NamedTuple):
-    """A program of the GEMM: channels, tokens and features of a step, and its launch."""
+    """A program of the GEMM: channels, tokens and features of a step, its launch, and how a segment is split."""
 
     block_n: Power
     block_m: Power
@@ -69,28 +69,24 @@ class ArchTiles(NamedTuple):
     A GEMM tile serves up to block_m tokens, the last of a tuple any number.
     """
 
-    row: tuple[Tile, ...]
-    """for one group"""
-    groups: tuple[Tile, ...]
+    linear: tuple[Tile, ...]
     sms: int
     """of a usual GPU"""
     attention: AttentionTiles = AttentionTiles()
 
 
 _FEW = Tile(64, 16, 256, 4, 4), Tile(64, 32, 256, 4, 4), Tile(128, 64, 128, 8, 4)
-_ROW = (*_FEW, Tile(128, 128, 128, 4, 3))
+_TILES = (*_FEW, Tile(128, 128, 128, 4, 3))
 _LARGE = Tile(256, 128, 128, 8, 3)
-_GROUPS = Tile(64, 16, 128, 4, 4), Tile(64, 32, 128, 4, 4), Tile(128, 64, 128, 8, 3)
-_ROW_100 = Tile(128, 16, 256, 4, 4), Tile(256, 32, 128, 8, 4), Tile(256, 64, 128, 8, 3), _LARGE
-_GROUPS_100 = (*_GROUPS[:2], Tile(128, 32, 128, 4, 4))  # tiles of 64 tokens would spill
+_TILES_100 = Tile(128, 16, 256, 4, 4), Tile(256, 32, 128, 8, 4), Tile(256, 64, 128, 8, 3), _LARGE
 TILE_TABLE = MappingProxyType(
     {
-        80: ArchTiles(_ROW, _GROUPS, sms=108),
-        86: ArchTiles(_ROW, _GROUPS, sms=84),
-        89: ArchTiles(_ROW, _GROUPS, sms=142),
-        90: ArchTiles((*_FEW, _LARGE), _GROUPS, sms=132),
-        100: ArchTiles(_ROW_100, _GROUPS_100, sms=148),
-        120: ArchTiles(_ROW, _GROUPS, sms=170),
+        80: ArchTiles(_TILES, sms=108),
+        86: ArchTiles(_TILES, sms=84),
+        89: ArchTiles(_TILES, sms=142),
+        90: ArchTiles((*_FEW, _LARGE), sms=132),
+        100: ArchTiles(_TILES_100, sms=148),
+        120: ArchTiles(_TILES, sms=170),
     }
 )
 
@@ -104,7 +100,7 @@ class Measured(BaseModel):
     tokens: Annotated[int, Field(ge=1), AfterValidator(_power_of_two)]
     channels: int
     features: int
-    group_size: int
+    grouped: bool
     tile: Tile
 
 
@@ -133,13 +129,12 @@ def token_class(tokens: int) -> int:
 def linear_tile(arch: int, tokens: int, channels: int, shape: Layout) -> Tile:
     """Return the tile of a GEMM, the same for all tokens of a class; INFOQUANT_TILES overrides the table."""
     tokens = token_class(tokens)
-    key = arch, channels, shape.features, shape.group_size
+    key = arch, channels, shape.segments * shape.features, shape.grouped
     for entry in measured(os.environ.get(TILES)):
-        if key == (entry.arch, entry.channels, entry.features, entry.group_size) and tokens <= entry.tokens:
+        if key == (entry.arch, entry.channels, entry.features, entry.grouped) and tokens <= entry.tokens:
             return entry.tile._replace(block_k=shape.block_k(entry.tile.block_k))
     table = arch_tiles(arch)
-    tiles = table.groups if shape.group_size else table.row
-    tile = next((tile for tile in tiles if tokens <= tile.block_m), tiles[-1])
+    tile = next((tile for tile in table.linear if tokens <= tile.block_m), table.linear[-1])
     tile = tile._replace(block_k=shape.block_k(tile.block_k))
     return tile._replace(splits=split_k(tile, tokens, channels, shape, table.sms))
 
@@ -149,7 +144,7 @@ def split_k(tile: Tile, tokens: int, channels: int, shape: Layout, sms: int) -> 
 
     Few tokens take two programs to an SM: they wait for memory, which gives more when asked for more at once.
     """
-    programs = triton.cdiv(channels, tile.block_n) * triton.cdiv(tokens, tile.block_m)
+    programs = triton.cdiv(channels, tile.block_n) * triton.cdiv(tokens, tile.block_m) * shape.segments
     wanted = 2 * sms if tile.block_m <= FEW_TOKENS else sms
     count, steps = 1, shape.steps(tile.block_k)
     while 2 * count * programs <= wanted and steps >= 2 * count * tile.stages:

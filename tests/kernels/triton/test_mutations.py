@@ -58,6 +58,7 @@ def mutated(module: ModuleType, line: int, column: int, folder: Path) -> ModuleT
 
 def compare_gemm() -> None:
     Case(17, 192, channels=48).check()
+    Case(17, 192, channels=48, segments=2).check()
 
 
 def compare_store() -> None:

@@ -15,21 +15,22 @@ from tests.kernels.triton.test_rotate_quantize import transform
 
 
 @pytest.mark.parametrize("tokens", [5, 40])
-@pytest.mark.parametrize("num_bits", [4, 8, 16])
+@pytest.mark.parametrize(("num_bits", "groups"), [(4, 1), (4, 3), (8, 1), (16, 1)])
 @pytest.mark.parametrize("kind", ["none", "hadamard 128", "hadamard 384", "kronecker 12", "blocks 64", "blocks 192"])
-def test_rows_with_nan_or_infinity_come_out_as_the_reference_has_them(kind: str, num_bits: int, tokens: int) -> None:
+def test_rows_with_nan_or_infinity_come_out_as_the_reference_has_them(
+    kind: str, num_bits: int, groups: int, tokens: int
+) -> None:
     torch.manual_seed(0)
     matrices, hadamard = transform(kind, 384)
-    packed, scale = pack_codes(torch.randint(-8, 8, (32, 384)), 4, True), torch.rand(32, 1)
-    clip = None if num_bits == 16 else torch.ones(1, 2)
+    weight = PackedWeight(pack_codes(torch.randint(-8, 8, (32, 384)), 4, True), torch.rand(32, 1), None, None)
+    clip = None if num_bits == 16 else torch.ones(groups, 2)
     x = torch.randn(tokens, 384).bfloat16()
     clean = x.clone()
     x[1, 5], x[3, 383] = torch.nan, torch.inf
-    weight, grid = linear.prepare_weight(packed, 4, True, 1), linear.prepare_qparams(scale)
-    prepared = linear.prepare_matrices(matrices, hadamard)
-    inputs, packed_weight = InputQuant(prepared, hadamard, clip, num_bits, False), PackedWeight(weight, grid, None)
-    found, untouched = (linear.linear(rows, inputs, packed_weight, None) for rows in (x, clean))
-    expected = oracles.linear(x, inputs._replace(matrices=matrices), PackedWeight(packed, scale, None), None)
+    inputs, prepared = InputQuant(matrices, hadamard, clip, num_bits, False), linear.prepare_linear(weight, 4, 1)
+    ours = inputs._replace(matrices=linear.prepare_matrices(matrices, hadamard))
+    found, untouched = (linear.linear(rows, ours, prepared, None) for rows in (x, clean))
+    expected = oracles.linear(x, inputs, weight, None)
     for out in (found, expected):
         assert out[1].isnan().all()
         assert not out[3].isfinite().any()

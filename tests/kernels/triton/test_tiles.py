@@ -9,27 +9,33 @@ import torch
 
 from tests.common.interpreted import common, tiles, weights
 
-LAYOUT = weights.layout(4096, 1, 4)
-ENTRY = {"arch": 90, "tokens": 16, "channels": 4096, "features": 4096, "group_size": 0, "tile": [32, 16, 128, 2, 5, 4]}
+LAYOUT = weights.layout(4096, 1)
+ENTRY = {"arch": 90, "tokens": 16, "channels": 4096, "features": 4096, "grouped": False, "tile": [32, 16, 128, 2, 5, 4]}
 
 
 @pytest.mark.parametrize("arch", tiles.TILE_TABLE)
 @pytest.mark.parametrize("tokens", [1, 17, 33, 300, 4096])
-@pytest.mark.parametrize(("features", "groups"), [(4096, 1), (4096, 32), (576, 9), (96, 3), (13824, 1)])
-def test_steps_fill_the_features_and_every_split_has_some(arch: int, tokens: int, features: int, groups: int) -> None:
-    layout = weights.layout(features, groups, 4)
+@pytest.mark.parametrize(
+    ("features", "segments", "group_size"),
+    [(4096, 1, None), (4096, 2, 64), (576, 1, 64), (96, 3, 32), (96, 1, None), (13824, 1, 128), (14336, 8, 32)],
+)
+def test_steps_fill_the_features_and_every_split_has_some(
+    arch: int, tokens: int, features: int, segments: int, group_size: int | None
+) -> None:
+    layout = weights.layout(features, segments, group_size)
     tile = tiles.linear_tile(arch, tokens, 4096, layout)
-    assert layout.padded % tile.block_k == 0 or layout.group_size % tile.block_k == 0
+    assert layout.padded % tile.block_k == 0
+    assert group_size is None or tile.block_k % layout.run == 0
     assert tile.splits <= layout.steps(tile.block_k)
 
 
 @pytest.mark.parametrize("arch", tiles.TILE_TABLE)
 @pytest.mark.parametrize(("features", "channels"), [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)])
-@pytest.mark.parametrize("groups", [1, 32])
+@pytest.mark.parametrize("group_size", [None, 64])
 def test_programs_fill_at_least_half_of_the_sms_whatever_the_tokens(
-    arch: int, features: int, channels: int, groups: int
+    arch: int, features: int, channels: int, group_size: int | None
 ) -> None:
-    layout, sms = weights.layout(features, groups, 4), tiles.TILE_TABLE[arch].sms
+    layout, sms = weights.layout(features, 1, group_size), tiles.TILE_TABLE[arch].sms
     for tokens in (1, 16, 17, 32, 33, 64, 65, 128, 256, 512, 8192):
         tile = tiles.linear_tile(arch, tokens, channels, layout)
         programs = -(-channels // tile.block_n) * -(-tokens // tile.block_m) * tile.splits
@@ -40,7 +46,7 @@ def test_programs_fill_at_least_half_of_the_sms_whatever_the_tokens(
 def test_all_tokens_of_a_class_have_one_tile(tokens: int) -> None:
     last = tiles.token_class(tokens)
     assert last / 2 < tokens <= last
-    layout = weights.layout(4096, 32, 4)
+    layout = weights.layout(4096, 1, 64)
     assert tiles.linear_tile(90, tokens, 4096, layout) == tiles.linear_tile(90, last, 4096, layout)
 
 
