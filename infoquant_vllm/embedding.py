@@ -114,7 +114,8 @@ class InfoQuantEmbeddingMethod(QuantizeMethodBase):
             packed, kernels = layer.weight_packed, backend(layer.weight_packed.device.type)
             bf16 = 2 * packed.numel()
             if not self.tied:
-                packed.data = kernels.prepare_weight(packed.data, 8, True, 1)
+                weight = PackedWeight(packed.data, layer.weight_scale.data, None, None)
+                packed.data = kernels.prepare_linear(weight, 8, 1).packed
             self.summary.lm_head(f"W8A16 ({kernels.name})", packed.nbytes + layer.weight_scale.nbytes, bf16)
 
     def _check_rotation(self, rotation: torch.Tensor) -> None:

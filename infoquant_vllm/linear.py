@@ -148,29 +148,32 @@ class InfoQuantLinearMethod(LinearMethodBase):
         """Refuse missing tensors, then convert the weights to the layout of the kernels."""
         weights = self.scheme.weights
         layer.infoquant_tracker.finish(layer, weights.num_bits)
+        self._check_multipliers(layer)
         packed = layer.weight_packed.data
         kernels = backend(packed.device.type)
         matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
         layer.infoquant_matrices = kernels.prepare_matrices(matrices, self.hadamard)
-        groups = max(len(layer.input_clip_ratio) if self.has_clip_ratio else 1, self._check_qparams(layer))
-        layer.weight_packed = _frozen(kernels.prepare_weight(packed, weights.num_bits, weights.symmetric, groups))
-        for name in ("weight_scale", *QPARAMS, *INPUT_TENSORS):
+        names = ("weight_packed", "weight_scale", *QPARAMS)
+        given = PackedWeight(*(getattr(layer, name).data if hasattr(layer, name) else None for name in names))
+        prepared = kernels.prepare_linear(given, weights.num_bits, layer.infoquant_segments)
+        for name, data in zip(names, prepared, strict=True):
             if hasattr(layer, name):
-                data = getattr(layer, name).data
-                setattr(layer, name, _frozen(kernels.prepare_qparams(data) if name in QPARAMS else data))
+                setattr(layer, name, None if data is None else _frozen(data))
+        for name in INPUT_TENSORS:
+            if hasattr(layer, name):
+                setattr(layer, name, _frozen(getattr(layer, name).data))
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
         kind = f"W{weights.num_bits}A{self.num_bits} ({kernels.name})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
 
-    def _check_qparams(self, layer: Any) -> int:
-        """Refuse multipliers that are too large for their zero-points; return the number of groups in a row."""
+    def _check_multipliers(self, layer: Any) -> None:
+        """Refuse multipliers that are too large for their zero-points."""
         if not self.has_multiplier:
-            return 1
+            return
         multipliers = layer.weight_multiplier.data.split(layer.infoquant_rows)
         zeros = layer.weight_zero_point.data.split(layer.infoquant_rows) if self.has_zero_point else [None] * 3
         for source, multiplier, zero in zip(self.sources, multipliers, zeros, strict=False):
             check_multipliers(multiplier, zero, f"{source}.weight_multiplier", "checkpoint")
-        return layer.weight_multiplier.shape[1]
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map x [..., K] to [..., N], both in the model's dtype."""

@@ -25,13 +25,8 @@ class Backend:
 
     name: str  # in the log and in `infoquant doctor`
 
-    prepare_weight: Callable[[Tensor, int, bool, int], Tensor]
-    """(checkpoint bytes [N, K * num_bits / 8], num_bits, signed, groups) to packed weights.
-
-    groups: the finer of both groupings, of the weights and of the activations.
-    """
-    prepare_qparams: Callable[[Tensor], Tensor]
-    """Multipliers or zero-points [N, groups] in the order the kernel reads; the shape stays."""
+    prepare_linear: Callable[[PackedWeight, int, int], PackedWeight]
+    """(a checkpoint's weight, packed [N, K * num_bits / 8] uint8, num_bits, segments of the inputs) to what it reads."""
     prepare_matrices: Callable[[list[Tensor], int], list[Tensor]]
     """Matrices of an input transform, and the size of its Hadamard blocks or 0, to `InputQuant.matrices`."""
     weight_rows: Callable[[Tensor, Tensor, int], Tensor]
@@ -114,8 +109,7 @@ def _torch() -> Backend:
 
     return Backend(
         name="torch",
-        prepare_weight=linear.prepare_weight,
-        prepare_qparams=linear.prepare_qparams,
+        prepare_linear=linear.prepare_linear,
         prepare_matrices=linear.prepare_matrices,
         weight_rows=linear.weight_rows,
         linear=linear.linear,
@@ -138,8 +132,7 @@ def _native() -> Backend:
 
     return Backend(
         name=f"native {library().target}",
-        prepare_weight=kernels.prepare_weight,
-        prepare_qparams=kernels.prepare_qparams,
+        prepare_linear=kernels.prepare_linear,
         prepare_matrices=kernels.prepare_matrices,
         weight_rows=kernels.weight_rows,
         linear=kernels.linear,
@@ -163,8 +156,7 @@ def _triton() -> Backend:
     return replace(
         _torch(),  # for norms, SwiGLU and RoPE, which vLLM's own operations compute on a GPU, and for dense_linear
         name="Triton, interpreted" if _interprets_triton() else "Triton",
-        prepare_weight=linear.prepare_weight,
-        prepare_qparams=linear.prepare_qparams,
+        prepare_linear=linear.prepare_linear,
         prepare_matrices=linear.prepare_matrices,
         weight_rows=linear.weight_rows,
         linear=linear.linear,

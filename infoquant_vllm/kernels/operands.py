@@ -27,14 +27,14 @@ class InputQuant(NamedTuple):
 
 
 class PackedWeight(NamedTuple):
-    """Quantized weight [N, K] of a linear, each tensor in the layout of the backend that prepared it.
+    """Quantized weight [N, K] of a linear, as a checkpoint has it or as a backend's `prepare_linear` laid it out.
 
     The integer weight is (code - zero_point) * multiplier, within -127 .. 127; times `scale` it is the weight.
 
-    packed: codes, from `prepare_weight`
+    packed: codes
     scale: float32 [N, 1]
-    multiplier: uint8 [N, groups], from `prepare_qparams`; None: 1
-    zero_point: uint8 [N, groups], from `prepare_qparams`; None: signed codes
+    multiplier: uint8 [N, groups]; None: 1
+    zero_point: uint8 [N, groups]; None: signed codes
     """
 
     packed: torch.Tensor

@@ -58,7 +58,8 @@ def test_the_forced_reference_runs_where_its_tensors_are(monkeypatch: pytest.Mon
     kernels = backend("meta")
     with torch.device("meta"):  # in a GPU's place: whatever is made on the CPU would not go with these
         x, clip, scale = torch.empty(3, 192), torch.empty(1, 2), torch.empty(8, 1)
-        weight = PackedWeight(kernels.prepare_weight(torch.empty(8, 96, dtype=torch.uint8), 4, True, 1), scale, None)
+        weight = PackedWeight(torch.empty(8, 96, dtype=torch.uint8), scale, None, None)
+        weight = kernels.prepare_linear(weight, 4, 1)
     out = kernels.linear(x, InputQuant([], hadamard, clip, 4, symmetric=False), weight, None)
     assert out.device.type == "meta"
     assert kernels.rms_norm(x, torch.empty(192, device="meta"), 1e-5).device.type == "meta"

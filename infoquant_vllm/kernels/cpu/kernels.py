@@ -34,6 +34,14 @@ def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
     return qparams.t().contiguous().t()
 
 
+def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:  # noqa: ARG001
+    """Convert a checkpoint's weight to what `linear` reads; `prepare_weight` and `prepare_qparams` say how."""
+    packed, scale, *qparams = weight
+    groups = max(1 if each is None else each.shape[1] for each in qparams)
+    lines = prepare_weight(packed, num_bits, weight.zero_point is None, groups)
+    return PackedWeight(lines, scale, *(None if each is None else prepare_qparams(each) for each in qparams))
+
+
 def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
     """Return the matrices of an input transform; those of a Hadamard are its base matrix."""
     return [_base_hadamard(hadamard)] if hadamard else matrices

@@ -30,6 +30,11 @@ def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
     return qparams
 
 
+def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:  # noqa: ARG001
+    """Convert a checkpoint's weight to what `linear` reads."""
+    return weight._replace(packed=prepare_weight(weight.packed, num_bits, weight.zero_point is None))
+
+
 def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
     """Return the matrices of an input transform unchanged."""
     return matrices
