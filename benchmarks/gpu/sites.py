@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.timing import copies
 from infoquant_vllm.format import ModelShape
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
-from infoquant_vllm.kernels.triton.linear import gemm, linear, prepare_matrices, prepare_linear
+from infoquant_vllm.kernels.triton.linear import gemm, linear, prepare_linear, prepare_matrices
 from infoquant_vllm.kernels.triton.rotate_quantize import Codes, rotate_quantize
 from infoquant_vllm.kernels.triton.weights import layout
 

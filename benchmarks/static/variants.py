@@ -11,7 +11,7 @@ from benchmarks.static.cases import MODELS
 from benchmarks.static.kv_kernels import FULL, Cache, attention_call, store_call
 from infoquant_vllm.format import InputTransform, LinearScheme, ModelShape, WeightArgs
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
-from infoquant_vllm.kernels.triton.linear import linear, prepare_matrices, prepare_linear
+from infoquant_vllm.kernels.triton.linear import linear, prepare_linear, prepare_matrices
 from offline.presets import PRESETS
 
 Calls = Iterator[Callable[[], Any]]

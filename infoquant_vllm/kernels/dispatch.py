@@ -26,7 +26,7 @@ class Backend:
     name: str  # in the log and in `infoquant doctor`
 
     prepare_linear: Callable[[PackedWeight, int, int], PackedWeight]
-    """(a checkpoint's weight, packed [N, K * num_bits / 8] uint8, num_bits, segments of the inputs) to what it reads."""
+    """(a checkpoint's weight, num_bits, segments of the inputs) to the weight that `linear` reads."""
     prepare_matrices: Callable[[list[Tensor], int], list[Tensor]]
     """Matrices of an input transform, and the size of its Hadamard blocks or 0, to `InputQuant.matrices`."""
     weight_rows: Callable[[Tensor, Tensor, int], Tensor]

@@ -65,9 +65,20 @@ def test_a_source_is_what_triton_makes_of_a_launch() -> None:
                 assert ((param.num,) in source.attrs) == (known == "D"), param.name
 
 
-def ttgir(launch: Launch) -> str:
+def ttgir(launch: Launch, arch: int = 90) -> str:
     """Triton's own code of a launch, after layouts were chosen and before instructions are."""
-    return str(triton.compile(launch.source(), target=TARGET, options=launch.options).asm["ttgir"])
+    target = GPUTarget("cuda", arch, 32)
+    return str(triton.compile(launch.source(), target=target, options=launch.options).asm["ttgir"])
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("tokens", [16, 2048])
+def test_four_nibbles_that_are_multiplied_together_lie_in_a_row(arch: int, tokens: int) -> None:
+    """Their multiplier is that of the first: four of a row are together in a register in no other layout."""
+    launch = launches(linear_call(tokens, 4096, 6144, group_size=64, signed=False), arch)[0]
+    made = re.findall(r"mad\.lo.*?-> tensor<\S+, (.*?)>$", ttgir(launch, arch), re.MULTILINE)
+    assert len(made) >= 2
+    assert all(each.startswith("#ttg.dot_op<{opIdx = 0,") and "kWidth = 4" in each for each in made)
 
 
 @pytest.mark.parametrize(

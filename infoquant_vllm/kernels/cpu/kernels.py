@@ -34,7 +34,7 @@ def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
     return qparams.t().contiguous().t()
 
 
-def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:  # noqa: ARG001
+def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:
     """Convert a checkpoint's weight to what `linear` reads; `prepare_weight` and `prepare_qparams` say how."""
     packed, scale, *qparams = weight
     groups = max(1 if each is None else each.shape[1] for each in qparams)

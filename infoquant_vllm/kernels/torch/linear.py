@@ -30,7 +30,7 @@ def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
     return qparams
 
 
-def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:  # noqa: ARG001
+def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:
     """Convert a checkpoint's weight to what `linear` reads."""
     return weight._replace(packed=prepare_weight(weight.packed, num_bits, weight.zero_point is None))
 

@@ -13,7 +13,7 @@ from infoquant_vllm.kernels.triton.rotate_quantize import Codes, prepare_matrice
 from infoquant_vllm.kernels.triton.tiles import BAND, REDUCE_TILE, Tile, linear_tile, token_class
 from infoquant_vllm.kernels.triton.weights import prepare_linear, stored_layout, weight_rows
 
-__all__ = ["linear", "prepare_matrices", "prepare_linear", "rotate_rows", "weight_rows"]
+__all__ = ["linear", "prepare_linear", "prepare_matrices", "rotate_rows", "weight_rows"]
 
 
 def linear(x: torch.Tensor, inputs: InputQuant, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

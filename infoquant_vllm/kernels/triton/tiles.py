@@ -76,7 +76,7 @@ class ArchTiles(NamedTuple):
 
 
 _FEW = Tile(64, 16, 256, 4, 4), Tile(64, 32, 256, 4, 4), Tile(128, 64, 128, 8, 4)
-_TILES = (*_FEW, Tile(128, 128, 128, 4, 3))
+_TILES = (*_FEW, Tile(128, 128, 128, 8, 3))
 _LARGE = Tile(256, 128, 128, 8, 3)
 _TILES_100 = Tile(128, 16, 256, 4, 4), Tile(256, 32, 128, 8, 4), Tile(256, 64, 128, 8, 3), _LARGE
 TILE_TABLE = MappingProxyType(
