@@ -110,7 +110,7 @@ def layer_table(rows: Rows) -> str:
         if seconds.keys() == set(LAYER_TOKENS)
     ]
     heads = ["model", "GPU", "scheme", *map(str, LAYER_TOKENS)]
-    return "## Predicted microseconds of a layer's products, by tokens\n" + _table(heads, lines)
+    return "## Predicted microseconds of a layer's products, by tokens\n" + table(heads, lines)
 
 
 def _in_layer(row: dict[str, Any]) -> bool:
@@ -141,7 +141,7 @@ def _compiled(rows: Rows) -> str:
         )
         for (kernel, arch), own in found.items()
     ]
-    return "## What was compiled\n" + _table(heads, lines)
+    return "## What was compiled\n" + table(heads, lines)
 
 
 def _times(rows: Rows) -> str:
@@ -152,14 +152,15 @@ def _times(rows: Rows) -> str:
         key = tuple(row[name] for name in ("kernel", "layer", "tokens", "scheme"))
         lines.setdefault(key, []).append(f"{1e6 * row['predicted_seconds']:.1f} {row['bound']}")
     title = f"## {MODELS[0].name}, other launches: predicted microseconds, and what bounds them\n"
-    return title + _table(heads, [(*key, *cells) for key, cells in lines.items()])
+    return title + table(heads, [(*key, *cells) for key, cells in lines.items()])
 
 
 def _short(mma: str) -> str:
     return mma.replace(".sync.aligned", "").replace(".row.col.satfinite", "").replace(".cta_group::1", "")
 
 
-def _table(heads: Iterable[Any], lines: Iterable[Iterable[Any]]) -> str:
+def table(heads: Iterable[Any], lines: Iterable[Iterable[Any]]) -> str:
+    """Render a table in Markdown."""
     heads = list(heads)
     body = [heads, ["---"] * len(heads), *lines]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in body)

@@ -277,13 +277,13 @@ def test_the_fastest_right_tile_is_what_the_table_reads_back(tmp_path: Path, mon
     tune.main()
     (entry, *_) = tiles.measured(str(file))
     monkeypatch.setenv(tiles.TILES, str(file))
-    shape = weights.layout(entry.features, entry.features // (entry.group_size or entry.features), 4)
+    shape = weights.layout(entry.features, 1, 64 if entry.grouped else None)
     assert tiles.linear_tile(entry.arch, 1, entry.channels, shape) == entry.tile
     assert entry.tile == list(tune.candidates(2, shape))[-1]  # the fastest, as it was the last
 
 
 def test_a_tile_with_other_results_ends_the_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = tune.Linear(128, 32, 1, 1, True, 4)
+    linear = tune.Linear(128, 32, None, True, 4)
     monkeypatch.setattr(tune, "time_of", lambda *_: 1.0)
     wrong = [lambda tile: torch.full((1,), float(tile.block_n + tile.stages))]
     monkeypatch.setattr(tune.Linear, "products", lambda *_: wrong)

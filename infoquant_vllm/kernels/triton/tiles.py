@@ -84,7 +84,7 @@ TILE_TABLE = MappingProxyType(
         80: ArchTiles(_TILES, sms=108),
         86: ArchTiles(_TILES, sms=84),
         89: ArchTiles(_TILES, sms=142),
-        90: ArchTiles((*_FEW, _LARGE), sms=132),
+        90: ArchTiles((*_TILES, _LARGE), sms=132),
         100: ArchTiles(_TILES_100, sms=148),
         120: ArchTiles(_TILES, sms=170),
     }
