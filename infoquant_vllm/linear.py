@@ -101,7 +101,8 @@ class InfoQuantLinearMethod(LinearMethodBase):
 
     def _create_input(self, layer: Any, tracker: LoadTracker, loader: Callable[..., None], features: int) -> None:
         activations, transform = self.scheme.input_activations, self.scheme.input_transform
-        sharded = {"input_clip_ratio": activation_groups(activations, features) > 1, "input_blocks": True}
+        is_whole = activations.group_size is None and activations.segment_size is None
+        sharded = {"input_clip_ratio": not is_whole, "input_blocks": True}
         shapes: dict[str, tuple[int, ...]] = {}
         if self.has_clip_ratio:
             shapes["input_clip_ratio"] = (activation_groups(activations, features), 2)

@@ -26,12 +26,12 @@ def integer_weights(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch
     Returns [N, K]: int8, or int16 for asymmetric 8-bit codes.
     """
     codes = unpack_codes(tensors["weight_packed"], args.num_bits, signed=args.symmetric)
-    integers = codes if args.symmetric or args.num_bits == 4 else codes.to(torch.int16)
+    integers = codes.to(torch.int16)
     for name, apply in (("weight_zero_point", torch.sub), ("weight_multiplier", torch.mul)):
         if name in tensors:
             by_group = integers.unflatten(1, (tensors[name].shape[1], -1))
-            integers = apply(by_group, tensors[name].to(integers.dtype)[:, :, None]).flatten(1)
-    return integers
+            integers = apply(by_group, tensors[name].to(torch.int16)[:, :, None]).flatten(1)
+    return integers if args.num_bits == 8 and not args.symmetric else integers.to(torch.int8)
 
 
 def dequantized_weight(tensors: dict[str, torch.Tensor], args: WeightArgs) -> torch.Tensor:

@@ -109,7 +109,7 @@ SHARDABLE = {
         "out": {
             "targets": ["o_proj"],
             "weights": {"num_bits": 4},
-            "input_activations": {"num_bits": 4, "strategy": "head", "group_size": 64, "segment_size": 128},
+            "input_activations": {"num_bits": 8, "segment_size": 128},
         },
         "down": {
             "targets": ["down_proj"],

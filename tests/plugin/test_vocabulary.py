@@ -11,8 +11,10 @@ import vllm.model_executor.layers.vocab_parallel_embedding as vllm_embedding
 from vllm.config import ModelConfig
 
 from infoquant_vllm import register
+from infoquant_vllm.embedding import INT16_INPUT
 from infoquant_vllm.format import FormatError, unpack_codes
 from infoquant_vllm.kernels.dispatch import backend
+from infoquant_vllm.kernels.operands import PackedWeight
 from tests.common import oracles
 from tests.common.checkpoints import write_random
 from tests.plugin.test_layers import Model, _rank
@@ -65,7 +67,7 @@ class Vocabulary:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.rotation is not None:
             hidden = oracles.rotate_rows(hidden, self.rotation.T, self.gain)
-        return oracles.linear_int16(hidden, [], 0, self.packed, self.scale, None, None)
+        return oracles.linear(hidden, INT16_INPUT, PackedWeight(self.packed, self.scale, None, None), None)
 
 
 @pytest.fixture(params=KINDS)

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from infoquant_vllm.format import ActivationArgs, activation_groups, kv_bytes_per_token_head
+from infoquant_vllm.format import ActivationArgs, WeightArgs, activation_groups, kv_bytes_per_token_head, pack_codes
 from infoquant_vllm.kernels.operands import KVCalibration, KVScheme
-from offline.algorithms.fake_quantize import fake_quantize, fake_store, input_quant
+from offline.algorithms.fake_quantize import dequantized_weight, fake_quantize, fake_store, input_quant
+from offline.algorithms.rtn import round_to_nearest
 from tests.common import oracles
 
 
@@ -86,6 +87,24 @@ def test_fake_quantize_has_the_oracles_values_and_its_formulas_gradients(layout:
     found = gradients(lambda x, clip: fake_quantize(x, clip, args), x, clip)
     expected = gradients(lambda x, clip: plain_quantize(x, clip, args), x, clip)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "scheme", [{"num_bits": 4}, {"num_bits": 8}, {"num_bits": 4, "strategy": "group", "group_size": 24}]
+)
+def test_a_checkpoints_weights_are_those_that_were_rounded(scheme: dict[str, Any], symmetric: bool) -> None:
+    args = WeightArgs(symmetric=symmetric, **scheme)
+    rounded = round_to_nearest(torch.randn(20, 96, generator=torch.Generator().manual_seed(0)), args)
+    tensors = {
+        "weight_packed": pack_codes(rounded.codes, args.num_bits, signed=symmetric),
+        "weight_scale": rounded.scale,
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = rounded.zero.to(torch.uint8)
+    if args.group_size is not None:
+        tensors["weight_multiplier"] = rounded.multiplier.to(torch.uint8)
+    torch.testing.assert_close(dequantized_weight(tensors, args), rounded.values(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])

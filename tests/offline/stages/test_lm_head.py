@@ -16,6 +16,7 @@ from infoquant_vllm.format import (
     read_json,
     unpack_codes,
 )
+from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from offline.evaluate.inspect import inspect_checkpoint
 from offline.evaluate.simulate import load_simulated
 from offline.evaluate.verify import verify
@@ -24,6 +25,7 @@ from tests.common.checkpoints import write_random
 from tests.common.tiny import VOCAB_SIZE, write_source
 
 HIDDEN = 256
+INT16 = InputQuant([], 0, None, 16, True)
 SHARD = "model-00001-of-00001.safetensors"
 MODELS: list[Any] = [
     pytest.param((True, "hadamard"), id="tied, rotated"),
@@ -124,7 +126,7 @@ def test_simulated_embedding_and_lm_head_equal_the_reference_bit_by_bit(
         rotation = checkpoint.tensor("model.embed_tokens.r1")
         rows = oracles.rotate_rows(rows, rotation, None)
         restored = oracles.rotate_rows(restored, rotation.T, checkpoint.tensor("model.embed_tokens.final_norm_weight"))
-    expected = oracles.linear_int16(restored, [], 0, packed, scale, None, None)
+    expected = oracles.linear(restored, INT16, PackedWeight(packed, scale, None, None), None)
     assert torch.equal(model.lm_head(hidden)[0], expected)
     if tied:
         assert torch.equal(model.model.embed_tokens(ids)[0], rows)
