@@ -26,7 +26,7 @@ from offline.recipe import CalibrationSize, Recipe
 
 FLOAT32 = 4
 SAMPLED_TOGETHER = 256  # rows sampled in a batch: a product of fewer takes almost as long on a CPU
-ROWS_PER_DRAW = 64  # rows whose logits are held at once
+ROWS_PER_DRAW = 64  # rows whose probabilities are held at once, in float32
 SHORTEST_PIECE = 128  # tokens of a sequence that is sampled in pieces
 COPIES_TO_SAMPLE = 2  # of the weights: as read, and in the model
 COPIES_TO_DISTILL = 2  # of the weights: the student's and the source's
@@ -193,11 +193,11 @@ def sampling_dtype() -> torch.dtype:
 
 
 def _sampling_bytes(source: Source, size: CalibrationSize) -> int:
-    """Bytes to sample calibration text: weights, keys and values, logits of a batch in float32."""
+    """Bytes to sample calibration text: weights, keys and values, logits, and probabilities in float32."""
     shape, batch = source.shape, SamplingBatch.of(size.sequences, size.sequence_length)
     cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * batch.rows * batch.length
-    values = COPIES_TO_SAMPLE * _parameters(shape) + cache
-    return sampling_dtype().itemsize * values + FLOAT32 * 4 * min(batch.rows, ROWS_PER_DRAW) * shape.vocab_size
+    values = COPIES_TO_SAMPLE * _parameters(shape) + cache + batch.rows * shape.vocab_size
+    return sampling_dtype().itemsize * values + FLOAT32 * 2 * min(batch.rows, ROWS_PER_DRAW) * shape.vocab_size
 
 
 def _distillation_bytes(source: Source, recipe: Recipe) -> int:

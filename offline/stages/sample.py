@@ -44,13 +44,14 @@ def sample_text(
     check_tokens([begin], tokenizer, vocab_size, "the start of a text sampled from the model")
     batch = SamplingBatch.of(num_sequences, length)
     rows, total = num_sequences * batch.pieces, num_sequences * length
-    model = _model(source, batch.rows)
     generator, parts, done = torch.Generator().manual_seed(seed), [], 0
 
     def report_step(tokens: int) -> None:
         if report is not None:
             report(min(total, done + tokens), total)
 
+    report_step(0)  # so that the time left is estimated from here
+    model = _model(source, batch.rows)
     for start in range(0, rows, batch.rows):
         size = min(batch.rows, rows - start)
         parts.append(_sample(model, (begin, tokenizer.eos_token_id), (size, batch.length), generator, report_step))
@@ -73,8 +74,8 @@ def _sample(
     tokens = torch.full((rows, length), begin)
     for position in range(1, length):
         step = tokens[:, position - 1 : position]
-        hidden = model.model(step, past_key_values=cache).last_hidden_state[:, 0]
-        drawn = torch.cat([_draw(model.lm_head(part), generator) for part in hidden.split(ROWS_PER_DRAW)])
+        logits = model(step, past_key_values=cache).logits[:, 0]
+        drawn = torch.cat([_draw(part, generator) for part in logits.split(ROWS_PER_DRAW)])
         tokens[:, position] = drawn if end is None else drawn.masked_fill(step[:, 0] == end, begin)
         report(rows * (position + 1))
     return tokens

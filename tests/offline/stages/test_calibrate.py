@@ -33,6 +33,7 @@ def test_model_samples_its_own_text(source: Source) -> None:
     tokens = calibration_tokens("self", source, 6, 32, 0, lambda done, total: reports.append((done, total)))
     assert tokens.shape == (6, 32)
     assert tokens.dtype == torch.int64
+    assert reports[0] == (0, 6 * 32)
     assert reports[-1] == (6 * 32, 6 * 32)
     assert torch.equal(tokens, calibration_tokens("self", source, 6, 32, 0))
     assert not torch.equal(tokens, calibration_tokens("self", source, 6, 32, 1))
