@@ -16,7 +16,7 @@ from offline.recipe import (
 )
 
 WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=64)
-"""Weights of the distilled presets: a fifth less KL than one symmetric scale per row, for 0.6 bits per weight more."""
+"""Weights of the distilled presets: a fifth less KL than one symmetric scale per row, for 0.25 bits per weight more."""
 
 FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip_ratio="search")
 EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip_ratio="search")
