@@ -7,7 +7,6 @@ Memory is main memory; a GPU's is not counted.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -27,7 +26,6 @@ from offline.recipe import CalibrationSize, Recipe
 FLOAT32 = 4
 SAMPLED_TOGETHER = 256  # rows sampled in a batch: a product of fewer takes almost as long on a CPU
 ROWS_PER_DRAW = 64  # rows whose probabilities are held at once, in float32
-SHORTEST_PIECE = 128  # tokens of a sequence that is sampled in pieces
 COPIES_TO_SAMPLE = 2  # of the weights: as read, and in the model
 COPIES_TO_DISTILL = 2  # of the weights: the student's and the source's
 DISTILL_ACTIVATIONS = 14  # tensors of hidden size, and half as many of intermediate size, kept per layer for gradients
@@ -35,23 +33,6 @@ CLIP_ACTIVATIONS = 20  # tensors of hidden and of intermediate size kept for the
 ROTATION_STEP_MATRICES = 15  # hidden x hidden float32 matrices held by a step of `learn_rotation`
 BOUND_FACTOR, BOUND_BYTES = 1.5, 2 * 2**30
 """A run should stay within BOUND_FACTOR times a float32 layer and its batch of activations, plus BOUND_BYTES."""
-
-
-class SamplingBatch(NamedTuple):
-    """How text is sampled: each sequence in `pieces` of `length` tokens, `rows` pieces at once.
-
-    Pieces begin like documents, as those that were packed into one sequence in pre-training.
-    """
-
-    pieces: int
-    length: int
-    rows: int
-
-    @classmethod
-    def of(cls, sequences: int, length: int) -> "SamplingBatch":
-        """Choose the pieces for `sequences` of `length` tokens: as many as one batch takes, none too short."""
-        pieces = max(1, min(SAMPLED_TOGETHER // sequences, length // SHORTEST_PIECE))
-        return cls(pieces, -(-length // pieces), min(SAMPLED_TOGETHER, sequences * pieces))
 
 
 class SitePlan(BaseModel):
@@ -194,10 +175,10 @@ def sampling_dtype() -> torch.dtype:
 
 def _sampling_bytes(source: Source, size: CalibrationSize) -> int:
     """Bytes to sample calibration text: weights, keys and values, logits, and probabilities in float32."""
-    shape, batch = source.shape, SamplingBatch.of(size.sequences, size.sequence_length)
-    cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * batch.rows * batch.length
-    values = COPIES_TO_SAMPLE * _parameters(shape) + cache + batch.rows * shape.vocab_size
-    return sampling_dtype().itemsize * values + FLOAT32 * 2 * min(batch.rows, ROWS_PER_DRAW) * shape.vocab_size
+    shape, rows = source.shape, min(SAMPLED_TOGETHER, size.sequences)
+    cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * rows * size.sequence_length
+    values = COPIES_TO_SAMPLE * _parameters(shape) + cache + rows * shape.vocab_size
+    return sampling_dtype().itemsize * values + FLOAT32 * 2 * min(rows, ROWS_PER_DRAW) * shape.vocab_size
 
 
 def _distillation_bytes(source: Source, recipe: Recipe) -> int:

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from offline.errors import ToolError
-from offline.memory import ROWS_PER_DRAW, SamplingBatch, sampling_dtype
+from offline.memory import ROWS_PER_DRAW, SAMPLED_TOGETHER, sampling_dtype
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
 from offline.model.windowed_attention import register_attention
@@ -34,29 +34,25 @@ def sample_text(
     (Liu et al., arXiv 2305.17888, section 3.1), but the model samples the first token too: small models do not
     recover from a random one. KL on two texts fell by 9% and 7%.
 
-    A small number of sequences is sampled in pieces (see `SamplingBatch`), all at once: a step reads all weights,
-    for however many rows.
-
     report: called with (tokens done, tokens in total).
     """
     tokenizer, vocab_size = source.tokenizer(), source.shape.vocab_size
     begin = _document_start(tokenizer)
     check_tokens([begin], tokenizer, vocab_size, "the start of a text sampled from the model")
-    batch = SamplingBatch.of(num_sequences, length)
-    rows, total = num_sequences * batch.pieces, num_sequences * length
-    generator, parts, done = torch.Generator().manual_seed(seed), [], 0
+    rows, total = min(SAMPLED_TOGETHER, num_sequences), num_sequences * length
+    generator, batches, done = torch.Generator().manual_seed(seed), [], 0
 
     def report_step(tokens: int) -> None:
         if report is not None:
-            report(min(total, done + tokens), total)
+            report(done + tokens, total)
 
     report_step(0)  # so that the time left is estimated from here
-    model = _model(source, batch.rows)
-    for start in range(0, rows, batch.rows):
-        size = min(batch.rows, rows - start)
-        parts.append(_sample(model, (begin, tokenizer.eos_token_id), (size, batch.length), generator, report_step))
-        done += parts[-1].numel()
-    return torch.cat(parts).view(num_sequences, -1)[:, :length].contiguous()
+    model = _model(source, rows)
+    for start in range(0, num_sequences, rows):
+        size = min(rows, num_sequences - start), length
+        batches.append(_sample(model, (begin, tokenizer.eos_token_id), size, generator, report_step))
+        done += batches[-1].numel()
+    return torch.cat(batches)
 
 
 @torch.no_grad()

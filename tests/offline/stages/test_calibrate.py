@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from offline.errors import ToolError
-from offline.memory import SamplingBatch
 from offline.model.source import Source
 from offline.stages import sample
 from offline.stages.calibrate import calibration_tokens, save_tokens
@@ -39,36 +38,8 @@ def test_model_samples_its_own_text(source: Source) -> None:
     assert not torch.equal(tokens, calibration_tokens("self", source, 6, 32, 1))
 
 
-@pytest.mark.parametrize(
-    ("sequences", "length", "expected"),
-    [
-        (64, 512, (4, 128, 256)),
-        (128, 512, (2, 256, 256)),
-        (96, 1000, (2, 500, 192)),
-        (50, 700, (5, 140, 250)),
-        (3, 300, (2, 150, 6)),
-        (6, 32, (1, 32, 6)),
-        (300, 2048, (1, 2048, 256)),
-    ],
-)
-def test_few_sequences_are_sampled_in_pieces_that_fill_one_batch(
-    sequences: int, length: int, expected: tuple[int, int, int]
-) -> None:
-    assert SamplingBatch.of(sequences, length) == expected
-
-
-def test_pieces_of_a_sequence_begin_like_documents(source: Source) -> None:
-    reports: list[tuple[int, int]] = []
-    tokens = calibration_tokens("self", source, 2, 301, 0, lambda done, total: reports.append((done, total)))
-    assert tokens.shape == (2, 301)
-    assert (tokens[:, [0, 151]] == tokens[0, 0]).all()
-    assert tokens[:, 1:4].unique(dim=0).shape[0] == 2
-    assert reports[-1] == (602, 602)
-    assert all(done <= 602 for done, _ in reports)
-
-
 def test_sequences_beyond_one_batch_are_sampled_in_the_next(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offline.memory.SAMPLED_TOGETHER", 4)
+    monkeypatch.setattr(sample, "SAMPLED_TOGETHER", 4)
     reports: list[tuple[int, int]] = []
     tokens = calibration_tokens("self", source, 6, 16, 0, lambda done, total: reports.append((done, total)))
     assert tokens.unique(dim=0).shape == (6, 16)
