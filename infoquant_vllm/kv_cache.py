@@ -42,11 +42,11 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         except NotImplementedError as error:
             raise FormatError(f"{layer.layer_name}: {error}") from None
         layer.infoquant_tracker = LoadTracker({None: layer.layer_name})
-        sizes = {"key_clip_ratio": 2, "value_clip_ratio": 2} | (
-            {"key_mean": layer.head_size} if self.args.key_mean else {}
-        )
+        sizes: dict[str, tuple[int, ...]] = {"key_clip_ratio": (2,), "value_clip_ratio": (2,)}
+        sizes |= {"key_mean": (layer.head_size,)} if self.args.key_mean else {}
+        sizes |= {"key_feedback": (layer.head_size, layer.head_size)} if self.args.key_feedback else {}
         for name, size in sizes.items():
-            data = torch.empty(layer.num_kv_heads, size, dtype=torch.float32)
+            data = torch.empty(layer.num_kv_heads, *size, dtype=torch.float32)
             param = torch.nn.Parameter(data, requires_grad=False)
             set_weight_attrs(param, {"weight_loader": layer.infoquant_tracker.track(name, _load_kv_heads)})
             layer.register_parameter(name, param)

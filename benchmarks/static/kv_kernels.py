@@ -39,6 +39,7 @@ class Cache:
     hadamard: bool = True
     key_mean: bool = True
     """whether it is subtracted from keys"""
+    key_feedback: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     def cells(self, tokens: int) -> torch.Tensor:
@@ -83,8 +84,9 @@ def store_call(cache: Cache, tokens: int) -> Callable[[], Any]:
         key, value = torch.empty(2, tokens, cache.kv_heads, cache.size, dtype=cache.dtype)
         slots, clip = torch.empty(tokens, dtype=torch.int64), torch.empty(cache.kv_heads, 2)
         key_mean = torch.empty(cache.kv_heads, cache.size) if cache.key_mean else None
+        feedback = torch.empty(cache.kv_heads, cache.size, cache.size) if cache.key_feedback else None
     cells = cache.cells(tokens)
-    calibration, scheme = KVCalibration(clip, clip, key_mean), KVScheme(cache.num_bits, cache.hadamard)
+    calibration, scheme = KVCalibration(clip, clip, key_mean, feedback), KVScheme(cache.num_bits, cache.hadamard)
     return lambda: kv_store(key, value, cells, slots, calibration, scheme)
 
 

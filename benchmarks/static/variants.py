@@ -58,9 +58,12 @@ def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
         assert config.lm_head_scheme is not None
         assert config.kv_cache is not None
         for tokens, (site, (features, channels)) in product(TOKENS, model.linears.items()):
+            if site not in config.config_groups:
+                continue
             yield linear_call(config.config_groups[site], tokens, features, channels)
         rotated = config.kv_cache.key_transform == "hadamard"
-        layer = Cache(model.heads, model.kv_heads, hadamard=rotated, key_mean=config.kv_cache.key_mean)
+        means, feedback = config.kv_cache.key_mean, config.kv_cache.key_feedback
+        layer = Cache(model.heads, model.kv_heads, hadamard=rotated, key_mean=means, key_feedback=feedback)
         for tokens in TOKENS:
             yield linear_call(config.lm_head_scheme, tokens, LLAMA.hidden_size, LLAMA.vocab_size)
             yield store_call(layer, tokens)
@@ -109,6 +112,7 @@ def cache_layers() -> Iterator[Cache]:
     yield from (Cache(heads, 2, 64) for heads in (2, 14, 24, 80))
     yield Cache(16, 8, 64, (8, 4), hadamard=False, window=512, block=48)
     yield Cache(16, 8, 128, key_mean=False, soft_cap=50.0)
+    yield from (Cache(16, 8, size, bits, key_feedback=True) for size, bits in ((80, (8, 4)), (256, (4, 8))))
     yield Cache(16, 8, 256, window=4096, soft_cap=50.0, dtype=torch.float16)
     yield Cache(16, 8, 64, hadamard=False, key_mean=False, dtype=torch.float32)
 

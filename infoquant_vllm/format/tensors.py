@@ -179,6 +179,8 @@ def cache_tensors(args: KVCacheArgs, shape: ModelShape) -> dict[str, TensorSpec]
     tensors = {name: TensorSpec(shape=(heads, 2), dtype="F32") for name in ("key_clip_ratio", "value_clip_ratio")}
     if args.key_mean:
         tensors["key_mean"] = TensorSpec(shape=(heads, shape.head_dim), dtype="F32")
+    if args.key_feedback:
+        tensors["key_feedback"] = TensorSpec(shape=(heads, shape.head_dim, shape.head_dim), dtype="F32")
     return tensors
 
 

@@ -59,11 +59,13 @@ class KVCalibration(NamedTuple):
 
     key_clip_ratio, value_clip_ratio: float32 [kv_heads, 2], factors on the minimum and maximum of a token
     key_mean: float32 [kv_heads, head_size], subtracted from keys before R3; None: nothing is
+    key_feedback: float32 [kv_heads, head_size, head_size], see `round_with_feedback`; None: keys are rounded to nearest
     """
 
     key_clip_ratio: torch.Tensor
     value_clip_ratio: torch.Tensor
     key_mean: torch.Tensor | None
+    key_feedback: torch.Tensor | None = None
 
 
 class Sequences(NamedTuple):

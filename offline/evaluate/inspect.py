@@ -113,7 +113,7 @@ def _part(name: str, linears: dict[str, tuple[int, int]]) -> str:
     module, _, kind = name.rpartition(".")
     if module in linears:
         return "linears"
-    if kind in ("key_clip_ratio", "value_clip_ratio", "key_mean"):
+    if kind in ("key_clip_ratio", "value_clip_ratio", "key_mean", "key_feedback"):
         return "cache parameters"
     if kind in ("r1", "final_norm_weight"):
         return "R1"

@@ -117,6 +117,10 @@ class SimulatedCache(nn.Module):
     def _key_mean(self) -> torch.Tensor | None:
         return dict(self.named_buffers()).get("key_mean")
 
+    @property
+    def _feedback(self) -> torch.Tensor | None:
+        return dict(self.named_buffers()).get("key_feedback")
+
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
     ) -> torch.Tensor:
@@ -132,7 +136,7 @@ class SimulatedCache(nn.Module):
         cache = torch.empty(shape, dtype=torch.uint8)
         slots = (torch.arange(batch)[:, None] * block + torch.arange(length)).flatten()
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        ranges = self.get_buffer("key_clip_ratio"), self.get_buffer("value_clip_ratio"), self._key_mean
+        ranges = self.get_buffer("key_clip_ratio"), self.get_buffer("value_clip_ratio"), self._key_mean, self._feedback
         kernels, scheme = backend("cpu"), KVScheme(self.num_bits, self.rotate_keys)
         kernels.kv_store(rows[1], rows[2], cache, slots, KVCalibration(*ranges), scheme)
         sequences = Sequences(

@@ -33,7 +33,7 @@ QUANTIZATION = {
         "hadamard": SCHEME | {"targets": ["down_proj"], "input_transform": {"type": "hadamard", "block_size": 384}},
     },
     "ignore": [],
-    "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard", "key_mean": True},
+    "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard", "key_mean": True, "key_feedback": True},
     "lm_head_bits": 8,
 }
 """With it a checkpoint has tensors of every kind."""
@@ -50,6 +50,7 @@ TENSORS = {  # one of each kind
     "key clip": f"{LAYER}self_attn.attn.key_clip_ratio",
     "value clip": f"{LAYER}self_attn.attn.value_clip_ratio",
     "key offset": f"{LAYER}self_attn.attn.key_mean",
+    "key feedback": f"{LAYER}self_attn.attn.key_feedback",
     "norm": f"{LAYER}input_layernorm.weight",
     "last norm": "model.norm.weight",
     "vocabulary": "model.embed_tokens.weight_packed",
@@ -57,7 +58,7 @@ TENSORS = {  # one of each kind
     "rotation": "model.embed_tokens.r1",
     "last norm's gain": "model.embed_tokens.final_norm_weight",
 }
-MAY_BE_ZERO = ("packed", "zero point", "key offset", "vocabulary")
+MAY_BE_ZERO = ("packed", "zero point", "key offset", "key feedback", "vocabulary")
 
 Change = Callable[[Any], Any]
 
@@ -165,6 +166,7 @@ FIELDS = (
     ("kv_cache", "value_bits"),
     ("kv_cache", "key_transform"),
     ("kv_cache", "key_mean"),
+    ("kv_cache", "key_feedback"),
     ("online_r1",),
     ("lm_head_bits",),
     ("ignore",),

@@ -140,7 +140,7 @@ def kv_store(
     scheme: KVScheme,
 ) -> None:
     """Write key, value [tokens, kv_heads, head_size] into the cache, token by token."""
-    key_clip_ratio, value_clip_ratio, key_mean = calibration
+    key_clip_ratio, value_clip_ratio, key_mean, feedback = calibration
     num_bits, hadamard = scheme
     block, size = cache.shape[2], key.shape[2]
     for token, slot in enumerate(slots.tolist()):
@@ -151,9 +151,10 @@ def kv_store(
         sub_blocks = cache[slot // block].view(cache.shape[1], block // SUB_BLOCK, -1)[:, slot % block // SUB_BLOCK]
         keys, values, params = _parts(sub_blocks, size, num_bits)
         t = slot % SUB_BLOCK
-        k_codes, params[:, 0, t], params[:, 1, t] = _quantize_kv(
-            apply_hadamard(k) if hadamard else k, key_clip_ratio, num_bits[0]
-        )
+        k = apply_hadamard(k) if hadamard else k
+        k_codes, params[:, 0, t], params[:, 1, t] = _quantize_kv(k, key_clip_ratio, num_bits[0])
+        if feedback is not None:
+            k_codes = _codes_with_feedback(k, params[:, 0, t], params[:, 1, t], feedback, 2 ** num_bits[0] - 1)
         v_codes, params[:, 2, t], params[:, 3, t] = _quantize_kv(v, value_clip_ratio, num_bits[1])
         if num_bits[0] == 4:
             k_codes = k_codes.unflatten(-1, (-1, 2, 4))
@@ -162,6 +163,22 @@ def kv_store(
             v_codes = v_codes[:, : size // 2] | (v_codes[:, size // 2 :] << 4)
         keys[:, :, t] = k_codes.view(len(sub_blocks), -1, 4)
         values[:, t // 4, :, t % 4] = v_codes
+
+
+def _codes_with_feedback(
+    k: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, feedback: torch.Tensor, largest: int
+) -> torch.Tensor:
+    """Round k [kv_heads, head_size], feature by feature: what a code misses goes to the later ones, by `feedback`."""
+    codes = torch.zeros(k.shape, dtype=torch.uint8)
+    for head, one in enumerate(k):
+        left, step, offset = one.clone(), scale[head].float(), zero[head].float()
+        for i in range(len(one)):
+            code = ((left[i] - offset) / step).round().clamp(0, largest)
+            missed = left[i] - (code * step + offset)
+            for j in range(i + 1, len(one)):
+                left[j] = left[j] + missed * feedback[head, i, j]
+            codes[head, i] = code.to(torch.uint8)
+    return codes
 
 
 def _parts(

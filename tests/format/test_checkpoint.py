@@ -177,3 +177,34 @@ def test_finite_values_pass_whatever_their_sum_and_others_are_named(dtype: torch
     values[2, 5], values[6, 32] = float("inf"), -float("inf")
     with pytest.raises(FormatError, match=r"weight\[2, 5\] is inf, expected finite numbers \(2 of 231 are wrong\)"):
         check_values(values, "weight", "file")
+
+
+CACHE = "model.layers.1.self_attn.attn"
+PLAIN = {
+    "config_groups": {},
+    "ignore": [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")] + ["lm_head"],
+    "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard", "key_mean": True, "key_feedback": True},
+    "rotated_hidden_states": False,
+    "online_r1": False,
+}
+"""A quantized cache, and unquantized linears."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"{CACHE}.key_clip_ratio": None}, rf"{CACHE}.key_clip_ratio \[2, 2\] is missing"),
+        ({f"{CACHE}.value_clip_ratio": torch.ones(3, 2)}, r"value_clip_ratio has shape \[3, 2\], expected \[2, 2\]"),
+        ({f"{CACHE}.key_feedback": torch.ones(2, 64)}, r"key_feedback has shape \[2, 64\], expected \[2, 64, 64\]"),
+        ({"model.layers.0.mlp.up_proj.weight": None}, r"up_proj.weight \[384, 256\] is missing"),
+        ({"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(1)}, "unexpected tensor .*up_proj.weight_packed"),
+    ],
+)
+def test_a_broken_cache_beside_unquantized_linears_is_refused_by_tensor(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    folder = write_random(tmp_path / "checkpoint", PLAIN)
+    Checkpoint(folder)
+    edit(folder, changes)
+    with pytest.raises(FormatError, match=message):
+        Checkpoint(folder)

@@ -59,6 +59,7 @@ class Batch:
         self.value = torch.randn(tokens, kv_heads, size, generator=generator).to(dtype)
         self.clips = tuple(0.8 + 0.2 * torch.rand(2, kv_heads, 2, generator=generator))
         self.key_mean = torch.randn(kv_heads, size, generator=torch.Generator().manual_seed(2))
+        self.feedback = 0.5 * torch.randn(kv_heads, size, size, generator=torch.Generator().manual_seed(3))
         used = [-(-length // block) for length in lens]
         self.blocks = torch.randperm(sum(used) + 2, generator=generator)
         self.block_table = torch.zeros(len(lens), max(used) + 1, dtype=torch.int32)
@@ -80,9 +81,12 @@ class Batch:
         """The sequences as the kernels take them."""
         return Sequences(self.query_starts, self.lens, self.block_table)
 
-    def store(self, kernels: ModuleType, hadamard: bool = True, offset: bool = True) -> torch.Tensor:
+    def store(
+        self, kernels: ModuleType, hadamard: bool = True, offset: bool = True, feedback: bool = False
+    ) -> torch.Tensor:
         """The cache after all tokens are stored."""
-        cache, calibration = self.empty_cache(), KVCalibration(*self.clips, self.key_mean if offset else None)
+        given = self.key_mean if offset else None, self.feedback if feedback else None
+        cache, calibration = self.empty_cache(), KVCalibration(*self.clips, *given)
         scheme = KVScheme(self.num_bits, hadamard)
         kernels.kv_store(self.key, self.value, cache, self.slots, calibration, scheme)
         return cache
@@ -127,6 +131,20 @@ def test_stored_bytes_are_the_oracles(
     assert torch.equal(found, batch.store(oracles, hadamard, offset))
     assert tokens == 1 or not torch.equal(found, batch.store(kernels, hadamard, not offset))
     assert torch.equal(found, batch.empty_cache()) == (tokens == 1)
+
+
+@pytest.mark.parametrize("key_bits", [4, 8])
+@pytest.mark.parametrize("size", [64, 80, 120])
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_keys_stored_with_feedback_are_the_oracles(
+    kernels: ModuleType, key_bits: int, size: int, hadamard: bool
+) -> None:
+    batch = Batch([1], [5], 2, 2, size, (key_bits, 4))
+    batch.feedback *= 0.1
+    batch.slots[::4] = -1
+    found = batch.store(kernels, hadamard, feedback=True)
+    assert torch.equal(found, batch.store(oracles, hadamard, feedback=True))
+    assert not torch.equal(found, batch.store(kernels, hadamard))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -110,12 +110,12 @@ def kv_store(
     scheme: KVScheme,
 ) -> None:
     """Store key, value [tokens, kv_heads, head_size] with any stride between tokens."""
-    key_clip_ratio, value_clip_ratio, key_mean = calibration
+    *clip_ratios, key_mean, feedback = calibration
     num_bits, hadamard = scheme
     if hadamard and not _has_butterflies(key.shape[2]):
         key = key[: len(slots)].float() if key_mean is None else key[: len(slots)].float() - key_mean
         key, key_mean, hadamard = apply_hadamard(key), None, False
-    operations().kv_store(key, value, cache, slots, key_clip_ratio, value_clip_ratio, key_mean, hadamard, *num_bits)
+    operations().kv_store(key, value, cache, slots, *clip_ratios, key_mean, feedback, hadamard, *num_bits)
 
 
 def kv_attention(

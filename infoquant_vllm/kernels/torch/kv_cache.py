@@ -45,7 +45,7 @@ def kv_store(
 
     Slot s is offset s % block of block s // block; tokens with a negative slot are padding and skipped.
     """
-    key_clip_ratio, value_clip_ratio, key_mean = calibration
+    key_clip_ratio, value_clip_ratio, key_mean, key_feedback = calibration
     num_bits, hadamard = scheme
     mask = slots >= 0
     slots = slots[mask]
@@ -53,7 +53,8 @@ def kv_store(
         return
     key, value = (x[: len(mask)][mask].float() for x in (key, value))
     key = key if key_mean is None else key - key_mean
-    k_codes, *k_qparams = quantize_kv(apply_hadamard(key) if hadamard else key, key_clip_ratio, num_bits[0])
+    key = apply_hadamard(key) if hadamard else key
+    k_codes, *k_qparams = quantize_kv(key, key_clip_ratio, num_bits[0], key_feedback)
     v_codes, *v_qparams = quantize_kv(value, value_clip_ratio, num_bits[1])
     k_bytes, v_bytes = k_codes.to(torch.uint8), v_codes.to(torch.uint8)
     if num_bits[0] == 4:

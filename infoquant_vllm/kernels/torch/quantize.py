@@ -138,17 +138,38 @@ def quantize_int16(y: torch.Tensor) -> QuantizedInput:
 
 
 def quantize_kv(
-    x: torch.Tensor, clip_ratio: torch.Tensor, num_bits: int
+    x: torch.Tensor, clip_ratio: torch.Tensor, num_bits: int, feedback: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize heads x [..., head_size] float32; clip_ratio [..., 2] broadcasts and scales each minimum and maximum.
 
     Returns codes [..., head_size], float32 integers, and scales and zeros [...] float16: x is about
-    code * scale + zero.
+    code * scale + zero. With `feedback` see `round_with_feedback`.
     """
     qmax = 2**num_bits - 1
     low = x.amin(-1).clamp(max=0) * clip_ratio[..., 0]
     high = x.amax(-1).clamp(min=0) * clip_ratio[..., 1]
     scale = ((high - low) / qmax).clamp(MIN_KV_SCALE, MAX_FLOAT16).half()
     zero = low.clamp(-MAX_FLOAT16, MAX_FLOAT16).half()
+    if feedback is not None:
+        return round_with_feedback(x, scale, zero, feedback, qmax), scale, zero
     codes = ((x - zero.float()[..., None]) / scale.float()[..., None]).round_().clamp_(0, qmax)
     return codes, scale, zero
+
+
+def round_with_feedback(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, feedback: torch.Tensor, largest_code: int
+) -> torch.Tensor:
+    """Round x [..., head_size] to codes, one feature after another, and add the error of each to those after it.
+
+    The error of feature i times row i of `feedback` [..., head_size, head_size], which broadcasts, is added; of the
+    row only entries after the diagonal matter. As GPTQ rounds weights (Frantar et al., arXiv 2210.17323).
+    """
+    left, scale, zero = x.clone(), scale.float()[..., None], zero.float()[..., None]
+    codes = torch.empty_like(x)
+    for i in range(x.shape[-1]):
+        feature = left[..., i : i + 1]
+        code = ((feature - zero) / scale).round_().clamp_(0, largest_code)
+        codes[..., i : i + 1] = code
+        error = feature - (code * scale + zero)
+        left[..., i + 1 :] += error * feedback[..., i, i + 1 :]
+    return codes

@@ -38,6 +38,22 @@ def to_codes(x, scale, zero, LARGEST: tl.constexpr):
     return tl.minimum(tl.maximum((steps + MAGIC) - MAGIC, 0.0), 1.0 * LARGEST).to(tl.int32)
 
 
+@triton.jit
+def to_codes_with_feedback(x, scale, zero, feedback_ptr, HEAD: tl.constexpr, LARGEST: tl.constexpr):
+    """Quantize x [rows, features] to int32 one feature after another; the error of each is fed to those after it."""
+    features = tl.arange(0, x.shape[1])
+    codes = tl.zeros(x.shape, tl.int32)
+    steps, offset = scale.to(tl.float32)[:, None], zero.to(tl.float32)[:, None]
+    for i in range(HEAD):
+        here = (features == i)[None, :]
+        feature = tl.sum(tl.where(here, x, 0.0), 1)[:, None]
+        code = to_codes(feature, scale, zero, LARGEST)
+        codes = tl.where(here, code, codes)
+        row = tl.load(feedback_ptr + i * HEAD + features, mask=(features > i) & (features < HEAD), other=0.0)
+        x += (feature - (code.to(tl.float32) * steps + offset)) * row[None, :]
+    return codes
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def kv_store_kernel(
     key_ptr,
@@ -47,6 +63,7 @@ def kv_store_kernel(
     key_clip_ptr,
     value_clip_ptr,
     key_mean_ptr,
+    key_feedback_ptr,
     hadamard_ptr,
     norm,
     num_tokens,
@@ -69,7 +86,8 @@ def kv_store_kernel(
 
     A code is clamp(round((x - zero) / scale)) with zero = clip_0 * min(x, 0) and scale = (clip_1 * max(x, 0) - zero)
     / (2^bits - 1); from keys their mean is subtracted first, if there is one, then they are rotated by the Hadamard
-    with hadamard_ptr as its base matrix, if there is one (Ashkboos et al., QuaRot, 2024, section 4).
+    with hadamard_ptr as its base matrix, if there is one (Ashkboos et al., QuaRot, 2024, section 4). With
+    key_feedback_ptr [kv_heads, HEAD, HEAD] their features are rounded in order, each error fed to those after it.
     """
     head = tl.program_id(1)
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -93,7 +111,11 @@ def kv_store_kernel(
         key = hadamard_rows(key, hadamard_ptr, norm, TOKENS, SIZE, ORDER, LOG_N)
     low, high = minimum(amin(key, 1), 0.0), maximum(amax(key, 1), 0.0)
     key_scale, key_zero = scale_and_zero(low, high, key_clip_ptr + 2 * head, 2**KEY_BITS - 1)
-    codes = to_codes(key, key_scale, key_zero, 2**KEY_BITS - 1)
+    if key_feedback_ptr is not None:
+        feedback_ptr = key_feedback_ptr + head * HEAD * HEAD
+        codes = to_codes_with_feedback(key, key_scale, key_zero, feedback_ptr, HEAD, 2**KEY_BITS - 1)
+    else:
+        codes = to_codes(key, key_scale, key_zero, 2**KEY_BITS - 1)
     if KEY_BITS == 4:
         PAIRS: tl.constexpr = SIZE // 2
         codes = tl.permute(tl.reshape(codes, [TOKENS, SIZE // 8, 2, 4]), (0, 1, 3, 2))
@@ -140,7 +162,7 @@ def kv_store(
     scheme: KVScheme,
 ) -> None:
     """Store what the reference does, of [tokens, kv_heads, head_size] with any strides of tokens and heads."""
-    key_clip_ratio, value_clip_ratio, key_mean = calibration
+    key_clip_ratio, value_clip_ratio, key_mean, key_feedback = calibration
     num_bits, hadamard = scheme
     tokens, (_, kv_heads, size) = len(slots), key.shape
     assert key.stride(2) == value.stride(2) == 1, "features of a head must be contiguous"
@@ -156,6 +178,7 @@ def kv_store(
         key_clip_ratio,
         value_clip_ratio,
         key_mean,
+        key_feedback,
         base_matrix(size, key.device) if hadamard else None,
         1 / math.sqrt(size),
         tokens,

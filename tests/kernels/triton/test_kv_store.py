@@ -19,6 +19,17 @@ def test_stored_cells_are_those_of_the_reference(num_bits: tuple[int, int], size
     assert not torch.equal(found, batch.empty_cache())
 
 
+@pytest.mark.parametrize("num_bits", [(4, 4), (8, 4)])
+@pytest.mark.parametrize("size", [64, 80])
+def test_keys_with_feedback_are_stored_as_in_the_reference(num_bits: tuple[int, int], size: int) -> None:
+    batch = Batch([1], [5], 2, 2, size, num_bits)
+    batch.feedback *= 0.1
+    batch.slots[::4] = -1
+    found = batch.store(kv_store, feedback=True)
+    assert torch.equal(found, batch.store(oracles, feedback=True))
+    assert not torch.equal(found, batch.store(kv_store))
+
+
 @pytest.mark.parametrize("size", [32, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_sizes_and_dtypes_are_stored_alike(size: int, dtype: torch.dtype) -> None:

@@ -128,6 +128,7 @@ struct KvStore {
     int64_t tokens, kv_heads;
     const float *key_clip_ratio, *value_clip_ratio;  // [kv_heads, 2]
     const float* key_mean;                           // [kv_heads, head_size], subtracted from keys, or null
+    const float* key_feedback;                       // [kv_heads, head_size, head_size], of rounding errors, or null
     bool hadamard;                                   // of keys; the head size is a power of two
 };
 

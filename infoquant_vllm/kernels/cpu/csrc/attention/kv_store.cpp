@@ -1,5 +1,6 @@
 // Quantizes keys and values into the KV cache; semantics: kernels/torch/kv_cache.py.
 #include <algorithm>
+#include <cmath>
 
 #include "attention/kv_layout.h"
 #include "kernels.h"
@@ -16,8 +17,20 @@ struct Entry {
 
 float clamp(float x, float low, float high) { return std::min(std::max(x, low), high); }
 
-// row [size] is followed by zeros up to a multiple of 16.
-Entry quantize(const float* row, int64_t size, const float* clip_ratio, int64_t num_bits) {
+// The error of each feature times its row of feedback [size, size] is added to the features after it.
+void round_with_feedback(float* row, int64_t size, const float* feedback, float largest_code, Entry& entry) {
+    const float scale = from_float16(entry.scale), zero = from_float16(entry.zero);
+    for (int64_t i = 0; i < size; ++i) {
+        const float step = std::nearbyint((row[i] - zero) / scale);
+        const float code = std::min(largest_code, std::max(0.0f, step));  // 0 of NaN
+        entry.codes[i] = static_cast<uint8_t>(code);
+        const float error = row[i] - (code * scale + zero);
+        for (int64_t j = i + 1; j < size; ++j) row[j] += error * feedback[i * size + j];
+    }
+}
+
+// row [size] is followed by zeros up to a multiple of 16; with feedback it is overwritten.
+Entry quantize(float* row, int64_t size, const float* clip_ratio, const float* feedback, int64_t num_bits) {
     const float largest_code = static_cast<float>((1 << num_bits) - 1);
     Floats16 low = splat16(0.0f), high = splat16(0.0f);  // the range includes zero, so the padding changes nothing
     for (int64_t i = 0; i < size; i += LANES16) {
@@ -28,6 +41,10 @@ Entry quantize(const float* row, int64_t size, const float* clip_ratio, int64_t 
     Entry entry;
     entry.scale = to_float16(clamp((upper - lower) / largest_code, 0x1p-20f, 65504.0f));
     entry.zero = to_float16(clamp(lower, -65504.0f, 65504.0f));
+    if (feedback != nullptr) {
+        round_with_feedback(row, size, feedback, largest_code, entry);
+        return entry;
+    }
     const Floats16 scale = splat16(from_float16(entry.scale)), zero = splat16(from_float16(entry.zero));
     for (int64_t i = 0; i < size; i += LANES16) {
         const Floats16 code = round((load<Floats16>(row + i) - zero) / scale);
@@ -76,12 +93,13 @@ void store_token(const KvStore& p, int64_t token, int64_t head) {
         for (int64_t i = 0; i < head_size; ++i) row[i] -= p.key_mean[head * head_size + i];
     }
     if (p.hadamard) hadamard(row, head_size, nullptr, 1);
-    Entry entry = quantize(row, head_size, p.key_clip_ratio + 2 * head, layout.key_bits);
+    const float* feedback = p.key_feedback == nullptr ? nullptr : p.key_feedback + head * head_size * head_size;
+    Entry entry = quantize(row, head_size, p.key_clip_ratio + 2 * head, feedback, layout.key_bits);
     write_key(tile, lane, entry, layout);
     qparams[0] = entry.scale, qparams[kv::TOKENS] = entry.zero;
 
     load_rows(p.value.data, p.value.dtype, token * p.value.stride + head * head_size, head_size, row);
-    entry = quantize(row, head_size, p.value_clip_ratio + 2 * head, layout.value_bits);
+    entry = quantize(row, head_size, p.value_clip_ratio + 2 * head, nullptr, layout.value_bits);
     write_value(tile, lane, entry, layout);
     qparams[2 * kv::TOKENS] = entry.scale, qparams[3 * kv::TOKENS] = entry.zero;
 }

@@ -235,7 +235,7 @@ void run_kv_store(Value* stack, uint64_t, uint64_t) {
     Arguments in(stack);
     const Tensor key = with_rows(in.tensor()), value = with_rows(in.tensor()), cache = in.tensor();
     const Tensor slots = in.tensor().contiguous(), key_clip_ratio = in.tensor(), value_clip_ratio = in.tensor();
-    const Tensor key_mean = in.optional_tensor();
+    const Tensor key_mean = in.optional_tensor(), key_feedback = in.optional_tensor();
     const bool hadamard = in.boolean();
     const int64_t key_bits = in.integer(), value_bits = in.integer();
     kv_store({{key.data(), key.dtype(), key.strides()[0]},
@@ -247,6 +247,7 @@ void run_kv_store(Value* stack, uint64_t, uint64_t) {
               key_clip_ratio.data<float>(),
               value_clip_ratio.data<float>(),
               key_mean.data<float>(),
+              key_feedback.data<float>(),
               hadamard});
 }
 
@@ -319,7 +320,8 @@ constexpr Entry OPERATIONS[] = {
      run_rotary_embedding},
     {"kv_store",
      "kv_store(Tensor key, Tensor value, Tensor(a!) cache, Tensor slots, Tensor key_clip_ratio, "
-     "Tensor value_clip_ratio, Tensor? key_mean, bool hadamard, int key_bits, int value_bits) -> ()",
+     "Tensor value_clip_ratio, Tensor? key_mean, Tensor? key_feedback, bool hadamard, int key_bits, int value_bits) "
+     "-> ()",
      run_kv_store},
     {"kv_attention",
      "kv_attention(Tensor query, Tensor cache, Tensor query_starts, Tensor seq_lens, Tensor block_table, "
