@@ -21,6 +21,7 @@ WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=6
 FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip_ratio="search")
 EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip_ratio="search")
 CENTERED_KEYS = KVCache(key_mean_positions=2048)
+COMPENSATED_KEYS = KVCache(key_mean_positions=32_768, key_feedback=True)
 SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
 
 
@@ -51,7 +52,13 @@ PRESETS: dict[str, Recipe] = {
         _distilled("balanced", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=EIGHT)),
         _distilled("w4a8kv4", Sites(qkv=EIGHT, o=EIGHT, gate_up=EIGHT, down=EIGHT)),
         _distilled("w4a16kv4", Sites(qkv=SIXTEEN, o=SIXTEEN, gate_up=SIXTEEN, down=SIXTEEN)),
-        Recipe(name="kv4", transform="heads", rounding="none", kv_cache=CENTERED_KEYS),
+        Recipe(
+            name="kv4",
+            transform="heads",
+            rounding="none",
+            kv_cache=COMPENSATED_KEYS,
+            calibration=CalibrationSize(sequences=4),
+        ),
     )
 }
 """`rtn`, `quarot`, `paper` and `fast` can be compared: they have the same number formats and calibration text."""

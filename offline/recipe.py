@@ -76,6 +76,8 @@ class KVCache(StrictModel):
 
     key_mean_positions: subtract the mean key over that many positions before keys are quantized (see
         `offline/algorithms/key_mean.py`), which RoPE rotates; None subtracts nothing
+    key_feedback: round keys with error feedback, by what queries at these positions see of errors (see
+        `offline/algorithms/key_feedback.py`); positions, at most those that the model has, are logarithmic then
     """
 
     key_bits: Literal[4, 8] = 4
@@ -83,6 +85,13 @@ class KVCache(StrictModel):
     key_clip_ratio: ClipRatio = 1.0
     value_clip_ratio: ClipRatio = 0.95
     key_mean_positions: Annotated[int, Field(ge=1, le=131_072)] | None = None
+    key_feedback: bool = False
+
+    @model_validator(mode="after")
+    def _feedback_needs_positions(self) -> "KVCache":
+        if self.key_feedback and self.key_mean_positions is None:
+            raise ValueError("key_feedback needs key_mean_positions")
+        return self
 
 
 class CalibrationSize(StrictModel):
@@ -186,12 +195,19 @@ class Recipe(StrictModel):
         readers = {
             "equalize": self.equalize,
             "gptq.refinements": self.gptq.refinements > 0,
-            "kv_cache.key_mean_positions": self.rounding != "none" and self.reads_keys,
+            "kv_cache.key_mean_positions": self.rounding == "rtn" and self.reads_keys,
             "learned_clips": self.learned_clips is not None,
         } | {f"sites.{name}.clip_ratio 'search'": getattr(self.sites, name).clip_ratio == "search" for name in SITES}
         for name, used in readers.items():
             if used and self.rounding != "gptq":
                 raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
+        return self
+
+    @model_validator(mode="after")
+    def _clips_are_trained_without_feedback(self) -> "Recipe":
+        trained = self.distillation is not None or self.learned_clips is not None
+        if trained and self.kv_cache is not None and self.kv_cache.key_feedback:
+            raise ValueError("kv_cache.key_feedback does not go with distillation or learned_clips")
         return self
 
     @model_validator(mode="after")
@@ -270,6 +286,7 @@ class Recipe(StrictModel):
                 value_bits=self.kv_cache.value_bits,
                 key_transform="hadamard" if rotated else "none",
                 key_mean=self.kv_cache.key_mean_positions is not None,
+                key_feedback=self.kv_cache.key_feedback,
             )
         return QuantizationConfigData(
             quant_method="infoquant",

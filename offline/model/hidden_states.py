@@ -15,6 +15,8 @@ from offline.model.source import Source
 from offline.model.windowed_attention import WINDOWED, register_attention, windowed_attention
 
 TOKENS_PER_BATCH = 4096
+OUTPUT = ".output"
+"""Ends the names that observers get outputs under."""
 LARGEST_INPUT = 1e15  # sums of squares over millions of tokens stay below float32's 3e38
 
 Observer = Callable[[str, torch.Tensor], None]
@@ -50,6 +52,7 @@ class HiddenStates:
             embedded = nn.functional.embedding(ids, embeddings).float()
             batch.copy_(embedded if rotation is None else embedded @ rotation)
         self._folder, self._next = source.folder, 0
+        self.max_positions = int(getattr(config, "max_position_embeddings", tokens.shape[1]))
         self._devices = devices
         self._rotary_embedding = model.rotary_emb.to(devices[0])
         self._rotary = self.rotary(tokens.shape[1])
@@ -59,8 +62,8 @@ class HiddenStates:
     ) -> None:
         """Replace the hidden states by the outputs of a layer with weights `state` (see `fold_layer`).
 
-        Calls `observe` with the inputs of each of `modules` and the outputs of each of `outputs`, under its name
-        too, batch after batch in the order of the tokens for any number of devices: sums come out the same.
+        Calls `observe` with the inputs of each of `modules` and the outputs of each of `outputs`, under its name with
+        OUTPUT, batch after batch in the order of the tokens for any number of devices: sums come out the same.
         """
         observe = self._bounded(observe)
         batches, several = self.values.split(self._batch), len(self._devices) > 1
@@ -131,7 +134,7 @@ class _Replica:
             )
         for name in outputs:
             self._layer.get_submodule(name).register_forward_hook(
-                lambda _, args, out, name=name: self._observe(name, out.flatten(2).flatten(0, 1))
+                lambda _, args, out, name=name: self._observe(name + OUTPUT, out.flatten(2).flatten(0, 1))
             )
 
     @torch.no_grad()

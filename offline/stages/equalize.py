@@ -4,6 +4,7 @@ import torch
 
 from infoquant_vllm.format import ARCHITECTURES, ModelShape
 from offline.algorithms.equalize import down_scales, key_scales, normed_moments, output_moments
+from offline.model.hidden_states import OUTPUT
 from offline.model.input_statistics import InputStatistics
 
 QKV = "self_attn.q_proj"
@@ -12,8 +13,11 @@ QKV = "self_attn.q_proj"
 
 def equalize_layer(
     state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: InputStatistics, shape: ModelShape
-) -> None:
-    """Scale a layer's weights (see `fold_layer`) in place, and the statistics of keys and of down_proj with them."""
+) -> torch.Tensor:
+    """Scale a layer's weights (see `fold_layer`) in place, and the statistics of keys and of down_proj with them.
+
+    Returns the scales of keys [kv_heads * head_dim]; queries have the inverse.
+    """
     queries, keys = (
         output_moments(
             state[f"{module}.weight"],
@@ -24,13 +28,14 @@ def equalize_layer(
         )
         for module in (QKV, "self_attn.k_proj")
     )
-    scale, (_, keys_module) = equalize_keys(state, queries, keys, shape), _rope_inputs(shape)
-    if keys_module in statistics.sums:
-        statistics.sums[keys_module] *= scale
+    key_scale, (_, keys_module) = equalize_keys(state, queries, keys, shape), _rope_inputs(shape)
+    if keys_module + OUTPUT in statistics.sums:
+        statistics.sums[keys_module + OUTPUT] *= key_scale
     scale = equalize_down(state, statistics.second_moments["mlp.down_proj"])
     for row, factor in zip(hessians["mlp.down_proj"], scale, strict=True):
         row.mul_(scale * factor)
     statistics.scale_samples("mlp.down_proj", scale)
+    return key_scale
 
 
 def equalize_keys(

@@ -23,7 +23,7 @@ class LayerInputs:
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
     samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
     transforms: tensors of the sites' input transforms, by site; each linear gets a copy
-    key_mean: [kv_heads, head_dim], where the recipe has one
+    key_mean, key_feedback: [kv_heads, head_dim] and [kv_heads, head_dim, head_dim], where the recipe has them
     """
 
     state: dict[str, torch.Tensor]
@@ -31,6 +31,7 @@ class LayerInputs:
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
     transforms: dict[str, InputTensors] = field(default_factory=dict)
     key_mean: torch.Tensor | None = None
+    key_feedback: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def quantize_layer(
         weights = [layer.state.pop(f"{linear}.weight") for linear in linears]
         tensors |= _quantize_weights(site, weights, shared_input, recipe, errors)
         tensors |= _input_tensors(site, shared_input, recipe, shape)
-    return tensors | _cache_tensors(recipe.kv_cache, layer.key_mean, shape), errors
+    return tensors | _cache_tensors(recipe.kv_cache, layer, shape), errors
 
 
 def _quantize_weights(
@@ -122,7 +123,7 @@ def _linear_tensors(weight: QuantizedWeight, args: WeightArgs) -> dict[str, torc
     return tensors
 
 
-def _cache_tensors(args: KVCache | None, key_mean: torch.Tensor | None, shape: ModelShape) -> dict[str, torch.Tensor]:
+def _cache_tensors(args: KVCache | None, layer: LayerInputs, shape: ModelShape) -> dict[str, torch.Tensor]:
     if args is None:
         return {}
     size = (shape.num_key_value_heads, 2)
@@ -130,4 +131,7 @@ def _cache_tensors(args: KVCache | None, key_mean: torch.Tensor | None, shape: M
         "self_attn.attn.key_clip_ratio": torch.full(size, args.key_clip_ratio),
         "self_attn.attn.value_clip_ratio": torch.full(size, args.value_clip_ratio),
     }
-    return tensors if key_mean is None else tensors | {"self_attn.attn.key_mean": key_mean}
+    for name, tensor in {"key_mean": layer.key_mean, "key_feedback": layer.key_feedback}.items():
+        if tensor is not None:
+            tensors[f"self_attn.attn.{name}"] = tensor
+    return tensors

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import torch
 
 from infoquant_vllm.format import ARCHITECTURES, SITES
-from offline.algorithms.key_mean import mean_rotated_key
 from offline.algorithms.rotations import Transforms
-from offline.model.hidden_states import HiddenStates
+from offline.model.hidden_states import OUTPUT, HiddenStates
 from offline.model.input_statistics import InputStatistics
 from offline.progress import held_bytes
 from offline.run import Run
+from offline.stages.calibrate_keys import QueryMoments, calibrate_keys
 from offline.stages.equalize import equalize_layer
 from offline.stages.fold import fold_layer
 from offline.stages.learn_clips import learn_clips
@@ -99,18 +99,26 @@ def _on(device: torch.device, tensors: Layer) -> Layer:
 
 
 def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs) -> None:
-    """Run `hidden` through the layer of `inputs`; fills in Hessians, samples and mean key, equalizes the weights."""
-    shape, statistics = run.source.shape, InputStatistics()
-    positions = None if run.recipe.kv_cache is None else run.recipe.kv_cache.key_mean_positions
-    _, key_module = ARCHITECTURES[shape.architecture].rope_inputs
+    """Run `hidden` through the layer of `inputs`; fills in Hessians, samples and the cache's, equalizes the weights."""
+    shape, statistics, args = run.source.shape, InputStatistics(), run.recipe.kv_cache
+    queries, (query_module, key_module) = QueryMoments(shape), ARCHITECTURES[shape.architecture].rope_inputs
+
+    def observe(module: str, x: torch.Tensor) -> None:
+        if module == query_module + OUTPUT:
+            queries.observe(x)
+        else:
+            statistics.observe(module, x)
+
     modules = [] if run.recipe.rounding == "none" else [linears[0] for linears in SITES.values()]
-    hidden.forward_layer(inputs.state, modules, statistics.observe, () if positions is None else (key_module,))
+    outputs = (key_module,) if run.recipe.reads_keys else ()
+    outputs += (query_module,) if args is not None and args.key_feedback else ()
+    hidden.forward_layer(inputs.state, modules, observe, outputs)
     inputs.hessians = statistics.take_hessians()
     if run.recipe.equalize:
-        equalize_layer(inputs.state, inputs.hessians, statistics, shape)
-    if positions is not None:
-        mean = (statistics.sums[key_module] / statistics.tokens[key_module]).unflatten(
-            0, (shape.num_key_value_heads, -1)
-        )
-        inputs.key_mean = mean_rotated_key(mean, *hidden.rotary(positions))
+        queries.scale(1 / equalize_layer(inputs.state, inputs.hessians, statistics, shape))
+    if args is not None and run.recipe.reads_keys:
+        mean = statistics.sums[key_module + OUTPUT] / statistics.tokens[key_module + OUTPUT]
+        mean = mean.unflatten(0, (shape.num_key_value_heads, -1))
+        transformed = run.recipe.transform != "none"
+        inputs.key_mean, inputs.key_feedback = calibrate_keys(args, hidden, mean, queries, transformed)
     inputs.samples = statistics.samples()

@@ -42,6 +42,9 @@ def test_the_common_shard_is_split_by_no_tp_size(model: ModelShape, max_tp_size:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_can_be_made_for_tp_size_four(preset: str) -> None:
     groups = PRESETS[preset].model_copy(update={"max_tp_size": 4}).quantization_config(LLAMA_8B).config_groups
+    if preset == "kv4":
+        assert not groups
+        return
     for site in ROW_PARALLEL_SITES:
         _, features = LLAMA_8B.linears()[f"model.layers.0.{SITES[site][0]}"]
         for tp_size in (1, 2, 4):

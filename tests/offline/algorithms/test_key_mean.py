@@ -12,7 +12,7 @@ from offline import Recipe, quantize
 from offline.algorithms.key_mean import mean_rotated_key
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
-from offline.model.hidden_states import HiddenStates
+from offline.model.hidden_states import OUTPUT, HiddenStates
 from offline.model.input_statistics import InputStatistics
 from offline.model.source import Source
 from offline.progress import silent
@@ -92,7 +92,7 @@ def test_keys_are_observed_as_rope_turns_them(tmp_path: Path, size: str) -> None
     model.model.layers[0].get_submodule(keys).register_forward_hook(lambda _, __, out: expected.append(out))
     with torch.no_grad():
         model(tokens)
-    torch.testing.assert_close(statistics.sums[keys], expected[0].reshape(32, -1).sum(0), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(statistics.sums[keys + OUTPUT], expected[0].reshape(32, -1).sum(0), rtol=1e-4, atol=1e-3)
 
 
 def test_smoothed_keys_have_less_quantization_noise(tmp_path: Path, text: Path) -> None:
