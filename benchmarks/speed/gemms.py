@@ -12,12 +12,11 @@ def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups
     """Run our GEMM of 4-bit weights, asymmetric in `groups` or symmetric per row (1), by values of 4 or 8 bits."""
     packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
     weight = prepare_weight(packed, 4, groups == 1, groups)
-    weights, qparams = [weight.clone() for _ in copies(weight.nbytes)], int4_qparams(channels, groups)
+    weights = [(weight.clone(), *int4_qparams(channels, groups)) for _ in copies(weight.nbytes)]
     values, scale = torch.randint(-15, 16, (tokens, features), dtype=torch.int8), torch.rand(tokens, 1)
     offset = torch.randint(-128, 128, (tokens, 1), dtype=torch.int32) if num_bits == 8 else None
     quantized_linear = operations().quantized_linear
-    rest = (*qparams, None, DTYPES[torch.bfloat16])
-    return lambda i: quantized_linear(values, scale, offset, weights[i % len(weights)], *rest)
+    return lambda i: quantized_linear(values, scale, offset, *weights[i % len(weights)], None, DTYPES[torch.bfloat16])
 
 
 def int4_qparams(channels: int, groups: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

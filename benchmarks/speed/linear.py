@@ -123,11 +123,11 @@ def _ours(site: str, features: int, channels: int, codes: Codes) -> Maker:
     clip = None if codes.num_bits == 16 else torch.full((groups, 2), 0.9)
     packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
     weight = prepare_weight(packed, 4, weight_groups == 1, max(weight_groups, groups))
-    weights, qparams = [weight.clone() for _ in copies(weight.nbytes)], int4_qparams(channels, weight_groups)
+    weights = [(weight.clone(), *int4_qparams(channels, weight_groups)) for _ in copies(weight.nbytes)]
     inputs = InputQuant(prepare_matrices([], hadamard), hadamard, clip, codes.num_bits, symmetric=False)
 
     def run(x: torch.Tensor, i: int) -> torch.Tensor:
-        return linear(x, inputs, PackedWeight(weights[i % len(weights)], *qparams), None)
+        return linear(x, inputs, PackedWeight(*weights[i % len(weights)]), None)
 
     return lambda x: partial(run, x)
 

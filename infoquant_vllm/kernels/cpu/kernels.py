@@ -30,8 +30,9 @@ def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: in
 
 
 def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
-    """Lay out multipliers or zero-points [N, groups] with the channels of a group side by side; the shape stays."""
-    return qparams.t().contiguous().t()
+    """Lay out multipliers or zero-points [N, groups] as [N / 32, groups, 32], in the order that lines are read."""
+    padded = F.pad(qparams, (0, 0, 0, -len(qparams) % PANEL))
+    return padded.view(-1, PANEL, qparams.shape[1]).transpose(1, 2).contiguous()
 
 
 def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:

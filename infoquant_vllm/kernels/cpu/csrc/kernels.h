@@ -49,8 +49,8 @@ struct Quantized {
 struct Weight {
     const uint8_t* lines;
     const float* scale;          // [channels]
-    const uint8_t* multiplier;   // [groups, channels]; null: 1
-    const uint8_t* zero_point;   // [groups, channels]; null: signed codes
+    const uint8_t* multiplier;   // [channels / 32, groups, 32]; null: 1
+    const uint8_t* zero_point;   // [channels / 32, groups, 32]; null: signed codes
     int64_t channels, groups, num_bits;
 };
 

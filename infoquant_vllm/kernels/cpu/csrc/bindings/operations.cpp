@@ -56,8 +56,8 @@ struct QuantArguments {
     }
 };
 
-// Four arguments: lines [N / 32, K / 4, 16 * num_bits], scale [N, 1], multipliers or none, zero-points or none
-// [N, groups].
+// Four arguments: lines [N / 32, K / 4, 16 * num_bits], scale [N, 1], multipliers or none and zero-points or none
+// [N / 32, groups, 32].
 struct WeightArguments {
     Tensor lines, scale, multiplier, zero_point;
 
@@ -66,7 +66,10 @@ struct WeightArguments {
 
     Weight weight() const {
         const int64_t groups = multiplier ? multiplier.sizes()[1] : zero_point ? zero_point.sizes()[1] : 1;
-        require(!multiplier || !zero_point || zero_point.sizes()[1] == groups, "zero-points must be those of the groups");
+        for (const Tensor* each : {&multiplier, &zero_point}) {
+            require(!*each || (each->dim() == 3 && each->sizes()[0] == lines.sizes()[0] && each->sizes()[1] == groups),
+                    "multipliers and zero-points must be those of the weight's panels and groups");
+        }
         return {lines.data<uint8_t>(),      scale.data<float>(), multiplier.data<uint8_t>(),
                 zero_point.data<uint8_t>(), scale.sizes()[0],    groups,
                 lines.sizes()[2] / 16};

@@ -10,7 +10,7 @@ struct AmxKernel {
     static constexpr int ROWS = 32;         // tokens of a tile
     static constexpr int WIDTH = 16;        // words of a row that lie side by side
     static constexpr int UNIT = 16;         // tokens of a tile register
-    static constexpr int MIN_TOKENS = 13;   // VectorKernel reads weights faster for the one tile of fewer tokens
+        static constexpr int MIN_TOKENS = 13;   // VectorKernel reads weights faster for the one tile of fewer tokens
     static constexpr int BLOCK = 1 << 20;   // words of a row that are written at a time: all
     static constexpr bool ONES_ROW = false;
 

@@ -20,8 +20,8 @@ struct Problem {
     const int32_t* offset;      // [tokens, segments], or null
     const uint8_t* weight;      // [panels, lines, line]
     const float* weight_scale;  // [channels]
-    const uint8_t* multiplier;  // [weight_groups, channels]; null: 1
-    const uint8_t* zero_point;  // [weight_groups, channels]; null: `middle` for all
+    const uint8_t* multiplier;  // [panels, weight_groups, PANEL]; null: 1
+    const uint8_t* zero_point;  // [panels, weight_groups, PANEL]; null: `middle` for all
     const float* bias;          // [channels] or null
     void* out;                  // [tokens, channels]
     Dtype out_dtype;
@@ -83,11 +83,12 @@ Tile make_tile(const Problem& p, int64_t first, int64_t rows, bool ones, int64_t
     return {first, rows, words, minus_sum, offset, scale};
 }
 
-// Zero-points or multipliers of a weight group in LANES channels from `first` on; 0 beyond the channels.
+// Zero-points or multipliers of a weight group in LANES channels from `first` on.
 INLINE Ints weight_qparams(const Problem& p, const uint8_t* qparams, int64_t group, int64_t first) {
-    typedef uint8_t Qparams __attribute__((vector_size(LANES)));
-    if (first >= p.channels) return Ints{};
-    return __builtin_convertvector(load_some<Qparams>(qparams + group * p.channels + first, p.channels - first), Ints);
+    constexpr int64_t AHEAD = 512;
+    const uint8_t* const from = qparams + (first / PANEL * p.weight_groups + group) * PANEL + first % PANEL;
+    _mm_prefetch(from + AHEAD, _MM_HINT_T0);
+    return widen_bytes(from);
 }
 
 INLINE Ints zero_points(const Problem& p, int64_t group, int64_t first) {

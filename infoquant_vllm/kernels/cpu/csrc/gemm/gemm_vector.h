@@ -18,15 +18,15 @@ constexpr bool VNNI = false;
 constexpr int UNPACK_TILES = 1 << 30;  // never: bytes need the slower exact `dot`
 #endif
 
-// What lines hold: 4-bit codes of rows, 4-bit codes of groups, which have multipliers, or bytes.
-enum Kind { CODES, SCALED, BYTES };
+// What lines hold: 4-bit codes of rows, 4-bit codes of groups, whose multipliers are applied as they are unpacked or to
+// sums of their products, or bytes.
+enum Kind { CODES, SCALED, SUMMED, BYTES };
 constexpr int64_t line_bytes(Kind kind) { return kind == BYTES ? 2 * LINE : LINE; }
 
 // Products of high nibbles are 2^high_shift too large: these are multiplied where they are.
-constexpr int high_shift(Kind kind) { return VNNI && kind == CODES ? 4 : 0; }
+constexpr int high_shift(Kind kind) { return VNNI && (kind == CODES || kind == SUMMED) ? 4 : 0; }
 
-// SCALED weights are multiplied as they are unpacked, to bytes around 128, or, without VNNI, sums of their codes are.
-constexpr int32_t UNPACKED_ZERO = 128;
+constexpr int32_t UNPACKED_ZERO = 128;  // of SCALED weights that are unpacked
 
 // Lines of a weight group and a segment, in PANELS panels.
 struct Run {
@@ -45,14 +45,12 @@ INLINE const uint8_t* prefetched_line(const Run& run, int64_t step, int panel) {
 }
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-// Adds sum x w to dots, for all rows of a tile in several panels.
+// Adds sum x w to sums, for all rows of a tile in several panels.
 template <Kind KIND, int ROWS, int PANELS>
-INLINE void multiply_run(const Problem& p, const Run& run, Ints (&dots)[PANELS][ROWS][2]) {
+INLINE void add_products(const Problem& p, const Run& run, Ints (&sums)[PANELS][ROWS][2]) {
     std::array<Unpacker, PANELS> unpackers;
-    if (KIND == SCALED) {
-        for (int q = 0; q < PANELS; q++) {
-            unpackers[q] = Unpacker(p, run.group, run.channel + q * run.next_channel, UNPACKED_ZERO);
-        }
+    for (int q = 0; KIND == SCALED && q < PANELS; q++) {
+        unpackers[q] = Unpacker(p, run.group, run.channel + q * run.next_channel, UNPACKED_ZERO);
     }
     for (int64_t s = 0; s < run.steps; s++) {
         _mm_prefetch(run.words + s * ROWS + AHEAD_WORDS, _MM_HINT_T0);
@@ -60,14 +58,32 @@ INLINE void multiply_run(const Problem& p, const Run& run, Ints (&dots)[PANELS][
         for (int q = 0; q < PANELS; q++) {
             const uint8_t* const line = prefetched_line<KIND>(run, s, q);
             Bytes weights[2] = {load<Bytes>(line), load<Bytes>(line + (KIND == BYTES ? LINE : 0))};
-            if (KIND == CODES) weights[0] &= 15, weights[1] &= 0xF0;
+            if (high_shift(KIND)) weights[0] &= 15, weights[1] &= 0xF0;
             if (KIND == SCALED) unpackers[q](weights[0], weights);
 #pragma GCC unroll 13
             for (int r = 0; r < ROWS; r++) {
                 const Ints x = splat(run.words[s * ROWS + r]);
-                dots[q][r][0] = dot(dots[q][r][0], weights[0], x, true);
-                dots[q][r][1] = dot(dots[q][r][1], weights[1], x, true);
+                sums[q][r][0] = dot(sums[q][r][0], weights[0], x, true);
+                sums[q][r][1] = dot(sums[q][r][1], weights[1], x, true);
             }
+        }
+    }
+}
+
+// Adds sum x w times the multipliers to dots, for all rows of a tile in several panels.
+template <Kind KIND, int ROWS, int PANELS>
+INLINE void multiply_run(const Problem& p, const Run& run, Ints (&dots)[PANELS][ROWS][2]) {
+    if constexpr (KIND != SUMMED) return add_products<KIND>(p, run, dots);
+    Ints sums[PANELS][ROWS][2] = {};
+    asm("" : "+m"(dots));  // in memory: GCC would rather keep these in registers than what the loop adds to
+    add_products<KIND>(p, run, sums);
+#pragma GCC unroll 4
+    for (int q = 0; q < PANELS; q++) {
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            const Ints multiplier = multipliers(p, run.group, run.channel + q * run.next_channel + h * HALF);
+#pragma GCC unroll 13
+            for (int r = 0; r < ROWS; r++) dots[q][r][h] += (sums[q][r][h] >> (h ? high_shift(KIND) : 0)) * multiplier;
         }
     }
 }
@@ -100,7 +116,7 @@ INLINE void multiply_run(const Problem& p, const Run& run, Ints (&dots)[PANELS][
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
                 const int64_t first = run.channel + q * run.next_channel + h * HALF;
-                const Ints multiplier = KIND == SCALED ? both_halves(multipliers(p, run.group, first)) : splat(0x10001);
+                const Ints multiplier = KIND == SUMMED ? both_halves(multipliers(p, run.group, first)) : splat(0x10001);
 #pragma GCC unroll 5
                 for (int r = 0; r < ROWS; r++) dots[q][r][h] += dot_pairs(sums[r][h], multiplier);
             }
@@ -112,8 +128,9 @@ INLINE void multiply_run(const Problem& p, const Run& run, Ints (&dots)[PANELS][
 // What a unit of a value counts beside the products: minus that of the zero-point.
 template <Kind KIND>
 INLINE Ints counted_zero_points(const Problem& p, int64_t group, int64_t first) {
-    if (KIND != SCALED) return zero_points(p, group, first);
-    return VNNI ? splat(UNPACKED_ZERO) : zero_points(p, group, first) * multipliers(p, group, first);
+    if (KIND == SCALED) return splat(UNPACKED_ZERO);
+    const Ints zero_point = zero_points(p, group, first);
+    return KIND == SUMMED ? zero_point * multipliers(p, group, first) : zero_point;
 }
 
 // Adds sum x (w - zero_point) over a segment to dots.
@@ -128,8 +145,8 @@ INLINE void multiply_segment(const Problem& p, const int32_t* minus_sum, Run run
 #pragma GCC unroll 2
                 for (int h = 0; h < 2; h++) {
                     const int64_t first = run.channel + q * run.next_channel + h * HALF;
-                    const Ints zero_point = counted_zero_points<KIND>(p, run.group, first)
-                                            << (h ? high_shift(KIND) : 0);
+                    const int shift = h && KIND == CODES ? high_shift(KIND) : 0;
+                    const Ints zero_point = counted_zero_points<KIND>(p, run.group, first) << shift;
 #pragma GCC unroll 13
                     for (int r = 0; r < ROWS; r++) dots[q][r][h] += zero_point * minus_sum[r];
                 }
@@ -165,7 +182,7 @@ void multiply(const Problem& problem, const Tile& tile, const uint8_t* weight, i
                     const int64_t cell = segment * ROWS + r;
                     Ints exact = dots[q][r][h];
                     if (OFFSET) exact -= dots[q][WORDS - 1][h] * tile.offset[cell];
-                    exact >>= h ? high_shift(KIND) : 0;
+                    exact >>= h && KIND == CODES ? high_shift(KIND) : 0;
                     out[q][r][h] += __builtin_convertvector(exact, Floats) * tile.scale[cell];
                 }
             }
@@ -192,8 +209,14 @@ constexpr std::array<Multiply, sizeof...(ROWS)> multiply_by_rows(std::integer_se
     return {multiply<KIND, OFFSET, ROWS + 1, 1>...};
 }
 
+// Rows of a tile that is multiplied in several streams: the sums of all fit in the registers.
+constexpr int MAX_STREAM_ROWS = LANES == 16 ? 2 : 1;
+
+// Most rows of a tile of a kind. With VNNI, unpacking scaled weights takes longer than SUMMED for the fewest rows only.
+constexpr int max_rows(Kind kind) { return VNNI && kind == SUMMED ? MAX_STREAM_ROWS : MAX_ROWS; }
+
 template <Kind KIND, bool OFFSET>
-constexpr auto BY_ROWS = multiply_by_rows<KIND, OFFSET>(std::make_integer_sequence<int, MAX_ROWS>());
+constexpr auto BY_ROWS = multiply_by_rows<KIND, OFFSET>(std::make_integer_sequence<int, max_rows(KIND)>());
 
 // Whether 4-bit panels are unpacked to bytes once for all tiles.
 inline bool unpacks_panels(const Problem&, int64_t tiles) { return tiles >= UNPACK_TILES; }
@@ -247,10 +270,13 @@ struct VectorKernel {
 
     static bool needs_sums(const Problem&) { return true; }
 
-    // Lines of an entry of Tile::minus_sum.
-    static int64_t sum_steps(const Problem& p, int64_t) { return !VNNI && is_scaled(p) ? p.run : p.steps; }
+    static Kind kind(const Problem& p, int64_t tokens) {
+        const bool grouped = p.weight_groups > 1 || p.multiplier;
+        return !grouped ? CODES : tokens <= max_rows(SUMMED) || !VNNI ? SUMMED : SCALED;
+    }
 
-    static bool is_scaled(const Problem& p) { return p.weight_groups > 1 || p.multiplier; }
+    // Lines of an entry of Tile::minus_sum.
+    static int64_t sum_steps(const Problem& p, int64_t tokens) { return kind(p, tokens) == SUMMED ? p.run : p.steps; }
 
     static void write_words(const int8_t* values, int64_t size, int64_t count, int64_t padded_rows, int32_t* to) {
         const int64_t whole = std::min(size / 4, count);
@@ -267,7 +293,7 @@ struct VectorKernel {
 
 template <Kind KIND, bool OFFSET>
 void multiply_all(const Problem& p, const Tile* tiles, int64_t count) {
-    constexpr int STREAMS = 4, MAX_STREAM_ROWS = LANES == 16 ? 2 : 1;  // sums of all streams fit in the registers
+    constexpr int STREAMS = 4;
     const int64_t apart = p.panels / STREAMS;
     const bool streams = count == 1 && tiles[0].rows <= MAX_STREAM_ROWS;
     if (streams) {
@@ -290,7 +316,10 @@ void multiply_all(const Problem& p, const Tile* tiles, int64_t count) {
 template <int WEIGHT_BITS, bool OFFSET>
 void VectorKernel::multiply_panels(const Problem& p, const Tile* tiles, int64_t count) {
     if (WEIGHT_BITS == 8) return multiply_all<BYTES, OFFSET>(p, tiles, count);
-    is_scaled(p) ? multiply_all<SCALED, OFFSET>(p, tiles, count) : multiply_all<CODES, OFFSET>(p, tiles, count);
+    const Kind found = kind(p, count > 1 ? MAX_ROWS + 1 : tiles[0].rows);
+    if (found == CODES) return multiply_all<CODES, OFFSET>(p, tiles, count);
+    if (VNNI && found == SCALED) return multiply_all<SCALED, OFFSET>(p, tiles, count);
+    multiply_all<SUMMED, OFFSET>(p, tiles, count);
 }
 
 }  // namespace infoquant::gemm

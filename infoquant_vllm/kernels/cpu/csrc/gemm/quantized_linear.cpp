@@ -38,7 +38,7 @@ void run(Problem p) {
         const int64_t start = part_begin(chunk, chunks, p.tokens, Kernel::UNIT);
         const int64_t tokens = part_begin(chunk + 1, chunks, p.tokens, Kernel::UNIT) - start;
         const int64_t count = div_up(tokens, Kernel::ROWS);
-        p.sum_steps = Kernel::sum_steps(p, count);
+        p.sum_steps = Kernel::sum_steps(p, tokens);
         const int64_t words = row_words(p, Kernel::WIDTH);
         if (static_cast<int64_t>(tiles.size()) < count) tiles.resize(count);
         int32_t* const to = scratch.reserve((round_up(tokens, Kernel::UNIT) + ONES * count) * words);

@@ -74,12 +74,13 @@ void transform_rows(const Input& t, int64_t first, int64_t tokens, const Scratch
     }
 }
 
-struct MinMax {
-    float low, high;
+// Minima and maxima, both with zero, in each lane.
+struct Extremes {
+    Floats low, high;
 };
 
-// Minimum and maximum of a group, both with zero.
-MinMax min_max(const float* y, int64_t size) {
+// Of a group: the lanes are of every LANES-th value.
+INLINE Extremes lane_extremes(const float* y, int64_t size) {
     constexpr int CHAINS = 4;  // independent minima hide the latency of one
     Floats low[CHAINS] = {}, high[CHAINS] = {};
     int64_t i = 0;
@@ -96,14 +97,34 @@ MinMax min_max(const float* y, int64_t size) {
         low[0] = min(low[0], v);
         high[0] = max(high[0], v);
     }
-    for (int chain = 1; chain < CHAINS; ++chain) {
-        low[0] = min(low[0], low[chain]);
-        high[0] = max(high[0], high[chain]);
-    }
-    return {hmin(low[0]), hmax(high[0])};
+    const auto least = [](Floats a, Floats b) { return min(a, b); };
+    const auto largest = [](Floats a, Floats b) { return max(a, b); };
+    return {least(least(low[0], low[1]), least(low[2], low[3])),
+            largest(largest(high[0], high[1]), largest(high[2], high[3]))};
 }
 
-// Row `row` of `to`, from its scale on: values [features], scales and offsets [segments].
+struct MinMax {
+    float low, high;
+};
+
+// Minimum and maximum of a group, both with zero.
+MinMax min_max(const float* y, int64_t size) {
+    const Extremes found = lane_extremes(y, size);
+    return {hmin(found.low), hmax(found.high)};
+}
+
+// Of up to LANES groups: a lane is a group.
+Extremes group_extremes(const float* y, int64_t size, int64_t groups) {
+    Floats low[LANES] = {}, high[LANES] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+        const Extremes found = lane_extremes(y + g * size, size);
+        low[g] = found.low, high[g] = found.high;
+    }
+    return {reduce_each(low, [](Floats a, Floats b) { return min(a, b); }),
+            reduce_each(high, [](Floats a, Floats b) { return max(a, b); })};
+}
+
+// Row `row` of `to`: values [features], scales and offsets [segments].
 struct Row {
     int8_t* values;
     float* scale;
@@ -129,21 +150,19 @@ INLINE void store_values(const float* y, int64_t size, int8_t* values, const ToI
         store_bytes(values + i, to_integers(load(y + i)), to_integers(load(y + i + LANES)),
                     to_integers(load(y + i + 2 * LANES)), to_integers(load(y + i + 3 * LANES)));
     }
-    for (; i < size; i += LANES) {
-        const Values last = __builtin_convertvector(to_integers(load_some(y + i, size - i)), Values);
-        std::memcpy(values + i, &last, std::min<int64_t>(LANES, size - i));
+    for (; i + LANES <= size; i += LANES) {
+        store(values + i, __builtin_convertvector(to_integers(load(y + i)), Values));
     }
-}
-
-MinMax clipped_range(const float* y, int64_t size, const float* clip) {
-    const MinMax range = min_max(y, size);
-    return {range.low * clip[0], range.high * clip[1]};
+    if (i == size) return;
+    const Values last = __builtin_convertvector(to_integers(load_some(y + i, size - i)), Values);
+    std::memcpy(values + i, &last, size - i);
 }
 
 // A segment of one group.
 void quantize_segment(const float* y, int64_t size, const InputQuant& quant, const float* clip, int8_t* values,
                       float* scale, int32_t* offset) {
-    const auto [low, high] = clipped_range(y, size, clip);
+    const MinMax range = min_max(y, size);
+    const float low = range.low * clip[0], high = range.high * clip[1];
     const float largest = static_cast<float>((1 << quant.num_bits) - 1);
     const float half = static_cast<float>(1 << (quant.num_bits - 1));
     const float step = std::max(quant.symmetric ? std::max(-low, high) / (half - 1) : (high - low) / largest, 1e-12f);
@@ -157,13 +176,13 @@ void quantize_segment(const float* y, int64_t size, const InputQuant& quant, con
 
 // Scratch memory of the groups of a segment, padded to whole vectors.
 struct Groups {
-    float *low, *high, *step, *zero_point;
+    float *step, *zero_point, *inverse;
 
     explicit Groups(int64_t groups) {
         thread_local Buffer<float> buffer;
         const int64_t padded = round_up(groups, LANES);
-        low = buffer.reserve(4 * padded);
-        high = low + padded, step = high + padded, zero_point = step + padded;
+        step = buffer.reserve(3 * padded);
+        zero_point = step + padded, inverse = zero_point + padded;
     }
 };
 
@@ -172,26 +191,29 @@ void quantize_groups(const float* y, int64_t size, int64_t groups, const InputQu
                      int8_t* values, float* scale) {
     constexpr float MAX_CODE = 15, MIDDLE = 8, MAX_VALUE = 127;
     const Groups found(groups);
-    for (int64_t g = 0; g < groups; ++g) {
-        const MinMax range = clipped_range(y + g * size, size, clip + 2 * g);
-        found.low[g] = range.low, found.high[g] = range.high;
-    }
+    const Ints even = 2 * lane_index() % (2 * LANES);
     Floats largest{};
     for (int64_t g = 0; g < groups; g += LANES) {
-        const Floats low = load(found.low + g), high = load(found.high + g);
+        const int64_t count = std::min<int64_t>(LANES, groups - g);
+        const Extremes range = group_extremes(y + g * size, size, count);
+        const Floats clip_pairs[2] = {load_some(clip + 2 * g, 2 * count),
+                                      2 * count > LANES ? load_some(clip + 2 * g + LANES, 2 * count - LANES) : Floats{}};
+        const Floats low = range.low * __builtin_shuffle(clip_pairs[0], clip_pairs[1], even);
+        const Floats high = range.high * __builtin_shuffle(clip_pairs[0], clip_pairs[1], even + 1);
         const Floats step =
             max(quant.symmetric ? max(-low, high) / (MIDDLE - 1) : (high - low) / MAX_CODE, splat(1e-12f));
-        const Floats zero_point = quant.symmetric ? splat(MIDDLE) : round(-low * (1 / step));
+        const Floats inverse = 1 / step, zero_point = quant.symmetric ? splat(MIDDLE) : round(-low * inverse);
         store(found.step + g, step);
+        store(found.inverse + g, inverse);
         store(found.zero_point + g, zero_point);
         const Floats reached = step * max(zero_point, MAX_CODE - zero_point);
-        largest = max(largest, load_some(reinterpret_cast<const float*>(&reached), groups - g));
+        largest = max(largest, load_some(reinterpret_cast<const float*>(&reached), count));
     }
     *scale = hmax(largest) / MAX_VALUE;
     const float inverse_scale = 1 / *scale;
     for (int64_t g = 0; g < groups; ++g) {
         const float ratio = found.step[g] * inverse_scale, zero_point = found.zero_point[g];
-        const Rounding rounding{1 / found.step[g], -zero_point, MAX_CODE - zero_point};
+        const Rounding rounding{found.inverse[g], -zero_point, MAX_CODE - zero_point};
         store_values(y + g * size, size, values + g * size,
                      [=](Floats v) { return round_to_int(round(rounding.clamped(v)) * ratio); });
     }

@@ -49,6 +49,11 @@ inline void store_bytes(int8_t* to, Ints a, Ints b, Ints c, Ints d) {
     _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
 }
 
+// LANES unsigned bytes; GCC 12 takes __builtin_convertvector of bytes apart into scalars.
+inline Ints widen_bytes(const uint8_t* from) {
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+
 // table[index] for LANES indices.
 inline Floats gather(const float* table, const uint16_t* indices) {
     return _mm256_i32gather_ps(table, _mm256_cvtepu16_epi32(load<__m128i>(indices)), 4);

@@ -40,6 +40,9 @@ inline void store_bytes(int8_t* to, Ints a, Ints b, Ints c, Ints d) {
     _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
 }
 
+// LANES unsigned bytes; GCC 12 takes __builtin_convertvector of bytes apart into scalars.
+inline Ints widen_bytes(const uint8_t* from) { return (Ints)_mm512_cvtepu8_epi32(load<__m128i>(from)); }
+
 // table[index] for LANES indices.
 inline Floats gather(const float* table, const uint16_t* indices) {
     return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(load<__m256i>(indices)), table, 4);

@@ -56,6 +56,11 @@ inline Doubles splat(double x) { return x - Doubles{}; }
 inline Floats16 splat16(float x) { return x - Floats16{}; }
 inline Ints16 splat16(int32_t x) { return x - Ints16{}; }
 
+#ifdef __AVX512F__
+inline Ints lane_index() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+#else
+inline Ints lane_index() { return Ints{0, 1, 2, 3, 4, 5, 6, 7}; }
+#endif
 inline Ints16 lane_index16() { return Ints16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 // Lane i of the result is lane i ^ distance of v.
@@ -100,6 +105,21 @@ inline void store_some(float* to, Floats v, int64_t count) {
 
 inline uint16_t to_float16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 inline float from_float16(uint16_t bits) { return _cvtsh_ss(bits); }
+
+// Lane i of the result is reduce(all lanes of vectors[i]), where reduce takes two vectors; `vectors` are overwritten.
+template <typename Reduce>
+INLINE Floats reduce_each(Floats (&vectors)[LANES], const Reduce& reduce) {
+#pragma GCC unroll 4
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
+        const Ints second = (lane_index() & distance) != 0, own = lane_index() + (second & LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < distance; i++) {
+            const Floats a = vectors[i], b = vectors[i + distance];
+            vectors[i] = reduce(__builtin_shuffle(a, b, own), __builtin_shuffle(a, b, own ^ distance));
+        }
+    }
+    return vectors[0];
+}
 
 enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16 };  // as library.py numbers them
 
