@@ -16,6 +16,7 @@ RECIPES = {
     "fast, 80 layers": PRESETS["fast"],
     "best, 8-bit vocabulary": PRESETS["best"].model_copy(update={"lm_head_bits": 8}),
     "paper": PRESETS["paper"],
+    "kv4": PRESETS["kv4"],
 }
 
 

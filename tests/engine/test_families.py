@@ -26,20 +26,23 @@ ROUNDED_AS = {"mistral": ("best", 4, 4), "qwen2": ("fast", 8, 4), "qwen3": ("bes
 """By family: preset, bits of keys, of values; else those of `fast`."""
 MODEL_IMPL = {"qwen3-windows": "transformers"}
 """By family: the implementation that a user has to choose; else vLLM chooses."""
+CACHE_ALONE = ("llama3-rope", "mistral-window", "qwen2", "qwen3")
+"""Families whose cache alone is quantized too."""
+CASES = [(size, None) for size in FAMILIES] + [(size, "kv4") for size in CACHE_ALONE]
 
 
-def recipe_for(family: str) -> Recipe:
-    preset, key_bits, value_bits = ROUNDED_AS.get(family, ("fast", 4, 4))
-    recipe = PRESETS[preset]
+def recipe_for(family: str, preset: str | None) -> Recipe:
+    other, key_bits, value_bits = ROUNDED_AS.get(family, ("fast", 4, 4))
+    recipe = PRESETS[preset or other]
     assert recipe.kv_cache is not None
     cache = recipe.kv_cache.model_copy(update={"key_bits": key_bits, "value_bits": value_bits})
     steps = None if recipe.distillation is None else Distillation(steps=2)
     return recipe.model_copy(update=SMALL | {"kv_cache": cache, "distillation": steps})
 
 
-@pytest.mark.parametrize("size", FAMILIES)
-def test_served_is_what_the_simulation_computes(size: str, engine: Engine, tmp_path: Path) -> None:
-    checkpoint, recipe = tmp_path / "checkpoint", recipe_for(size)
+@pytest.mark.parametrize(("size", "preset"), CASES)
+def test_served_is_what_the_simulation_computes(size: str, preset: str | None, engine: Engine, tmp_path: Path) -> None:
+    checkpoint, recipe = tmp_path / "checkpoint", recipe_for(size, preset)
     quantize(write_source(tmp_path / "source", **SIZES[size]), checkpoint, recipe=recipe, progress=silent)
     prompts = torch.randint(3, VOCAB_SIZE - 13, (4, 240), generator=torch.Generator().manual_seed(3)).tolist()
     options = CHUNKS | {"model_impl": MODEL_IMPL.get(size, "auto")}

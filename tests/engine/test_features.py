@@ -49,6 +49,15 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def cache_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which the cache alone is quantized."""
+    folder = tmp_path_factory.mktemp("cache")
+    recipe = PRESETS["kv4"].model_copy(update={"calibration": SMALL["calibration"]})
+    quantize(write_source(folder / "source"), folder / "checkpoint", recipe=recipe, progress=silent)
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
 def plain(engine: Engine, checkpoint: Path) -> list[Answer]:
     return run(engine, checkpoint, PROMPTS).answers[0]
 
@@ -71,7 +80,7 @@ def test_drafts_out_of_the_prompt_change_no_answer(checkpoint: Path, plain: list
     assert_equal(drafted.answers[0], plain)
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "windowed", "mixed"])
+@pytest.mark.parametrize("kind", ["checkpoint", "windowed", "mixed", "cache_alone"])
 def test_a_cached_prefix_changes_no_answer(engine: Engine, kind: str, request: pytest.FixtureRequest) -> None:
     options = {"enable_prefix_caching": True, "block_size": 32, "of_prompts": False, "max_tokens": 24}
     first, second = engine.run(request.getfixturevalue(kind), PROMPTS, PROMPTS, **options).answers

@@ -14,13 +14,13 @@ from tests.offline.model.test_architectures import SMALL
 PROMPTS = torch.randint(3, VOCAB_SIZE - 13, (4, 128), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`fast` for two workers, of a tied model with one kv-head and an 8-bit vocabulary."""
-    folder = tmp_path_factory.mktemp("workers")
-    recipe = PRESETS["fast"].model_copy(update=SMALL | {"lm_head_bits": 8})
-    source = write_source(folder / "source", **SIZES["one-kv-head"])
-    quantize(source, folder / "checkpoint", recipe=recipe, max_tp_size=2, progress=silent)
+def write_checkpoint(folder: Path, preset: str, size: str) -> Path:
+    """Make a checkpoint for two workers, of a tied model; that of `fast` has an 8-bit vocabulary."""
+    update = SMALL | ({"lm_head_bits": 8} if preset == "fast" else {})
+    source = write_source(folder / "source", **SIZES[size])
+    tp_size = 2 if preset == "fast" else None  # unquantized linears need nothing
+    recipe = PRESETS[preset].model_copy(update=update)
+    quantize(source, folder / "checkpoint", recipe=recipe, max_tp_size=tp_size, progress=silent)
     return folder / "checkpoint"
 
 
@@ -30,7 +30,9 @@ def logprobs(engine: Engine, checkpoint: Path, workers: int) -> torch.Tensor:
     return torch.tensor([answer.prompt + answer.logprobs for answer in answers])
 
 
-def test_two_workers_say_what_one_says(engine: Engine, checkpoint: Path) -> None:
+@pytest.mark.parametrize(("preset", "size"), [("fast", "one-kv-head"), ("kv4", "one-kv-head"), ("kv4", "tied")])
+def test_two_workers_say_what_one_says(engine: Engine, preset: str, size: str, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, preset, size)
     alone, together = (logprobs(engine, checkpoint, workers) for workers in (1, 2))
     difference = (together - alone).abs()
     print(f"|difference of log-probabilities| {difference.mean():.1e} on average, {difference.max():.1e} at most")

@@ -15,6 +15,7 @@ from infoquant_vllm.format import PROJECTION_TENSOR, PROJECTION_WEIGHTS, FormatE
 from infoquant_vllm.loading import LoadTracker
 from offline import PRESETS, Recipe, quantize
 from offline.progress import silent
+from offline.recipe import CalibrationSize
 from tests.common.tiny import SIZES, write_source
 
 ROTATED = Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn")
@@ -127,6 +128,20 @@ def test_served_options_are_accepted(model: str, options: dict[str, Any], reques
 
 def test_a_model_in_the_sources_basis_takes_embeddings_in_the_prompt(plain: Path) -> None:
     start(plain, enable_prompt_embeds=True)
+
+
+@pytest.mark.parametrize("options", [{"enable_prompt_embeds": True}, EMBED, {"speculative_config": TOKENS}])
+def test_a_quantized_cache_alone_leaves_hidden_states_and_embeddings_as_they_are(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    recipe = PRESETS["kv4"].model_copy(update={"calibration": CalibrationSize(sequences=2, sequence_length=32)})
+    start(checkpoint(tmp_path, "tied", recipe), **options)
+
+
+def test_adapters_are_refused_beside_rotated_values(tmp_path: Path) -> None:
+    recipe = PRESETS["kv4"].model_copy(update={"calibration": CalibrationSize(sequences=2, sequence_length=32)})
+    with pytest.raises(FormatError, match="LoRA adapters are not served"):
+        start(checkpoint(tmp_path, "tied", recipe), enable_lora=True)
 
 
 def test_embeddings_without_a_projection_are_refused_by_name(tmp_path: Path) -> None:
