@@ -67,6 +67,8 @@ class Architecture:
         return f"self_attn.q_{kind}", f"self_attn.k_{kind}"
 
 
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+"""Granite's factors on embeddings, scores, what layers add to the residual stream, and (its inverse) on logits."""
 QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
     "use_sliding_window": False,
@@ -90,6 +92,11 @@ ARCHITECTURES: dict[str, Architecture] = {
             "sliding_window": 4096,
             "max_position_embeddings": 131_072,
         },
+    ),
+    "GraniteForCausalLM": Architecture(
+        "granite",
+        bias_fields=("attention_bias", "mlp_bias"),
+        defaults=dict.fromkeys(MULTIPLIERS, 1.0) | {"attention_sinks": None},
     ),
     "Phi3ForCausalLM": Architecture(
         "phi3",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from infoquant_vllm.format.architectures import ARCHITECTURES, Architecture
+from infoquant_vllm.format.architectures import ARCHITECTURES, MULTIPLIERS, Architecture
 from infoquant_vllm.format.errors import FormatError
 
 Settings = Mapping[str, Any]
@@ -112,6 +112,11 @@ def _positive(name: str, settings: Settings, architecture: Architecture) -> str 
     return None if _is_positive(settings[name]) else f"{name} is {settings[name]!r:.80}, not a number above 0"
 
 
+def _own_factor(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Check a factor that only the classes with a default for it read."""
+    return _positive(name, settings, architecture) if name in architecture.defaults else None
+
+
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
@@ -208,6 +213,8 @@ def _layer_types(name: str, settings: Settings, architecture: Architecture) -> s
         known.append("sliding_attention")
     if kinds is None:
         return None
+    if "attention_sinks" in architecture.defaults and settings["attention_sinks"] is not False:
+        return f"{name} is given, from which vLLM concludes that the class has attention sinks"
     if not (isinstance(kinds, list) and set(map(str, kinds)) <= set(known)):
         return f"{name} is {kinds!r:.80}, not {' or '.join(known)} throughout"
     return None if len(kinds) == layers else f"{name} names {len(kinds)} layers, num_hidden_layers is {layers!r:.80}"
@@ -253,6 +260,7 @@ FIELDS: dict[str, Check] = {
     "hidden_act": _only("silu"),
     "rms_norm_eps": _positive,
     "logit_scale": _only(1.0, 1),
+    **dict.fromkeys(MULTIPLIERS, _own_factor),
     "final_logit_softcapping": _only(None),
     "head_dtype": _only(None),
     "ada_rms_norm_t_cond": _only(False, None),
@@ -269,6 +277,8 @@ FIELDS: dict[str, Check] = {
     "rotary_pct": _only(1.0, 1, None),
     "rotary_emb_fraction": _only(1.0, 1, None),
     "is_causal": _only(True),
+    "attention_sinks": _only(False, None),
+    "layer_rope_theta": _only(None),
     "attn_logit_softcapping": _only(None),
     "kv_lora_rank": _only(None),
     "layer_types": _layer_types,

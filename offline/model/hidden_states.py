@@ -46,10 +46,10 @@ class HiddenStates:
         self.values = scratch.empty(*tokens.shape, source.shape.hidden_size)
         self._batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self.tokens_per_batch = [batch.numel() for batch in tokens.split(self._batch)]
-        embeddings = source.tensor("model.embed_tokens.weight")
+        embeddings, multiplier = source.tensor("model.embed_tokens.weight"), getattr(config, "embedding_multiplier", 1)
         rotation = None if transforms is None or transforms.residual is None else transforms.residual.float()
         for ids, batch in zip(tokens.split(self._batch), self.values.split(self._batch), strict=True):
-            embedded = nn.functional.embedding(ids, embeddings).float()
+            embedded = nn.functional.embedding(ids, embeddings).float() * multiplier
             batch.copy_(embedded if rotation is None else embedded @ rotation)
         self._folder, self._next = source.folder, 0
         self.max_positions = int(getattr(config, "max_position_embeddings", tokens.shape[1]))

@@ -27,7 +27,8 @@ class Student(nn.Module):
         super().__init__()
         model = source.model(torch.float32)
         self.embedding: torch.Tensor = model.model.embed_tokens.weight
-        self.head: torch.Tensor = model.lm_head.weight
+        scaling = getattr(model.config, "logits_scaling", 1)
+        self.head: torch.Tensor = model.lm_head.weight if scaling == 1 else model.lm_head.weight / scaling
         rotation = None if transforms is None else transforms.residual
         self._rotation = None if rotation is None else rotation.float()
         self._final_norm = model.model.norm.weight.clone()

@@ -38,6 +38,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 24,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "granite": {
+        "architecture": "GraniteForCausalLM",
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.02,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
     "phi3": {
         "architecture": "Phi3ForCausalLM",
         "tie_word_embeddings": False,
@@ -63,7 +70,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
-FAMILIES = ("llama3-rope", "mistral", "mistral-window", "ministral", "phi3", "qwen2", "qwen3", "qwen3-windows")
+FAMILIES = (
+    *("llama3-rope", "mistral", "mistral-window"),
+    *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows"),
+)
 """Those that differ in more than sizes."""
 
 

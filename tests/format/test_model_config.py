@@ -11,11 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from infoquant_vllm.format import ARCHITECTURES, FormatError, ModelShape
+from infoquant_vllm.format.architectures import MULTIPLIERS
 from infoquant_vllm.format.model_config import FIELDS
 from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
-LLAMA, MISTRAL, MINISTRAL, PHI3, QWEN2, QWEN3 = ARCHITECTURES
+LLAMA, MISTRAL, MINISTRAL, GRANITE, PHI3, QWEN2, QWEN3 = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -54,6 +55,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     *((name, {"hidden_act": activation}) for name in ARCHITECTURES for activation in ("gelu", "swish", None)),
     *((LLAMA, {"rms_norm_eps": value}) for value in (0.0, -1.0, None, "1e-5", float("inf"))),
     (LLAMA, {"logit_scale": 0.5}),
+    *((GRANITE, {name: value}) for name in MULTIPLIERS for value in (0.0, None, "2")),
+    (GRANITE, {"attention_sinks": True}),
+    (GRANITE, {"layer_types": ["full_attention"] * 2}),
+    (GRANITE, {"layer_rope_theta": [10_000.0, 0.0]}),
     (LLAMA, {"final_logit_softcapping": 30.0}),
     (LLAMA, {"attn_logit_softcapping": 50.0}),
     (LLAMA, {"kv_lora_rank": 512}),
@@ -182,7 +187,9 @@ WITH_ANOTHER = {"ada_rms_norm_t_cond_dim", "qk_nope_head_dim", "qk_rope_head_dim
 """Read only where a field that is refused is set."""
 
 
-@pytest.mark.parametrize("module", ["llama", "mistral", "qwen2", "qwen3", "transformers/base", "transformers/causal"])
+@pytest.mark.parametrize(
+    "module", ["llama", "mistral", "granite", "qwen2", "qwen3", "transformers/base", "transformers/causal"]
+)
 def test_every_field_that_the_installed_vllm_reads_is_in_the_table(module: str) -> None:
     spec = find_spec("vllm")
     assert spec is not None
