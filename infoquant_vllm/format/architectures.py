@@ -105,7 +105,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rotary=True,
         ropes=("default",),
         free_head_dim=False,
-        defaults={"max_position_embeddings": 4096},
+        defaults={"max_position_embeddings": 4096, "pad_token_id": 32_000},
     ),
     "Qwen2ForCausalLM": Architecture(
         "qwen2",
@@ -116,6 +116,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Qwen3ForCausalLM": Architecture(
         "qwen3", qk_norm=True, windows="layers", defaults=QWEN_DEFAULTS | {"head_dim": 128}
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        "smollm3",
+        bias_fields=("attention_bias", "mlp_bias"),
+        windows="layers",
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "tie_word_embeddings": True,
+            "pad_token_id": 128_004,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "use_sliding_window": False,
+        },
     ),
 }
 """Architectures by their name in config.json."""

@@ -129,7 +129,7 @@ def _positions(name: str, settings: Settings, architecture: Architecture) -> str
 def _padding(name: str, settings: Settings, architecture: Architecture) -> str | None:
     """Refuse a padding token outside the vocabulary: transformers cannot build such an embedding."""
     found, rows = settings[name], settings.get("vocab_size")
-    if found is None or not isinstance(rows, int) or (type(found) is int and -rows <= found < rows):
+    if found is None or not isinstance(rows, int) or rows < 1 or (type(found) is int and -rows <= found < rows):
         return None
     return f"{name} is {found!r:.80}, not among {rows} tokens (null names none)"
 
@@ -231,6 +231,23 @@ def _first_window(name: str, settings: Settings, architecture: Architecture) -> 
     return None if known else f"{name} is {found!r:.80}, not a number of layers"
 
 
+def _no_rope_layers(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Check the flags of layers with RoPE, which only the classes with a default for them read."""
+    flags, layers = settings[name], settings.get("num_hidden_layers")
+    if name not in architecture.defaults or flags is None:
+        return None
+    known = isinstance(flags, list) and all(type(flag) in (int, bool) and flag in (0, 1) for flag in flags)
+    if known and isinstance(layers, int) and len(flags) >= layers:
+        return None
+    return f"{name} is {flags!r:.80}, not a 0 or 1 for each of {layers!r:.80} layers"
+
+
+def _interval(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    found = settings[name]
+    known = name not in architecture.defaults or (type(found) is int and found > 0)
+    return None if known else f"{name} is {found!r:.80}, not a number of layers"
+
+
 FIELDS: dict[str, Check] = {
     "architectures": _unread,  # `architecture_name` has read it
     "model_type": _model_type,
@@ -276,6 +293,8 @@ FIELDS: dict[str, Check] = {
     "partial_rotary_factor": _partial_rotary,
     "rotary_pct": _only(1.0, 1, None),
     "rotary_emb_fraction": _only(1.0, 1, None),
+    "no_rope_layers": _no_rope_layers,
+    "no_rope_layer_interval": _interval,
     "is_causal": _only(True),
     "attention_sinks": _only(False, None),
     "layer_rope_theta": _only(None),

@@ -11,6 +11,7 @@ these best and does harm some thousand positions further, so positions are space
 import torch
 
 from infoquant_vllm.format import hadamard
+from offline.algorithms.key_mean import rotate
 
 DAMPENING_FRAC = 0.01
 """Added to the diagonal of M, as a share of its mean."""
@@ -29,12 +30,12 @@ def log_spaced_positions(count: int) -> torch.Tensor:
 def mean_rotated_moment(moment: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Return the mean over positions of the second moment [kv_heads, head_dim, head_dim] of queries after RoPE.
 
-    cos, sin: [positions, head_dim], of RoPE
+    cos, sin: [positions, rotary_dim], of RoPE
     """
     total = torch.zeros_like(moment)
     for one_cos, one_sin in zip(cos, sin, strict=True):
-        rows = _rotate(moment, one_cos, one_sin)
-        total += _rotate(rows.mT, one_cos, one_sin)
+        rows = rotate(moment, one_cos, one_sin)
+        total += rotate(rows.mT, one_cos, one_sin)
     return total / len(cos)
 
 
@@ -55,9 +56,3 @@ def feedback_matrix(moment: torch.Tensor, transformed: bool) -> torch.Tensor:
     damped = moment + (DAMPENING_FRAC * mean).clamp(min=torch.finfo(torch.float32).tiny) * eye
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     return (-factor / factor.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1).float()
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE at one position to x [..., head_dim]."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin

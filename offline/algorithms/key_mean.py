@@ -15,7 +15,11 @@ def mean_rotated_key(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
     cos, sin: [1, positions, rotary_dim], of RoPE
     """
-    cos, sin = cos[0].mean(0), sin[0].mean(0)
-    rotated, still = key.tensor_split([len(cos)], -1)
+    return rotate(key, cos[0].mean(0), sin[0].mean(0))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE at one position, cos and sin [rotary_dim], to the first features of x [..., head_dim]."""
+    rotated, still = x.tensor_split([len(cos)], -1)
     first, second = rotated.chunk(2, -1)
     return torch.cat((rotated * cos + torch.cat((-second, first), -1) * sin, still), -1)

@@ -184,7 +184,7 @@ def cached_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend over the quantized cache `module.attn`, a `SimulatedCache`; implements transformers' interface.
 
-    Queries and keys come without RoPE, which `module.rotary` applies here.
+    Queries and keys come without RoPE, which `module.rotary` applies here, unless the layer has none.
 
     query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size], or those that
     the window can reach; position_ids [1, tokens], None if the keys start at position 0. All sequences of a batch
@@ -195,5 +195,6 @@ def cached_attention(
     assert isinstance(cache, SimulatedCache)
     assert isinstance(rotary, DeferredRotary)
     end = key.shape[2] if position_ids is None else int(position_ids[0, -1]) + 1
-    query, key = rotary.apply_rope(query, end - query.shape[2]), rotary.apply_rope(key, end - key.shape[2])
+    if getattr(module, "use_rope", True):
+        query, key = rotary.apply_rope(query, end - query.shape[2]), rotary.apply_rope(key, end - key.shape[2])
     return cache.attend(query, key, value, scaling, sliding_window), None

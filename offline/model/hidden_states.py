@@ -111,6 +111,11 @@ class HiddenStates:
         cos, sin = self._rotary_embedding(self.values.new_empty(0), position_ids=where)
         return cos, sin
 
+    @property
+    def rotates_keys(self) -> bool:
+        """Return whether the layer that was run last applies RoPE."""
+        return bool(getattr(self._layers[self._next - 1].self_attn, "use_rope", True))
+
     def copy_layer(self) -> tuple[nn.Module, Rotary]:
         """Return the layer that was run last, without weights, for the caller to fill, and its cosines and sines."""
         return copy.deepcopy(self._layers[self._next - 1]), self._rotary

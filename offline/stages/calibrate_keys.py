@@ -42,9 +42,13 @@ def calibrate_keys(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the mean key after RoPE [kv_heads, head_dim], and the feedback if there is one (see `KVCache`).
 
+    Layers without RoPE have the same mean and moments at all positions.
+
     mean: of keys before RoPE, [kv_heads, head_dim]; transformed: keys go through R3
     """
     assert args.key_mean_positions is not None
+    if not hidden.rotates_keys:
+        return mean, feedback_matrix(queries.mean(), transformed) if args.key_feedback else None
     if not args.key_feedback:
         return mean_rotated_key(mean, *hidden.rotary(args.key_mean_positions)), None
     count = min(args.key_mean_positions, hidden.max_positions)

@@ -38,6 +38,7 @@ def hf_config(**changes: Any) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": 0,
         "torch_dtype": "bfloat16",
     }
     named = changes.get("architectures", config["architectures"])

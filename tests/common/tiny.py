@@ -67,12 +67,19 @@ SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 24,
         "max_window_layers": 1,
     },
+    "smollm3": {
+        "architecture": "SmolLM3ForCausalLM",
+        "no_rope_layers": [0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "pad_token_id": 0,
+    },
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
 FAMILIES = (
     *("llama3-rope", "mistral", "mistral-window"),
-    *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows"),
+    *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3"),
 )
 """Those that differ in more than sizes."""
 

@@ -16,7 +16,7 @@ from infoquant_vllm.format.model_config import FIELDS
 from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
-LLAMA, MISTRAL, MINISTRAL, GRANITE, PHI3, QWEN2, QWEN3 = ARCHITECTURES
+LLAMA, MISTRAL, MINISTRAL, GRANITE, PHI3, QWEN2, QWEN3, SMOLLM3 = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -99,6 +99,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (MINISTRAL, {"sliding_window": 24, "layer_types": ["sliding_attention", "chunked_attention"]}),
     (MINISTRAL, {"sliding_window": 0}),
     (QWEN3, {"use_sliding_window": "yes"}),
+    (SMOLLM3, {"layer_types": ["sliding_attention"] * 2}),
+    (SMOLLM3, {"no_rope_layers": [1]}),
+    (SMOLLM3, {"no_rope_layers": [1, 2]}),
+    (SMOLLM3, {"no_rope_layer_interval": 0}),
     (QWEN2, {"use_sliding_window": True, "max_window_layers": None}),
     (LLAMA, {"sliding_window": 512}),
     (QWEN2, {"dual_chunk_attention_config": {"chunk_size": 8}}),
