@@ -264,13 +264,22 @@ def value_products(weights, packed, ROWS: tl.constexpr, CHUNK: tl.constexpr, VAL
 
 
 @triton.jit
-def read_params(sub_block_ptr, offset, tokens, mask):
-    """Read key scales and zeros, value scales and zeros, float32, which lie at an offset in sub-blocks of 16 tokens."""
-    ptr = (sub_block_ptr + offset).to(tl.pointer_type(tl.float16), bitcast=True) + tokens % 16
-    key_scale = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-    key_zero = tl.load(ptr + 16, mask=mask, other=0.0).to(tl.float32)
-    value_scale = tl.load(ptr + 32, mask=mask, other=1.0).to(tl.float32)
-    value_zero = tl.load(ptr + 48, mask=mask, other=0.0).to(tl.float32)
+def read_params(sub_block_ptr, offset, in_bounds, seen, CHUNK: tl.constexpr):
+    """Read key scales and zeros, value scales and zeros, float32 [CHUNK], which lie at an offset in sub-blocks.
+
+    The 64 numbers of a sub-block of 16 tokens are read together: as vectors, so that their loads are pipelined.
+    seen: which tokens there are; beyond them is what an earlier sequence left, or NaN.
+    """
+    ptr = (sub_block_ptr + offset).to(tl.pointer_type(tl.float16), bitcast=True)
+    params = tl.load(ptr[:, None] + tl.arange(0, 64)[None, :], mask=in_bounds[:, None], other=0.0)
+    params = tl.permute(tl.reshape(params, [CHUNK // 16, 2, 2, 16]), (0, 3, 1, 2))
+    scales, zeros = tl.split(params)
+    key_scale, value_scale = tl.split(scales)
+    key_zero, value_zero = tl.split(zeros)
+    key_scale = tl.where(seen, tl.reshape(key_scale, [CHUNK]).to(tl.float32), 0.0)
+    key_zero = tl.where(seen, tl.reshape(key_zero, [CHUNK]).to(tl.float32), 0.0)
+    value_scale = tl.where(seen, tl.reshape(value_scale, [CHUNK]).to(tl.float32), 1.0)
+    value_zero = tl.where(seen, tl.reshape(value_zero, [CHUNK]).to(tl.float32), 0.0)
     return key_scale, key_zero, value_scale, value_zero
 
 
@@ -305,7 +314,6 @@ def attend(query, step, position, first, end, pages, log_scale, SHAPE: tl.conste
         tokens = start + tl.arange(0, CHUNK)
         key_ptr, key_mask = read_sub_blocks(pages, start // 16 + sub_block, end, SHAPE.block, BYTES)
         value_ptr, value_mask = read_sub_blocks(pages, start // 16 + quad // 4, end, SHAPE.block, BYTES)
-        param_ptr, _ = read_sub_blocks(pages, tokens // 16, end, SHAPE.block, BYTES)
         keys = tl.load(
             key_ptr[:, None] + key_byte[None, :],
             mask=key_mask[:, None] & (key_byte < KEY_BYTES)[None, :],
@@ -316,9 +324,8 @@ def attend(query, step, position, first, end, pages, log_scale, SHAPE: tl.conste
             mask=value_mask[:, None] & (value_byte < QUAD_BYTES)[None, :],
             other=0,
         )
-        # Beyond the end is what an earlier sequence left, or NaN.
         key_scale, key_zero, value_scale, value_zero = read_params(
-            param_ptr, KEY_BYTES + VALUE_BYTES, tokens, tokens < end
+            key_ptr, KEY_BYTES + VALUE_BYTES, key_mask, tokens < end, CHUNK
         )
         key_scale, key_zero, inverse = once(key_scale), once(key_zero), once(approximate(value_scale, "rcp"))
         log_value_scale, shift = once(approximate(value_scale, "lg2")), once(value_zero * inverse)
