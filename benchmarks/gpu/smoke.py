@@ -159,7 +159,7 @@ def check_linear(case: Product, device: str) -> dict[str, Any]:
     weight = triton_linear.prepare_linear(given, 4, 1)
     there = PackedWeight(*(None if each is None else each.to(device) for each in weight))
     found = triton_linear.linear(x.to(device), prepared, there, None)
-    plain = given._replace(packed=torch_linear.prepare_weight(packed, 4, not grouped))
+    plain = torch_linear.prepare_linear(given, 4, 1)
     return _compared(found.cpu(), torch_linear.linear(x, inputs, plain, None))
 
 

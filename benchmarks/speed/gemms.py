@@ -4,27 +4,32 @@ import torch
 from vllm import _custom_ops
 
 from benchmarks.common.interleaved import Candidate, copies
-from infoquant_vllm.kernels.cpu.kernels import prepare_qparams, prepare_weight
+from infoquant_vllm.kernels.cpu.kernels import prepare_linear
 from infoquant_vllm.kernels.cpu.library import DTYPES, operations
+from infoquant_vllm.kernels.operands import PackedWeight
 
 
 def int4_linear(tokens: int, features: int, channels: int, num_bits: int, groups: int) -> Candidate:
     """Run our GEMM of 4-bit weights, asymmetric in `groups` or symmetric per row (1), by values of 4 or 8 bits."""
-    packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
-    weight = prepare_weight(packed, 4, groups == 1, groups)
-    weights = [(weight.clone(), *int4_qparams(channels, groups)) for _ in copies(weight.nbytes)]
+    weights = int4_weights(features, channels, groups)
     values, scale = torch.randint(-15, 16, (tokens, features), dtype=torch.int8), torch.rand(tokens, 1)
     offset = torch.randint(-128, 128, (tokens, 1), dtype=torch.int32) if num_bits == 8 else None
     quantized_linear = operations().quantized_linear
     return lambda i: quantized_linear(values, scale, offset, *weights[i % len(weights)], None, DTYPES[torch.bfloat16])
 
 
-def int4_qparams(channels: int, groups: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Make random scales, multipliers and zero-points; the latter two of groups only."""
-    if groups == 1:
-        return torch.rand(channels, 1), None, None
-    multiplier, zero = torch.randint(1, 9, (channels, groups)), torch.randint(0, 16, (channels, groups))
-    return torch.rand(channels, 1), *(prepare_qparams(each.to(torch.uint8)) for each in (multiplier, zero))
+def int4_weights(features: int, channels: int, groups: int) -> list[PackedWeight]:
+    """Make random 4-bit weights, asymmetric in `groups` or symmetric per row (1): more copies than fit into a cache."""
+    packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
+    given = PackedWeight(packed, torch.rand(channels, 1), None, None)
+    if groups > 1:
+        multiplier, zero = torch.randint(1, 9, (channels, groups)), torch.randint(0, 16, (channels, groups))
+        given = given._replace(multiplier=multiplier.to(torch.uint8), zero_point=zero.to(torch.uint8))
+    prepared = prepare_linear(given, 4, 1)
+    return [
+        PackedWeight(*(None if each is None else each.clone() for each in prepared))
+        for _ in copies(prepared.packed.nbytes)
+    ]
 
 
 def read_weights(size: int) -> Candidate:

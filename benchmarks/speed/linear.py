@@ -19,10 +19,10 @@ from vllm import _custom_ops
 
 from benchmarks.common.interleaved import Candidate, copies, time_interleaved
 from benchmarks.common.provenance import provenance, write_rows
-from benchmarks.speed.gemms import bf16_handlers, int4_qparams, int8_handlers, w4a8_weights
-from infoquant_vllm.kernels.cpu.kernels import linear, prepare_matrices, prepare_weight
+from benchmarks.speed.gemms import bf16_handlers, int4_weights, int8_handlers, w4a8_weights
+from infoquant_vllm.kernels.cpu.kernels import linear, prepare_matrices
 from infoquant_vllm.kernels.cpu.library import library
-from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
+from infoquant_vllm.kernels.operands import InputQuant
 
 MODELS = MappingProxyType(
     {  # by site: features, channels
@@ -121,13 +121,11 @@ def _ours(site: str, features: int, channels: int, codes: Codes) -> Maker:
     weight_groups = features // (codes.weight_group or features)
     groups = features // (codes.input_group or features)
     clip = None if codes.num_bits == 16 else torch.full((groups, 2), 0.9)
-    packed = torch.randint(0, 256, (channels, features // 2), dtype=torch.uint8)
-    weight = prepare_weight(packed, 4, weight_groups == 1, max(weight_groups, groups))
-    weights = [(weight.clone(), *int4_qparams(channels, weight_groups)) for _ in copies(weight.nbytes)]
+    weights = int4_weights(features, channels, weight_groups)
     inputs = InputQuant(prepare_matrices([], hadamard), hadamard, clip, codes.num_bits, symmetric=False)
 
     def run(x: torch.Tensor, i: int) -> torch.Tensor:
-        return linear(x, inputs, PackedWeight(*weights[i % len(weights)]), None)
+        return linear(x, inputs, weights[i % len(weights)], None)
 
     return lambda x: partial(run, x)
 

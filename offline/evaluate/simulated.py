@@ -17,8 +17,11 @@ from infoquant_vllm.kernels.dispatch import backend
 from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams, Sequences
 from infoquant_vllm.kernels.torch.elementwise import apply_rope, rms_norm, silu
 from infoquant_vllm.kernels.torch.kv_cache import SUB_BLOCK
-from infoquant_vllm.kernels.torch.linear import linear, prepare_weight
+from infoquant_vllm.kernels.torch.linear import linear, prepare_linear
 from offline.algorithms.rotations import transform_operands
+
+WEIGHT_TENSORS = ("weight_packed", "weight_scale", "weight_multiplier", "weight_zero_point")
+"""Tensors of a `PackedWeight` in a checkpoint."""
 
 
 class SimulatedLinear(nn.Module):
@@ -27,11 +30,10 @@ class SimulatedLinear(nn.Module):
     def __init__(self, scheme: LinearScheme, tensors: dict[str, torch.Tensor]):
         super().__init__()
         self.scheme = scheme
-        weights = scheme.weights
-        self.register_buffer("weight", prepare_weight(tensors["weight_packed"], weights.num_bits, weights.symmetric))
-        for name, tensor in tensors.items():
-            if name != "weight_packed":
-                self.register_buffer(name, tensor)
+        weight = PackedWeight(*(tensors.get(name) for name in WEIGHT_TENSORS))
+        prepared = prepare_linear(weight, scheme.weights.num_bits, 1)
+        for name, tensor in (tensors | {"weight_packed": prepared.packed}).items():
+            self.register_buffer(name, tensor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., K] by the weight; return [..., N] in the dtype of x."""
@@ -39,8 +41,7 @@ class SimulatedLinear(nn.Module):
         transform = transform_operands(self.scheme.input_transform, tensors)
         segments = activation_segments(args, x.shape[-1])
         inputs = InputQuant(*transform, tensors.get("input_clip_ratio"), args.num_bits, args.symmetric, segments)
-        qparams = (tensors.get(name) for name in ("weight_multiplier", "weight_zero_point"))
-        weight = PackedWeight(tensors["weight"], tensors["weight_scale"], *qparams)
+        weight = PackedWeight(*(tensors.get(name) for name in WEIGHT_TENSORS))
         out = linear(x.flatten(0, -2), inputs, weight, tensors.get("bias"))
         return out.unflatten(0, x.shape[:-1])
 

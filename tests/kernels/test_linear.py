@@ -58,7 +58,7 @@ class Layer:
     ):
         """Make a layer; groups are those of weights and of activations, and the segments of these."""
         (self.weight_bits, input_bits), (weight_groups, input_groups, segments) = bits, groups
-        self.kernels, self.signed, self.groups = kernels, signed, max(groups)
+        self.kernels = kernels
         low = -(2 ** (self.weight_bits - 1)) if signed else 0
         codes = torch.randint(low, low + 2**self.weight_bits, (channels, features))
         zeros = torch.randint(0, 2**self.weight_bits, (channels, weight_groups), dtype=torch.uint8)
@@ -75,12 +75,7 @@ class Layer:
         self.bias: torch.Tensor | None = torch.randn(channels)
 
     def prepared(self) -> PackedWeight:
-        packed, scale, *qparams = self.weight
-        return PackedWeight(
-            self.kernels.prepare_weight(packed, self.weight_bits, self.signed, self.groups),
-            scale,
-            *(None if given is None else self.kernels.prepare_qparams(given) for given in qparams),
-        )
+        return self.kernels.prepare_linear(self.weight, self.weight_bits, self.inputs.segments)
 
     def found(self, x: torch.Tensor) -> torch.Tensor:
         matrices = self.kernels.prepare_matrices(self.inputs.matrices, self.inputs.hadamard)
@@ -221,7 +216,8 @@ def test_a_missing_base_matrix_and_other_dtypes_are_refused(compiled: ModuleType
 def test_rows_of_a_prepared_weight_are_the_checkpoints(kernels: ModuleType, features: int) -> None:
     packed = torch.randint(0, 256, (500, features), dtype=torch.uint8)
     rows = torch.tensor([[0, 499, 16], [31, 32, 77]])
-    found = kernels.weight_rows(kernels.prepare_weight(packed, 8, True, 1), rows, features)
+    weight = kernels.prepare_linear(PackedWeight(packed, torch.ones(500, 1), None, None), 8, 1)
+    found = kernels.weight_rows(weight.packed, rows, features)
     assert torch.equal(found, packed.view(torch.int8)[rows])
 
 
@@ -275,7 +271,8 @@ def test_prepared_weights_take_the_checkpoints_bytes_but_for_padding(
 ) -> None:
     packed = torch.randint(0, 256, (channels, 576 * bits // 8), dtype=torch.uint8)
     padded = channels if kernels is torch_kernels else -(-channels // 32) * 32
-    assert kernels.prepare_weight(packed, bits, True, 9).nbytes == packed.nbytes // channels * padded
+    weight = kernels.prepare_linear(PackedWeight(packed, torch.ones(channels, 1), None, None), bits, 1)
+    assert weight.packed.nbytes == packed.nbytes // channels * padded
 
 
 def test_a_linear_in_inference_mode_leaves_later_ones_outside_of_it_alone() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from infoquant_vllm.format import kv_bytes_per_token_head
-from infoquant_vllm.kernels.cpu.kernels import prepare_weight
+from infoquant_vllm.kernels.cpu.kernels import prepare_linear
 from infoquant_vllm.kernels.cpu.library import DTYPES, operations
+from infoquant_vllm.kernels.operands import PackedWeight
 from tests.common.libraries import RUNNABLE, library
 
 
@@ -68,15 +69,15 @@ def _few_rows_linear(ops: Any, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def _quantized_linears(ops: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     bias = _float32_nans()
-    weight = prepare_weight(torch.zeros(len(bias), 4, dtype=torch.uint8), 4, True, 1)
-    scale, clip, results = torch.ones(len(bias), 1), torch.ones(1, 2), []
+    given = PackedWeight(torch.zeros(len(bias), 4, dtype=torch.uint8), torch.ones(len(bias), 1), None, None)
+    weight, clip, results = prepare_linear(given, 4, 1), torch.ones(1, 2), []
     for rows in (1, 20):
         x = torch.ones(rows, 8, dtype=dtype)
         quantized = ops.rotate_quantize(x, [], 0, clip, 4, False, 1)
         results += [
-            ops.linear(x, [], 0, clip, 4, False, 1, weight, scale, None, None, bias),
-            ops.linear(x, [], 0, None, 16, False, 1, weight, scale, None, None, bias),
-            ops.quantized_linear(*quantized, weight, scale, None, None, bias, DTYPES[dtype]),
+            ops.linear(x, [], 0, clip, 4, False, 1, *weight, bias),
+            ops.linear(x, [], 0, None, 16, False, 1, *weight, bias),
+            ops.quantized_linear(*quantized, *weight, bias, DTYPES[dtype]),
         ]
     return results
 

@@ -10,6 +10,7 @@ import torch
 from infoquant_vllm.kernels import ops
 from infoquant_vllm.kernels.cpu.library import library, operations
 from infoquant_vllm.kernels.dispatch import backend
+from infoquant_vllm.kernels.operands import PackedWeight
 
 native = pytest.mark.skipif(library().handle is None, reason="no library for this CPU")
 
@@ -17,14 +18,14 @@ native = pytest.mark.skipif(library().handle is None, reason="no library for thi
 def _linear(tokens: int, num_bits: int = 4) -> tuple[Any, ...]:
     torch.manual_seed(0)
     kernels = backend("cpu")
-    weight = kernels.prepare_weight(torch.randint(0, 256, (40, 288), dtype=torch.uint8), 4, False, 9)
-    scale, multiplier, zero = torch.rand(40, 1), torch.ones(40, 9), torch.randint(0, 16, (40, 9))
-    qparams = (kernels.prepare_qparams(each.to(torch.uint8)) for each in (multiplier, zero))
+    packed, zero = torch.randint(0, 256, (40, 288)), torch.randint(0, 16, (40, 9))
+    codes, multiplier, zero = (each.to(torch.uint8) for each in (packed, torch.ones(40, 9), zero))
+    weight = kernels.prepare_linear(PackedWeight(codes, torch.rand(40, 1), multiplier, zero), 4, 1)
     clip = None if num_bits == 16 else torch.ones(1, 2)
     x = torch.randn(tokens, 1152).bfloat16()[:, ::2]  # a layout that kernels have to copy
     bias = torch.randn(40).bfloat16()
     inputs = kernels.prepare_matrices([], 64), 64, clip, num_bits, True, 1
-    return x, *inputs, weight, scale, *qparams, bias
+    return x, *inputs, *weight, bias
 
 
 def _elementwise(name: str) -> tuple[Any, ...]:

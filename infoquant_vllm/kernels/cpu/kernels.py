@@ -15,12 +15,21 @@ STEP = 4  # features
 FEW_ROWS = 8  # for more rows torch's GEMM of 16-bit floats is faster
 
 
-def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: int) -> torch.Tensor:
-    """Convert checkpoint bytes [N, K * num_bits / 8] to lines [N / 32, K / 4, 16 * num_bits] uint8, of any groups.
+def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:
+    """Convert a checkpoint's weight to what `linear` reads.
 
-    A line holds four features of 32 channels, in unsigned codes (signed ones plus 2^(bits-1)): byte 4c + j is feature j
-    of channel c, with that of channel 16 + c in the high nibble or, at 8 bits, 64 bytes further. Zeros pad N to a
-    multiple of 32 and K to a multiple of 4.
+    Codes become lines [N / 32, K / 4, 16 * num_bits] uint8, multipliers and zero-points [N / 32, groups, 32].
+    """
+    packed, scale, *qparams = weight
+    lines = _lines(packed, num_bits, weight.zero_point is None)
+    return PackedWeight(lines, scale, *(None if each is None else _panels(each) for each in qparams))
+
+
+def _lines(packed: torch.Tensor, num_bits: int, signed: bool) -> torch.Tensor:
+    """Lay out a checkpoint's bytes [N, K * num_bits / 8] in lines of four features of 32 channels.
+
+    Codes are unsigned (signed ones plus 2^(bits-1)): byte 4c + j is feature j of channel c, with that of channel 16 + c
+    in the high nibble or, at 8 bits, 64 bytes further. Zeros pad N to a multiple of 32 and K to a multiple of 4.
     """
     codes = torch.stack((packed & 0xF, packed >> 4), -1).flatten(1) if num_bits == 4 else packed
     codes = codes ^ 2 ** (num_bits - 1) if signed else codes
@@ -29,18 +38,10 @@ def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: in
     return (lines[:, :, 0] | lines[:, :, 1] << 4 if num_bits == 4 else lines).flatten(2).contiguous()
 
 
-def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
+def _panels(qparams: torch.Tensor) -> torch.Tensor:
     """Lay out multipliers or zero-points [N, groups] as [N / 32, groups, 32], in the order that lines are read."""
     padded = F.pad(qparams, (0, 0, 0, -len(qparams) % PANEL))
     return padded.view(-1, PANEL, qparams.shape[1]).transpose(1, 2).contiguous()
-
-
-def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:
-    """Convert a checkpoint's weight to what `linear` reads; `prepare_weight` and `prepare_qparams` say how."""
-    packed, scale, *qparams = weight
-    groups = max(1 if each is None else each.shape[1] for each in qparams)
-    lines = prepare_weight(packed, num_bits, weight.zero_point is None, groups)
-    return PackedWeight(lines, scale, *(None if each is None else prepare_qparams(each) for each in qparams))
 
 
 def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
@@ -54,7 +55,7 @@ def _base_hadamard(size: int) -> torch.Tensor:
 
 
 def weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tensor:
-    """Return signed codes [..., features] int8 of rows of an 8-bit weight from `prepare_weight`."""
+    """Return signed codes [..., features] int8 of rows of an 8-bit weight from `prepare_linear`."""
     lines = weight.view(len(weight), -1, 2, PANEL // 2, STEP)
     panel, channel = rows // PANEL, rows % PANEL
     found = lines[panel, :, channel // (PANEL // 2), channel % (PANEL // 2)]

@@ -12,27 +12,18 @@ from infoquant_vllm.kernels.torch.quantize import QuantizedInput, rotate_quantiz
 _scratch = torch.empty(0, dtype=torch.int8)
 
 
-def prepare_weight(packed: torch.Tensor, num_bits: int, signed: bool, groups: int = 1) -> torch.Tensor:
-    """Convert checkpoint bytes [N, K * num_bits / 8] to the layout of this kernel, for any number of groups.
+def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:
+    """Convert a checkpoint's weight to what `linear` reads: all but the codes stay.
 
-    All codes become signed: unsigned ones and their zero-points lose 2^(bits-1). A 4-bit row holds feature j in the
-    low and feature K/2 + j in the high nibble of byte j.
+    All codes become signed: unsigned ones lose 2^(bits-1). A 4-bit row holds feature j in the low and feature K/2 + j
+    in the high nibble of byte j.
     """
+    packed, signed = weight.packed, weight.zero_point is None
     if num_bits == 8:
-        return (packed if signed else packed ^ 0x80).view(torch.int8).contiguous()
+        return weight._replace(packed=(packed if signed else packed ^ 0x80).view(torch.int8).contiguous())
     nibbles = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)  # [N, K] in order of K
     low, high = (nibbles if signed else nibbles ^ 8).chunk(2, dim=1)
-    return (low | (high << 4)).view(torch.int8).contiguous()
-
-
-def prepare_qparams(qparams: torch.Tensor) -> torch.Tensor:
-    """Return multipliers or zero-points [N, groups] unchanged."""
-    return qparams
-
-
-def prepare_linear(weight: PackedWeight, num_bits: int, segments: int) -> PackedWeight:
-    """Convert a checkpoint's weight to what `linear` reads."""
-    return weight._replace(packed=prepare_weight(weight.packed, num_bits, weight.zero_point is None))
+    return weight._replace(packed=(low | (high << 4)).view(torch.int8).contiguous())
 
 
 def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.Tensor]:
@@ -41,14 +32,13 @@ def prepare_matrices(matrices: list[torch.Tensor], hadamard: int) -> list[torch.
 
 
 def weight_rows(weight: torch.Tensor, rows: torch.Tensor, features: int) -> torch.Tensor:
-    """Return signed codes [..., features] int8 of some rows of an 8-bit weight from `prepare_weight`."""
+    """Return signed codes [..., features] int8 of some rows of an 8-bit weight from `prepare_linear`."""
     return F.embedding(rows, weight)
 
 
 def linear(x: torch.Tensor, inputs: InputQuant, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Multiply x [tokens, K] by a quantized weight [N, K]; return [tokens, N] in the dtype of x.
 
-    Codes of the weight are laid out by `prepare_weight`; its scales and zero-points are those of the checkpoint.
     int16 activations are multiplied as two 8-bit codes, high and low bytes, whose products are added in float32.
     """
     out = quantized_product(rotate_quantize(x, inputs), weight)
