@@ -68,6 +68,14 @@ def sizes(shape: ModelShape, site: str) -> tuple[int, int]:
     return found[0][1], sum(channels for channels, _ in found)
 
 
+def moved(weight: PackedWeight, device: torch.device | str) -> PackedWeight:
+    """Return a prepared weight on a device."""
+    packed, scale, *qparams = weight
+    return PackedWeight(
+        packed.to(device), scale.to(device), *(None if each is None else each.to(device) for each in qparams)
+    )
+
+
 class QuantizedLinear:
     """A W4A4 linear of random weights, in as many copies as it takes to miss the L2 cache."""
 
@@ -99,6 +107,14 @@ class QuantizedLinear:
     def quantize(self, x: torch.Tensor) -> Codes:
         """Run the quantizer alone."""
         return rotate_quantize(x, self.inputs, layout(self.site.features, 1).padded, with_sums=False)
+
+    def quantizer_calls(self, x: torch.Tensor) -> list[Callable[[], Codes]]:
+        """Return a call of the quantizer alone."""
+        return [partial(self.quantize, x)]
+
+    def product_calls(self, x: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+        """Return a call of the product alone for each copy."""
+        return self.products(self.quantize(x))
 
     def products(self, codes: Codes) -> list[Callable[[], torch.Tensor]]:
         """Return a call of the product alone for each copy."""

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.cache_attention import BITS, BLOCK, FEW_QUERIES, Sequences, attention
+from benchmarks.gpu.sites import moved
 from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels import operands
 from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams
@@ -156,8 +157,7 @@ def check_linear(case: Product, device: str) -> dict[str, Any]:
     inputs = InputQuant([], case.hadamard, clip, 4, symmetric=False)
     matrices = [matrix.to(device) for matrix in triton_linear.prepare_matrices([], case.hadamard)]
     prepared = inputs._replace(matrices=matrices, clip_ratio=clip.to(device))
-    weight = triton_linear.prepare_linear(given, 4, 1)
-    there = PackedWeight(*(None if each is None else each.to(device) for each in weight))
+    there = moved(triton_linear.prepare_linear(given, 4, 1), device)
     found = triton_linear.linear(x.to(device), prepared, there, None)
     plain = torch_linear.prepare_linear(given, 4, 1)
     return _compared(found.cpu(), torch_linear.linear(x, inputs, plain, None))

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from benchmarks.common.provenance import write_whole
-from benchmarks.gpu.sites import MODULES, sizes
+from benchmarks.gpu.sites import MODULES, moved, sizes
 from benchmarks.gpu.timing import copies, microseconds
 from infoquant_vllm.format import Checkpoint
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
@@ -79,8 +79,7 @@ class Linear:
         multiplier, zero = torch.randint(1, 9, (2, self.channels, groups), dtype=torch.uint8)
         scale, has_groups = torch.rand(self.channels, 1), self.group_size is not None
         given = PackedWeight(packed, scale, multiplier if has_groups else None, None if self.symmetric else zero)
-        weight = prepare_linear(given, 4, 1)
-        weight = PackedWeight(*(None if each is None else each.to(device) for each in weight))
+        weight = moved(prepare_linear(given, 4, 1), device)
         weights = [weight._replace(packed=weight.packed.clone()) for _ in range(copies(packed.nbytes, device.type))]
         inputs = InputQuant([], 0, torch.empty(1, 2), self.num_bits, symmetric=False)
         codes = Codes.empty(tokens, inputs, self.layout.padded, weight.zero_point is not None, device)
@@ -119,8 +118,8 @@ def best(linear: Linear, tokens: int, device: torch.device) -> Measured:
             raise ValueError(f"{linear}, {tokens} tokens: results of {tile} are not those of {own}")
         times[tile] = time_of(calls, tile, device)
     fastest = min(times, key=lambda tile: times[tile])
-    sizes = {"channels": linear.channels, "features": linear.features, "grouped": shape.grouped}
-    return Measured(arch=arch, tokens=tokens, tile=fastest, **sizes)
+    sizes = {"channels": linear.channels, "features": linear.features}
+    return Measured(arch=arch, tokens=tokens, grouped=shape.grouped, tile=fastest, **sizes)
 
 
 def candidates(tokens: int, shape: Layout) -> Iterator[Tile]:
