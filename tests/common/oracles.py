@@ -60,7 +60,7 @@ def _quantize_segment(
         center = zeros[0] if inputs.num_bits == 4 else torch.full_like(zeros[0], 128)
         return (codes - center[:, None]).to(torch.int8), steps[0], (zeros[0] - center).int()
     far = [step * torch.maximum(zero, qmax - zero) for step, zero in zip(steps, zeros, strict=True)]
-    scale = torch.stack(far).amax(0) / 127
+    scale = torch.stack(far).amax(0) / 120
     values = []
     for part, step, zero in zip(parts, steps, zeros, strict=True):
         codes = torch.clamp(torch.round(part * (1 / step)[:, None]) + zero[:, None], 0, qmax)

@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from infoquant_vllm.format import MAX_VALUE, apply_hadamard
+from infoquant_vllm.format import apply_hadamard
 from infoquant_vllm.kernels.operands import InputQuant
 
 MIN_SCALE = 1e-12
 MIN_KV_SCALE = 2.0**-20
 MAX_FLOAT16 = 65504.0
+LARGEST_VALUE = 120.0
+"""Integer of the largest code of a segment of several groups: 120 / 8 .. 120 / 15 times a code is never half-way between
+two integers, as 127 / 8 * 4 is, where last bits would decide about the rounding."""
 
 
 def apply_transform(
@@ -99,7 +102,7 @@ def quantize_groups(y: torch.Tensor, inputs: InputQuant) -> QuantizedGroups:
 
     A value is multiplied by 1 / step, rounded, and not divided by the step. The integer of a code is its distance from
     the zero-point. If a segment has several groups, it is that distance in the segment's scale, of which the largest
-    one of all groups takes 127: (code - zero) * (step / scale), rounded. That costs 1% to 2% more squared error than a
+    one of all groups takes 120: (code - zero) * (step / scale), rounded. That costs 1% to 2% more squared error than a
     float scale per group, and one integer product runs over the whole segment. Two-level scales as in VS-Quant (Dai et
     al., 2021, arXiv 2102.04503); integer multipliers, as there, would cost 12% to 17%, rounded up.
     """
@@ -119,7 +122,7 @@ def quantize_groups(y: torch.Tensor, inputs: InputQuant) -> QuantizedGroups:
     if segments == len(clip_ratio):
         return QuantizedGroups(values, zero, step, step)
     largest = step * torch.maximum(zero, qmax - zero)
-    scale = largest.unflatten(1, (segments, -1)).amax(2) / MAX_VALUE
+    scale = largest.unflatten(1, (segments, -1)).amax(2) / LARGEST_VALUE
     ratio = step * (1 / scale).repeat_interleave(step.shape[1] // segments, 1)
     return QuantizedGroups(values.mul_(ratio).round_(), zero, step, scale)
 

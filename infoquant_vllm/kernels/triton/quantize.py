@@ -19,7 +19,7 @@ from infoquant_vllm.kernels.triton.common import (
 )
 
 DEPTH = tl.constexpr(16)  # features that a product on tensor cores sums at the least
-MAX_VALUE = tl.constexpr(127.0)  # of a code less its zero-point, times its multiplier
+LARGEST_VALUE = tl.constexpr(120.0)  # integer of a segment's largest code, see kernels/torch/quantize.py
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -196,7 +196,7 @@ def _scales(low, high, clip_ptr, group, mask, NUM_BITS: tl.constexpr, SYMMETRIC:
     scale = step
     if group.shape[1] > 1:
         needed = tl.where(mask, step * maximum(zero, largest - zero), 0)
-        scale = tl.div_rn(amax(needed, 1), MAX_VALUE)[:, None]
+        scale = tl.div_rn(amax(needed, 1), LARGEST_VALUE)[:, None]
     return scale, step, inverse, zero
 
 

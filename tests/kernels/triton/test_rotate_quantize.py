@@ -12,8 +12,6 @@ from tests.common.interpreted import linear, rotate_quantize
 Transform = tuple[list[torch.Tensor], int]
 FLIPS = 2e-3
 """Codes off by one that float32 products are allowed: at a near tie the last bit of a sum decides."""
-GROUP_FLIPS = 4e-2
-"""Values alike, where groups share a scale: half the largest code is 63.5 of its steps, a tie, in every token."""
 
 
 def transform(kind: str, features: int) -> Transform:
@@ -145,7 +143,7 @@ def test_products_with_matrices_move_few_codes_by_one(kind: str, groups: int, nu
 def test_groups_behind_matrices(kind: str, groups: int) -> None:
     torch.manual_seed(0)
     clip = 0.7 + 0.3 * torch.rand(groups, 2)
-    check(torch.randn(5, 384).bfloat16(), transform(kind, 384), clip, 4, flips=GROUP_FLIPS)
+    check(torch.randn(5, 384).bfloat16(), transform(kind, 384), clip, 4, flips=FLIPS)
 
 
 @pytest.mark.parametrize("kind", ["hadamard 96", "hadamard 192"])
@@ -226,4 +224,4 @@ def test_matrices_too_wide_for_a_program_are_applied_before_it(monkeypatch: pyte
     check(torch.randn(3, 384).bfloat16(), ([], 96), torch.ones(1, 2), 4, flips=FLIPS)
     monkeypatch.setattr(rotate_quantize, "MAX_FEATURES", 383)
     for kind in ("hadamard 384", "kronecker 12"):
-        check(torch.randn(3, 384).bfloat16(), transform(kind, 384), torch.ones(3, 2), 4, flips=GROUP_FLIPS)
+        check(torch.randn(3, 384).bfloat16(), transform(kind, 384), torch.ones(3, 2), 4, flips=FLIPS)

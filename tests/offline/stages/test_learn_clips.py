@@ -69,7 +69,7 @@ def test_layer_before_learning_computes_what_the_simulation_computes(tmp_path: P
     exact = hidden.values
     assert (outputs[0] - exact).norm() > 0.02 * exact.norm()
     # last bits decide about ties: levels of heads are often half-way between two int8 values
-    assert (found - outputs[0]).norm() < 0.2 * (exact - outputs[0]).norm()
+    assert (found - outputs[0]).norm() < 0.1 * (exact - outputs[0]).norm()
 
 
 def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ struct Groups {
 // A segment of several groups of 4 bits, whose values share a scale: see `quantize_groups` in kernels/torch/quantize.py.
 void quantize_groups(const float* y, int64_t size, int64_t groups, const InputQuant& quant, const float* clip,
                      int8_t* values, float* scale) {
-    constexpr float MAX_CODE = 15, MIDDLE = 8, MAX_VALUE = 127;
+    constexpr float MAX_CODE = 15, MIDDLE = 8, LARGEST_VALUE = 120;
     const Groups found(groups);
     const Ints even = 2 * lane_index() % (2 * LANES);
     Floats largest{};
@@ -209,7 +209,7 @@ void quantize_groups(const float* y, int64_t size, int64_t groups, const InputQu
         const Floats reached = step * max(zero_point, MAX_CODE - zero_point);
         largest = max(largest, load_some(reinterpret_cast<const float*>(&reached), count));
     }
-    *scale = hmax(largest) / MAX_VALUE;
+    *scale = hmax(largest) / LARGEST_VALUE;
     const float inverse_scale = 1 / *scale;
     for (int64_t g = 0; g < groups; ++g) {
         const float ratio = found.step[g] * inverse_scale, zero_point = found.zero_point[g];
