@@ -7,8 +7,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from infoquant_vllm.format import (
+    ARCHITECTURES,
     FORMAT_VERSION,
     ROW_PARALLEL_SITES,
+    SITE_NORMS,
     SITES,
     ActivationArgs,
     ConfigGroup,
@@ -239,8 +241,16 @@ class Recipe(StrictModel):
         """Return whether any stage reads activations."""
         return self.reads_layers or self.transform.startswith("psot") or self.distillation is not None
 
+    @property
+    def rotates_stream(self) -> bool:
+        """Return whether R1 rotates the residual stream, of a class whose norms let it."""
+        return self.transform in ("hadamard", "psot-shared")
+
     def input_transform(self, site: str, shape: ModelShape) -> InputTransform:
-        """Return the transform of the inputs of a site (see SITES) at run time; that of `down` is R4."""
+        """Return the transform of the inputs of a site (see SITES) at run time; that of `down` is R4.
+
+        Where R1 folds into no weights, the inputs that read the residual stream get a Hadamard transform in its place.
+        """
         if site == "down" and self.transform not in ("none", "heads"):
             block = common_shard_size(shape.intermediate_size, shape, self.max_tp_size)
             return InputTransform(type="hadamard", block_size=block)
@@ -249,6 +259,8 @@ class Recipe(StrictModel):
             if shape.hidden_size % blocks:
                 raise FormatError(f"psot_layer.blocks {blocks} does not divide the hidden size {shape.hidden_size}")
             return InputTransform(type="blocks", block_size=shape.hidden_size // blocks)
+        if site in SITE_NORMS and self.rotates_stream and ARCHITECTURES[shape.architecture].norms_behind:
+            return InputTransform(type="hadamard", block_size=shape.hidden_size)
         return InputTransform()
 
     def input_activations(self, site: str, shape: ModelShape) -> ActivationArgs:
@@ -265,7 +277,8 @@ class Recipe(StrictModel):
 
         Raises FormatError where the sizes of blocks or groups do not suit the model or one of the TP sizes.
         """
-        rotated, rotated_stream = self.transform != "none", self.transform in ("hadamard", "psot-shared")
+        rotated = self.transform != "none"
+        rotated_stream = self.rotates_stream and not ARCHITECTURES[shape.architecture].norms_behind
         plain = [linear for linears in SITES.values() for linear in linears] if self.rounding == "none" else []
         groups = {
             name: ConfigGroup(

@@ -5,7 +5,14 @@ checkpoint is hostile input: numbers are bounded before anything is allocated, u
 every error names file and tensor.
 """
 
-from infoquant_vllm.format.architectures import ARCHITECTURES, FUSED, ROW_PARALLEL_SITES, SITE_NORMS, SITES
+from infoquant_vllm.format.architectures import (
+    ARCHITECTURES,
+    FUSED,
+    NORMS_BEHIND,
+    ROW_PARALLEL_SITES,
+    SITE_NORMS,
+    SITES,
+)
 from infoquant_vllm.format.checkpoint import (
     INDEX_FILE,
     Checkpoint,
@@ -62,6 +69,7 @@ __all__ = [
     "INDEX_FILE",
     "MAX_VALUE",
     "MODULES_FILE",
+    "NORMS_BEHIND",
     "PROJECTION_CONFIG",
     "PROJECTION_FOLDER",
     "PROJECTION_TENSOR",

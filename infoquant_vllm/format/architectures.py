@@ -1,8 +1,8 @@
 """List the model classes that the format covers, and the linears of a decoder layer.
 
 To add a class, add a row to ARCHITECTURES under the name that transformers and vLLM give it. Its decoder layer
-must have the linears of SITES and the norms of SITE_NORMS; `model_config` says which uses of its fields are
-served, and `tests/common/tiny.py` needs a tiny model of it, over which the tests run.
+must have the linears of SITES and the norms of SITE_NORMS or NORMS_BEHIND; `model_config` says which uses of its
+fields are served, and `tests/common/tiny.py` needs a tiny model of it, over which the tests run.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ FUSED = {"self_attn.qkv_proj": SITES["qkv"], "mlp.gate_up_proj": SITES["gate_up"
 """Linears that vLLM holds as one, and so do the sources of some classes; a checkpoint never does."""
 SITE_NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 """RMSNorms whose output is a site's input: linears of these sites read the residual stream."""
+NORMS_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
+"""RMSNorms of the outputs of attention and MLP, which some classes have in place of those of SITE_NORMS."""
 ROW_PARALLEL_SITES = tuple(site for site in SITES if site not in SITE_NORMS)
 """Sites whose linears write to the residual stream. Tensor parallelism shards their input features over the ranks;
 the inputs of the other sites are whole on every rank."""
-
-
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types that transformers and vLLM compute alike in most classes; they differ on dynamic."""
 
@@ -36,7 +36,10 @@ class Architecture:
     model_type: `model_type` of the class's config
     bias_fields: the fields among `attention_bias` and `mlp_bias` that add biases to all linears of their block
     qkv_bias: q, k and v always have a bias, o never has one
-    qk_norm: queries and keys pass through RMSNorms per head before RoPE, `q_norm` and `k_norm` [head_dim]
+    qk_norm: the queries and keys that an RMSNorm before RoPE sees at once, by `q_norm` and `k_norm`: those of a head
+        [head_dim], or of the projection [heads * head_dim]; none if there are no such norms
+    norms_behind: the norms are those of NORMS_BEHIND. Their gains do not fold into the linears before them, so no
+        rotation of the residual stream does: R1 becomes a Hadamard transform of each input that reads the stream
     fused: the source holds the linears of FUSED as one, with their rows in that order
     windows: the layers that `sliding_window` applies to: none (transformers does not read it), all, or those that
         `layer_types` names; Qwen's `max_window_layers` stands for it
@@ -49,7 +52,8 @@ class Architecture:
     model_type: str
     bias_fields: tuple[str, ...] = ()
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    norms_behind: bool = False
     fused: bool = False
     partial_rotary: bool = False
     ropes: tuple[str, ...] = ROPE_TYPES
@@ -61,9 +65,9 @@ class Architecture:
     def rope_inputs(self) -> tuple[str, str]:
         """The last modules before RoPE that scale single features of queries and of keys.
 
-        A norm over each head is such a module, and it cancels any scale of the linear before it.
+        A norm is such a module: it cancels a scale of all features before it, and mixes others.
         """
-        kind = "norm" if self.qk_norm else "proj"
+        kind = "proj" if self.qk_norm == "none" else "norm"
         return f"self_attn.q_{kind}", f"self_attn.k_{kind}"
 
 
@@ -98,6 +102,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         bias_fields=("attention_bias", "mlp_bias"),
         defaults=dict.fromkeys(MULTIPLIERS, 1.0) | {"attention_sinks": None},
     ),
+    "Olmo2ForCausalLM": Architecture(
+        "olmo2",
+        bias_fields=("attention_bias",),
+        qk_norm="projection",
+        norms_behind=True,
+        defaults={"max_position_embeddings": 2048, "pad_token_id": 1},
+    ),
     "Phi3ForCausalLM": Architecture(
         "phi3",
         fused=True,
@@ -115,7 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         defaults=QWEN_DEFAULTS,
     ),
     "Qwen3ForCausalLM": Architecture(
-        "qwen3", qk_norm=True, windows="layers", defaults=QWEN_DEFAULTS | {"head_dim": 128}
+        "qwen3", qk_norm="head", windows="layers", defaults=QWEN_DEFAULTS | {"head_dim": 128}
     ),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3",

@@ -87,7 +87,8 @@ def _bias(name: str, settings: Settings, architecture: Architecture) -> str | No
 
 def _qkv_bias(name: str, settings: Settings, architecture: Architecture) -> str | None:
     """Refuse a value unlike attention_bias: vLLM prefers this field, unless the class has its own rule."""
-    if architecture.qkv_bias or architecture.qk_norm or bool(settings[name]) == bool(settings.get("attention_bias")):
+    own_rule = architecture.qkv_bias or architecture.qk_norm != "none"
+    if own_rule or bool(settings[name]) == bool(settings.get("attention_bias")):
         return None
     return f"{name} is {settings[name]!r:.80}, attention_bias {settings.get('attention_bias')!r:.80}"
 

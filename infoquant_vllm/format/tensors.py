@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from infoquant_vllm.format.architectures import ARCHITECTURES
+from infoquant_vllm.format.architectures import ARCHITECTURES, NORMS_BEHIND, SITE_NORMS
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import hadamard_dense
 from infoquant_vllm.format.model_config import architecture_name
@@ -115,9 +115,13 @@ class ModelShape(BaseModel):
 
     def norms(self) -> dict[str, int]:
         """Return every RMSNorm: Hugging Face name to number of features."""
-        sizes = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), self.hidden_size)
-        if ARCHITECTURES[self.architecture].qk_norm:
-            sizes |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.head_dim)
+        architecture = ARCHITECTURES[self.architecture]
+        around = NORMS_BEHIND if architecture.norms_behind else SITE_NORMS.values()
+        sizes = dict.fromkeys(around, self.hidden_size)
+        if architecture.qk_norm != "none":
+            whole = architecture.qk_norm == "projection"
+            sizes["self_attn.q_norm"] = self.head_dim * (self.num_attention_heads if whole else 1)
+            sizes["self_attn.k_norm"] = self.head_dim * (self.num_key_value_heads if whole else 1)
         layers = {
             f"model.layers.{layer}.{name}": size
             for layer in range(self.num_hidden_layers)

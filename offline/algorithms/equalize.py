@@ -51,9 +51,9 @@ def output_moments(
 
 
 def normed_moments(moments: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """Return second moments [heads, head_dim] after an RMSNorm over each head, as if all its tokens were alike.
+    """Return second moments [heads, size] after an RMSNorm of `size` features, as if all its tokens were alike.
 
-    moments: [heads * head_dim], before the norm; gain: [head_dim]
+    moments: [heads * size], before the norm; gain: [size]
     """
     heads = moments.view(-1, len(gain))
     return heads / heads.mean(1, keepdim=True).clamp(min=1e-30) * gain.square()

@@ -2,12 +2,17 @@
 
 import torch
 
-from infoquant_vllm.format import ROW_PARALLEL_SITES, SITE_NORMS, SITES, ModelShape
+from infoquant_vllm.format import ARCHITECTURES, ROW_PARALLEL_SITES, SITE_NORMS, SITES, ModelShape
 
-NORM_OF = {linear: norm for site, norm in SITE_NORMS.items() for linear in SITES[site]}
-"""The RMSNorm in front of each linear that reads the residual stream."""
 WRITERS = tuple(linear for site in ROW_PARALLEL_SITES for linear in SITES[site])
 """Linears that write to the residual stream."""
+
+
+def norm_of_linears(shape: ModelShape) -> dict[str, str]:
+    """Return the RMSNorm in front of each linear that reads the residual stream, whose gain folds into the linear."""
+    if ARCHITECTURES[shape.architecture].norms_behind:
+        return {}
+    return {linear: norm for site, norm in SITE_NORMS.items() for linear in SITES[site]}
 
 
 def fold_tensor(
@@ -28,7 +33,7 @@ def fold_tensor(
     heads: R2, [kv_heads, head_dim, head_dim] float64
     """
     module, _, kind = name.rpartition(".")
-    if module in SITE_NORMS.values():
+    if module in norm_of_linears(shape).values():
         return torch.ones_like(tensor, dtype=torch.float32)
     tensor = tensor.double()
     if gain is not None:

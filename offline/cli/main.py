@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="""Quantize Llama, Mistral and Qwen models to 4-bit weights, activations and KV cache for vLLM.
+    help="""Quantize Llama, Mistral, Qwen and other models to 4-bit weights, activations and KV cache for vLLM.
 
     [bold]A first run[/bold]
 

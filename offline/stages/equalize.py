@@ -43,14 +43,16 @@ def equalize_keys(
 ) -> torch.Tensor:
     """Scale keys and inversely queries, in place; returns the scales of keys [kv_heads * head_dim].
 
-    A norm over each head would cancel scales of the linear before it; its gain takes them, one for all heads.
+    A norm would mix scales of the linear before it; its gain takes them, one for all heads if it sees one at a time.
 
     queries, keys: second moments [heads * head_dim] of the outputs of q_proj and k_proj
     """
     (query_module, key_module), kv_heads = _rope_inputs(shape), shape.num_key_value_heads
-    if ARCHITECTURES[shape.architecture].qk_norm:
+    norm = ARCHITECTURES[shape.architecture].qk_norm
+    if norm != "none":
         queries = normed_moments(queries, state[f"{query_module}.weight"])
-        keys, kv_heads = normed_moments(keys, state[f"{key_module}.weight"]), 1
+        keys = normed_moments(keys, state[f"{key_module}.weight"])
+        kv_heads = 1 if norm == "head" else kv_heads
     scale = key_scales(queries, keys, kv_heads, shape.head_dim, shape.rotary_dim)
     _scale_rows(state, key_module, scale.flatten())
     group = len(state[f"{query_module}.weight"]) // scale.numel()

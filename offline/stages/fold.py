@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from offline.algorithms.fold import NORM_OF, fold_tensor, rotate_heads, rotate_rows
+from offline.algorithms.fold import fold_tensor, norm_of_linears, rotate_heads, rotate_rows
 from offline.algorithms.rotations import Transforms
 from offline.model.source import Source
 
@@ -23,7 +23,8 @@ def fold_layer(source: Source, layer: int, transforms: Transforms | None) -> dic
     heads = None if transforms.heads is None else transforms.heads[layer]
     if transforms.residual is None and not transforms.inputs:
         return {name: rotate_heads(source.tensor(prefix + name), name, heads, source.shape) for name in names}
-    gains = {f"{linear}.weight": source.tensor(f"{prefix}{norm}.weight") for linear, norm in NORM_OF.items()}
+    norms = norm_of_linears(source.shape)
+    gains = {f"{linear}.weight": source.tensor(f"{prefix}{norm}.weight") for linear, norm in norms.items()}
     return {
         name: fold_tensor(name, source.tensor(prefix + name), gains.get(name), transforms.residual, heads, source.shape)
         for name in names

@@ -2,6 +2,7 @@
 
 import torch
 
+from infoquant_vllm.format import ARCHITECTURES
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
 from offline.run import Run
 from offline.stages.rotate_per_layer import learn_layer_rotations
@@ -20,8 +21,9 @@ def make_transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
         return Transforms(None, random_head_rotations(run.source.shape, generator))
     if run.recipe.transform == "psot-layer" and tokens is not None:
         return learn_layer_rotations(run, tokens, generator)
-    residual = random_hadamard(run.source.shape.hidden_size, generator)
+    is_fixed = ARCHITECTURES[run.source.shape.architecture].norms_behind
+    residual = None if is_fixed else random_hadamard(run.source.shape.hidden_size, generator)
     heads = random_head_rotations(run.source.shape, generator)
-    if run.recipe.transform == "psot-shared" and tokens is not None:
+    if run.recipe.transform == "psot-shared" and tokens is not None and residual is not None:
         residual = learn_rotation(run, collect_inputs(run, tokens), residual, generator)
     return Transforms(residual, heads)

@@ -58,6 +58,11 @@ TENSORS = {  # one of each kind
     "rotation": "model.embed_tokens.r1",
     "last norm's gain": "model.embed_tokens.final_norm_weight",
 }
+OTHERS = {  # tensors that Llama has none of
+    "norm of all queries": f"{LAYER}self_attn.q_norm.weight",
+    "norm of all keys": f"{LAYER}self_attn.k_norm.weight",
+    "norm behind the MLP": f"{LAYER}post_feedforward_layernorm.weight",
+}
 MAY_BE_ZERO = ("packed", "zero point", "key offset", "key feedback", "vocabulary")
 
 Change = Callable[[Any], Any]
@@ -76,13 +81,24 @@ def write_sound(folder: Path) -> Path:
     return write_random(folder, QUANTIZATION, tie_word_embeddings=True)
 
 
+def write_other_sound(folder: Path) -> Path:
+    """One of a class with norms behind attention and MLP."""
+    names = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+    return write_random(folder, {"rotated_hidden_states": False}, **names)
+
+
 def cases() -> dict[str, Case]:
     """All of them, by name."""
-    return dict([*_tensors(), *_config_fields(), *_model_fields(), *_files()])
+    return dict([*_tensors(TENSORS), *_values(), *_config_fields(), *_model_fields(), *_files()])
 
 
-def _tensors() -> Iterator[tuple[str, Case]]:
-    for label, name in TENSORS.items():
+def other_cases() -> dict[str, Case]:
+    """Those that begin with `write_other_sound`."""
+    return dict(_tensors(OTHERS))
+
+
+def _tensors(tensors: dict[str, str]) -> Iterator[tuple[str, Case]]:
+    for label, name in tensors.items():
         yield f"{label} missing", _tensor(name, None, "is missing")
         yield f"{label} cut short", _tensor(name, lambda t: t[:-1].clone(), "has shape", "expected")
         yield f"{label} reshaped", _tensor(name, lambda t: t.reshape(-1, 1, 1), "has shape", "expected")
@@ -92,6 +108,9 @@ def _tensors() -> Iterator[tuple[str, Case]]:
                 yield f"{label} {value}", _tensor(name, lambda t, v=value: _first(t, v), f"is {value:g}", "1 of")
         if label not in MAY_BE_ZERO:
             yield f"{label} zero", _tensor(name, torch.zeros_like, "is 0,")
+
+
+def _values() -> Iterator[tuple[str, Case]]:
     yield "scale negative", _tensor(TENSORS["scale"], lambda t: _first(t, -1.0), "is -1, expected scales above 0")
     yield "clip above 1", _tensor(TENSORS["clip"], lambda t: _first(t, 2.0), "is 2, expected factors in (0, 1]")
     too_large = _tensor(TENSORS["multiplier"], lambda t: _first(t, 16), "is 16, expected 1 .. ", "zero-point")

@@ -88,5 +88,28 @@ REAL: dict[str, tuple[float, dict[str, Any]]] = {
             "vocab_size": 128256,
         },
     ),
+    "OLMo-2-7B-Instruct": (
+        7.30e9,
+        {
+            "architectures": ["Olmo2ForCausalLM"],
+            "model_type": "olmo2",
+            "attention_bias": False,
+            "eos_token_id": 100257,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "pad_token_id": 100277,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": None,
+            "rope_theta": 500_000,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 100352,
+        },
+    ),
 }
 """By name: number of parameters, config.json."""

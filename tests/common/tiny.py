@@ -74,12 +74,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 24,
         "pad_token_id": 0,
     },
+    "olmo2": {"architecture": "Olmo2ForCausalLM", "tie_word_embeddings": False, "pad_token_id": 0},
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
 FAMILIES = (
     *("llama3-rope", "mistral", "mistral-window"),
-    *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3"),
+    *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3", "olmo2"),
 )
 """Those that differ in more than sizes."""
 

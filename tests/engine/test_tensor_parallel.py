@@ -14,6 +14,10 @@ from tests.offline.model.test_architectures import SMALL
 PROMPTS = torch.randint(3, VOCAB_SIZE - 13, (4, 128), generator=torch.Generator().manual_seed(0)).tolist()
 
 
+CASES = [("fast", size) for size in ("one-kv-head", "ministral", "granite", "phi3", "smollm3", "olmo2")]
+CASES += [("kv4", "one-kv-head"), ("kv4", "tied")]
+
+
 def write_checkpoint(folder: Path, preset: str, size: str) -> Path:
     """Make a checkpoint for two workers, of a tied model; that of `fast` has an 8-bit vocabulary."""
     update = SMALL | ({"lm_head_bits": 8} if preset == "fast" else {})
@@ -30,7 +34,7 @@ def logprobs(engine: Engine, checkpoint: Path, workers: int) -> torch.Tensor:
     return torch.tensor([answer.prompt + answer.logprobs for answer in answers])
 
 
-@pytest.mark.parametrize(("preset", "size"), [("fast", "one-kv-head"), ("kv4", "one-kv-head"), ("kv4", "tied")])
+@pytest.mark.parametrize(("preset", "size"), CASES)
 def test_two_workers_say_what_one_says(engine: Engine, preset: str, size: str, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, preset, size)
     alone, together = (logprobs(engine, checkpoint, workers) for workers in (1, 2))

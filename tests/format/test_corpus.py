@@ -8,14 +8,19 @@ import pytest
 
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline.evaluate.verify import verify
-from tests.common.corpus import TENSORS, cases, write_sound
+from tests.common.corpus import OTHERS, TENSORS, Case, cases, other_cases, write_other_sound, write_sound
 
-CASES = cases()
+CASES, OTHER_CASES = cases(), other_cases()
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sound(tmp_path_factory.mktemp("corpus") / "sound")
+
+
+@pytest.fixture(scope="module")
+def other_sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_other_sound(tmp_path_factory.mktemp("others") / "sound")
 
 
 def read(folder: Path) -> int:
@@ -30,14 +35,29 @@ def test_the_sound_one_is_read_and_has_every_kind_of_tensor(sound: Path) -> None
     assert len(CASES) >= 60
 
 
+def test_the_sound_one_with_norms_behind_is_read_and_has_every_other_tensor(other_sound: Path) -> None:
+    assert read(other_sound) > 0
+    assert set(OTHERS.values()) <= Checkpoint(other_sound).weight_map.keys()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_broken_one_is_refused(name: str, sound: Path, tmp_path: Path) -> None:
+    assert_refused(CASES[name], sound, tmp_path)
+
+
+@pytest.mark.parametrize("name", OTHER_CASES)
+def test_a_broken_one_with_norms_behind_is_refused(name: str, other_sound: Path, tmp_path: Path) -> None:
+    assert_refused(OTHER_CASES[name], other_sound, tmp_path)
+
+
+def assert_refused(case: Case, sound: Path, tmp_path: Path) -> None:
+    """By name, at once, when it is read and by `verify`."""
     folder = shutil.copytree(sound, tmp_path / "broken")
-    CASES[name].spoil(folder)
+    case.spoil(folder)
     started = time.monotonic()
     with pytest.raises(FormatError) as refused:
         read(folder)
     assert time.monotonic() - started < 5
-    for words in (str(folder), *CASES[name].says):
+    for words in (str(folder), *case.says):
         assert words in str(refused.value)
     assert not verify(folder).passed

@@ -16,7 +16,7 @@ from infoquant_vllm.format.model_config import FIELDS
 from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
-LLAMA, MISTRAL, MINISTRAL, GRANITE, PHI3, QWEN2, QWEN3, SMOLLM3 = ARCHITECTURES
+LLAMA, MISTRAL, MINISTRAL, GRANITE, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3 = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -43,6 +43,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (LLAMA, {"n_head_kv": 4}),
     (QWEN3, {"attention_bias": True}),
     (MISTRAL, {"mlp_bias": True}),
+    (OLMO2, {"mlp_bias": True}),
+    (OLMO2, {"sliding_window": 24}),
     (LLAMA, {"qkv_bias": True}),
     (LLAMA, {"attention_bias": True, "qkv_bias": False}),
     (LLAMA, {"bias": True}),

@@ -16,8 +16,8 @@ MIN_SCALE = 1e-12
 MIN_KV_SCALE = 2.0**-20
 MAX_FLOAT16 = 65504.0
 LARGEST_VALUE = 120.0
-"""Integer of the largest code of a segment of several groups: 120 / 8 .. 120 / 15 times a code is never half-way between
-two integers, as 127 / 8 * 4 is, where last bits would decide about the rounding."""
+"""Integer of the largest code of a segment of several groups: 120 / 8 .. 120 / 15 times a code is never half-way
+between two integers, as 127 / 8 * 4 is, where last bits would decide about the rounding."""
 
 
 def apply_transform(

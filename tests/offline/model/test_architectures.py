@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infoquant_vllm.format import ARCHITECTURES, SITE_NORMS, SITES, ModelShape
+from infoquant_vllm.format import ARCHITECTURES, NORMS_BEHIND, SITE_NORMS, SITES, ModelShape
 from offline import PRESETS, quantize
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
@@ -37,7 +37,8 @@ def test_sites_and_norms_are_all_the_linears_and_norms_of_a_layer(name: str) -> 
     layer = empty_model(shape, read_config(shape, config, Path("config.json"))).model.layers[0]
     linears = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
     assert linears == {linear for linears in SITES.values() for linear in linears}
-    assert {name for name, _ in layer.named_children() if "norm" in name} == set(SITE_NORMS.values())
+    norms = NORMS_BEHIND if ARCHITECTURES[name].norms_behind else SITE_NORMS.values()
+    assert {name for name, _ in layer.named_children() if "norm" in name} == set(norms)
 
 
 def test_every_class_is_among_the_tiny_models() -> None:
