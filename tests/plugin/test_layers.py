@@ -54,7 +54,6 @@ class Model:
         self.hf["quantization_config"] = quantization_config(self.hf, **(quantization or {}))
         self.tensors = random_tensors(self.hf)
         self.config = InfoQuantConfig.from_config(self.hf["quantization_config"])
-        self.config.packed_modules_mapping = PACKED
 
     def create(self, name: str) -> Any:
         """A layer by the last part of its name."""
