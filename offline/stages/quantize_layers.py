@@ -110,7 +110,7 @@ def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs) -> 
             statistics.observe(module, x)
 
     modules = [] if run.recipe.rounding == "none" else [linears[0] for linears in SITES.values()]
-    outputs = (key_module,) if run.recipe.reads_keys else ()
+    outputs: tuple[str, ...] = (key_module,) if run.recipe.reads_keys else ()
     outputs += (query_module,) if args is not None and args.key_feedback else ()
     hidden.forward_layer(inputs.state, modules, observe, outputs)
     inputs.hessians = statistics.take_hessians()
