@@ -150,9 +150,19 @@ def attention(rows: Rows) -> str:
     return _markdown(("attention", "tokens of context", "times as fast as vLLM's bf16"), lines)
 
 
+def caches(rows: Rows) -> str:
+    """Tabulate KV caches: bytes, and KL to the unquantized model."""
+    lines = []
+    for row in rows:
+        name = f"vLLM's `{row['cache']}`, emulated" if row["emulated"] else "`kv4`, simulated"
+        lines.append([name, f"{row['bytes_per_token']:,}", f"{row['kl']:.4f} ± {row['kl_se']:.4f}"])
+    return _markdown(("KV cache", "bytes per token", "KL to bf16"), lines)
+
+
 TABLES: MappingProxyType[str, Callable[[Rows], str]] = MappingProxyType(
     {
         "accuracy.json": accuracy,
+        "caches.json": caches,
         "serving.json": served,
         "serving-baselines.json": served,
         "serving-qwen2-1.5b.json": served,
