@@ -154,10 +154,10 @@ class InfoQuantLinearMethod(LinearMethodBase):
         kernels = backend(packed.device.type)
         matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
         layer.infoquant_matrices = kernels.prepare_matrices(matrices, self.hadamard)
-        names = ("weight_packed", "weight_scale", *QPARAMS)
-        given = PackedWeight(*(getattr(layer, name).data if hasattr(layer, name) else None for name in names))
+        qparams = (getattr(layer, name).data if hasattr(layer, name) else None for name in QPARAMS)
+        given = PackedWeight(packed, layer.weight_scale.data, *qparams)
         prepared = kernels.prepare_linear(given, weights.num_bits, layer.infoquant_segments)
-        for name, data in zip(names, prepared, strict=True):
+        for name, data in zip(("weight_packed", "weight_scale", *QPARAMS), prepared, strict=True):
             if hasattr(layer, name):
                 setattr(layer, name, None if data is None else _frozen(data))
         for name in INPUT_TENSORS:

@@ -25,11 +25,14 @@ def int4_weights(features: int, channels: int, groups: int) -> list[PackedWeight
     if groups > 1:
         multiplier, zero = torch.randint(1, 9, (channels, groups)), torch.randint(0, 16, (channels, groups))
         given = given._replace(multiplier=multiplier.to(torch.uint8), zero_point=zero.to(torch.uint8))
-    prepared = prepare_linear(given, 4, 1)
-    return [
-        PackedWeight(*(None if each is None else each.clone() for each in prepared))
-        for _ in copies(prepared.packed.nbytes)
-    ]
+    packed, scale, *qparams = prepare_linear(given, 4, 1)
+
+    def copy() -> PackedWeight:
+        return PackedWeight(
+            packed.clone(), scale.clone(), *(None if each is None else each.clone() for each in qparams)
+        )
+
+    return [copy() for _ in copies(packed.nbytes)]
 
 
 def read_weights(size: int) -> Candidate:

@@ -20,8 +20,7 @@ from infoquant_vllm.kernels.torch.kv_cache import SUB_BLOCK
 from infoquant_vllm.kernels.torch.linear import linear, prepare_linear
 from offline.algorithms.rotations import transform_operands
 
-WEIGHT_TENSORS = ("weight_packed", "weight_scale", "weight_multiplier", "weight_zero_point")
-"""Tensors of a `PackedWeight` in a checkpoint."""
+QPARAMS = ("weight_multiplier", "weight_zero_point")
 
 
 class SimulatedLinear(nn.Module):
@@ -30,8 +29,7 @@ class SimulatedLinear(nn.Module):
     def __init__(self, scheme: LinearScheme, tensors: dict[str, torch.Tensor]):
         super().__init__()
         self.scheme = scheme
-        weight = PackedWeight(*(tensors.get(name) for name in WEIGHT_TENSORS))
-        prepared = prepare_linear(weight, scheme.weights.num_bits, 1)
+        prepared = prepare_linear(_packed_weight(tensors), scheme.weights.num_bits, 1)
         for name, tensor in (tensors | {"weight_packed": prepared.packed}).items():
             self.register_buffer(name, tensor)
 
@@ -41,9 +39,12 @@ class SimulatedLinear(nn.Module):
         transform = transform_operands(self.scheme.input_transform, tensors)
         segments = activation_segments(args, x.shape[-1])
         inputs = InputQuant(*transform, tensors.get("input_clip_ratio"), args.num_bits, args.symmetric, segments)
-        weight = PackedWeight(*(tensors.get(name) for name in WEIGHT_TENSORS))
-        out = linear(x.flatten(0, -2), inputs, weight, tensors.get("bias"))
+        out = linear(x.flatten(0, -2), inputs, _packed_weight(tensors), tensors.get("bias"))
         return out.unflatten(0, x.shape[:-1])
+
+
+def _packed_weight(tensors: dict[str, torch.Tensor]) -> PackedWeight:
+    return PackedWeight(tensors["weight_packed"], tensors["weight_scale"], *(tensors.get(name) for name in QPARAMS))
 
 
 class SimulatedNorm(nn.Module):
