@@ -25,8 +25,9 @@ OTHERS_ARCHS = (80, 90)
 KNOWN_SPILLS = re.compile(
     r"rotate_quantize_kernel (sm_(80|86|89) .*outer=64 inner=64 |.* outer=96 inner=4 )"
     r"|gemm_kernel sm_(80|86|89) .*weight_bits=8 .*block_n=128 block_m=128 "
-    r"|gemm_kernel sm_100 .*block_n=256 block_m=128 "
-    r"|kv_(decode|attention)_kernel sm_(80|90) .*head=(80|192) "
+    r"|gemm_kernel sm_80 .*block_n=64 block_m=32 "
+    r"|gemm_kernel sm_100 .*block_n=256 block_m=(32|128) "
+    r"|kv_(decode|attention)_kernel sm_(80|90) .*head=(80|192|256) "
     r"|kv_decode_kernel sm_(80|90) .*head=64 group=40 "
 )
 """See docs/gpu-kernels.md."""
