@@ -86,7 +86,9 @@ class InfoQuantLinearMethod(LinearMethodBase):
         )
         layer.register_parameter("weight_packed", packed)
         scale = ChannelQuantScaleParameter(
-            data=torch.empty(rows, 1), output_dim=0, weight_loader=tracker.track("weight_scale", loader)
+            data=torch.empty(rows, 1, dtype=torch.float32),
+            output_dim=0,
+            weight_loader=tracker.track("weight_scale", loader),
         )
         layer.register_parameter("weight_scale", scale)
         qparams = ("weight_multiplier",) * self.has_multiplier + ("weight_zero_point",) * self.has_zero_point

@@ -13,6 +13,7 @@ import vllm.model_executor.layers.vocab_parallel_embedding as vllm_embedding
 import vllm.model_executor.parameter as vllm_parameter
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 import infoquant_vllm.kv_cache as infoquant_kv_cache
 from infoquant_vllm import register
@@ -154,6 +155,17 @@ def test_ranks_together_compute_what_one_does(ranks: int, name: str, quantizatio
             offset = sum(size * (copies if size == section.shape[1] else 1) // ranks for size in sizes[:index])
             found = part[:, offset : offset + width]
             assert torch.equal(found, section[:, rank // copies * width : (rank // copies + 1) * width])
+
+
+@pytest.mark.parametrize("name", ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"])
+def test_a_bfloat16_model_loads_every_tensor_in_the_dtype_of_the_checkpoint(name: str) -> None:
+    model = Model(SHARDABLE, **WIDE)
+    with _rank(0, 1), set_default_torch_dtype(torch.bfloat16):  # as vLLM does while it builds a model
+        layer = model.create(name)
+    dtypes = {full.rpartition(".")[2]: tensor.dtype for full, tensor in model.tensors.items()}
+    found = {parameter: data.dtype for parameter, data in layer.named_parameters()}
+    assert {"weight_packed", "weight_scale", "input_clip_ratio"} <= found.keys()
+    assert found == {parameter: dtypes[parameter] for parameter in found}
 
 
 @pytest.mark.parametrize(("ranks", "rank", "heads"), [(1, 0, [0, 1]), (2, 1, [1]), (4, 3, [1]), (4, 1, [0])])
