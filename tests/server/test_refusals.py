@@ -66,9 +66,9 @@ CASES = {
     "unknown format version": Case(from_the_future, ("format_version is 99", "reads 3")),
     "NaN scale": Case(not_a_number, (SCALE, "nan", "scales above 0")),
     "unquantized model": Case(unquantized, ("infoquant quantize",), ("--quantization", "infoquant")),
-    "tensor parallelism through a block": Case(
+    "tensor parallelism through a scale": Case(
         sound,
-        ("down_proj", "384", "192", "--max-tp-size 2"),
+        ("o_proj", "256", "128", "--max-tp-size 2"),
         ("--tensor-parallel-size", "2"),
         (("VLLM_CPU_OMP_THREADS_BIND", "0|1"),),  # vLLM shares out NUMA nodes by itself, but not the cores of one
     ),
