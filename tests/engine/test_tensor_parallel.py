@@ -41,4 +41,5 @@ def test_two_workers_say_what_one_says(engine: Engine, preset: str, size: str, t
     difference = (together - alone).abs()
     print(f"|difference of log-probabilities| {difference.mean():.1e} on average, {difference.max():.1e} at most")
     assert alone.std() > 0.5
-    assert difference.mean() <= 1e-3
+    assert difference.median() <= 1e-5
+    assert difference.mean() <= 5e-3  # workers add sums in another order, so a code flips now and then
