@@ -78,6 +78,10 @@ class FakeQuantInput(nn.Module):
             self._seen, self._quantized = x, self._quantize(x)
         return self._quantized
 
+    def forget(self) -> None:
+        """Drop the last input: the same tensor may enter again after a step of training."""
+        self._seen = None
+
     def _quantize(self, x: torch.Tensor) -> torch.Tensor:
         transform, args = self._scheme.input_transform, self._scheme.input_activations
         y = transform_input(x.flatten(0, -2), transform, self._matrices, hadamard_product).view(x.shape)

@@ -73,6 +73,8 @@ class FakeQuantLayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """Map hidden [sequences, length, hidden] float32 through the layer; `rotary`: cosines and sines."""
+        for linear in self._linears.values():
+            linear.input.forget()
         return self.layer(hidden, position_embeddings=rotary)
 
     @torch.no_grad()
