@@ -207,8 +207,8 @@ class InfoQuantAttentionImpl(AttentionImpl[InfoQuantAttentionMetadata]):
         """Store key, value [tokens, kv_heads, head_size] at slot_mapping [tokens] int64."""
         if kv_cache.numel() == 0:  # the run that measures memory has no cache yet
             return
-        offset, feedback = getattr(layer, "key_mean", None), getattr(layer, "key_feedback", None)
-        calibration = KVCalibration(layer.key_clip_ratio, layer.value_clip_ratio, offset, feedback)
+        mean, feedback = getattr(layer, "key_mean", None), getattr(layer, "key_feedback", None)
+        calibration = KVCalibration(layer.key_clip_ratio, layer.value_clip_ratio, mean, feedback)
         backend(key.device.type).kv_store(key, value, kv_cache, slot_mapping, calibration, self.scheme)
 
     def forward(  # type: ignore[override]

@@ -174,8 +174,10 @@ class InfoQuantLinearMethod(LinearMethodBase):
         if not self.has_multiplier:
             return
         multipliers = layer.weight_multiplier.data.split(layer.infoquant_rows)
-        zeros = layer.weight_zero_point.data.split(layer.infoquant_rows) if self.has_zero_point else [None] * 3
-        for source, multiplier, zero in zip(self.sources, multipliers, zeros, strict=False):
+        zeros = [None] * len(multipliers)
+        if self.has_zero_point:
+            zeros = layer.weight_zero_point.data.split(layer.infoquant_rows)
+        for source, multiplier, zero in zip(self.sources, multipliers, zeros, strict=True):
             check_multipliers(multiplier, zero, f"{source}.weight_multiplier", "checkpoint")
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
