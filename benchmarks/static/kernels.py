@@ -132,8 +132,8 @@ def rotate_cases(model: Model) -> Iterator[Case]:
         for tokens in TOKENS:
             for name, given in others.items():
                 yield Case(model.name, "qkv", name, tokens, rotate_call(tokens, features, *given))
-            features, _ = model.linears["down"]
-            call = rotate_call(tokens, features, features // 32, features)
+            wide, _ = model.linears["down"]
+            call = rotate_call(tokens, wide, wide // 32, wide)
             yield Case(model.name, "down", "Hadamard, A4 groups of 32", tokens, call)
 
 
