@@ -132,14 +132,18 @@ class _Replica:
         self._rotary = tuple(part.to(device) for part in rotary)
 
     def hook(self, modules: list[str], outputs: tuple[str, ...]) -> None:
-        """Call `observe` with the inputs of `modules` and the outputs of `outputs`, whenever the layer runs."""
+        """Call `observe` with the inputs of `modules` and the outputs of `outputs`, whenever the layer runs.
+
+        Hooks do not know the replica: a circle of references would keep the weights until a garbage collection.
+        """
+        observe = self._observe
         for name in modules:
             self._layer.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: self._observe(name, args[0].flatten(0, -2))
+                lambda _, args, name=name: observe(name, args[0].flatten(0, -2))
             )
         for name in outputs:
             self._layer.get_submodule(name).register_forward_hook(
-                lambda _, args, out, name=name: self._observe(name + OUTPUT, out.flatten(2).flatten(0, 1))
+                lambda _, args, out, name=name: observe(name + OUTPUT, out.flatten(2).flatten(0, 1))
             )
 
     @torch.no_grad()

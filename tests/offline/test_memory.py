@@ -1,5 +1,6 @@
 """Peak memory is that of one decoder layer, for any number of layers."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from offline import PRESETS, ToolError, quantize
-from offline.model.hidden_states import TOKENS_PER_BATCH
+from offline.model.hidden_states import TOKENS_PER_BATCH, HiddenStates
 from offline.model.scratch import Scratch
+from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, KVCache, LearnedClips, Psot, PsotLayer, Recipe
+from offline.stages.fold import fold_layer
 from tests.common.big import HALF_LAYER, LAYER_BYTES, write_half_size_model
 from tests.common.tiny import write_source
 
@@ -80,6 +83,19 @@ def test_peak_does_not_grow_with_the_layers(tmp_path: Path, transform: str) -> N
     )
     layer = 4 * (2 * 1024 * 1024 + 2 * 128 * 1024 + 3 * 1024 * 1024)
     assert many - few < 1.5 * layer
+
+
+def test_a_layer_that_has_run_is_freed_without_a_garbage_collection(tmp_path: Path) -> None:
+    source = Source.open(write_source(tmp_path / "source"))
+    hidden = HiddenStates(source, torch.zeros(1, 8, dtype=torch.int64), None, [torch.device("cpu")])
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(each, torch.nn.Linear) for each in gc.get_objects())
+        hidden.forward_layer(fold_layer(source, 0, None), ["mlp.down_proj"], lambda *_: None, ("self_attn.k_proj",))
+        assert sum(isinstance(each, torch.nn.Linear) for each in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_scratch_larger_than_free_memory_is_an_unnamed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
