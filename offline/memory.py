@@ -1,7 +1,8 @@
 """Predict what a run holds in memory and writes to disk, before it begins.
 
-Most stages hold one decoder layer. Two hold the whole model: sampling calibration text token by token, and
-distillation, whose gradients run through all layers; a layer at a time both would read the model hundreds of times.
+Most stages hold one decoder layer. Three hold the whole model: sampling calibration text token by token, weighing
+tokens, and distillation, whose gradients run through all layers; a layer at a time they would read the model hundreds
+of times.
 Memory is main memory; a GPU's is not counted.
 """
 
@@ -29,6 +30,7 @@ ROWS_PER_DRAW = 64  # rows whose probabilities are held at once, in float32
 COPIES_TO_SAMPLE = 2  # of the weights: as read, and in the model
 COPIES_TO_DISTILL = 2  # of the weights: the student's and the source's
 DISTILL_ACTIVATIONS = 14  # tensors of hidden size, and half as many of intermediate size, kept per layer for gradients
+COPIES_OF_LOGITS = 4  # logits, probabilities to draw from, and what their gradient takes
 CLIP_ACTIVATIONS = 20  # tensors of hidden and of intermediate size kept for the gradients of clips
 ROTATION_STEP_MATRICES = 15  # hidden x hidden float32 matrices held by a step of `learn_rotation`
 BOUND_FACTOR, BOUND_BYTES = 1.5, 2 * 2**30
@@ -112,6 +114,14 @@ def check_memory(source: Source, recipe: Recipe, calibration: str) -> None:
                 f"{needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; give --calibration a text file, "
                 "or a file that `infoquant sample` wrote on a larger machine"
             )
+    if recipe.gptq.guided:
+        needed = _guiding_bytes(source, recipe.calibration)
+        if needed > free:
+            raise ToolError(
+                f"recipe '{recipe.name}' weighs tokens by gradients, which holds the whole model, about "
+                f"{needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; use preset fast, or a recipe without "
+                "`gptq.guided` and `distillation`, which hold one layer at a time"
+            )
     if recipe.distillation is not None:
         needed = _distillation_bytes(source, recipe)
         if needed > free:
@@ -156,6 +166,8 @@ def _stages(
     found["embeddings and lm_head"] = (
         held + FLOAT32 * shape.vocab_size * shape.hidden_size + 4 * FLOAT32 * shape.hidden_size**2
     )
+    if recipe.gptq.guided:
+        found["token weights"] = held + _guiding_bytes(source, recipe.calibration)
     if recipe.reads_layers:
         found["activations"] = held + layer + batch + sum(site.hessian_bytes for site in sites.values())
     found["weights"] = held + (layer if recipe.rounding == "none" else _rounding_bytes(list(sites.values())))
@@ -179,6 +191,14 @@ def _sampling_bytes(source: Source, size: CalibrationSize) -> int:
     cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * rows * size.sequence_length
     values = COPIES_TO_SAMPLE * _parameters(shape) + cache + rows * shape.vocab_size
     return sampling_dtype().itemsize * values + FLOAT32 * 2 * min(rows, ROWS_PER_DRAW) * shape.vocab_size
+
+
+def _guiding_bytes(source: Source, size: CalibrationSize) -> int:
+    """Bytes to weigh tokens: the weights in float32, activations kept for gradients, and logits with gradients."""
+    shape, width = source.shape, source.shape.hidden_size + source.shape.intermediate_size // 2
+    kept = DISTILL_ACTIVATIONS * width * shape.num_hidden_layers + COPIES_OF_LOGITS * shape.vocab_size
+    found = len(SITES) * shape.num_hidden_layers * size.sequences
+    return FLOAT32 * (_parameters(shape) + (kept + found) * size.sequence_length)
 
 
 def _distillation_bytes(source: Source, recipe: Recipe) -> int:

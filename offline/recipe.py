@@ -108,10 +108,12 @@ class Gptq(StrictModel):
 
     dampening_frac: added to the Hessian's diagonal, as a share of its mean
     refinements: passes over codes and scales after GPTQ (see `offline/algorithms/refine.py`)
+    guided: weigh tokens by gradients of the loss, which holds the whole model (see `offline/stages/weigh_tokens.py`)
     """
 
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     refinements: Annotated[int, Field(ge=0, le=100)] = 0
+    guided: bool = False
 
 
 class Psot(StrictModel):
@@ -197,6 +199,7 @@ class Recipe(StrictModel):
         readers = {
             "equalize": self.equalize,
             "gptq.refinements": self.gptq.refinements > 0,
+            "gptq.guided": self.gptq.guided,
             "kv_cache.key_mean_positions": self.rounding == "rtn" and self.reads_keys,
             "learned_clips": self.learned_clips is not None,
         } | {f"sites.{name}.clip_ratio 'search'": getattr(self.sites, name).clip_ratio == "search" for name in SITES}

@@ -1,5 +1,8 @@
 """Sums over the inputs of a layer's linears, which GPTQ, equalization and clip searches read."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 HESSIAN_ROWS = 1024
@@ -11,14 +14,17 @@ SAMPLE_STRIDE = 16
 class InputStatistics:
     """Statistics of the inputs x [tokens, features] of modules, by the modules' names.
 
-    hessians: sums of x^T x, [features, features]; half the Hessian of the squared error, a factor that GPTQ ignores
+    token_weights: weights of all tokens that will be observed, [tokens] of mean 1, by module; 1 where there are none
+    hessians: weighted sums of x^T x, [features, features]; half the Hessian of the squared error, a factor that GPTQ
+        ignores
     second_moments: per-channel sums of x^2 / |x|^2, [features]; every token counts the same
-    sums: sums of x, [features]
+    sums: weighted sums of x, [features]
     tokens: number of tokens
     samples: [tokens / SAMPLE_STRIDE, features], evenly spaced tokens
     """
 
-    def __init__(self) -> None:
+    def __init__(self, token_weights: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+        self._token_weights = token_weights
         self._upper: dict[str, torch.Tensor] = {}
         self.second_moments: dict[str, torch.Tensor] = {}
         self.sums: dict[str, torch.Tensor] = {}
@@ -31,12 +37,18 @@ class InputStatistics:
         if module not in self._upper:
             self._upper[module], self.second_moments[module] = x.new_zeros(features, features), x.new_zeros(features)
             self.sums[module], self.tokens[module], self._samples[module] = x.new_zeros(features), 0, []
+        weighted = x
+        if module in self._token_weights:
+            own = self._token_weights[module][self.tokens[module] : self.tokens[module] + len(x)]
+            weighted = x * own.to(x.device)[:, None]
         strip = max(64, -(-features // 4))
         for start in range(0, features, strip):  # the upper triangle alone, strip by strip
-            self._upper[module][start : start + strip, start:].addmm_(x[:, start : start + strip].T, x[:, start:])
-        token_weights = 1 / x.square().sum(1).clamp(min=torch.finfo(x.dtype).tiny)
-        self.second_moments[module] += token_weights @ x.square()
-        self.sums[module] += x.sum(0)
+            self._upper[module][start : start + strip, start:].addmm_(
+                weighted[:, start : start + strip].T, x[:, start:]
+            )
+        inverse_energy = 1 / x.square().sum(1).clamp(min=torch.finfo(x.dtype).tiny)
+        self.second_moments[module] += inverse_energy @ x.square()
+        self.sums[module] += weighted.sum(0)
         self.tokens[module] += len(x)
         self._samples[module].append(x[::SAMPLE_STRIDE].clone())
 

@@ -16,6 +16,7 @@ from offline.stages.equalize import equalize_layer
 from offline.stages.fold import fold_layer
 from offline.stages.learn_clips import learn_clips
 from offline.stages.quantize_layer import LayerInputs, quantize_layer
+from offline.stages.weigh_tokens import weigh_tokens
 from offline.training.fake_quant_layer import Layer
 
 RESUME_STATE, HIDDEN = "next-layer", "hidden"
@@ -26,8 +27,10 @@ def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transfor
     hidden, layers, done = None, run.source.shape.num_hidden_layers, 0
     if run.store.exists(RESUME_STATE):
         done = run.store.metadata(RESUME_STATE)["layer"]
+    weights: dict[str, torch.Tensor] = {}
     if run.recipe.reads_layers and done < layers:
         assert tokens is not None  # such recipes need calibration
+        weights = weigh_tokens(run, tokens) if run.recipe.gptq.guided else {}
         hidden = HiddenStates(run.source, tokens, transforms, run.devices, run.store.scratch)
         if done:
             hidden.restore(run.store.load(RESUME_STATE)[HIDDEN], done)
@@ -37,7 +40,9 @@ def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transfor
     run.progress("layers", done, layers)  # the clock of the time left starts here
     for layer in range(done, layers):
         began = time.monotonic()
-        tensors, errors = _quantized_layer(run, hidden, layer, transforms)
+        prefix = f"model.layers.{layer}."
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+        tensors, errors = _quantized_layer(run, hidden, layer, transforms, own)
         pace = None if tokens is None else tokens.numel() / (time.monotonic() - began)
         if run.store.persistent:
             run.store.save(_name(layer), tensors, errors=errors)
@@ -71,9 +76,12 @@ def _log_layer(
 
 
 def _quantized_layer(
-    run: Run, hidden: HiddenStates | None, layer: int, transforms: Transforms | None
+    run: Run, hidden: HiddenStates | None, layer: int, transforms: Transforms | None, weights: dict[str, torch.Tensor]
 ) -> tuple[Layer, dict[str, float]]:
-    """Return the checkpoint's tensors of a layer and its linears' output errors; runs `hidden` through the layer."""
+    """Return the checkpoint's tensors of a layer and its linears' output errors; runs `hidden` through the layer.
+
+    weights: of the tokens, by module (see `InputStatistics`)
+    """
     learned, before = run.recipe.learned_clips, None
     folded = fold_layer(run.source, layer, transforms)
     inputs = LayerInputs(_on(run.devices[0], folded))
@@ -85,7 +93,7 @@ def _quantized_layer(
             if learned is not None:
                 first = hidden.values[: learned.sequences]
                 before = run.store.scratch.empty(*first.shape).copy_(first)
-            _collect_statistics(run, hidden, inputs)
+            _collect_statistics(run, hidden, inputs, InputStatistics(weights))
     with run.watch("weights"):
         tensors, errors = quantize_layer(inputs, run.recipe, run.source.shape, run.source.unquantized_dtype)
     if hidden is not None and learned is not None and before is not None:
@@ -98,9 +106,9 @@ def _on(device: torch.device, tensors: Layer) -> Layer:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs) -> None:
+def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs, statistics: InputStatistics) -> None:
     """Run `hidden` through the layer of `inputs`; fills in Hessians, samples and the cache's, equalizes the weights."""
-    shape, statistics, args = run.source.shape, InputStatistics(), run.recipe.kv_cache
+    shape, args = run.source.shape, run.recipe.kv_cache
     queries, (query_module, key_module) = QueryMoments(shape), ARCHITECTURES[shape.architecture].rope_inputs
 
     def observe(module: str, x: torch.Tensor) -> None:
