@@ -35,7 +35,8 @@ def weigh_tokens(run: Run, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 def _gradient_energies(run: Run, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return |g|^2 over the outputs of each site, [tokens] float32 each, by the site's first linear."""
     device = run.devices[0]
-    model = run.source.model(torch.float32).to(device)
+    model = run.source.model(torch.float32)
+    nn.Module.to(model, device)
     generator = torch.Generator(device).manual_seed(run.seed)
     energies = {
         f"model.layers.{layer}.{linears[0]}": torch.zeros(tokens.shape)
