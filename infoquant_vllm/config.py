@@ -22,6 +22,7 @@ from infoquant_vllm.kernels.dispatch import MIN_CAPABILITY, forced_kernels
 from infoquant_vllm.summary import Summary
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
 
@@ -75,7 +76,7 @@ class InfoQuantConfig(QuantizationConfig):
         if not folder.is_dir():
             return
         if (folder / INDEX_FILE).exists() or any(folder.glob("*.safetensors")):
-            Checkpoint(folder).check_norms()
+            Checkpoint(folder).check_unquantized()
         else:
             self.folder_without_weights = folder
 
@@ -110,7 +111,9 @@ class InfoQuantConfig(QuantizationConfig):
         if isinstance(layer, Attention):
             kv_cache = self.data.kv_cache
             return None if kv_cache is None else InfoQuantKVCacheMethod(self, kv_cache, self.summary)
-        if isinstance(layer, MLAAttention | RoutedExperts):
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        if isinstance(layer, MLAAttention):
             raise FormatError(f"{prefix}: {type(layer).__name__} is not served by this release")
         return None
 
@@ -136,10 +139,10 @@ class InfoQuantConfig(QuantizationConfig):
 
         vLLM's `packed_modules_mapping` does not say that for a class whose source has fused linears (Phi-3).
         """
+        block, _, name = prefix.rpartition(".")  # of attention, of an MLP, or of a shared expert
         for fused, shards in FUSED.items():
-            layer = prefix.removesuffix(fused)
-            if layer != prefix:
-                return [layer + shard for shard in shards]
+            if name == fused.rpartition(".")[2]:
+                return [f"{block}.{shard.rpartition('.')[2]}" for shard in shards]
         return [prefix]
 
     def _embedding_method(self, is_head: bool, prefix: str) -> QuantizeMethodBase | None:
@@ -151,6 +154,26 @@ class InfoQuantConfig(QuantizationConfig):
         if not rotated and num_bits is None:
             return None
         return InfoQuantEmbeddingMethod(prefix, rotated, num_bits, self.summary)
+
+    def _experts_method(self, layer: "RoutedExperts", prefix: str) -> QuantizeMethodBase | None:
+        from infoquant_vllm.experts import InfoQuantExpertsMethod
+
+        model = get_current_vllm_config().model_config
+        if model is not None and model.using_transformers_backend():
+            raise FormatError(f"{prefix}: mixtures of experts are not served by --model-impl transformers")
+        gate, up, down = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name
+        places = [f"{prefix}.{expert}" for expert in range(layer.moe_config.num_logical_experts)]
+        schemes = [[self.data.scheme(f"{place}.{name}") for place in places for name in names]
+                   for names in ((gate, up), (down,))]  # fmt: skip
+        for found in schemes:
+            if any(scheme != found[0] for scheme in found):
+                raise FormatError(f"{prefix}: the experts of a mixture need equal schemes")
+        reading, writing = schemes[0][0], schemes[1][0]
+        if reading is None and writing is None:
+            return None
+        if reading is None or writing is None:
+            raise FormatError(f"{prefix}: all linears of experts are quantized, or none")
+        return InfoQuantExpertsMethod(prefix, layer, (reading, writing), self.summary)
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         from infoquant_vllm.linear import InfoQuantLinearMethod

@@ -22,7 +22,7 @@ def fill_dummy_weights(tensors: dict[str, torch.Tensor], module: str, num_bits: 
         if name == "weight_packed":
             _fill_with_random_bytes(data, zlib.crc32(module.encode()))
         elif name == "weight_scale" and num_bits is not None:
-            features = tensors["weight_packed"].shape[1] * 8 // num_bits
+            features = tensors["weight_packed"].shape[-1] * 8 // num_bits
             step = 3**0.5 / (2 ** (num_bits - 1) * features**0.5)  # codes are nearly uniform
             data.fill_(step / DUMMY_MULTIPLIER if "weight_multiplier" in tensors else step)
         elif name == "weight_multiplier":

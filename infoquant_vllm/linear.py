@@ -61,7 +61,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the checkpoint's tensors of this layer, sharded as vLLM shards the layer."""
-        self._check_sizes(input_size_per_partition, input_size)
+        check_sizes(self.scheme, input_size_per_partition, input_size, self.prefix)
         self._check_kernel()
         tracker = LoadTracker(self._shards(len(output_partition_sizes)))
         loader = extra_weight_attrs["weight_loader"]
@@ -128,18 +128,6 @@ class InfoQuantLinearMethod(LinearMethodBase):
         is_qkv = self.prefix.endswith("qkv_proj")
         return dict(zip("qkv" if is_qkv else range(partitions), self.sources, strict=True))
 
-    def _check_sizes(self, features: int, all_features: int) -> None:
-        try:
-            check_tp_divisible(self.scheme, all_features, tp_size=all_features // features)
-        except FormatError as error:
-            raise FormatError(f"{self.prefix}: {error}") from None
-        inputs, weights = self.scheme.input_activations, self.scheme.weights
-        largest_input = MAX_VALUE if inputs.num_bits == 4 else 2**8
-        largest_weight = MAX_VALUE if weights.num_bits == 4 else 2**8
-        summed = inputs.segment_size or features
-        if largest_input * largest_weight * summed >= 2**31:
-            raise FormatError(f"{self.prefix}: sums over {summed} features may overflow 32 bits")
-
     def _check_kernel(self) -> None:
         groups = self.scheme.weights.group_size, self.scheme.input_activations.group_size
         try:
@@ -161,10 +149,10 @@ class InfoQuantLinearMethod(LinearMethodBase):
         prepared = kernels.prepare_linear(given, weights.num_bits, layer.infoquant_segments)
         for name, data in zip(("weight_packed", "weight_scale", *QPARAMS), prepared, strict=True):
             if hasattr(layer, name):
-                setattr(layer, name, None if data is None else _frozen(data))
+                setattr(layer, name, None if data is None else frozen(data))
         for name in INPUT_TENSORS:
             if hasattr(layer, name):
-                setattr(layer, name, _frozen(getattr(layer, name).data))
+                setattr(layer, name, frozen(getattr(layer, name).data))
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
         kind = f"W{weights.num_bits}A{self.num_bits} ({kernels.name})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
@@ -196,5 +184,20 @@ class InfoQuantLinearMethod(LinearMethodBase):
         return out if is_flat else out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _frozen(data: torch.Tensor) -> torch.nn.Parameter:
+def check_sizes(scheme: LinearScheme, features: int, all_features: int, prefix: str) -> None:
+    """Raise FormatError where a rank cannot serve `features` of the input, or its sums may overflow."""
+    try:
+        check_tp_divisible(scheme, all_features, tp_size=all_features // features)
+    except FormatError as error:
+        raise FormatError(f"{prefix}: {error}") from None
+    inputs, weights = scheme.input_activations, scheme.weights
+    largest_input = MAX_VALUE if inputs.num_bits == 4 else 2**8
+    largest_weight = MAX_VALUE if weights.num_bits == 4 else 2**8
+    summed = inputs.segment_size or features
+    if largest_input * largest_weight * summed >= 2**31:
+        raise FormatError(f"{prefix}: sums over {summed} features may overflow 32 bits")
+
+
+def frozen(data: torch.Tensor) -> torch.nn.Parameter:
+    """Return a parameter without gradients."""
     return torch.nn.Parameter(data, requires_grad=False)

@@ -12,7 +12,8 @@ from infoquant_vllm.format import FormatError, check_values
 
 logger = init_logger("vllm.infoquant")
 
-Shard = str | int | None
+Shard = str | int | tuple[int, str] | None
+"""Part of a fused parameter; of stacked experts, the expert and vLLM's name of its linear."""
 
 
 def loads_dummy_weights() -> bool:
@@ -77,17 +78,18 @@ class LoadTracker:
         if len(self.arrived) == len(self.expected):
             self.arrived.clear()
 
-    def finish(self, layer: torch.nn.Module, num_bits: int | None = None) -> None:
+    def finish(self, layer: torch.nn.Module, num_bits: int | None = None, prefix: str = "") -> None:
         """Raise FormatError naming the first missing tensor; with `--load-format dummy` fill them once.
 
         num_bits: bits of the layer's weight codes
+        prefix: of the parameters' names in the layer
         """
         if self.is_dummy and not self.arrived:
             logger.warning_once(
                 "infoquant: --load-format dummy: weights, scales and rotations are random; "
                 "speed and memory are those of a real checkpoint, the answers mean nothing"
             )
-            tensors = {name: getattr(layer, name).data for name, _ in self.expected}
+            tensors = {name: getattr(layer, f"{prefix}{name}").data for name, _ in self.expected}
             fill_dummy_weights(tensors, next(iter(self.sources.values())), num_bits)
             self.arrived.update(self.expected)
         self.is_dummy = False  # a tensor that a reload does not bring is missing

@@ -20,6 +20,7 @@ class Summary:
 
     pending: int = 0
     linears: Counter[str] = field(default_factory=Counter)
+    mixtures: Counter[str] = field(default_factory=Counter)
     caches: Counter[str] = field(default_factory=Counter)
     held_bytes: int = 0
     bf16_bytes: int = 0
@@ -44,6 +45,13 @@ class Summary:
         self.bf16_bytes += bf16
         self._finish()
 
+    def experts(self, kind: str, count: int, held: int, bf16: int) -> None:
+        """Report a finished mixture of experts, like a linear; count: of its experts on this rank."""
+        self.mixtures[kind] += count
+        self.held_bytes += held
+        self.bf16_bytes += bf16
+        self._finish()
+
     def cache(self, kind: str, held: int, bf16: int) -> None:
         """Report a finished attention layer: its kind ("KV4 (torch)"), bytes per token and kv-head, those in bf16."""
         self.caches[kind] += 1
@@ -63,8 +71,9 @@ class Summary:
     def line(self) -> str:
         """Return the line."""
         parts = [f"{count} linears {kind}" for kind, count in self.linears.items()]
+        parts += [f"{count} experts {kind}" for kind, count in self.mixtures.items()]
         parts += [f"{count} caches {kind}" for kind, count in self.caches.items()]
-        if self.linears:
+        if self.linears or self.mixtures:
             held, bf16 = self.held_bytes / MIB, self.bf16_bytes / MIB
             parts.append(f"linear weights hold {held:.1f} MiB, {bf16:.1f} MiB in bf16 ({held / bf16:.3f} x)")
         if self.lm_head_kind:

@@ -13,7 +13,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from infoquant_vllm.format import SITES, ModelShape, TensorSpec
+from infoquant_vllm.format import ModelShape, TensorSpec
 from offline.algorithms.gptq import FACTOR_BLOCK
 from offline.errors import ToolError
 from offline.mixture import samples_itself
@@ -34,7 +34,10 @@ COPIES_OF_LOGITS = 4  # logits, probabilities to draw from, and what their gradi
 CLIP_ACTIVATIONS = 20  # tensors of hidden and of intermediate size kept for the gradients of clips
 ROTATION_STEP_MATRICES = 15  # hidden x hidden float32 matrices held by a step of `learn_rotation`
 BOUND_FACTOR, BOUND_BYTES = 1.5, 2 * 2**30
-"""A run should stay within BOUND_FACTOR times a float32 layer and its batch of activations, plus BOUND_BYTES."""
+"""A run should stay within BOUND_FACTOR times a float32 layer and its batch of activations, plus BOUND_BYTES.
+
+Of a mixture of experts a layer counts with one expert, and its quantized experts are added.
+"""
 
 
 class SitePlan(BaseModel):
@@ -60,11 +63,12 @@ class StagePlan(BaseModel):
 
 
 class Plan(BaseModel):
-    """Sizes and memory of a run; every decoder layer has the same `sites`."""
+    """Sizes and memory of a run; every decoder layer has the same `sites`, those of one expert `experts` times."""
 
     model_config = ConfigDict(frozen=True)
 
     layers: int
+    experts: int
     layer_float32_bytes: int
     batch_bytes: int
     hidden_states_bytes: int
@@ -81,15 +85,17 @@ def make_plan(
     source: Source, recipe: Recipe, specs: Mapping[str, TensorSpec], calibration: str, shard_bytes: int, disk_bytes: int
 ) -> Plan:
     """Plan a run that writes the tensors `specs`, `disk_bytes` in all, in shards of `shard_bytes`."""
-    sites = {name: _site(name, source.shape, recipe, specs) for name in SITES}
+    sites = {name: _site(site, source.shape, recipe, specs) for name, site in source.shape.kinds_of_sites.items()}
     layer = FLOAT32 * sum(site.rows * site.columns for site in sites.values())
     size = recipe.calibration
     tokens = size.sequences * size.sequence_length if recipe.needs_calibration else 0
     batch = _batch_bytes(source.shape, min(tokens, max(TOKENS_PER_BATCH, size.sequence_length)))
     hidden = FLOAT32 * tokens * source.shape.hidden_size if recipe.reads_layers else 0
+    hidden *= 1 if source.shape.experts is None else 2  # inputs of the experts are kept beside them
     stages = _stages(source, recipe, calibration, sites, layer, batch, _in_memory(hidden))
     return Plan(
         layers=source.shape.num_hidden_layers,
+        experts=source.shape.num_experts,
         layer_float32_bytes=layer,
         batch_bytes=batch,
         hidden_states_bytes=hidden,
@@ -99,7 +105,7 @@ def make_plan(
         shards=len(plan_shards(specs, shard_bytes)),
         disk_bytes=disk_bytes,
         memory_bytes=max(stage.memory_bytes for stage in stages),
-        memory_bound_bytes=int(BOUND_FACTOR * (layer + batch)) + BOUND_BYTES,
+        memory_bound_bytes=int(BOUND_FACTOR * (layer + batch)) + _packed_experts(source.shape, sites) + BOUND_BYTES,
     )
 
 
@@ -133,11 +139,11 @@ def check_memory(source: Source, recipe: Recipe, calibration: str) -> None:
 
 
 def _site(name: str, shape: ModelShape, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> SitePlan:
-    modules = [f"model.layers.0.{linear}" for linear in SITES[name]]
-    sizes = [shape.linears()[module] for module in modules]
+    modules = [f"model.layers.0.{linear}" for linear in shape.sites[name]]
+    sizes = [shape.layer_linears[linear] for linear in shape.sites[name]]
     rows, columns = sum(size[0] for size in sizes), sizes[0][1]
     return SitePlan(
-        linears=list(SITES[name]),
+        linears=list(shape.sites[name]),
         rows=rows,
         columns=columns,
         source_bytes=2 * rows * columns,
@@ -157,6 +163,7 @@ def _stages(
 ) -> list[StagePlan]:
     """Return the stages in the order of the run; `hidden` are bytes of hidden states kept in memory."""
     shape, held = source.shape, held_bytes()
+    held += _packed_experts(shape, sites)
     found = {}
     if recipe.needs_calibration and samples_itself(calibration):
         found["calibration text"] = held + _sampling_bytes(source, recipe.calibration)
@@ -183,6 +190,11 @@ def _stages(
 def sampling_dtype() -> torch.dtype:
     """Return the dtype in which text is sampled: bfloat16 where the CPU multiplies such matrices, else float32."""
     return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+
+
+def _packed_experts(shape: ModelShape, sites: dict[str, SitePlan]) -> int:
+    """Return the bytes of a layer's quantized experts, which are held until the layer is written."""
+    return shape.num_experts * sum(site.bytes for site in sites.values() if ".experts." in site.linears[0])
 
 
 def _sampling_bytes(source: Source, size: CalibrationSize) -> int:
@@ -241,8 +253,9 @@ def _rounding_bytes(sites: list[SitePlan]) -> int:
 def _batch_bytes(shape: ModelShape, tokens: int) -> int:
     """Bytes of a batch's activations in one layer, float32: the inputs and outputs of its linears."""
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    outputs = queries + 2 * keys + 2 * shape.hidden_size + 2 * shape.intermediate_size
-    inputs = shape.hidden_size + queries + shape.intermediate_size
+    inner = max(shape.features(site) for site in shape.sites if site.endswith("down"))
+    outputs = queries + 2 * keys + 2 * shape.hidden_size + 2 * inner
+    inputs = shape.hidden_size + queries + inner
     return FLOAT32 * tokens * (outputs + inputs)
 
 

@@ -148,6 +148,7 @@ def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: st
             "calibration_sha256": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "errors": run.errors,
             "orthogonality_errors": run.orthogonality_errors,
+            "expert_tokens": run.expert_tokens,
             "seconds": run.watch.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
         }

@@ -173,6 +173,18 @@ class Distillation(StrictModel):
     clip_learning_rate: Rate = 3e-3
 
 
+class ExpertCalibration(StrictModel):
+    """Calibration of a mixture's experts from the tokens that its router sends to each.
+
+    least_share: of the tokens that each would get if all got the same number; an expert with fewer is calibrated on
+        others too, those that its router scores highest for it
+    unseen: number of experts, over all layers, that may get no token at all
+    """
+
+    least_share: Rate = 0.25
+    unseen: Annotated[int, Field(ge=0)] = 0
+
+
 class Recipe(StrictModel):
     """Everything that determines the output, except for the source, the calibration text and the seed."""
 
@@ -187,6 +199,7 @@ class Recipe(StrictModel):
     """Bits of lm_head, in a tied model of the embedding too; None leaves it unquantized."""
     calibration: CalibrationSize = CalibrationSize()
     gptq: Gptq = Gptq()
+    experts: ExpertCalibration = ExpertCalibration()
     psot: Psot = Psot()
     psot_layer: PsotLayer = PsotLayer()
     learned_clips: LearnedClips | None = None
@@ -249,29 +262,35 @@ class Recipe(StrictModel):
         """Return whether R1 rotates the residual stream, of a class whose norms let it."""
         return self.transform in ("hadamard", "psot-shared")
 
+    def site(self, site: str) -> Site:
+        """Return how a site of a model (see `ModelShape.sites`) is quantized; those of all experts are alike."""
+        found: Site = getattr(self.sites, site.rpartition(".")[2])
+        return found
+
     def input_transform(self, site: str, shape: ModelShape) -> InputTransform:
-        """Return the transform of the inputs of a site (see SITES) at run time; that of `down` is R4.
+        """Return the transform of the inputs of a site (see `ModelShape.sites`) at run time; that of `down` is R4.
 
         Where R1 folds into no weights, the inputs that read the residual stream get a Hadamard transform in its place.
         """
-        if site == "down" and self.transform not in ("none", "heads"):
-            block = common_shard_size(shape.intermediate_size, shape, self.max_tp_size)
+        kind = site.rpartition(".")[2]
+        if kind == "down" and self.transform not in ("none", "heads"):
+            block = common_shard_size(shape.features(site), shape, self.max_tp_size)
             return InputTransform(type="hadamard", block_size=block)
-        if site in ("qkv", "gate_up") and self.transform == "psot-layer":
+        if kind in SITE_NORMS and self.transform == "psot-layer":
             blocks = self.psot_layer.blocks
             if shape.hidden_size % blocks:
                 raise FormatError(f"psot_layer.blocks {blocks} does not divide the hidden size {shape.hidden_size}")
             return InputTransform(type="blocks", block_size=shape.hidden_size // blocks)
-        if site in SITE_NORMS and self.rotates_stream and ARCHITECTURES[shape.architecture].norms_behind:
+        if kind in SITE_NORMS and self.rotates_stream and ARCHITECTURES[shape.architecture].norms_behind:
             return InputTransform(type="hadamard", block_size=shape.hidden_size)
         return InputTransform()
 
     def input_activations(self, site: str, shape: ModelShape) -> ActivationArgs:
         """Return the number format of a site's inputs; a scale per token becomes one per shard where TP shards them."""
-        args = getattr(self.sites, site).input_activations.for_model(shape)
-        if site not in ROW_PARALLEL_SITES or args.num_bits == 16:
+        args = self.site(site).input_activations.for_model(shape)
+        if site.rpartition(".")[2] not in ROW_PARALLEL_SITES or args.num_bits == 16:
             return args
-        _, features = shape.linears()[f"model.layers.0.{SITES[site][0]}"]
+        features = shape.features(site)
         shard = common_shard_size(features, shape, self.max_tp_size)
         return args if shard == features else args.model_copy(update={"segment_size": shard})
 
@@ -280,18 +299,18 @@ class Recipe(StrictModel):
 
         Raises FormatError where the sizes of blocks or groups do not suit the model or one of the TP sizes.
         """
+        self._check_experts(shape)
         rotated = self.transform != "none"
         rotated_stream = self.rotates_stream and not ARCHITECTURES[shape.architecture].norms_behind
         plain = [linear for linears in SITES.values() for linear in linears] if self.rounding == "none" else []
         groups = {
             name: ConfigGroup(
-                targets=list(linears),
-                weights=site.weights,
-                input_activations=self.input_activations(name, shape),
-                input_transform=self.input_transform(name, shape),
+                targets=[linear.rpartition(".experts.0.")[2] for linear in shape.sites[site]],
+                weights=self.site(site).weights,
+                input_activations=self.input_activations(site, shape),
+                input_transform=self.input_transform(site, shape),
             )
-            for name, linears in SITES.items()
-            for site in [getattr(self.sites, name)]
+            for name, site in shape.kinds_of_sites.items()
             if not plain
         }
         self._check_shards(groups, shape)
@@ -308,7 +327,7 @@ class Recipe(StrictModel):
             quant_method="infoquant",
             format_version=FORMAT_VERSION,
             config_groups=groups,
-            ignore=plain + (["lm_head"] if self.lm_head_bits is None else []),
+            ignore=[*plain, *shape.gates, *(["lm_head"] if self.lm_head_bits is None else [])],
             kv_cache=kv_cache,
             rotated_hidden_states=rotated_stream,
             online_r1=rotated_stream and shape.tie_word_embeddings,
@@ -316,14 +335,28 @@ class Recipe(StrictModel):
         )
 
     def _check_shards(self, groups: dict[str, ConfigGroup], shape: ModelShape) -> None:
-        linears = shape.linears()
-        for name in groups.keys() & ROW_PARALLEL_SITES:
-            module = SITES[name][0]
+        for name, site in shape.kinds_of_sites.items():
+            if name not in groups or site.rpartition(".")[2] not in ROW_PARALLEL_SITES:
+                continue
             for tp_size in tp_sizes(shape, self.max_tp_size)[1:]:
                 try:
-                    check_tp_divisible(groups[name], linears[f"model.layers.0.{module}"][1], tp_size)
+                    check_tp_divisible(groups[name], shape.features(site), tp_size)
                 except FormatError as error:
+                    module = shape.sites[site][0]
                     raise FormatError(f"{module} with max_tp_size {self.max_tp_size}: {error}") from None
+
+    def _check_experts(self, shape: ModelShape) -> None:
+        """Raise FormatError for stages that train a layer as a whole, which no mixture of experts has been taught."""
+        wanted = {
+            "rounding 'none'": self.rounding == "none",
+            "transform 'psot-layer'": self.transform == "psot-layer",
+            "learned_clips": self.learned_clips is not None,
+            "distillation": self.distillation is not None,
+            "gptq.guided": self.gptq.guided,
+        }
+        found = next((name for name, used in wanted.items() if used), None)
+        if shape.experts is not None and found is not None:
+            raise FormatError(f"{found} is not made for mixtures of experts yet; use preset fast, or leave it out")
 
     def dump(self) -> str:
         """Return the recipe as YAML, which `load_recipe` reads."""

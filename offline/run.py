@@ -46,3 +46,5 @@ class Run:
     watch: Stopwatch = field(default_factory=Stopwatch)
     errors: dict[str, float] = field(default_factory=dict)
     orthogonality_errors: dict[str, float] = field(default_factory=dict)
+    expert_tokens: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """By layer and expert: the tokens that the router sent to it, and those that were dealt to it."""

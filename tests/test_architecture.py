@@ -14,6 +14,7 @@ MAX_PARAMETERS = 8
 EXEMPT = (
     "infoquant_vllm.attention:__init__",  # vLLM's interface
     "infoquant_vllm.attention:forward",  # vLLM's interface
+    "infoquant_vllm.kernels.ops:_experts",  # the same
     "infoquant_vllm.kernels.ops:_linear",  # the schema of a torch operation, which has no tuples
     "offline.cli.check:evaluate",  # options of a command
     "offline.cli.make:quantize",  # options of a command

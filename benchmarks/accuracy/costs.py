@@ -1,11 +1,11 @@
 """Count the arithmetic that a checkpoint adds while serving, and read its size and quantizing time from its report."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infoquant_vllm.format import (
-    SITES,
     InputTransform,
     ModelShape,
     QuantizationConfigData,
@@ -33,14 +33,14 @@ def multiply_adds(shape: ModelShape, config: QuantizationConfigData | None) -> M
     [hidden, hidden], after the embedding and before lm_head. Rotations fused into weights cost nothing.
     The element-wise work of the quantizers is not counted, and attention itself in neither figure.
     """
-    linears = shape.linears()
-    own = sum(rows * features for rows, features in linears.values()) + shape.vocab_size * shape.hidden_size
+    linears = [(name, size) for name, size in shape.linears().items() if not _is_idle(name, shape)]
+    own = sum(rows * features for _, (rows, features) in linears) + shape.vocab_size * shape.hidden_size
     if config is None:
         return MultiplyAdds(own, 0)
     added = 0
-    for module, (_, features) in linears.items():
+    for module, (_, features) in linears:
         scheme = config.scheme(module)
-        if scheme is not None and module.endswith(tuple(shared[0] for shared in SITES.values())):
+        if scheme is not None and module.endswith(tuple(shared[0] for shared in shape.sites.values())):
             added += features * per_feature(scheme.input_transform)
     if config.kv_cache is not None and config.kv_cache.key_transform == "hadamard":
         heads = shape.num_attention_heads + shape.num_key_value_heads
@@ -48,6 +48,12 @@ def multiply_adds(shape: ModelShape, config: QuantizationConfigData | None) -> M
     if config.online_r1:
         added += 2 * shape.hidden_size**2
     return MultiplyAdds(own, added)
+
+
+def _is_idle(module: str, shape: ModelShape) -> bool:
+    """Return whether a linear is of experts beyond as many as a token goes to."""
+    expert = re.search(r"\.experts\.(\d+)\.", module)
+    return expert is not None and int(expert[1]) >= shape.num_experts_per_tok
 
 
 def per_feature(transform: InputTransform) -> int:

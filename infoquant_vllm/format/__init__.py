@@ -12,6 +12,7 @@ from infoquant_vllm.format.architectures import (
     ROW_PARALLEL_SITES,
     SITE_NORMS,
     SITES,
+    Experts,
 )
 from infoquant_vllm.format.checkpoint import (
     INDEX_FILE,
@@ -81,6 +82,7 @@ __all__ = [
     "ActivationArgs",
     "Checkpoint",
     "ConfigGroup",
+    "Experts",
     "FormatError",
     "InputTransform",
     "KVCacheArgs",

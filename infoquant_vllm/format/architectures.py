@@ -30,6 +30,37 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Describe the mixture of experts in the place of a decoder layer's MLP, by the names in its files.
+
+    block: the mixture, inside the decoder layer; it holds `gate`, the router, and `experts.0`, `experts.1`, ...
+    gate, up, down: linears of an expert
+    count: number of experts where config.json has none
+    size: field of config.json with the features between them
+    shared_size: the same of a shared expert, that every token passes besides those the router chooses; its output is
+        scaled by another unquantized linear
+    """
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    count: int = 128
+    size: str = "moe_intermediate_size"
+    shared_size: str | None = None
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The linears that weight experts, inside the decoder layer, the router first; they stay unquantized."""
+        shared = () if self.shared_size is None else (f"{self.block}.shared_expert_gate",)
+        return f"{self.block}.gate", *shared
+
+    def expert(self, index: int) -> str:
+        """Return the name of an expert inside the decoder layer."""
+        return f"{self.block}.experts.{index}"
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Describe how transformers and vLLM read config.json for one model class.
 
@@ -46,6 +77,8 @@ class Architecture:
     partial_rotary: `partial_rotary_factor` may leave features of a head without RoPE
     ropes: the RoPE types that transformers and vLLM compute alike
     free_head_dim: `head_dim` may differ from hidden_size / num_attention_heads
+    experts: names of the mixture of experts that each layer has in place of its MLP
+    untied: vLLM's class quantizes no embedding, so that of a tied model cannot be rotated
     defaults: values of fields that config.json leaves out
     """
 
@@ -59,6 +92,8 @@ class Architecture:
     ropes: tuple[str, ...] = ROPE_TYPES
     windows: Literal["none", "all", "layers"] = "none"
     free_head_dim: bool = True
+    experts: Experts | None = None
+    untied: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -139,6 +174,40 @@ ARCHITECTURES: dict[str, Architecture] = {
             "pad_token_id": 128_004,
             "no_rope_layers": None,
             "no_rope_layer_interval": 4,
+            "use_sliding_window": False,
+        },
+    ),
+    "MixtralForCausalLM": Architecture(
+        "mixtral",
+        experts=Experts("block_sparse_moe", "w1", "w3", "w2", count=8, size="intermediate_size"),
+        untied=True,
+        defaults={
+            "num_key_value_heads": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 131_072,
+        },
+    ),
+    "Qwen2MoeForCausalLM": Architecture(
+        "qwen2_moe",
+        qkv_bias=True,
+        free_head_dim=False,
+        experts=Experts(count=60, shared_size="shared_expert_intermediate_size"),
+        defaults={
+            "num_key_value_heads": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "use_sliding_window": False,
+        },
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        "qwen3_moe",
+        qk_norm="head",
+        experts=Experts(),
+        defaults={
+            "num_key_value_heads": 4,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
             "use_sliding_window": False,
         },
     ),

@@ -52,10 +52,12 @@ class Checkpoint:
             check_values(tensor, name, str(file), self._largest_code(name))
         return tensor
 
-    def check_norms(self) -> None:
-        """Load the weights of all norms and check their values; nothing else checks them."""
-        for norm in self.shape.norms():
-            self.tensor(f"{norm}.weight")
+    def check_unquantized(self) -> None:
+        """Load the weights of all norms and routers and check their values; nothing else checks them."""
+        layers = range(self.shape.num_hidden_layers)
+        gates = [f"model.layers.{layer}.{gate}" for layer in layers for gate in self.shape.gates]
+        for module in (*self.shape.norms(), *gates):
+            self.tensor(f"{module}.weight")
 
     def _largest_code(self, name: str) -> int | None:
         module, _, kind = name.rpartition(".")

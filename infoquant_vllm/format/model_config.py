@@ -23,7 +23,7 @@ ROPE_OPTIONS = ("rope_theta", "original_max_position_embeddings", "beta_fast", "
 """Optional parameters. They must not be null: vLLM would use null as a number."""
 ROPE_OF_VLLM = ("rope_dim", "mrope_section", "xdrope_section", "use_fope")  # only vLLM reads them
 DTYPES = ("bfloat16", "float16", "float32")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # mixtures of experts are not supported
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # numbers of experts
 
 REQUIRED = ("model_type",)  # fields without a default
 
@@ -86,7 +86,12 @@ def _bias(name: str, settings: Settings, architecture: Architecture) -> str | No
 
 
 def _qkv_bias(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    """Refuse a value unlike attention_bias: vLLM prefers this field, unless the class has its own rule."""
+    """Refuse a value unlike attention_bias: vLLM prefers this field, unless the class has its own rule.
+
+    Qwen2-MoE reads it, and has biases by default.
+    """
+    if architecture.qkv_bias and architecture.experts is not None:
+        return None if settings[name] is True else f"{name} is {settings[name]!r:.80}"
     own_rule = architecture.qkv_bias or architecture.qk_norm != "none"
     if own_rule or bool(settings[name]) == bool(settings.get("attention_bias")):
         return None
@@ -249,6 +254,46 @@ def _interval(name: str, settings: Settings, architecture: Architecture) -> str 
     return None if known else f"{name} is {found!r:.80}, not a number of layers"
 
 
+def _tied(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Refuse a tied embedding where vLLM's class quantizes none: the server could not rotate it."""
+    return f"{name} is true" if settings[name] and architecture.untied else None
+
+
+def _experts(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Accept a number of experts of mixtures alone; transformers has two names for it."""
+    found = settings[name]
+    if architecture.experts is None:
+        return None if found in (0, None) else f"{name} is {found!r:.80}, not 0"
+    if found != settings.get("num_experts", found):
+        return f"{name} is {found!r:.80}, num_experts {settings['num_experts']!r:.80}"
+    return None if type(found) is int and found > 0 else f"{name} is {found!r:.80}, not a number of experts"
+
+
+def _expert_size(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Require a size that `ModelShape` accepts, under the name by which the class reads it."""
+    names, found = architecture.experts, settings[name]
+    if names is None or name not in (names.size, names.shared_size):
+        return None
+    return None if type(found) is int and 1 <= found <= 2**17 else f"{name} is {found!r:.80}, not a size"
+
+
+def _shared_size(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Refuse a shared expert where transformers has none, and vLLM may."""
+    names, found = architecture.experts, settings[name]
+    if names is not None and names.shared_size is not None:
+        return _expert_size(name, settings, architecture)
+    return None if names is None or found == 0 else f"{name} is {found!r:.80}, not 0"
+
+
+def _of_mixtures(check: Check) -> Check:
+    """Check a field in mixtures of experts alone; other classes do not read it."""
+
+    def checked(name: str, settings: Settings, architecture: Architecture) -> str | None:
+        return None if architecture.experts is None else check(name, settings, architecture)
+
+    return checked
+
+
 FIELDS: dict[str, Check] = {
     "architectures": _unread,  # `architecture_name` has read it
     "model_type": _model_type,
@@ -259,7 +304,7 @@ FIELDS: dict[str, Check] = {
     "num_hidden_layers": _size,
     "num_attention_heads": _size,
     "num_key_value_heads": _size,
-    "tie_word_embeddings": _size,
+    "tie_word_embeddings": _tied,
     "head_dim": _head_dim,
     "hidden_size_per_head": _only(None),
     "num_kv_heads": _kv_heads,
@@ -315,7 +360,19 @@ FIELDS: dict[str, Check] = {
     "decoder": _only(None),
     "generator": _only(None),
     "canvas_length": _only(None),
-    **dict.fromkeys(EXPERTS, _only(0, None)),
+    # mixtures of experts
+    "num_experts": _experts,
+    "num_local_experts": _experts,
+    "n_routed_experts": _only(0, None),
+    "num_experts_per_tok": _size,
+    "moe_intermediate_size": _expert_size,
+    "shared_expert_intermediate_size": _shared_size,
+    "norm_topk_prob": _of_mixtures(_only(True, False)),
+    "decoder_sparse_step": _of_mixtures(_only(1)),
+    "mlp_only_layers": _of_mixtures(_only([], None)),
+    "router_aux_loss_coef": _unread,
+    "router_jitter_noise": _unread,
+    "output_router_logits": _unread,
     # training, generation and records
     "attention_dropout": _unread,
     "resid_pdrop": _unread,

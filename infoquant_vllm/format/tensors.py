@@ -1,16 +1,19 @@
 """List the tensors of a checkpoint, with shapes and dtypes, from its config and the model's sizes."""
 
 import math
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from infoquant_vllm.format.architectures import ARCHITECTURES, NORMS_BEHIND, SITE_NORMS
+from infoquant_vllm.format.architectures import ARCHITECTURES, NORMS_BEHIND, SITE_NORMS, SITES, Experts
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import hadamard_dense
 from infoquant_vllm.format.model_config import architecture_name
 from infoquant_vllm.format.schema import ActivationArgs, KVCacheArgs, LinearScheme, QuantizationConfigData, Size
 from infoquant_vllm.format.tensor_parallel import check_tp_divisible
+
+MAX_EXPERTS = 2**16  # in all layers
 
 
 class TensorSpec(BaseModel):
@@ -40,6 +43,11 @@ class ModelShape(BaseModel):
     attention_bias: bool = False
     mlp_bias: bool = False
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    num_experts: Annotated[int, Field(ge=0, le=MAX_EXPERTS)] = 0
+    num_experts_per_tok: Annotated[int, Field(ge=0)] = 0
+    expert_size: Annotated[int, Field(ge=0, le=2**17)] = 0
+    """Features between the linears of an expert; 0 without a mixture of experts."""
+    shared_expert_size: Annotated[int, Field(ge=0, le=2**17)] = 0
 
     @model_validator(mode="after")
     def _query_heads_share_kv_heads(self) -> "ModelShape":
@@ -59,6 +67,18 @@ class ModelShape(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _experts_are_chosen_among_all(self) -> "ModelShape":
+        if self.num_experts * self.num_hidden_layers > MAX_EXPERTS:
+            raise ValueError(f"num_experts {self.num_experts} in each of num_hidden_layers {self.num_hidden_layers}")
+        if self.experts is not None and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} of num_experts {self.num_experts}")
+        if self.experts is not None and not self.expert_size:
+            raise ValueError(f"{self.experts.size} is 0")
+        if self.experts is not None and self.experts.shared_size and not self.shared_expert_size:
+            raise ValueError(f"{self.experts.shared_size} is 0")
+        return self
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> "ModelShape":
         """Read the sizes from a Hugging Face config; raise FormatError naming the wrong field."""
@@ -71,8 +91,9 @@ class ModelShape(BaseModel):
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         defaults["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
         given = {key: value for key, value in config.items() if value is not None and key != "architecture"}
+        settings = defaults | unnamed | given
         try:
-            return cls.model_validate(defaults | unnamed | given)
+            return cls.model_validate(settings | _expert_fields(settings, ARCHITECTURES[name].experts))
         except ValidationError as error:
             raise FormatError.from_validation(source, error) from None
 
@@ -86,28 +107,106 @@ class ModelShape(BaseModel):
         """Return the module that holds the lm_head matrix [vocab_size, hidden_size]; in a tied model, the embedding."""
         return "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
 
+    @property
+    def experts(self) -> Experts | None:
+        """Return the names of the mixture of experts, None for a dense model."""
+        return ARCHITECTURES[self.architecture].experts
+
+    @cached_property
+    def sites(self) -> dict[str, tuple[str, ...]]:
+        """Return the linears of a decoder layer by the input that they share, by their names inside the layer.
+
+        The last part of a key is one of SITES. Each expert has a `gate_up` of its own, whose input is the same tensor:
+        the tokens are different ones.
+        """
+        names = self.experts
+        if names is None:
+            return SITES
+        found = {site: linears for site, linears in SITES.items() if not linears[0].startswith("mlp.")}
+        for index in range(self.num_experts):
+            expert = names.expert(index)
+            found[f"{expert}.gate_up"] = (f"{expert}.{names.gate}", f"{expert}.{names.up}")
+            found[f"{expert}.down"] = (f"{expert}.{names.down}",)
+        if self.shared_expert_size:
+            shared = f"{names.block}.shared_expert"
+            found[f"{shared}.gate_up"] = (f"{shared}.gate_proj", f"{shared}.up_proj")
+            found[f"{shared}.down"] = (f"{shared}.down_proj",)
+        return found
+
+    @cached_property
+    def shared_inputs(self) -> list[tuple[str, ...]]:
+        """Return the linears inside a layer whose input is quantized once: those of a site, or of all experts."""
+        if self.experts is None:
+            return list(self.sites.values())
+        block = f"{self.experts.block}.experts."
+        together = [site for site in self.sites if site.startswith(block) and site.endswith("gate_up")]
+        others = [linears for site, linears in self.sites.items() if site not in together]
+        return [*others, tuple(linear for site in together for linear in self.sites[site])]
+
+    @property
+    def kinds_of_sites(self) -> dict[str, str]:
+        """Return a site for each kind of sites that may be quantized differently, by a short name.
+
+        The experts that a router chooses are alike, and the first stands for all of them.
+        """
+        if self.experts is None:
+            return {site: site for site in self.sites}
+        first, shared = self.experts.expert(0), f"{self.experts.block}.shared_expert"
+        short = {"qkv": "qkv", "o": "o", "gate_up": f"{first}.gate_up", "down": f"{first}.down"}
+        if self.shared_expert_size:
+            short |= {"shared_gate_up": f"{shared}.gate_up", "shared_down": f"{shared}.down"}
+        return short
+
+    def features(self, site: str) -> int:
+        """Return the number of features of a site's input."""
+        return self.layer_linears[self.sites[site][0]][1]
+
+    @cached_property
+    def layer_linears(self) -> dict[str, tuple[int, int]]:
+        """Return the quantized linears of a decoder layer: name inside the layer to (out_features, in_features)."""
+        hidden = self.hidden_size
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        shapes = {"qkv": [(queries, hidden), (keys, hidden), (keys, hidden)], "o": [(hidden, queries)]}
+        found: dict[str, tuple[int, int]] = {}
+        for site, linears in self.sites.items():
+            place, kind = site.rpartition(".")[::2]
+            inner = self.shared_expert_size if place.endswith("shared_expert") else self.expert_size
+            inner = inner if self.experts is not None else self.intermediate_size
+            sizes = shapes.get(kind) or {"gate_up": [(inner, hidden)] * 2, "down": [(hidden, inner)]}[kind]
+            found |= dict(zip(linears, sizes, strict=True))
+        return found
+
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return every linear of the decoder layers: Hugging Face name to (out_features, in_features)."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        shapes = {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
         return {
             f"model.layers.{layer}.{name}": shape
             for layer in range(self.num_hidden_layers)
-            for name, shape in shapes.items()
+            for name, shape in self.layer_linears.items()
         }
+
+    @cached_property
+    def gates(self) -> dict[str, tuple[int, int]]:
+        """Return the unquantized linears that weight experts: name inside a layer to (out_features, in_features)."""
+        if self.experts is None:
+            return {}
+        rows = [self.num_experts] + ([1] if self.shared_expert_size else [])
+        return {gate: (count, self.hidden_size) for gate, count in zip(self.experts.gates, rows, strict=False)}
+
+    @cached_property
+    def norm_of(self) -> dict[str, str]:
+        """Return the RMSNorm in front of each linear that reads the residual stream, whose gain folds into the linear.
+
+        By names inside a layer.
+        """
+        if ARCHITECTURES[self.architecture].norms_behind:
+            return {}
+        kinds = {linear: site.rpartition(".")[2] for site, linears in self.sites.items() for linear in linears}
+        readers = {linear: SITE_NORMS[kind] for linear, kind in kinds.items() if kind in SITE_NORMS}
+        return readers | dict.fromkeys(self.gates, SITE_NORMS["gate_up"])
 
     def has_bias(self, module: str) -> bool:
         """Return whether the linear of that name has a bias."""
-        if ".mlp." in module:
+        if ".self_attn." not in module:
             return self.mlp_bias
         if ARCHITECTURES[self.architecture].qkv_bias:
             return not module.endswith(".o_proj")
@@ -224,4 +323,21 @@ def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[
             tensors |= {f"{module}.{name}": spec for name, spec in local.items()}
         if shape.has_bias(module):
             tensors[f"{module}.bias"] = TensorSpec(shape=(out_features,))
+    for layer in range(shape.num_hidden_layers):
+        for gate, size in shape.gates.items():
+            module = f"model.layers.{layer}.{gate}"
+            if config.scheme(module) is not None:
+                raise FormatError(f"{module}: a group of config_groups names it, but routers are not quantized")
+            tensors[f"{module}.weight"] = TensorSpec(shape=size)
     return tensors
+
+
+def _expert_fields(settings: dict[str, Any], names: Experts | None) -> dict[str, Any]:
+    """Return the fields of a `ModelShape` for a mixture of experts, from config.json with its defaults."""
+    if names is None:
+        return dict.fromkeys(("num_experts", "num_experts_per_tok", "expert_size", "shared_expert_size"), 0)
+    return {
+        "num_experts": settings.get("num_local_experts", settings.get("num_experts", names.count)),
+        "expert_size": settings.get(names.size),
+        "shared_expert_size": 0 if names.shared_size is None else settings.get(names.shared_size),
+    }

@@ -3,14 +3,23 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from infoquant_vllm.kernels.cpu.library import library
-from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams, Sequences
+from infoquant_vllm.kernels.operands import (
+    ExpertChoice,
+    ExpertLinear,
+    InputQuant,
+    KVCalibration,
+    KVScheme,
+    PackedWeight,
+    ScoreParams,
+    Sequences,
+)
 
 FORCE = "INFOQUANT_KERNELS"
 MIN_CAPABILITY = 80  # the first with int8 tensor cores of 16 x 8 x 32
@@ -32,6 +41,8 @@ class Backend:
     weight_rows: Callable[[Tensor, Tensor, int], Tensor]
     """(packed 8-bit weight of one group, rows [...], K) to signed codes [..., K] int8."""
     linear: Callable[[Tensor, InputQuant, PackedWeight, Tensor | None], Tensor]
+    experts: Callable[[Tensor, ExpertChoice, ExpertLinear, ExpertLinear], Tensor] | None
+    """None: mixtures of experts are refused."""
     dense_linear: Callable[[Tensor, Tensor], Tensor]
     rotate_rows: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -63,6 +74,13 @@ class Backend:
                     f"infoquant: group_size {size} of {name}: the {self.name} kernels need multiples of "
                     f"{self.group_multiple}"
                 )
+
+    def check_experts(self) -> None:
+        """Raise NotImplementedError where the kernels take no mixture of experts."""
+        if self.experts is None:
+            raise NotImplementedError(
+                f"infoquant: the {self.name} kernels have none for mixtures of experts; serve the model on CPUs"
+            )
 
     def check_kv_cache(self, head_size: int, soft_cap: float | None) -> None:
         """Raise NotImplementedError for a KV cache that the kernels do not take."""
@@ -105,7 +123,7 @@ def _cpu() -> Backend:
 
 
 def _torch() -> Backend:
-    from infoquant_vllm.kernels.torch import dense, elementwise, kv_cache, linear
+    from infoquant_vllm.kernels.torch import dense, elementwise, experts, kv_cache, linear
 
     return Backend(
         name="torch",
@@ -113,6 +131,7 @@ def _torch() -> Backend:
         prepare_matrices=linear.prepare_matrices,
         weight_rows=linear.weight_rows,
         linear=linear.linear,
+        experts=experts.experts,
         dense_linear=dense.dense_linear,
         rotate_rows=dense.rotate_rows,
         rms_norm=elementwise.rms_norm,
@@ -129,6 +148,7 @@ def _torch() -> Backend:
 
 def _native() -> Backend:
     from infoquant_vllm.kernels.cpu import kernels
+    from infoquant_vllm.kernels.torch.experts import experts
 
     return Backend(
         name=f"native {library().target}",
@@ -136,6 +156,7 @@ def _native() -> Backend:
         prepare_matrices=kernels.prepare_matrices,
         weight_rows=kernels.weight_rows,
         linear=kernels.linear,
+        experts=partial(experts, one_linear=kernels.linear, activation=kernels.silu_and_mul),
         dense_linear=kernels.dense_linear,
         rotate_rows=kernels.rotate_rows,
         rms_norm=kernels.rms_norm,
@@ -160,6 +181,7 @@ def _triton() -> Backend:
         prepare_matrices=linear.prepare_matrices,
         weight_rows=linear.weight_rows,
         linear=linear.linear,
+        experts=None,
         rotate_rows=linear.rotate_rows,
         kv_store=kv_store.kv_store,
         kv_attention=attention.kv_attention,

@@ -43,6 +43,28 @@ class PackedWeight(NamedTuple):
     zero_point: torch.Tensor | None
 
 
+class ExpertChoice(NamedTuple):
+    """Which experts of a mixture each token goes to.
+
+    weights: float32 [tokens, chosen], factors on the experts' outputs
+    experts: int32 [tokens, chosen], places in stacked weights; below 0: an expert of another rank
+    """
+
+    weights: torch.Tensor
+    experts: torch.Tensor
+
+
+class ExpertLinear(NamedTuple):
+    """One linear of all experts of a mixture.
+
+    inputs: as of one linear; `clip_ratio` is [experts, groups, 2] where each expert has its own
+    weight: as of one linear, each tensor with the experts as an additional first dimension
+    """
+
+    inputs: InputQuant
+    weight: PackedWeight
+
+
 class KVScheme(NamedTuple):
     """How keys and values are stored.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infoquant_vllm.kernels.cpu.library import library, operations
 from infoquant_vllm.kernels.dispatch import FORCE, backend
-from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
+from infoquant_vllm.kernels.operands import ExpertChoice, ExpertLinear, InputQuant, PackedWeight
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 
@@ -65,6 +65,51 @@ def _linear(
     inputs = InputQuant(matrices, hadamard, clip_ratio, num_bits, symmetric, segments)
     packed = PackedWeight(weight, weight_scale, weight_multiplier, weight_zero_point)
     return backend(x.device.type).linear(x, inputs, packed, bias)
+
+
+def experts(x: Tensor, choice: ExpertChoice, gate_up: ExpertLinear, down: ExpertLinear) -> Tensor:
+    """Map x [tokens, hidden] through the experts that are chosen for each token; return the weighted sums, like x."""
+    operands: tuple[Any, ...] = (*choice, *gate_up.inputs, *gate_up.weight, *down.inputs, *down.weight)
+    return _experts(x, *operands)
+
+
+@_custom_op(lambda x, *_: _contiguous_like(x))
+def _experts(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    matrices: list[Tensor],
+    hadamard: int,
+    clip_ratio: Tensor | None,
+    num_bits: int,
+    symmetric: bool,
+    segments: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_multiplier: Tensor | None,
+    weight_zero_point: Tensor | None,
+    down_matrices: list[Tensor],
+    down_hadamard: int,
+    down_clip_ratio: Tensor | None,
+    down_num_bits: int,
+    down_symmetric: bool,
+    down_segments: int,
+    down_weight: Tensor,
+    down_weight_scale: Tensor,
+    down_weight_multiplier: Tensor | None,
+    down_weight_zero_point: Tensor | None,
+) -> Tensor:
+    gate_up = ExpertLinear(
+        InputQuant(matrices, hadamard, clip_ratio, num_bits, symmetric, segments),
+        PackedWeight(weight, weight_scale, weight_multiplier, weight_zero_point),
+    )
+    down = ExpertLinear(
+        InputQuant(down_matrices, down_hadamard, down_clip_ratio, down_num_bits, down_symmetric, down_segments),
+        PackedWeight(down_weight, down_weight_scale, down_weight_multiplier, down_weight_zero_point),
+    )
+    run = backend(x.device.type).experts
+    assert run is not None  # `check_experts` has refused the layer
+    return run(x, ExpertChoice(weights, chosen), gate_up, down)
 
 
 @_custom_op(lambda x, weight: x.new_empty((x.shape[0], weight.shape[0])))

@@ -2,17 +2,7 @@
 
 import torch
 
-from infoquant_vllm.format import ARCHITECTURES, ROW_PARALLEL_SITES, SITE_NORMS, SITES, ModelShape
-
-WRITERS = tuple(linear for site in ROW_PARALLEL_SITES for linear in SITES[site])
-"""Linears that write to the residual stream."""
-
-
-def norm_of_linears(shape: ModelShape) -> dict[str, str]:
-    """Return the RMSNorm in front of each linear that reads the residual stream, whose gain folds into the linear."""
-    if ARCHITECTURES[shape.architecture].norms_behind:
-        return {}
-    return {linear: norm for site, norm in SITE_NORMS.items() for linear in SITES[site]}
+from infoquant_vllm.format import ModelShape
 
 
 def fold_tensor(
@@ -33,13 +23,13 @@ def fold_tensor(
     heads: R2, [kv_heads, head_dim, head_dim] float64
     """
     module, _, kind = name.rpartition(".")
-    if module in norm_of_linears(shape).values():
+    if module in shape.norm_of.values():
         return torch.ones_like(tensor, dtype=torch.float32)
     tensor = tensor.double()
     if gain is not None:
         tensor = tensor * gain.double()
         tensor = tensor if residual is None else tensor @ residual
-    if module in WRITERS and residual is not None:
+    if module in shape.layer_linears and module not in shape.norm_of and residual is not None:
         tensor = residual.T @ tensor if kind == "weight" else tensor @ residual
     return rotate_heads(tensor, name, heads, shape)
 

@@ -30,6 +30,13 @@ def print_report(report: Report, output: Path) -> None:
     console.print(f"recipe {report.recipe}, {report.bits_per_weight:.2f} bits per weight, seed {report.seed}")
     if report.plan is not None:
         _print_plan(console, report.plan)
+    dealt = [count for counts in report.expert_tokens.values() for count in counts if count[1]]
+    if dealt:
+        experts = sum(map(len, report.expert_tokens.values()))
+        console.print(
+            f"{len(dealt)} of {experts} experts saw little of the calibration text, the fewest {min(dealt)[0]} tokens, "
+            "and were calibrated on tokens of other experts too"
+        )
     if not report.dry_run:
         console.print(f"{report.calibration_tokens} calibration tokens, {sum(report.seconds.values()):.0f} s")
 
@@ -38,6 +45,7 @@ def _print_plan(console: Console, plan: Plan) -> None:
     """Print the sizes of a layer, the memory of each stage, and the totals."""
     sites = Table("linears", "weights", "MB in bf16", "MB written", "Hessian, MB")
     sites.title = f"each of {plan.layers} decoder layers"
+    sites.title += f", with {plan.experts} experts like the first" if plan.experts else ""
     for site in plan.sites.values():
         names = ", ".join(linear.rpartition(".")[2] for linear in site.linears)
         sizes = (f"{size / 1e6:,.1f}" for size in (site.source_bytes, site.bytes, site.hessian_bytes))
@@ -66,6 +74,7 @@ def print_verification(found: Verification, console: Console | None = None) -> N
     console.print(table)
     columns = {
         "hidden states' relative error": (found.layer_errors, ".3f"),
+        "experts chosen alike": (found.routing_agreement, ".1%"),
         "output energy lost by rounding": (found.rounding_errors, ".2%"),
         "|Q^T Q - I|": (found.orthogonality_errors, ".1e"),
     }
@@ -119,6 +128,7 @@ def print_evaluation(found: Evaluation) -> None:
         "perplexity of the reference": found.reference_perplexity,
         "KL(reference || model), nats per token": found.kl,
         "top-1 agreement": found.top1_agreement,
+        "experts chosen alike": found.routing_agreement,
     }
     for name, figure in rows.items():
         if figure is not None:

@@ -11,6 +11,7 @@ from infoquant_vllm.format import Checkpoint, read_json
 from offline.errors import CheckError
 from offline.evaluate.metrics import compare
 from offline.evaluate.passages import OWN_TEXT, PASSAGES
+from offline.evaluate.routing import RecordedRouting
 from offline.evaluate.simulate import load_simulated
 from offline.model.architectures import CausalLM
 from offline.model.reference import load_reference
@@ -117,18 +118,26 @@ class Comparison:
             return self._checkpoint.tensor("model.embed_tokens.r1").double()
         return torch.eye(self._source.shape.hidden_size).double()
 
-    def behavior(self, layer_errors: dict[str, float]) -> str:
-        """Compare predictions on the project's own passages; fill `layer_errors`, means over tokens."""
+    def behavior(self, layer_errors: dict[str, float], routing_agreement: dict[str, float]) -> str:
+        """Compare predictions on the project's own passages; fill `layer_errors`, means over tokens.
+
+        Of a mixture of experts fill `routing_agreement` too.
+        """
         windows = encode_texts(PASSAGES, self._source.tokenizer(), self._source.shape.vocab_size, OWN_TEXT)
         reference = self._reference
         model = load_simulated(self._checkpoint.folder, config_dtype(self._source.hf_config))
         ours, theirs = _record_layers(model), _record_layers(reference)
+        chosen, wanted = RecordedRouting(model), RecordedRouting(reference)
         figures = compare(windows, model, reference)
         for layer, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             back, plain = torch.cat(a).double() @ self._basis.T, torch.cat(b).double()
             layer_errors[f"model.layers.{layer}"] = ((back - plain).norm(dim=1) / plain.norm(dim=1)).mean().item()
+        for layer, share in chosen.agreement(wanted).items():
+            routing_agreement[f"model.layers.{layer}"] = share
         kl, agreement = figures["kl"].mean, figures["top1_agreement"].mean
         found = f"KL {kl:.3f}, top-1 agreement {agreement:.1%} over {sum(map(len, windows))} tokens"
+        if "routing_agreement" in figures:
+            found += f", {figures['routing_agreement'].mean:.1%} of the experts chosen alike"
         if not kl <= LARGEST_KL:
             raise CheckError(f"{found}; expected a KL of at most {LARGEST_KL:g}")
         return found

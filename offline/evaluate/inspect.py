@@ -100,7 +100,8 @@ def scheme_words(scheme: LinearScheme | None) -> tuple[str, str, str]:
 
 def part_sizes(checkpoint: Checkpoint) -> dict[str, Size]:
     """Sum up the bytes of linears, embeddings, norms, R1 and cache parameters, and of all together."""
-    sizes = {part: [0, 0] for part in ("linears", "embeddings", "norms", "R1", "cache parameters", "total")}
+    parts = ["linears", "embeddings", "norms", "R1", "cache parameters", "total"]
+    sizes = {part: [0, 0] for part in parts + ["routers"] * bool(checkpoint.shape.gates)}
     linears = checkpoint.shape.linears()
     for name, spec in checkpoint.headers.items():
         for part in (_part(name, linears), "total"):
@@ -117,6 +118,8 @@ def _part(name: str, linears: dict[str, tuple[int, int]]) -> str:
         return "cache parameters"
     if kind in ("r1", "final_norm_weight"):
         return "R1"
+    if module.endswith("gate"):
+        return "routers"
     return "norms" if "norm" in module else "embeddings"
 
 
@@ -139,7 +142,8 @@ def _schemes(checkpoint: Checkpoint) -> dict[str, LinearScheme | None]:
 
 
 def _end(module: str) -> str:
-    return ".".join(module.split(".")[-2:])
+    """Return the name of a linear inside its block; all experts of a mixture have the same one."""
+    return ".".join([part for part in module.split(".") if not part.isdigit()][-2:])
 
 
 def _recipe(file: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from infoquant_vllm.format import Checkpoint, is_checkpoint
 from offline.errors import ToolError
+from offline.evaluate.routing import RecordedRouting
 from offline.evaluate.simulate import load_simulated
 from offline.model.architectures import CausalLM
 from offline.model.reference import load_reference
@@ -46,6 +47,8 @@ class Evaluation(BaseModel):
     reference_perplexity: Figure | None = None
     kl: Figure | None = None
     top1_agreement: Figure | None = None
+    routing_agreement: Figure | None = None
+    """Share of the experts chosen by a mixture's routers that the reference chooses too, over all layers."""
 
 
 def evaluate(
@@ -99,9 +102,15 @@ def compare(
 ) -> dict[str, Figure]:
     """Compute the figures of an `Evaluation` over windows of token ids."""
     columns: dict[str, list[float]] = {}
+    ours = RecordedRouting(model)
+    chosen = None if reference is None else RecordedRouting(reference)
     for index, ids in enumerate(windows):
         theirs = None if reference is None else _logits(reference, ids)
-        for name, value in _window(ids, _logits(model, ids), theirs).items():
+        values = _window(ids, _logits(model, ids), theirs)
+        agreement = {} if chosen is None else ours.agreement(chosen)
+        if agreement:
+            values["routing_agreement"] = sum(agreement.values()) / len(agreement)
+        for name, value in values.items():
             columns.setdefault(name, []).append(value)
         progress("evaluation", index + 1, len(windows))
     figures = {name: _figure(values) for name, values in columns.items()}

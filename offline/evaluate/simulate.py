@@ -14,6 +14,7 @@ from offline.evaluate.simulated import (
     SimulatedCache,
     SimulatedLinear,
     SimulatedNorm,
+    SimulatedRouter,
     SimulatedSilu,
     cached_attention,
 )
@@ -103,10 +104,12 @@ def _replace_vocabulary(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dt
 
 
 def _replace_between(model: CausalLM) -> None:
-    """Replace norms and activation functions."""
+    """Replace norms, activation functions and routers."""
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             _set(model, name, SimulatedNorm(module.weight, module.variance_epsilon))
+        elif type(module).__name__.endswith("TopKRouter"):
+            _set(model, name, SimulatedRouter(module))
         elif name.endswith((".act_fn", ".activation_fn")) and model.config.hidden_act == "silu":
             _set(model, name, SimulatedSilu())
 

@@ -67,6 +67,23 @@ class SimulatedSilu(nn.Module):
         return silu(x)
 
 
+class SimulatedRouter(nn.Module):
+    """The router of a mixture, with the roundings of vLLM on CPUs, in place of one of transformers."""
+
+    def __init__(self, router: Any):
+        super().__init__()
+        self.weight, self.top_k = router.weight, router.top_k
+        self.normalized = getattr(router, "norm_topk_prob", True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return scores [tokens, experts], and weights float32 and indices of the chosen experts [tokens, top_k]."""
+        scores = functional.linear(x, self.weight)
+        highest, chosen = torch.topk(scores, k=self.top_k, dim=-1, sorted=False)
+        if self.normalized:
+            return scores, torch.softmax(highest, dim=-1).float(), chosen
+        return scores, (highest - torch.logsumexp(scores, dim=-1, keepdim=True)).exp().float(), chosen
+
+
 class RotatedEmbedding(nn.Module):
     """A tied embedding whose rows are rotated by R1, by the server's kernel."""
 

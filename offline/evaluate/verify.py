@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infoquant_vllm.format import SITES, Checkpoint, FormatError, WeightArgs, read_json
+from infoquant_vllm.format import Checkpoint, FormatError, WeightArgs, read_json
 from offline.algorithms.fake_quantize import integer_weights
 from offline.algorithms.rotations import orthogonality_error
 from offline.errors import CheckError
@@ -44,6 +44,8 @@ class Verification(BaseModel):
     checks: list[Check]
     layer_errors: dict[str, float] = {}
     """Relative error of the hidden states after each layer, given a source."""
+    routing_agreement: dict[str, float] = {}
+    """Share of the experts chosen in each layer that the source chooses too, given a source."""
     rounding_errors: dict[str, float] = {}
     """Share of the energy of a linear's output that weight rounding lost, mean by layer, from the run's report."""
     orthogonality_errors: dict[str, float] = {}
@@ -79,6 +81,7 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
     """
     checks = _Checks(6 if against is None else 8, progress)
     layer_errors: dict[str, float] = {}
+    routing_agreement: dict[str, float] = {}
     opened: list[Checkpoint] = []
 
     def headers() -> str:
@@ -95,7 +98,7 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
             comparison, source = Comparison(opened[0], against), Source.open(against)
             if checks.run("same model", comparison.same_vocabulary):
                 checks.run("hidden states", lambda: check_projection(opened[0], source))
-                checks.run("behavior", lambda: comparison.behavior(layer_errors))
+                checks.run("behavior", lambda: comparison.behavior(layer_errors, routing_agreement))
     report = _report(Path(folder))
     return Verification(
         checkpoint=str(folder),
@@ -103,6 +106,7 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
         passed=checks.passed,
         checks=checks.done,
         layer_errors=layer_errors,
+        routing_agreement=routing_agreement,
         rounding_errors={} if report is None else _by_layer(report.errors),
         orthogonality_errors={} if report is None else report.orthogonality_errors,
     )
@@ -194,7 +198,7 @@ def check_shared_inputs(checkpoint: Checkpoint) -> str:
     """Check that linears with a shared input store equal copies of its scheme, clip ratio and transform."""
     copies = 0
     for layer in range(checkpoint.shape.num_hidden_layers):
-        for linears in SITES.values():
+        for linears in checkpoint.shape.shared_inputs:
             first, *others = (f"model.layers.{layer}.{linear}" for linear in linears)
             for other in others:
                 copies += _compare_inputs(checkpoint, first, other)

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedConfig
 
 from infoquant_vllm.format import ARCHITECTURES, FUSED, ModelShape
 from offline.errors import ToolError
+from offline.model.experts import separate_experts
 
 CausalLM = LlamaForCausalLM
 """For type checkers: every class of `ARCHITECTURES` has the modules of Llama (see `empty_model`)."""
@@ -50,13 +51,15 @@ def read_config(shape: ModelShape, hf_config: Mapping[str, Any], file: Path) -> 
 def empty_model(shape: ModelShape, config: PreTrainedConfig) -> CausalLM:
     """Build the model without values (device meta), except for its rotary embedding, which nothing stores.
 
-    Its decoder layers have the linears of SITES: where transformers fuses them, they are split.
+    Its decoder layers have the linears of SITES: where transformers fuses them, they are split. Experts are modules of
+    their own (see `separate_experts`).
     """
     with torch.device("meta"):
         model = model_class(shape.architecture)(config)
         if ARCHITECTURES[shape.architecture].fused:
             for layer in model.model.layers:
                 _split_linears(layer, shape)
+    separate_experts(model, shape)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
 

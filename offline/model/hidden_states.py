@@ -3,13 +3,17 @@
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
 
+from infoquant_vllm.format import Experts
 from offline.algorithms.rotations import Transforms
 from offline.errors import ToolError
 from offline.model.architectures import empty_model, read_config
+from offline.model.experts import SharedPart, replace_block
+from offline.model.routed_tokens import RoutedTokens
 from offline.model.scratch import IN_MEMORY, Scratch
 from offline.model.source import Source
 from offline.model.windowed_attention import WINDOWED, register_attention, windowed_attention
@@ -44,6 +48,7 @@ class HiddenStates:
         model = empty_model(source.shape, config).model
         self._layers = model.layers.eval().requires_grad_(False)  # on meta: weights come with each layer
         self.values = scratch.empty(*tokens.shape, source.shape.hidden_size)
+        self.routed = self._without_experts(source.shape.experts, devices[0], scratch)
         self._batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self.tokens_per_batch = [batch.numel() for batch in tokens.split(self._batch)]
         embeddings, multiplier = source.tensor("model.embed_tokens.weight"), getattr(config, "embedding_multiplier", 1)
@@ -64,8 +69,12 @@ class HiddenStates:
 
         Calls `observe` with the inputs of each of `modules` and the outputs of each of `outputs`, under its name with
         OUTPUT, batch after batch in the order of the tokens for any number of devices: sums come out the same.
+
+        The outputs of experts that a router chooses are left out; `forward_expert` adds them.
         """
-        observe = self._bounded(observe)
+        observe = self._bounded(observe, self._next)
+        if self.routed is not None:
+            modules, observe = [*modules, self._block], self._routing_first(observe, state)
         batches, several = self.values.split(self._batch), len(self._devices) > 1
         seen: list[list[tuple[str, torch.Tensor]]] = [[] for _ in self._devices]
         keepers = [lambda *one, own=own: own.append(one) for own in seen] if several else [observe]
@@ -84,14 +93,57 @@ class HiddenStates:
                     own.clear()
         self._next += 1
 
+    def forward_expert(
+        self, expert: int, state: dict[str, torch.Tensor], observe: Observer, least: int = 0
+    ) -> tuple[int, int]:
+        """Add the outputs of one expert with weights `state` to those of its layer (see `fold_expert`).
+
+        Calls `observe` with the inputs of its gate and of its down projection. Where the router sends it fewer than
+        `least` tokens, others are dealt to it, which are observed only. Returns how many were routed and dealt.
+        """
+        assert self.routed is not None
+        observe, values = self._bounded(observe, self._next - 1), self.values.flatten(0, 1)
+        tokens, weights = self.routed.tokens_of(expert)
+        out = self.routed.forward(state, expert, tokens, observe)
+        values.index_add_(0, tokens, out * weights[:, None])
+        dealt = self.routed.dealt_to(expert, max(0, least - len(tokens)))
+        self.routed.forward(state, expert, dealt, observe)
+        return len(tokens), len(dealt)
+
+    def _without_experts(self, names: Experts | None, device: torch.device, scratch: Scratch) -> RoutedTokens | None:
+        """Take the experts that a router chooses out of the layer; `forward_expert` runs them one by one."""
+        if names is None:
+            return None
+        for layer in self._layers:
+            block: Any = layer.get_submodule(names.block)
+            router = copy.deepcopy(block.gate)
+            replace_block(layer, names, SharedPart(block))
+        self._block = names.block
+        tokens, hidden = self.values.flatten(0, 1).shape
+        return RoutedTokens(router, names, scratch.empty(tokens, hidden))
+
+    def _routing_first(self, observe: Observer, state: dict[str, torch.Tensor]) -> Observer:
+        """Give the inputs of the mixture to `self.routed`, and those of other modules to `observe`."""
+        assert self.routed is not None
+        routed = self.routed
+        routed.begin(state[f"{self._block}.gate.weight"])
+
+        def keep(module: str, x: torch.Tensor) -> None:
+            if module == self._block:
+                routed.add(x)
+            else:
+                observe(module, x)
+
+        return keep
+
     def restore(self, values: torch.Tensor, layer: int) -> None:
         """Continue with the hidden states that enter `layer`, as an earlier run saved them."""
         self.values.copy_(values)
         self._next = layer
 
-    def _bounded(self, observe: Observer) -> Observer:
+    def _bounded(self, observe: Observer, layer: int) -> Observer:
         """Wrap `observe` in a check that its inputs are finite and small enough to sum their squares."""
-        place = f"{self._folder}: model.layers.{self._next}"
+        place = f"{self._folder}: model.layers.{layer}"
 
         def checked(module: str, x: torch.Tensor) -> None:
             least, greatest = torch.aminmax(x)

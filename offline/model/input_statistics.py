@@ -20,11 +20,13 @@ class InputStatistics:
     second_moments: per-channel sums of x^2 / |x|^2, [features]; every token counts the same
     sums: weighted sums of x, [features]
     tokens: number of tokens
-    samples: [tokens / SAMPLE_STRIDE, features], evenly spaced tokens
+    samples: [tokens / stride, features], evenly spaced tokens
     """
 
-    def __init__(self, token_weights: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
-        self._token_weights = token_weights
+    def __init__(
+        self, token_weights: Mapping[str, torch.Tensor] = MappingProxyType({}), stride: int = SAMPLE_STRIDE
+    ) -> None:
+        self._token_weights, self._stride = token_weights, stride
         self._upper: dict[str, torch.Tensor] = {}
         self.second_moments: dict[str, torch.Tensor] = {}
         self.sums: dict[str, torch.Tensor] = {}
@@ -50,7 +52,7 @@ class InputStatistics:
         self.second_moments[module] += inverse_energy @ x.square()
         self.sums[module] += weighted.sum(0)
         self.tokens[module] += len(x)
-        self._samples[module].append(x[::SAMPLE_STRIDE].clone())
+        self._samples[module].append(x[:: self._stride].clone())
 
     def take_hessians(self) -> dict[str, torch.Tensor]:
         """Return the whole symmetric matrices and drop them here, so that the caller can free them one by one."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ ROWS_AT_A_TIME = 8192
 """Rows of embedding and lm_head that are compared at once; bounds peak memory."""
 UNUSED = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """RoPE tables in old checkpoints, which transformers and vLLM compute themselves; every other tensor is used."""
+LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 SECOND_COPY = "consolidated*.safetensors"
 """A second copy of the weights, under the authors' own names, that Mistral's folders hold beside the shards."""
@@ -92,6 +94,27 @@ class Source:
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted; a tied model has no `lm_head.weight`."""
         return sorted(self.weight_map)
+
+    def layer_names(self, layer: int, part: str = "") -> list[str]:
+        """Return the names inside a decoder layer of the tensors of one of its parts.
+
+        The part of no name is the layer without the experts that a router chooses.
+        """
+        return self._parts[layer].get(part, [])
+
+    @cached_property
+    def _parts(self) -> list[dict[str, list[str]]]:
+        experts = self.shape.experts
+        found: list[dict[str, list[str]]] = [{} for _ in range(self.shape.num_hidden_layers)]
+        for name in self.names:
+            layer = LAYER.match(name)
+            if layer is None:
+                continue
+            inside = name[layer.end() :]
+            block = "" if experts is None else experts.expert(0).removesuffix("0")
+            part = ".".join(inside.split(".")[: block.count(".") + 1]) if block and inside.startswith(block) else ""
+            found[int(layer[1])].setdefault(part, []).append(inside)
+        return found
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor in its stored dtype; raises ToolError where it holds NaN or Inf."""
@@ -209,6 +232,8 @@ def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         tensors[f"{module}.weight"] = size
         if shape.has_bias(module):
             tensors[f"{module}.bias"] = size[:1]
+    for layer in range(shape.num_hidden_layers):
+        tensors |= {f"model.layers.{layer}.{gate}.weight": size for gate, size in shape.gates.items()}
     return tensors
 
 

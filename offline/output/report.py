@@ -46,6 +46,8 @@ class Report(BaseModel):
     """Share of the energy of each linear's output that weight rounding loses, by module name."""
     orthogonality_errors: dict[str, float] = {}
     """Largest entry of |Q^T Q - I| over the rotations of each layer, and of R1 under "residual"."""
+    expert_tokens: dict[str, list[tuple[int, int]]] = {}
+    """By layer and expert: the calibration tokens that the router sent to it, and others that were dealt to it."""
     seconds: dict[str, float] = {}
     """Wall time by stage."""
     plan: Plan | None = None
@@ -74,10 +76,11 @@ def checkpoint_sizes(source: Source, config: QuantizationConfigData, specs: dict
     biases = sum(rows for module, (rows, _) in linears.items() if shape.has_bias(module))
     vocabulary = (2 - shape.tie_word_embeddings) * shape.vocab_size * shape.hidden_size
     norms = sum(shape.norms().values())
+    routers = shape.num_hidden_layers * sum(math.prod(size) for size in shape.gates.values())
     return {
         "source_linear_bytes": (weights + biases) * width,
         "linear_bytes": linear_bytes,
-        "source_bytes": (weights + biases + vocabulary + norms) * width,
+        "source_bytes": (weights + biases + vocabulary + norms + routers) * width,
         "total_bytes": sum(tensors.values()) + projection_bytes(source, config),
         "bits_per_weight": 8 * linear_bytes / weights,
         "source_kv_bytes_per_token": kv_bytes_per_token(shape, None, width),

@@ -31,11 +31,21 @@ def equalize_layer(
     key_scale, (_, keys_module) = equalize_keys(state, queries, keys, shape), _rope_inputs(shape)
     if keys_module + OUTPUT in statistics.sums:
         statistics.sums[keys_module + OUTPUT] *= key_scale
-    scale = equalize_down(state, statistics.second_moments["mlp.down_proj"])
-    for row, factor in zip(hessians["mlp.down_proj"], scale, strict=True):
-        row.mul_(scale * factor)
-    statistics.scale_samples("mlp.down_proj", scale)
+    for site, (down, *_) in shape.sites.items():
+        if site.endswith("down") and f"{down}.weight" in state:
+            up = shape.sites[f"{site.removesuffix('down')}gate_up"][1]
+            equalize_mlp(state, hessians, statistics, up, down)
     return key_scale
+
+
+def equalize_mlp(
+    state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: InputStatistics, up: str, down: str
+) -> None:
+    """Scale the rows of the linear `up` and inversely the columns of `down`, and the statistics of `down`."""
+    scale = equalize_down(state, statistics.second_moments[down], up, down)
+    for row, factor in zip(hessians[down], scale, strict=True):
+        row.mul_(scale * factor)
+    statistics.scale_samples(down, scale)
 
 
 def equalize_keys(
@@ -60,14 +70,16 @@ def equalize_keys(
     return scale.expand(shape.num_key_value_heads, -1).flatten()
 
 
-def equalize_down(state: dict[str, torch.Tensor], second_moments: torch.Tensor) -> torch.Tensor:
-    """Scale the rows of up_proj, and inversely the columns of down_proj, in place; returns down_proj's input scales.
+def equalize_down(
+    state: dict[str, torch.Tensor], second_moments: torch.Tensor, up: str = "mlp.up_proj", down: str = "mlp.down_proj"
+) -> torch.Tensor:
+    """Scale the rows of the linear `up`, and inversely the columns of `down`, in place; returns the scales of inputs.
 
-    second_moments: [intermediate], of the inputs of down_proj
+    second_moments: [intermediate], of the inputs of `down`
     """
-    scale = down_scales(state["mlp.down_proj.weight"], second_moments)
-    state["mlp.down_proj.weight"] = state["mlp.down_proj.weight"] / scale
-    _scale_rows(state, "mlp.up_proj", scale)
+    scale = down_scales(state[f"{down}.weight"], second_moments)
+    state[f"{down}.weight"] = state[f"{down}.weight"] / scale
+    _scale_rows(state, up, scale)
     return scale
 
 

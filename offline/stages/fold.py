@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from offline.algorithms.fold import fold_tensor, norm_of_linears, rotate_heads, rotate_rows
+from offline.algorithms.fold import fold_tensor, rotate_heads, rotate_rows
 from offline.algorithms.rotations import Transforms
 from offline.model.source import Source
 
@@ -14,20 +14,37 @@ def fold_layer(source: Source, layer: int, transforms: Transforms | None) -> dic
 
     The gains of the residual stream's norms are 1 then, unless R2 is all there is. The inverses of the transforms that
     apply to inputs at run time are not in the weights yet (see `undo_in_weights`). Without transforms these are the
-    source's tensors.
+    source's tensors. Those of experts that a router chooses are left out (see `fold_expert`).
     """
-    prefix = f"model.layers.{layer}."
-    names = [name.removeprefix(prefix) for name in source.names if name.startswith(prefix)]
+    return _fold(source, layer, "", transforms)
+
+
+def fold_expert(source: Source, layer: int, expert: int, transforms: Transforms | None) -> dict[str, torch.Tensor]:
+    """Return the tensors of one of a layer's experts by their names inside the layer, as `fold_layer` does."""
+    assert source.shape.experts is not None
+    return _fold(source, layer, source.shape.experts.expert(expert), transforms)
+
+
+def _fold(source: Source, layer: int, part: str, transforms: Transforms | None) -> dict[str, torch.Tensor]:
+    """Fold the tensors of an expert, or where `part` is empty those of the layer outside of its experts."""
+    prefix, shape = f"model.layers.{layer}.", source.shape
+    found = source.layer_names(layer, part)
     if transforms is None:
-        return {name: source.tensor(prefix + name).float() for name in names}
+        return {name: source.tensor(prefix + name).float() for name in found}
     heads = None if transforms.heads is None else transforms.heads[layer]
     if transforms.residual is None and not transforms.inputs:
-        return {name: rotate_heads(source.tensor(prefix + name), name, heads, source.shape) for name in names}
-    norms = norm_of_linears(source.shape)
-    gains = {f"{linear}.weight": source.tensor(f"{prefix}{norm}.weight") for linear, norm in norms.items()}
+        return {name: rotate_heads(source.tensor(prefix + name), name, heads, shape) for name in found}
+    gains = {norm: source.tensor(f"{prefix}{norm}.weight") for norm in set(shape.norm_of.values())}
     return {
-        name: fold_tensor(name, source.tensor(prefix + name), gains.get(name), transforms.residual, heads, source.shape)
-        for name in names
+        name: fold_tensor(
+            name,
+            source.tensor(prefix + name),
+            gains.get(shape.norm_of.get(name.removesuffix(".weight"), "")),
+            transforms.residual,
+            heads,
+            shape,
+        )
+        for name in found
     }
 
 

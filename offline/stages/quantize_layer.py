@@ -1,10 +1,11 @@
 """Quantize one decoder layer: weights, clip ratios and the tensors of its KV cache."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from infoquant_vllm.format import SITES, InputTransform, ModelShape, WeightArgs, activation_groups, pack_codes
+from infoquant_vllm.format import InputTransform, ModelShape, WeightArgs, activation_groups, pack_codes
 from offline.algorithms.clip_search import search_clips
 from offline.algorithms.gptq import gptq, output_error
 from offline.algorithms.refine import refine
@@ -15,14 +16,15 @@ from offline.recipe import Gptq, KVCache, Recipe
 
 @dataclass
 class LayerInputs:
-    """Inputs of `quantize_layer`, all by names inside the layer.
+    """Inputs of `quantize_layer` and `quantize_sites`, all by names inside the layer.
 
-    `quantize_layer` takes weights, Hessians and samples out as their turn comes, so that memory falls as it proceeds.
+    `quantize_sites` takes weights, Hessians and samples out as their turn comes, so that memory falls as it proceeds.
 
     state: the layer's tensors, as `fold_layer` returns them, float32
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
     samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
     transforms: tensors of the sites' input transforms, by site; each linear gets a copy
+    clips: clip ratios of sites that were found elsewhere, by site
     key_mean, key_feedback: [kv_heads, head_dim] and [kv_heads, head_dim, head_dim], where the recipe has them
     """
 
@@ -30,6 +32,7 @@ class LayerInputs:
     hessians: dict[str, torch.Tensor] | None = None
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
     transforms: dict[str, InputTensors] = field(default_factory=dict)
+    clips: dict[str, torch.Tensor] = field(default_factory=dict)
     key_mean: torch.Tensor | None = None
     key_feedback: torch.Tensor | None = None
 
@@ -42,6 +45,7 @@ class _SiteInput:
     tensors: InputTensors
     hessian: torch.Tensor | None
     sample: torch.Tensor | None
+    clips: torch.Tensor | None
 
 
 def quantize_layer(
@@ -49,30 +53,48 @@ def quantize_layer(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Return the checkpoint's tensors of one layer, and the output error of each linear where GPTQ rounds.
 
-    dtype: of the norms and biases, which stay unquantized, and of weights that do
+    The experts that a router chooses are left out.
+
+    dtype: of norms, biases and routers, which stay unquantized, and of weights that do
     """
     plain = recipe.rounding == "none"
-    kept = [name for name in layer.state if plain or not name.endswith("_proj.weight")]
-    tensors = {name: layer.state[name].to(dtype) for name in kept}
+    quantized = set() if plain else {f"{linear}.weight" for linear in shape.layer_linears}
+    tensors = {name: tensor.to(dtype) for name, tensor in layer.state.items() if name not in quantized}
+    sites = [site for site, linears in shape.sites.items() if not plain and f"{linears[0]}.weight" in layer.state]
+    found, errors = quantize_sites(layer, sites, recipe, shape)
+    return tensors | found | _cache_tensors(recipe.kv_cache, layer, shape), errors
+
+
+def quantize_sites(
+    layer: LayerInputs, sites: Iterable[str], recipe: Recipe, shape: ModelShape
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Return the checkpoint's tensors of the linears of some sites, and the output error of each."""
+    tensors: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
-    for site, linears in {} if plain else SITES.items():
+    for site in sites:
+        linears = shape.sites[site]
         shared_input = _SiteInput(
             recipe.input_transform(site, shape),
             layer.transforms.get(site, {}),
             None if layer.hessians is None else layer.hessians.pop(linears[0]),
             layer.samples.pop(linears[0], None),
+            layer.clips.get(site),
         )
         weights = [layer.state.pop(f"{linear}.weight") for linear in linears]
-        tensors |= _quantize_weights(site, weights, shared_input, recipe, errors)
-        tensors |= _input_tensors(site, shared_input, recipe, shape)
-    return tensors | _cache_tensors(recipe.kv_cache, layer, shape), errors
+        rounded = _quantize_weights(site, weights, shared_input, recipe)
+        for linear, (part, error) in zip(linears, rounded, strict=True):
+            tensors |= {f"{linear}.{key}": tensor for key, tensor in part.items()}
+            errors |= {} if error is None else {linear: error}
+        inputs = _input_tensors(site, shared_input, recipe, shape)
+        tensors |= {f"{linear}.{key}": tensor.clone() for linear in linears for key, tensor in inputs.items()}
+    return tensors, errors
 
 
 def _quantize_weights(
-    site: str, weights: list[torch.Tensor], shared_input: _SiteInput, recipe: Recipe, errors: dict[str, float]
-) -> dict[str, torch.Tensor]:
-    """Return codes and scales of the linears of a site; adds their errors, overwrites weights and Hessian."""
-    args: WeightArgs = getattr(recipe.sites, site).weights
+    site: str, weights: list[torch.Tensor], shared_input: _SiteInput, recipe: Recipe
+) -> list[tuple[dict[str, torch.Tensor], float | None]]:
+    """Return codes and scales of each linear of a site, and its error; overwrites weights and Hessian."""
+    args = recipe.site(site).weights
     rows, hessian = [len(weight) for weight in weights], shared_input.hessian
     undone = [undo_in_weights(weights.pop(0), shared_input.transform, shared_input.tensors) for _ in rows]
     weight = torch.cat(undone)
@@ -80,12 +102,10 @@ def _quantize_weights(
     if hessian is not None:
         hessian = transform_hessian(hessian, shared_input.transform, shared_input.tensors)
     parts = _round(weight, hessian, args, recipe.gptq).split(rows)
-    tensors: dict[str, torch.Tensor] = {}
-    for linear, part, rounded in zip(SITES[site], weight.split(rows), parts, strict=True):
-        tensors |= {f"{linear}.{key}": tensor for key, tensor in _linear_tensors(rounded, args).items()}
-        if hessian is not None:
-            errors[linear] = output_error(part, rounded, hessian)
-    return tensors
+    return [
+        (_linear_tensors(rounded, args), None if hessian is None else output_error(part, rounded, hessian))
+        for part, rounded in zip(weight.split(rows), parts, strict=True)
+    ]
 
 
 def _round(weight: torch.Tensor, hessian: torch.Tensor | None, args: WeightArgs, rounding: Gptq) -> QuantizedWeight:
@@ -97,18 +117,27 @@ def _round(weight: torch.Tensor, hessian: torch.Tensor | None, args: WeightArgs,
 
 
 def _input_tensors(site: str, shared_input: _SiteInput, recipe: Recipe, shape: ModelShape) -> dict[str, torch.Tensor]:
-    """Return the transform and the clip ratios of a site's input, one copy for each of its linears."""
-    args, clip_ratio = recipe.input_activations(site, shape), getattr(recipe.sites, site).clip_ratio
-    tensors, (_, features) = dict(shared_input.tensors), shape.linears()[f"model.layers.0.{SITES[site][0]}"]
+    """Return the transform and the clip ratios of a site's input."""
+    args, clip_ratio = recipe.input_activations(site, shape), recipe.site(site).clip_ratio
+    tensors = dict(shared_input.tensors)
     if args.num_bits != 16:
-        groups = activation_groups(args, features)
-        if clip_ratio == "search":
-            assert shared_input.sample is not None  # such recipes need calibration
-            y = transform_input(shared_input.sample, shared_input.transform, shared_input.tensors)
-            tensors["input_clip_ratio"] = search_clips(y, args, groups)
+        if clip_ratio != "search":
+            tensors["input_clip_ratio"] = torch.full((activation_groups(args, shape.features(site)), 2), clip_ratio)
+        elif shared_input.clips is not None:
+            tensors["input_clip_ratio"] = shared_input.clips
         else:
-            tensors["input_clip_ratio"] = torch.full((groups, 2), clip_ratio)
-    return {f"{linear}.{key}": tensor.clone() for linear in SITES[site] for key, tensor in tensors.items()}
+            assert shared_input.sample is not None  # such recipes need calibration
+            tensors["input_clip_ratio"] = searched_clips(site, shared_input.sample, shared_input.tensors, recipe, shape)
+    return tensors
+
+
+def searched_clips(
+    site: str, sample: torch.Tensor, tensors: InputTensors, recipe: Recipe, shape: ModelShape
+) -> torch.Tensor:
+    """Return the best clip ratios of a site's input, from samples [tokens, features] before its transform."""
+    args = recipe.input_activations(site, shape)
+    y = transform_input(sample, recipe.input_transform(site, shape), tensors)
+    return search_clips(y, args, activation_groups(args, shape.features(site)))
 
 
 def _linear_tensors(weight: QuantizedWeight, args: WeightArgs) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from infoquant_vllm.format import ARCHITECTURES, SITES
+from infoquant_vllm.format import ARCHITECTURES
 from offline.algorithms.rotations import Transforms
 from offline.model.hidden_states import OUTPUT, HiddenStates
 from offline.model.input_statistics import InputStatistics
@@ -13,6 +13,7 @@ from offline.progress import held_bytes
 from offline.run import Run
 from offline.stages.calibrate_keys import QueryMoments, calibrate_keys
 from offline.stages.equalize import equalize_layer
+from offline.stages.experts import Counts, quantized_experts
 from offline.stages.fold import fold_layer
 from offline.stages.learn_clips import learn_clips
 from offline.stages.quantize_layer import LayerInputs, quantize_layer
@@ -35,17 +36,20 @@ def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transfor
         if done:
             hidden.restore(run.store.load(RESUME_STATE)[HIDDEN], done)
     for layer in range(done):
-        _log_layer(run, layer, run.store.metadata(_name(layer))["errors"], transforms)
+        known = run.store.metadata(_name(layer))
+        _keep_counts(run, layer, [(routed, dealt) for routed, dealt in known["expert_tokens"]])
+        _log_layer(run, layer, known["errors"], transforms)
         yield run.store.load(_name(layer))
     run.progress("layers", done, layers)  # the clock of the time left starts here
     for layer in range(done, layers):
         began = time.monotonic()
         prefix = f"model.layers.{layer}."
         own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-        tensors, errors = _quantized_layer(run, hidden, layer, transforms, own)
+        tensors, errors, counts = _quantized_layer(run, hidden, layer, transforms, own)
+        _keep_counts(run, layer, counts)
         pace = None if tokens is None else tokens.numel() / (time.monotonic() - began)
         if run.store.persistent:
-            run.store.save(_name(layer), tensors, errors=errors)
+            run.store.save(_name(layer), tensors, errors=errors, expert_tokens=counts)
             entering = {} if hidden is None or layer + 1 == layers else {HIDDEN: hidden.values}
             run.store.save(RESUME_STATE, entering, layer=layer + 1)
         yield tensors
@@ -54,6 +58,11 @@ def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transfor
 
 def _name(layer: int) -> str:
     return f"layer-{layer:05d}"
+
+
+def _keep_counts(run: Run, layer: int, counts: Counts) -> None:
+    if counts:
+        run.expert_tokens[f"model.layers.{layer}"] = counts
 
 
 def _log_layer(
@@ -77,8 +86,8 @@ def _log_layer(
 
 def _quantized_layer(
     run: Run, hidden: HiddenStates | None, layer: int, transforms: Transforms | None, weights: dict[str, torch.Tensor]
-) -> tuple[Layer, dict[str, float]]:
-    """Return the checkpoint's tensors of a layer and its linears' output errors; runs `hidden` through the layer.
+) -> tuple[Layer, dict[str, float], Counts]:
+    """Return a layer's tensors, output errors and, of experts, counts of tokens; runs `hidden` through the layer.
 
     weights: of the tokens, by module (see `InputStatistics`)
     """
@@ -96,10 +105,12 @@ def _quantized_layer(
             _collect_statistics(run, hidden, inputs, InputStatistics(weights))
     with run.watch("weights"):
         tensors, errors = quantize_layer(inputs, run.recipe, run.source.shape, run.source.unquantized_dtype)
+    found, lost, counts = quantized_experts(run, hidden, layer, transforms)
+    tensors, errors = tensors | found, errors | lost
     if hidden is not None and learned is not None and before is not None:
         with run.watch("clips"):
             tensors |= learn_clips(tensors, hidden, before, learned, run.config)
-    return tensors, errors
+    return tensors, errors, counts
 
 
 def _on(device: torch.device, tensors: Layer) -> Layer:
@@ -117,7 +128,8 @@ def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs, sta
         else:
             statistics.observe(module, x)
 
-    modules = [] if run.recipe.rounding == "none" else [linears[0] for linears in SITES.values()]
+    found = [linears[0] for linears in shape.sites.values() if f"{linears[0]}.weight" in inputs.state]
+    modules = [] if run.recipe.rounding == "none" else found
     outputs: tuple[str, ...] = (key_module,) if run.recipe.reads_keys else ()
     outputs += (query_module,) if args is not None and args.key_feedback else ()
     hidden.forward_layer(inputs.state, modules, observe, outputs)

@@ -6,6 +6,7 @@ from infoquant_vllm.format import SITE_NORMS
 from offline.algorithms.psot import SharedRotation
 from offline.model.hidden_states import HiddenStates
 from offline.run import Run
+from offline.stages.experts import run_experts
 from offline.stages.fold import fold_layer
 
 POOL_STRIDE = 4
@@ -41,6 +42,7 @@ def collect_inputs(run: Run, tokens: torch.Tensor) -> torch.Tensor:
     for layer in range(layers):
         state = {name: tensor.to(device) for name, tensor in fold_layer(run.source, layer, None).items()}
         hidden.forward_layer(state, sites, observe)
+        run_experts(run, hidden, layer, None)
         run.progress("sampling", layer + 1, layers)
     return pool
 

@@ -68,14 +68,20 @@ def quantization_config(config: dict[str, Any], **changes: Any) -> dict[str, Any
                 "targets": ["down_proj"],
                 "weights": weights,
                 "input_activations": {"num_bits": 4},
-                "input_transform": {"type": "hadamard", "block_size": config["intermediate_size"]},
+                "input_transform": {"type": "hadamard", "block_size": _inner(config)},
             },
         },
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(["mlp.gate"] if "num_experts" in config else [])],
         "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard"},
         "online_r1": config["tie_word_embeddings"],
     }
     return data | changes
+
+
+def _inner(config: dict[str, Any]) -> int:
+    """The features of down_proj's input."""
+    size: int = config.get("moe_intermediate_size", config["intermediate_size"])
+    return size
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -84,6 +90,12 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     shape = ModelShape.from_hf(config)
     expected = expected_tensors(parse_config(config["quantization_config"]), shape)
     tensors = {name: _random(name, spec, generator) for name, spec in sorted(expected.items())}
+    first = {
+        f"model.layers.{layer}.{linear}": f"model.layers.{layer}.{linears[0]}"
+        for layer in range(shape.num_hidden_layers)
+        for linears in shape.shared_inputs
+        for linear in linears
+    }
     for module, (_, in_features) in shape.linears().items():
         for name in (
             f"{module}.input_clip_ratio",
@@ -92,8 +104,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
             f"{module}.input_right",
         ):
             if name in tensors:  # linears that vLLM fuses share their input
-                first = module.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
-                tensors[name] = tensors[first + name.removeprefix(module)].clone()
+                tensors[name] = tensors[first[module] + name.removeprefix(module)].clone()
         if f"{module}.weight_scale" in tensors:
             multiplier = 6 if f"{module}.weight_multiplier" in tensors else 1
             tensors[f"{module}.weight_scale"] *= 0.2 / multiplier / in_features**0.5

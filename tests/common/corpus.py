@@ -87,6 +87,47 @@ def write_other_sound(folder: Path) -> Path:
     return write_random(folder, {"rotated_hidden_states": False}, **names)
 
 
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+GROUPS = ("quantization_config", "config_groups")
+EXPERT, ROUTER = f"{LAYER}mlp.experts.2.", f"{LAYER}mlp.gate.weight"
+
+
+def write_sound_mixture(folder: Path) -> Path:
+    """The mixture of experts that the cases of `mixture_cases` begin with."""
+    return write_random(folder, **MIXTURE)
+
+
+def mixture_cases() -> dict[str, Case]:
+    """What can be broken in a mixture of experts alone, by name."""
+    packed, clip = f"{EXPERT}down_proj.weight_packed", f"{EXPERT}gate_proj.input_clip_ratio"
+    found = {
+        "expert's weights missing": _tensor(packed, None, "is missing"),
+        "expert's weights cut short": _tensor(packed, lambda t: t[:-1].clone(), "has shape", "expected"),
+        "expert's clip missing": _tensor(clip, None, "is missing"),
+        "expert's scale zero": _tensor(f"{EXPERT}up_proj.weight_scale", torch.zeros_like, "is 0,"),
+        "router missing": _tensor(ROUTER, None, "is missing"),
+        "router of other experts": _tensor(ROUTER, lambda t: t[:-1].clone(), "has shape", "expected [4, 256]"),
+        "router of another dtype": _tensor(ROUTER, lambda t: t.to(torch.int32), "is I32", "expected"),
+        "router NaN": _tensor(ROUTER, lambda t: _first(t, float("nan")), "is nan", "1 of"),
+        "an expert more": Case(_edit("config.json", ("num_experts",), 5), ("experts.4", "is missing")),
+        "an expert fewer": Case(_edit("config.json", ("num_experts",), 3), ("mlp.gate", "has shape")),
+        "router quantized": Case(
+            _edit("config.json", (*GROUPS, "out", "targets"), ["o_proj", f"{LAYER}mlp.gate"]), ("mlp.gate",)
+        ),
+        "router not named": Case(_edit("config.json", ("quantization_config", "ignore"), ["lm_head"]), ("mlp.gate",)),
+    }
+    for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        found |= {f"{name} {kind}": Case(_edit("config.json", (name,), WRONG[kind]), (name,))
+                  for kind in WRONG if kind != "missing" and (name, kind) != ("num_experts", "empty")}  # fmt: skip
+    return found
+
+
 def cases() -> dict[str, Case]:
     """All of them, by name."""
     return dict([*_tensors(TENSORS), *_values(), *_config_fields(), *_model_fields(), *_files()])

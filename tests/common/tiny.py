@@ -75,12 +75,28 @@ SIZES: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
     "olmo2": {"architecture": "Olmo2ForCausalLM", "tie_word_embeddings": False, "pad_token_id": 0},
+    "mixtral": {"architecture": "MixtralForCausalLM", "tie_word_embeddings": False, "num_local_experts": 4},
+    "qwen2-moe": {
+        "architecture": "Qwen2MoeForCausalLM",
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 160,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3-moe": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "moe_intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
 FAMILIES = (
     *("llama3-rope", "mistral", "mistral-window"),
     *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3", "olmo2"),
+    *("mixtral", "qwen2-moe", "qwen3-moe"),
 )
 """Those that differ in more than sizes."""
 
@@ -130,8 +146,8 @@ def _randomize(model: CausalLM, generator: torch.Generator) -> None:
         elif name.endswith("bias"):
             parameter.copy_(0.1 * noise)
         else:
-            outliers = 1 + 4 * (torch.rand(parameter.shape[1], generator=generator) < 0.02)
-            parameter.copy_(noise * outliers / parameter.shape[1] ** 0.5)
+            outliers = 1 + 4 * (torch.rand(parameter.shape[-1], generator=generator) < 0.02)
+            parameter.copy_(noise * outliers / parameter.shape[-1] ** 0.5)
     model.tie_weights()
 
 

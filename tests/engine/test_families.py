@@ -22,7 +22,7 @@ from tests.server.test_equality import scores_of
 
 CHUNKS = {"block_size": 32, "max_num_batched_tokens": 64}
 SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=128), "psot": Psot(steps=3)}
-ROUNDED_AS = {"mistral": ("best", 4, 4), "qwen2": ("fast", 8, 4), "qwen3": ("best", 4, 8)}
+ROUNDED_AS = {"mistral": ("best", 4, 4), "qwen2": ("fast", 8, 4), "qwen3": ("best", 4, 8), "qwen3-moe": ("best", 4, 4)}
 """By family: preset, bits of keys, of values; else those of `fast`."""
 MODEL_IMPL = {"qwen3-windows": "transformers"}
 """By family: the implementation that a user has to choose; else vLLM chooses."""
@@ -36,7 +36,7 @@ def recipe_for(family: str, preset: str | None) -> Recipe:
     recipe = PRESETS[preset or other]
     assert recipe.kv_cache is not None
     cache = recipe.kv_cache.model_copy(update={"key_bits": key_bits, "value_bits": value_bits})
-    steps = None if recipe.distillation is None else Distillation(steps=2)
+    steps = None if recipe.distillation is None or family == "qwen3-moe" else Distillation(steps=2)
     return recipe.model_copy(update=SMALL | {"kv_cache": cache, "distillation": steps})
 
 

@@ -31,9 +31,9 @@ def write_checkpoint(folder: Path, preset: str, size: str) -> Path:
     return folder / "checkpoint"
 
 
-def logprobs(engine: Engine, checkpoint: Path, workers: int) -> torch.Tensor:
+def logprobs(engine: Engine, checkpoint: Path, workers: int, **options: bool) -> torch.Tensor:
     """Of the prompts' tokens and of the 8 generated after each."""
-    (answers,) = engine.run(checkpoint, PROMPTS, max_tokens=8, tensor_parallel_size=workers).answers
+    (answers,) = engine.run(checkpoint, PROMPTS, max_tokens=8, tensor_parallel_size=workers, **options).answers
     return torch.tensor([answer.prompt + answer.logprobs for answer in answers])
 
 
@@ -46,3 +46,16 @@ def test_two_workers_say_what_one_says(engine: Engine, preset: str, size: str, t
     assert alone.std() > 0.5
     assert difference.median() <= 1e-4
     assert difference.mean() <= MEAN_DIFFERENCE.get(size, 1e-3)
+
+
+def test_two_workers_share_the_features_or_the_experts_of_a_mixture(engine: Engine, tmp_path: Path) -> None:
+    recipe = PRESETS["fast"].model_copy(update=SMALL)
+    source = write_source(tmp_path / "source", **SIZES["mixtral"])
+    quantize(source, tmp_path / "checkpoint", recipe=recipe, max_tp_size=2, progress=silent)
+    alone = logprobs(engine, tmp_path / "checkpoint", 1)
+    for by_experts in (False, True):
+        together = logprobs(engine, tmp_path / "checkpoint", 2, enable_expert_parallel=by_experts)
+        difference = (together - alone).abs()
+        print(f"|difference of log-probabilities| {difference.mean():.1e} on average, {difference.max():.1e} at most")
+        assert difference.median() <= 1e-5
+        assert difference.mean() <= 0.05  # a last bit may send a token to another expert

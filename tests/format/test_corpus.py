@@ -8,9 +8,19 @@ import pytest
 
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline.evaluate.verify import verify
-from tests.common.corpus import OTHERS, TENSORS, Case, cases, other_cases, write_other_sound, write_sound
+from tests.common.corpus import (
+    OTHERS,
+    TENSORS,
+    Case,
+    cases,
+    mixture_cases,
+    other_cases,
+    write_other_sound,
+    write_sound,
+    write_sound_mixture,
+)
 
-CASES, OTHER_CASES = cases(), other_cases()
+CASES, OTHER_CASES, MIXTURE_CASES = cases(), other_cases(), mixture_cases()
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +31,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def other_sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_other_sound(tmp_path_factory.mktemp("others") / "sound")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sound_mixture(tmp_path_factory.mktemp("corpus") / "mixture")
 
 
 def read(folder: Path) -> int:
@@ -40,6 +55,10 @@ def test_the_sound_one_with_norms_behind_is_read_and_has_every_other_tensor(othe
     assert set(OTHERS.values()) <= Checkpoint(other_sound).weight_map.keys()
 
 
+def test_the_sound_mixture_of_experts_is_read(mixture: Path) -> None:
+    assert read(mixture) > 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_broken_one_is_refused(name: str, sound: Path, tmp_path: Path) -> None:
     assert_refused(CASES[name], sound, tmp_path)
@@ -48,6 +67,11 @@ def test_a_broken_one_is_refused(name: str, sound: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", OTHER_CASES)
 def test_a_broken_one_with_norms_behind_is_refused(name: str, other_sound: Path, tmp_path: Path) -> None:
     assert_refused(OTHER_CASES[name], other_sound, tmp_path)
+
+
+@pytest.mark.parametrize("name", MIXTURE_CASES)
+def test_a_broken_mixture_of_experts_is_refused(name: str, mixture: Path, tmp_path: Path) -> None:
+    assert_refused(MIXTURE_CASES[name], mixture, tmp_path)
 
 
 def assert_refused(case: Case, sound: Path, tmp_path: Path) -> None:

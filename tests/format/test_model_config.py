@@ -16,7 +16,8 @@ from infoquant_vllm.format.model_config import FIELDS
 from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
-LLAMA, MISTRAL, MINISTRAL, GRANITE, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3 = ARCHITECTURES
+LLAMA, MISTRAL, MINISTRAL, GRANITE, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3, *_ = ARCHITECTURES
+*_, MIXTRAL, QWEN2_MOE, QWEN3_MOE = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -118,6 +119,20 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (LLAMA, {"num_local_experts": 8}),
     (LLAMA, {"num_experts": 8}),
     (LLAMA, {"n_routed_experts": 8}),
+    (MIXTRAL, {"tie_word_embeddings": True}),
+    (MIXTRAL, {"num_local_experts": 0}),
+    (MIXTRAL, {"num_experts": 4, "num_local_experts": 8}),
+    (MIXTRAL, {"num_local_experts": 8, "num_experts_per_tok": 9}),
+    (QWEN2_MOE, {"qkv_bias": False}),
+    (QWEN2_MOE, {"head_dim": 32}),
+    (QWEN2_MOE, {"shared_expert_intermediate_size": 0}),
+    (QWEN3_MOE, {"num_hidden_layers": 1000, "num_experts": 1000}),
+    (QWEN3_MOE, {"moe_intermediate_size": 0}),
+    (QWEN3_MOE, {"n_routed_experts": 8}),
+    (QWEN3_MOE, {"shared_expert_intermediate_size": 64}),
+    (QWEN3_MOE, {"norm_topk_prob": None}),
+    (QWEN3_MOE, {"decoder_sparse_step": 2}),
+    (QWEN3_MOE, {"mlp_only_layers": [0]}),
 ]
 """By class; the last field named is the one that is refused."""
 UNREAD: dict[str, Any] = {
@@ -136,6 +151,9 @@ UNREAD: dict[str, Any] = {
     "label2id": {"a": 0},
     "problem_type": "regression",
     "transformers_version": "4.37.0",
+    "router_aux_loss_coef": 0.5,
+    "router_jitter_noise": 0.5,
+    "output_router_logits": True,
 }
 
 
@@ -193,9 +211,10 @@ WITH_ANOTHER = {"ada_rms_norm_t_cond_dim", "qk_nope_head_dim", "qk_rope_head_dim
 """Read only where a field that is refused is set."""
 
 
-@pytest.mark.parametrize(
-    "module", ["llama", "mistral", "granite", "qwen2", "qwen3", "transformers/base", "transformers/causal"]
-)
+MODULES = "llama", "mistral", "granite", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"
+
+
+@pytest.mark.parametrize("module", [*MODULES, "transformers/base", "transformers/causal"])
 def test_every_field_that_the_installed_vllm_reads_is_in_the_table(module: str) -> None:
     spec = find_spec("vllm")
     assert spec is not None

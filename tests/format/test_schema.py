@@ -136,11 +136,11 @@ MISTRAL, QWEN2, QWEN3 = "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausa
     ("architecture", "changes", "message"),
     [
         (
-            "MixtralForCausalLM",
-            {"num_local_experts": 8},
-            r"architectures is \['MixtralForCausalLM'\], a mixture of 8 experts; this release knows Llama",
+            "PhimoeForCausalLM",
+            {"num_local_experts": 16},
+            r"architectures is \['PhimoeForCausalLM'\], a mixture of 16 experts; this release knows Llama",
         ),
-        ("Qwen3MoeForCausalLM", {"num_experts": 128}, "Qwen3MoeForCausalLM.*a mixture of 128 experts"),
+        ("DeepseekV3ForCausalLM", {"n_routed_experts": 256}, "DeepseekV3ForCausalLM.*a mixture of 256 experts"),
         ("GPT2LMHeadModel", {}, r"architectures is \['GPT2LMHeadModel'\]; this release knows"),
         (MISTRAL, {"sliding_window": 0}, "sliding_window is 0, expected a number of tokens .* Mistral"),
         (

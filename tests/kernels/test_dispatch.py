@@ -117,5 +117,7 @@ def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
     for groups, name in (((48, 64), "weights"), ((64, 48), "input_activations")):
         with pytest.raises(NotImplementedError, match=f"group_size 48 of {name}: the Triton .* multiples of 32"):
             kernels.check_linear(*groups)
+    with pytest.raises(NotImplementedError, match="the Triton kernels have none for mixtures of experts"):
+        kernels.check_experts()
     kernels.check_linear(None, None)
     kernels.check_kv_cache(256, 30.0)

@@ -92,6 +92,51 @@ def test_memory_grows_neither_with_layers_nor_much_with_the_preset(tmp_path: Pat
     assert many.memory_bytes <= many.memory_bound_bytes
 
 
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "torch_dtype": "bfloat16",
+}
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(("config", "parameters"), [(QWEN3_30B_A3B, 30.5e9), (MIXTRAL_8X7B, 46.7e9)])
+def test_one_expert_of_a_mixture_is_in_memory(tmp_path: Path, config: dict[str, object], parameters: float) -> None:
+    report = quantize(config_alone(tmp_path / "source", **config), tmp_path / "out", **DRY)
+    plan = planned(report)
+    assert report.source_bytes / 2 == pytest.approx(parameters, rel=0.01)
+    assert plan.experts in (8, 128)
+    assert {"qkv", "o", "gate_up", "down"} == plan.sites.keys()
+    one = 4 * sum(plan.sites[site].rows * plan.sites[site].columns for site in ("gate_up", "down"))
+    attention = 4 * sum(plan.sites[site].rows * plan.sites[site].columns for site in ("qkv", "o"))
+    assert plan.layer_float32_bytes == one + attention
+    assert plan.memory_bytes < 0.2 * report.source_bytes
+    assert plan.memory_bytes <= plan.memory_bound_bytes
+
+
 def test_stages_that_hold_the_whole_model_say_so(tmp_path: Path) -> None:
     source = config_alone(tmp_path / "source", **LLAMA_3_8B, num_hidden_layers=32)
     plan = planned(quantize(source, tmp_path / "out", preset="best", progress=silent, dry_run=True))

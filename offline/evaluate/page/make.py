@@ -54,6 +54,8 @@ def make_page(
     _check_matplotlib()
     inspection = inspect_checkpoint(folder)
     records, checkpoint = run_records(inspection), Checkpoint(folder)
+    if checkpoint.shape.experts is not None:
+        raise ToolError(f"{folder}: the page shows no mixtures of experts yet; use `infoquant eval` and `verify`")
     opened = None if source is None else Source.open(source)
     windows = _windows(corpus, read_tokenizer(checkpoint.folder), checkpoint.shape.vocab_size)
     found = measure(checkpoint, opened, windows, progress)

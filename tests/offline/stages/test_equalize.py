@@ -10,8 +10,8 @@ from offline.model.architectures import CausalLM
 from offline.model.hidden_states import HiddenStates
 from offline.model.input_statistics import InputStatistics
 from offline.model.source import Source
-from offline.stages.equalize import equalize_down, equalize_layer
-from offline.stages.fold import fold_layer
+from offline.stages.equalize import equalize_down, equalize_layer, equalize_mlp
+from offline.stages.fold import fold_expert, fold_layer
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 
 
@@ -20,17 +20,32 @@ def test_equalized_model_gives_the_sources_logits(tmp_path: Path, size: str) -> 
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
     hidden = HiddenStates(source, tokens, None, [torch.device("cpu")])
-    model = source.model(torch.float32)
+    model, shape = source.model(torch.float32), source.shape
     expected = model(tokens).logits
     for number, layer in enumerate(model.model.layers):
         state, statistics = fold_layer(source, number, None), InputStatistics()
-        before = state["mlp.down_proj.weight"]
-        hidden.forward_layer(state, [linears[0] for linears in SITES.values()], statistics.observe)
-        equalize_layer(state, statistics.take_hessians(), statistics, source.shape)
-        assert not torch.allclose(state["mlp.down_proj.weight"], before, rtol=0.01)
+        modules = [linears[0] for linears in shape.sites.values() if f"{linears[0]}.weight" in state]
+        hidden.forward_layer(state, modules, statistics.observe)
+        equalize_layer(state, statistics.take_hessians(), statistics, shape)
+        for expert in range(shape.num_experts):
+            state |= equalized_expert(source, hidden, number, expert)
+        for site, (down, *_) in shape.sites.items():
+            before = source.tensor(f"model.layers.{number}.{down}.weight")
+            assert not (site.endswith("down") and torch.allclose(state[f"{down}.weight"], before, rtol=0.01))
         layer.load_state_dict(state)
     found = model(tokens).logits
     assert ((found - expected).abs().max() / expected.abs().max()).item() < 1e-4
+
+
+def equalized_expert(source: Source, hidden: HiddenStates, layer: int, expert: int) -> dict[str, torch.Tensor]:
+    """Run an expert after its layer, and return its equalized weights."""
+    state, statistics = fold_expert(source, layer, expert, None), InputStatistics()
+    hidden.forward_expert(expert, state, statistics.observe)
+    names = source.shape.experts
+    assert names is not None
+    up, down = (f"{names.expert(expert)}.{name}" for name in (names.up, names.down))
+    equalize_mlp(state, statistics.take_hessians(), statistics, up, down)
+    return state
 
 
 def test_down_input_times_weight_norm_is_smallest_when_equalized() -> None:

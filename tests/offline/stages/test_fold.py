@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from infoquant_vllm.format import SITES
 from offline.algorithms.rotations import Transforms, transform_input, undo_in_weights
 from offline.model.architectures import CausalLM
+from offline.model.reference import load_reference
 from offline.model.source import Source
 from offline.recipe import Psot, PsotLayer, Recipe
-from offline.stages.fold import fold_embeddings, fold_layer
+from offline.stages.fold import fold_embeddings, fold_expert, fold_layer
 from offline.stages.rotate import make_transforms
 from tests.common.runs import run_of
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
@@ -35,10 +35,13 @@ def transformed_model(source: Source, transforms: Transforms | None, recipe: Rec
     folded = dict(fold_embeddings(source, transforms))
     model.model.norm.weight.data = folded["model.norm.weight"].float()
     for number, layer in enumerate(model.model.layers):
-        layer.load_state_dict(fold_layer(source, number, transforms))
+        state = fold_layer(source, number, transforms)
+        for expert in range(source.shape.num_experts):
+            state |= fold_expert(source, number, expert, transforms)
+        layer.load_state_dict(state)
         inputs = transforms.inputs[number] if transforms is not None and transforms.inputs else {}
-        for site, linears in SITES.items():
-            online = recipe.input_transform(site, source.shape), inputs.get(site, {})
+        for site, linears in source.shape.sites.items():
+            online = recipe.input_transform(site, source.shape), inputs.get(site.rpartition(".")[2], {})
             for linear in map(layer.get_submodule, linears):
                 linear.weight.data = undo_in_weights(linear.weight.data, *online)
                 linear.register_forward_pre_hook(
@@ -65,7 +68,7 @@ def transforms_for(source: Source, recipe: Recipe, tokens: torch.Tensor) -> Tran
 
 @torch.no_grad()
 def relative_error(source: Source, transforms: Transforms | None, recipe: Recipe, tokens: torch.Tensor) -> float:
-    expected = source.model(torch.float32)(tokens).logits
+    expected = load_reference(source.folder, torch.float32)(tokens).logits
     found = transformed_model(source, transforms, recipe)(tokens).logits
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
@@ -74,6 +77,8 @@ def relative_error(source: Source, transforms: Transforms | None, recipe: Recipe
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transformed_model_gives_the_sources_logits(tmp_path: Path, transform: str, size: str) -> None:
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
+    if transform == "psot-layer" and source.shape.experts is not None:
+        pytest.skip("refused by the recipe")
     tokens = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(2))
     recipe = recipe_for(transform)
     assert relative_error(source, transforms_for(source, recipe, tokens), recipe, tokens) < LARGEST_RELATIVE_ERROR
