@@ -209,7 +209,7 @@ def _guiding_bytes(source: Source, size: CalibrationSize) -> int:
     """Bytes to weigh tokens: the weights in float32, activations kept for gradients, and logits with gradients."""
     shape, width = source.shape, source.shape.hidden_size + source.shape.intermediate_size // 2
     kept = DISTILL_ACTIVATIONS * width * shape.num_hidden_layers + COPIES_OF_LOGITS * shape.vocab_size
-    found = len(SITES) * shape.num_hidden_layers * size.sequences
+    found = len(shape.sites) * shape.num_hidden_layers * size.sequences
     return FLOAT32 * (_parameters(shape) + (kept + found) * size.sequence_length)
 
 
