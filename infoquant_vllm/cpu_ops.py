@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and RoPE on the CPU with the same last bits in eager and in compiled models.
+"""Norms, products of gated MLPs and RoPE on the CPU with the same last bits in eager and in compiled models.
 
 Last bits that differ become other 4-bit codes, and the codes of later layers follow: log-probabilities moved by 0.4 to
 1.0 on average between eager mode and inductor's fused norms and activations, which round at other places and sum in
@@ -13,11 +13,11 @@ import torch
 from vllm import ir
 from vllm.config import CompilationConfig
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
-from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.rotary_embedding import Llama3RotaryEmbedding, RotaryEmbedding
 from vllm.platforms import current_platform
 
-from infoquant_vllm.kernels.ops import add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
+from infoquant_vllm.kernels.ops import add_rms_norm, gelu_tanh_and_mul, rms_norm, rotary_embedding, silu_and_mul
 
 PROVIDER = "infoquant"
 
@@ -38,7 +38,7 @@ def use_cpu_ops(compilation: CompilationConfig) -> None:
 def _supports_norm(
     x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> bool:
-    return weight is not None and weight.dtype == x.dtype and variance_size is None
+    return weight is not None and weight.dtype in (x.dtype, torch.float32) and variance_size is None
 
 
 def _supports_add_norm(
@@ -81,6 +81,14 @@ class InfoQuantSiluAndMul(SiluAndMul):
         return silu_and_mul(x)
 
 
+class InfoQuantGeluAndMul(GeluAndMul):
+    """Gemma's product, where GELU is approximated by tanh; elsewhere vLLM's own."""
+
+    def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., 2 * size] to [..., size]."""
+        return gelu_tanh_and_mul(x) if self.approximate == "tanh" else super().forward_cpu(x)
+
+
 class InfoQuantRotaryEmbedding(RotaryEmbedding):
     """RoPE, where the halves of a head are rotated and keys are given; elsewhere vLLM's own."""
 
@@ -99,6 +107,7 @@ class InfoQuantLlama3RotaryEmbedding(InfoQuantRotaryEmbedding, Llama3RotaryEmbed
 
 OOT_LAYERS: dict[type[CustomOp], type[CustomOp]] = {
     SiluAndMul: InfoQuantSiluAndMul,
+    GeluAndMul: InfoQuantGeluAndMul,
     RotaryEmbedding: InfoQuantRotaryEmbedding,
     Llama3RotaryEmbedding: InfoQuantLlama3RotaryEmbedding,
 }

@@ -49,6 +49,7 @@ class Backend:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
+    gelu_tanh_and_mul: Callable[[Tensor], Tensor]
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
     kv_store: Callable[[Tensor, Tensor, Tensor, Tensor, KVCalibration, KVScheme], None]
@@ -137,6 +138,7 @@ def _torch() -> Backend:
         rms_norm=elementwise.rms_norm,
         add_rms_norm=elementwise.add_rms_norm,
         silu_and_mul=elementwise.silu_and_mul,
+        gelu_tanh_and_mul=elementwise.gelu_tanh_and_mul,
         rotary_embedding=elementwise.rotary_embedding,
         kv_store=kv_cache.kv_store,
         kv_attention=kv_cache.kv_attention,
@@ -162,6 +164,7 @@ def _native() -> Backend:
         rms_norm=kernels.rms_norm,
         add_rms_norm=kernels.add_rms_norm,
         silu_and_mul=kernels.silu_and_mul,
+        gelu_tanh_and_mul=kernels.gelu_tanh_and_mul,
         rotary_embedding=kernels.rotary_embedding,
         kv_store=kernels.kv_store,
         kv_attention=kernels.kv_attention,

@@ -132,7 +132,7 @@ def rotate_rows(rows: Tensor, rotation: Tensor, gain: Tensor | None) -> Tensor:
 
 @_custom_op(lambda x, weight, epsilon: _contiguous_like(x))
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Normalize x by its root mean square over the last dimension, times weight."""
+    """Normalize x by its root mean square over the last dimension, times weight in the dtype of x or float32."""
     return backend(x.device.type).rms_norm(x, weight, epsilon)
 
 
@@ -146,6 +146,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
 def silu_and_mul(x: Tensor) -> Tensor:
     """Return silu(gate) * up of x [..., 2 * size], gate before up."""
     return backend(x.device.type).silu_and_mul(x)
+
+
+@_custom_op(lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
+def gelu_tanh_and_mul(x: Tensor) -> Tensor:
+    """Return gelu_tanh(gate) * up of x [..., 2 * size], gate before up."""
+    return backend(x.device.type).gelu_tanh_and_mul(x)
 
 
 @_custom_op(lambda positions, query, key, *_: (query.new_empty(query.shape), key.new_empty(key.shape)))

@@ -1,4 +1,4 @@
-"""RMSNorm, the SwiGLU product and RoPE: the compiled kernels against those in torch, and both against vLLM's."""
+"""RMSNorm, the products of gated MLPs and RoPE: the compiled kernels against those in torch, both against vLLM's."""
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -12,7 +12,9 @@ from infoquant_vllm.kernels.cpu import kernels as compiled
 from infoquant_vllm.kernels.torch import elementwise as torch_kernels
 from tests.common.libraries import RUNNABLE, library
 
+PRODUCTS = ["silu_and_mul", "gelu_tanh_and_mul"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT_WEIGHTS = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
 SHAPES = [(1, 576), (5, 64), (3, 7, 128), (2, 35), (33, 4096), (0, 64)]
 
 
@@ -32,11 +34,13 @@ def _assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_are_those_in_torch(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "of_weight"), [*zip(DTYPES, DTYPES, strict=True), *FLOAT_WEIGHTS])
+def test_norms_are_those_in_torch(
+    kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, of_weight: torch.dtype
+) -> None:
     torch.manual_seed(0)
     x, residual = (3 * torch.randn(2, *shape)).to(dtype)
-    weight = torch.randn(shape[-1]).to(dtype)
+    weight = torch.randn(shape[-1]).to(of_weight)
     _assert_equal(kernels.rms_norm(x, weight, 1e-5), torch_kernels.rms_norm(x, weight, 1e-5))
     expected = torch_kernels.add_rms_norm(x, residual, weight, 1e-5)
     for found, right in zip(kernels.add_rms_norm(x, residual, weight, 1e-5), expected, strict=True):
@@ -45,24 +49,30 @@ def test_norms_are_those_in_torch(kernels: ModuleType, shape: tuple[int, ...], d
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_products_are_those_in_torch(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_gated_products_are_those_in_torch(
+    kernels: ModuleType, product: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     x = (10 * torch.randn(*shape[:-1], 2 * shape[-1])).to(dtype)
-    _assert_equal(kernels.silu_and_mul(x), torch_kernels.silu_and_mul(x))
+    _assert_equal(getattr(kernels, product)(x), getattr(torch_kernels, product)(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_gate_of_16_bits_is_that_in_torch(kernels: ModuleType, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_every_gate_of_16_bits_is_that_in_torch(kernels: ModuleType, product: str, dtype: torch.dtype) -> None:
     gates = torch.arange(1 << 16).to(torch.uint16).view(dtype)
     x = torch.cat((gates, torch.ones_like(gates)))[None]
-    found, expected = kernels.silu_and_mul(x), torch_kernels.silu_and_mul(x)
+    found, expected = getattr(kernels, product)(x), getattr(torch_kernels, product)(x)
     torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
 
 
-def test_extreme_gates_are_those_in_torch(kernels: ModuleType) -> None:
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_extreme_gates_are_those_in_torch(kernels: ModuleType, product: str) -> None:
     gates = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 700.0, -700.0, 1e30, -1e4, torch.inf, torch.nan, 1.0])
     x = torch.cat((gates, torch.ones_like(gates)))[None]
-    torch.testing.assert_close(kernels.silu_and_mul(x), torch_kernels.silu_and_mul(x), equal_nan=True, rtol=0, atol=0)
+    found, expected = getattr(kernels, product)(x), getattr(torch_kernels, product)(x)
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
 
 
 def test_zeros_and_large_values_have_norms(kernels: ModuleType) -> None:
@@ -95,12 +105,13 @@ def test_a_row_is_the_same_bits_in_any_batch(kernels: ModuleType) -> None:
             assert torch.equal(call(x[:rows]), whole[:rows])
 
 
-def test_norms_and_swiglu_are_those_of_torchs_functions_but_for_last_bits() -> None:
+def test_norms_and_gated_products_are_those_of_torchs_functions_but_for_last_bits() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(7, 1152), torch.randn(1152)
     torch.testing.assert_close(torch_kernels.rms_norm(x, weight, 1e-5), F.rms_norm(x, (1152,), weight, 1e-5))
     gate, up = x.chunk(2, -1)
     torch.testing.assert_close(torch_kernels.silu_and_mul(x), F.silu(gate) * up)
+    torch.testing.assert_close(torch_kernels.gelu_tanh_and_mul(x), F.gelu(gate, approximate="tanh") * up)
 
 
 @pytest.mark.parametrize(("head_size", "rotary_dim"), [(64, 64), (128, 128), (96, 96), (80, 20), (10, 6)])

@@ -30,7 +30,7 @@ def _linear(tokens: int, num_bits: int = 4) -> tuple[Any, ...]:
 
 def _elementwise(name: str) -> tuple[Any, ...]:
     x, weight = torch.randn(5, 64).bfloat16(), torch.ones(64).bfloat16()
-    return {"rms_norm": (x, weight, 1e-5), "add_rms_norm": (x, x.clone(), weight, 1e-5), "silu_and_mul": (x,)}[name]
+    return {"rms_norm": (x, weight, 1e-5), "add_rms_norm": (x, x.clone(), weight, 1e-5)}.get(name, (x,))
 
 
 OPERATIONS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
@@ -38,7 +38,7 @@ OPERATIONS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "linear of 16-bit inputs": (ops._linear, lambda: _linear(5, 16)),
     **{
         name: (getattr(ops, name), lambda name=name: _elementwise(name))
-        for name in ("rms_norm", "add_rms_norm", "silu_and_mul")
+        for name in ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul")
     },
 }
 

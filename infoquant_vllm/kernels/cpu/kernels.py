@@ -80,20 +80,25 @@ def rotate_rows(rows: torch.Tensor, rotation: torch.Tensor, gain: torch.Tensor |
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Normalize; the weight in the dtype of x."""
+    """Normalize; the weight in the dtype of x, or float32."""
     return operations().rms_norm(x, weight, epsilon)
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add and normalize; all in the dtype of x."""
+    """Add and normalize; all in the dtype of x, but the weight may be float32."""
     return operations().add_rms_norm(x, residual, weight, epsilon)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """Multiply silu(gate) by up."""
     return operations().silu_and_mul(x)
+
+
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """Multiply gelu_tanh(gate) by up."""
+    return operations().gelu_tanh_and_mul(x)
 
 
 def rotary_embedding(

@@ -1,25 +1,33 @@
-"""RMSNorm, the SwiGLU product and RoPE.
+"""RMSNorm, the products of gated MLPs and RoPE.
 
 Activation codes of later layers depend on last bits, so neither the order of a sum nor the implementation of exp may
 matter: both run in float64 and are rounded to float32 once. Implementations then differ in a last bit of about one
 value in many millions.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+GELU_CUBIC, GELU_SLOPE = 0.044715, 2 * math.sqrt(2 / math.pi)
+"""Coefficients of GELU's approximation by tanh (Hendrycks and Gimpel, arXiv 1606.08415); the slope is of 2 u."""
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Round x / sqrt(mean(x^2) + epsilon) over the last dimension to the dtype of weight; multiply by weight."""
-    return _normalize(x, epsilon).to(weight.dtype) * weight
+    """Round x / sqrt(mean(x^2) + epsilon) over the last dimension to the dtype of weight; multiply by weight.
+
+    The product is rounded to the dtype of x; weight has that dtype or float32.
+    """
+    return (_normalize(x, epsilon).to(weight.dtype) * weight).to(x.dtype)
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the norm of x + residual, and x + residual. Only the second is rounded to the dtype of x."""
+    """Return the norm of x + residual (see `rms_norm`), and x + residual, which is rounded to the dtype of x."""
     total = x.float() + residual.float()
-    return _normalize(total, epsilon).to(weight.dtype) * weight, total.to(x.dtype)
+    return (_normalize(total, epsilon).to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
@@ -28,9 +36,24 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return silu(gate) * up
 
 
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """Return gelu_tanh(gate) * up of x [..., 2 * size], which holds gate before up."""
+    gate, up = x.chunk(2, -1)
+    return gelu_tanh(gate) * up
+
+
 def silu(x: torch.Tensor) -> torch.Tensor:
     """Return x * sigmoid(x), rounded to the dtype of x."""
     return F.silu(x.double()).float().to(x.dtype)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """Return x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), rounded to the dtype of x.
+
+    As x sigmoid(2 u): 1 + tanh u has no digits left where u is far below 0.
+    """
+    exact = x.double()
+    return (exact * (GELU_SLOPE * (exact + GELU_CUBIC * exact**3)).sigmoid()).float().to(x.dtype)
 
 
 def rotary_embedding(

@@ -88,10 +88,11 @@ struct RotateRows {
 
 void rotate_rows(const RotateRows& operands);
 
-// All of one dtype. x and residual (or null) are [tokens, size]; y and total = x + residual have the same shape.
+// All of one dtype, but the weight may be float32. x and residual (or null) are [tokens, size]; y and
+// total = x + residual have the same shape.
 struct RmsNorm {
     const void *x, *residual, *weight;
-    Dtype dtype;
+    Dtype dtype, weight_dtype;
     int64_t tokens, size;
     double epsilon;
     void *y, *total;
@@ -99,8 +100,10 @@ struct RmsNorm {
 
 void rms_norm(const RmsNorm& operands);
 
+enum Activation { SILU, GELU_TANH };
+
 // x [tokens, 2 * size] holds gates, then the values that they gate; out [tokens, size].
-void silu_and_mul(const void* x, Dtype dtype, int64_t tokens, int64_t size, void* out);
+void gated_product(Activation activation, const void* x, Dtype dtype, int64_t tokens, int64_t size, void* out);
 
 // Rows [tokens, heads, head_size] with `stride` elements from token to token.
 template <typename Pointer>

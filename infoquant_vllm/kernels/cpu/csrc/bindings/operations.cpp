@@ -178,7 +178,8 @@ void run_rms_norm(Value* stack, uint64_t, uint64_t) {
     const double epsilon = in.number();
     const std::vector<int64_t> sizes = shape(x);
     Tensor y = empty(sizes, x.dtype());
-    rms_norm({x.data(), nullptr, weight.data(), x.dtype(), rows(sizes), sizes.back(), epsilon, y.data(), nullptr});
+    rms_norm({x.data(), nullptr, weight.data(), x.dtype(), weight.dtype(), rows(sizes), sizes.back(), epsilon,
+              y.data(), nullptr});
     stack[0] = y.release();
 }
 
@@ -188,17 +189,18 @@ void run_add_rms_norm(Value* stack, uint64_t, uint64_t) {
     const double epsilon = in.number();
     const std::vector<int64_t> sizes = shape(x);
     Tensor y = empty(sizes, x.dtype()), total = empty(sizes, x.dtype());
-    rms_norm({x.data(), residual.data(), weight.data(), x.dtype(), rows(sizes), sizes.back(), epsilon, y.data(),
-              total.data()});
+    rms_norm({x.data(), residual.data(), weight.data(), x.dtype(), weight.dtype(), rows(sizes), sizes.back(), epsilon,
+              y.data(), total.data()});
     stack[0] = y.release(), stack[1] = total.release();
 }
 
-void run_silu_and_mul(Value* stack, uint64_t, uint64_t) {
+template <Activation ACTIVATION>
+void run_gated_product(Value* stack, uint64_t, uint64_t) {
     const Tensor x = Arguments(stack).tensor().contiguous();
     std::vector<int64_t> sizes = shape(x);
     sizes.back() /= 2;
     Tensor out = empty(sizes, x.dtype());
-    silu_and_mul(x.data(), x.dtype(), rows(sizes), sizes.back(), out.data());
+    gated_product(ACTIVATION, x.data(), x.dtype(), rows(sizes), sizes.back(), out.data());
     stack[0] = out.release();
 }
 
@@ -317,7 +319,8 @@ constexpr Entry OPERATIONS[] = {
     {"rms_norm", "rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor", run_rms_norm},
     {"add_rms_norm",
      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)", run_add_rms_norm},
-    {"silu_and_mul", "silu_and_mul(Tensor x) -> Tensor", run_silu_and_mul},
+    {"silu_and_mul", "silu_and_mul(Tensor x) -> Tensor", run_gated_product<SILU>},
+    {"gelu_tanh_and_mul", "gelu_tanh_and_mul(Tensor x) -> Tensor", run_gated_product<GELU_TANH>},
     {"rotary_embedding",
      "rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin, int head_size) -> (Tensor, Tensor)",
      run_rotary_embedding},

@@ -1,4 +1,4 @@
-// RMS norm, SiLU and multiply, and RoPE; semantics: kernels/torch/elementwise.py. Sums, roots and exponentials are
+// RMS norm, the products of gated MLPs, and RoPE; semantics: kernels/torch/elementwise.py. Sums, roots and exponentials are
 // computed in float64 and rounded to float32 once, so that the result does not depend on the order of operations.
 #include <omp.h>
 
@@ -35,28 +35,34 @@ inline Doubles exponential(Doubles x) {
     return sum * (Doubles)(((Longs)shifted << 52) + (Longs)splat(1.0));
 }
 
-inline Doubles silu(Doubles x) { return x / (1.0 + exponential(-x)); }
+// x sigmoid(x), or x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), the approximation of GELU by tanh.
+template <Activation ACTIVATION>
+Doubles activated(Doubles x) {
+    constexpr double SLOPE = 1.5957691216057308, CUBIC = 0.044715;
+    return x / (1.0 + exponential(ACTIVATION == SILU ? -x : -SLOPE * (x + CUBIC * (x * x * x))));
+}
 
-// Replaces each value by its SiLU, rounded to float32.
-void silu(float* values, int64_t count) {
+// Replaces each value by its activation, rounded to float32.
+template <Activation ACTIVATION>
+void activate(float* values, int64_t count) {
     int64_t i = 0;
-    for (; i + DOUBLE_LANES <= count; i += DOUBLE_LANES) narrow(values + i, silu(widen(values + i)));
+    for (; i + DOUBLE_LANES <= count; i += DOUBLE_LANES) narrow(values + i, activated<ACTIVATION>(widen(values + i)));
     if (i == count) return;
     float last[DOUBLE_LANES] = {};
     std::copy_n(values + i, count - i, last);
-    narrow(last, silu(widen(last)));
+    narrow(last, activated<ACTIVATION>(widen(last)));
     std::copy_n(last, count - i, values + i);
 }
 
-// SiLU of every value that the 16-bit dtype holds, rounded to it: looking up is faster than computing in float64.
-template <Dtype DTYPE>
-const float* silu_table() {
+// Activation of every value that the 16-bit dtype holds, rounded to it: looking up is faster than float64 products.
+template <Activation ACTIVATION, Dtype DTYPE>
+const float* activation_table() {
     static const std::vector<float> table = [] {
         std::vector<uint16_t> bits(1 << 16);
         std::vector<float> values(bits.size());
         std::iota(bits.begin(), bits.end(), uint16_t{0});
         load_rows<DTYPE>(bits.data(), 0, bits.size(), values.data());
-        silu(values.data(), values.size());
+        activate<ACTIVATION>(values.data(), values.size());
         for (size_t i = 0; i < values.size(); i += LANES) {
             store(values.data() + i, round_to<DTYPE>(load(values.data() + i)));
         }
@@ -85,7 +91,7 @@ double sum_of_squares(const float* x, int64_t size) {
 
 // Operands are firstprivate below: a shared struct would be read again after every store, which might alias it.
 
-template <Dtype DTYPE>
+template <Dtype DTYPE, Dtype WEIGHT>
 void rms_norm_of(RmsNorm p) {
     const int64_t size = p.size;
 #pragma omp parallel firstprivate(p) if (p.tokens * size > SERIAL_VALUES)
@@ -105,16 +111,16 @@ void rms_norm_of(RmsNorm p) {
             const double factor = 1 / std::sqrt(sum_of_squares(row.data(), size) / size + p.epsilon);
             for (int64_t i = 0; i < size; i += DOUBLE_LANES) narrow(row.data() + i, widen(row.data() + i) * factor);
             for (int64_t i = 0; i < size; i += LANES) {
-                const Floats gain = load_part<DTYPE>(p.weight, i, size - i);
-                store_part<DTYPE>(p.y, first + i, size - i, round_to<DTYPE>(load(row.data() + i)) * gain);
+                const Floats gain = load_part<WEIGHT>(p.weight, i, size - i);
+                store_part<DTYPE>(p.y, first + i, size - i, round_to<WEIGHT>(load(row.data() + i)) * gain);
             }
         }
     }
 }
 
-template <Dtype DTYPE>
-void silu_and_mul_of(const void* x, int64_t tokens, int64_t size, void* out) {
-    const float* const table = DTYPE == FLOAT32 ? nullptr : silu_table<DTYPE>();
+template <Activation ACTIVATION, Dtype DTYPE>
+void gated_product_of(const void* x, int64_t tokens, int64_t size, void* out) {
+    const float* const table = DTYPE == FLOAT32 ? nullptr : activation_table<ACTIVATION, DTYPE>();
 #pragma omp parallel if (tokens * size > SERIAL_VALUES)
     {
         std::vector<float> gate(size + LANES);
@@ -123,7 +129,7 @@ void silu_and_mul_of(const void* x, int64_t tokens, int64_t size, void* out) {
             const int64_t gates = 2 * token * size, ups = gates + size, first = token * size;
             if (DTYPE == FLOAT32) {
                 load_rows<DTYPE>(x, gates, size, gate.data());
-                silu(gate.data(), size);
+                activate<ACTIVATION>(gate.data(), size);
             }
             for (int64_t i = 0; i < size; i += LANES) {
                 const int64_t count = size - i;
@@ -166,11 +172,17 @@ void rotary_embedding_of(Rotary rotary, Rows<const void*> x, void* out) {
 }  // namespace
 
 void rms_norm(const RmsNorm& operands) {
-    with_dtype(operands.dtype, [&](auto dtype) { rms_norm_of<dtype>(operands); });
+    with_dtype(operands.dtype, [&](auto dtype) {
+        if (operands.weight_dtype == FLOAT32) return rms_norm_of<dtype, FLOAT32>(operands);
+        rms_norm_of<dtype, dtype>(operands);
+    });
 }
 
-void silu_and_mul(const void* x, Dtype dtype, int64_t tokens, int64_t size, void* out) {
-    with_dtype(dtype, [&](auto constant) { silu_and_mul_of<constant>(x, tokens, size, out); });
+void gated_product(Activation activation, const void* x, Dtype dtype, int64_t tokens, int64_t size, void* out) {
+    with_dtype(dtype, [&](auto constant) {
+        if (activation == SILU) return gated_product_of<SILU, constant>(x, tokens, size, out);
+        gated_product_of<GELU_TANH, constant>(x, tokens, size, out);
+    });
 }
 
 void rotary_embedding(const Rotary& rotary, const Rows<const void*>& x, void* out) {
