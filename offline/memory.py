@@ -13,7 +13,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from infoquant_vllm.format import ModelShape, TensorSpec
+from infoquant_vllm.format import ARCHITECTURES, ModelShape, TensorSpec
 from offline.algorithms.gptq import FACTOR_BLOCK
 from offline.errors import ToolError
 from offline.mixture import samples_itself
@@ -170,9 +170,7 @@ def _stages(
     held += hidden
     if recipe.transform.startswith("psot"):
         found["rotation"] = held + _rotation_bytes(shape, recipe, layer + batch)
-    found["embeddings and lm_head"] = (
-        held + FLOAT32 * shape.vocab_size * shape.hidden_size + 4 * FLOAT32 * shape.hidden_size**2
-    )
+    found["embeddings and lm_head"] = held + _vocabulary_bytes(source, recipe)
     if recipe.gptq.guided:
         found["token weights"] = held + _guiding_bytes(source, recipe.calibration)
     if recipe.reads_layers:
@@ -227,6 +225,15 @@ def _parameters(shape: ModelShape) -> int:
     """Count the model's weights, norms and biases left out."""
     linears = sum(math.prod(size) for size in shape.linears().values())
     return linears + (2 - shape.tie_word_embeddings) * shape.vocab_size * shape.hidden_size
+
+
+def _vocabulary_bytes(source: Source, recipe: Recipe) -> int:
+    """Bytes to write embedding and lm_head: one of them as read, and rotated or in codes where the recipe does that."""
+    shape = source.shape
+    folds_r1 = recipe.rotates_stream and not ARCHITECTURES[shape.architecture].norms_behind
+    changes = recipe.lm_head_bits is not None or (folds_r1 and not shape.tie_word_embeddings)
+    value = FLOAT32 if changes else source.dtype("model.embed_tokens.weight").itemsize
+    return value * shape.vocab_size * shape.hidden_size + 4 * FLOAT32 * shape.hidden_size**2
 
 
 def _rotation_bytes(shape: ModelShape, recipe: Recipe, layer_and_batch: int) -> int:
