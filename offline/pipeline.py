@@ -114,7 +114,7 @@ def quantize(
         store = Store(resume_folder(output), persistent=True) if resume else Store(partial / "work")
         reports = shown if events is None else both(shown, events.progress)
         run = Run(model, chosen, config, seed, devices, reports, store, events)
-        writer = Writer(partial, specs, shard_bytes)
+        writer = Writer(partial, specs, shard_bytes, model.shape.norm_offset)
         return _write_checkpoint(run, writer, figures, calibration, output.name)
 
 

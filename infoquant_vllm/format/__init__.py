@@ -8,7 +8,7 @@ every error names file and tensor.
 from infoquant_vllm.format.architectures import (
     ARCHITECTURES,
     FUSED,
-    NORMS_BEHIND,
+    NORMS,
     ROW_PARALLEL_SITES,
     SITE_NORMS,
     SITES,
@@ -70,7 +70,7 @@ __all__ = [
     "INDEX_FILE",
     "MAX_VALUE",
     "MODULES_FILE",
-    "NORMS_BEHIND",
+    "NORMS",
     "PROJECTION_CONFIG",
     "PROJECTION_FOLDER",
     "PROJECTION_TENSOR",

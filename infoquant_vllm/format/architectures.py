@@ -1,7 +1,7 @@
 """List the model classes that the format covers, and the linears of a decoder layer.
 
 To add a class, add a row to ARCHITECTURES under the name that transformers and vLLM give it. Its decoder layer
-must have the linears of SITES and the norms of SITE_NORMS or NORMS_BEHIND; `model_config` says which uses of its
+must have the linears of SITES and norms of NORMS; `model_config` says which uses of its
 fields are served, and `tests/common/tiny.py` needs a tiny model of it, over which the tests run.
 """
 
@@ -20,11 +20,20 @@ FUSED = {"self_attn.qkv_proj": SITES["qkv"], "mlp.gate_up_proj": SITES["gate_up"
 """Linears that vLLM holds as one, and so do the sources of some classes; a checkpoint never does."""
 SITE_NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 """RMSNorms whose output is a site's input: linears of these sites read the residual stream."""
-NORMS_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
-"""RMSNorms of the outputs of attention and MLP, which some classes have in place of those of SITE_NORMS."""
+NORMS = {
+    "before": tuple(SITE_NORMS.values()),
+    "behind": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "around": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+"""RMSNorms of a decoder layer by their places: of the inputs of attention and MLP, of their outputs, or of both."""
 ROW_PARALLEL_SITES = tuple(site for site in SITES if site not in SITE_NORMS)
 """Sites whose linears write to the residual stream. Tensor parallelism shards their input features over the ranks;
 the inputs of the other sites are whole on every rank."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Kinds of decoder layers in `layer_types`: those that attend over all tokens before, and those with a window."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types that transformers and vLLM compute alike in most classes; they differ on dynamic."""
 
@@ -69,13 +78,15 @@ class Architecture:
     qkv_bias: q, k and v always have a bias, o never has one
     qk_norm: the queries and keys that an RMSNorm before RoPE sees at once, by `q_norm` and `k_norm`: those of a head
         [head_dim], or of the projection [heads * head_dim]; none if there are no such norms
-    norms_behind: the norms are those of NORMS_BEHIND. Their gains do not fold into the linears before them, so no
-        rotation of the residual stream does: R1 becomes a Hadamard transform of each input that reads the stream
+    norms: the places of the norms, a key of NORMS
+    norm_offset: added to the weight of a norm, it is the gain
+    activation: the field that names the activation of the gate, and the activation that it has to name
     fused: the source holds the linears of FUSED as one, with their rows in that order
     windows: the layers that `sliding_window` applies to: none (transformers does not read it), all, or those that
-        `layer_types` names; Qwen's `max_window_layers` stands for it
+        `layer_types` names; Qwen's `max_window_layers` stands for it, or Gemma's `sliding_window_pattern` (pattern)
     partial_rotary: `partial_rotary_factor` may leave features of a head without RoPE
     ropes: the RoPE types that transformers and vLLM compute alike
+    layer_ropes: layers with a window have a RoPE of their own; `rope_parameters` holds one by each of LAYER_TYPES
     free_head_dim: `head_dim` may differ from hidden_size / num_attention_heads
     experts: names of the mixture of experts that each layer has in place of its MLP
     untied: vLLM's class quantizes no embedding, so that of a tied model cannot be rotated
@@ -86,15 +97,27 @@ class Architecture:
     bias_fields: tuple[str, ...] = ()
     qkv_bias: bool = False
     qk_norm: Literal["none", "head", "projection"] = "none"
-    norms_behind: bool = False
+    norms: Literal["before", "behind", "around"] = "before"
+    norm_offset: int = 0
+    activation: tuple[str, str] = ("hidden_act", "silu")
     fused: bool = False
     partial_rotary: bool = False
     ropes: tuple[str, ...] = ROPE_TYPES
-    windows: Literal["none", "all", "layers"] = "none"
+    layer_ropes: bool = False
+    windows: Literal["none", "all", "layers", "pattern"] = "none"
     free_head_dim: bool = True
     experts: Experts | None = None
     untied: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def norms_behind(self) -> bool:
+        """Return whether norms follow attention and MLP.
+
+        Their gains do not fold into the linears before them, so no rotation of the residual stream does: R1 becomes a
+        Hadamard transform of each input that reads the stream.
+        """
+        return self.norms != "before"
 
     @property
     def rope_inputs(self) -> tuple[str, str]:
@@ -137,11 +160,34 @@ ARCHITECTURES: dict[str, Architecture] = {
         bias_fields=("attention_bias", "mlp_bias"),
         defaults=dict.fromkeys(MULTIPLIERS, 1.0) | {"attention_sinks": None},
     ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3_text",
+        bias_fields=("attention_bias",),
+        qk_norm="head",
+        norms="around",
+        norm_offset=1,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        ropes=("default", "linear"),
+        layer_ropes=True,
+        windows="pattern",
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131_072,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "rope_local_base_freq": 10_000.0,
+            "query_pre_attn_scalar": 256,
+        },
+    ),
     "Olmo2ForCausalLM": Architecture(
         "olmo2",
         bias_fields=("attention_bias",),
         qk_norm="projection",
-        norms_behind=True,
+        norms="behind",
         defaults={"max_position_embeddings": 2048, "pad_token_id": 1},
     ),
     "Phi3ForCausalLM": Architecture(

@@ -49,7 +49,7 @@ class Checkpoint:
             zero_point = f"{module}.weight_zero_point"
             check_multipliers(tensor, self.tensor(zero_point) if zero_point in self.headers else None, name, str(file))
         else:
-            check_values(tensor, name, str(file), self._largest_code(name))
+            check_values(tensor, name, str(file), self._largest_code(name), self.shape.norm_offset)
         return tensor
 
     def check_unquantized(self) -> None:
@@ -149,15 +149,17 @@ def read_header(file: Path) -> dict[str, TensorSpec]:
         ) from None
 
 
-def check_values(tensor: torch.Tensor, name: str, source: str, largest_code: int | None = None) -> None:
+def check_values(
+    tensor: torch.Tensor, name: str, source: str, largest_code: int | None = None, norm_offset: int = 0
+) -> None:
     """Raise FormatError for values that no quantizer writes.
 
-    Invalid are NaN and Inf anywhere, scales <= 0, clip ratios outside (0, 1], all-zero norms, embeddings and
-    transforms, and zero-points above `largest_code`.
+    Invalid are NaN and Inf anywhere, scales <= 0, clip ratios outside (0, 1], all-zero gains of norms (`norm_offset`
+    more than their weights), embeddings and transforms, and zero-points above `largest_code`.
     """
     if not tensor.is_floating_point() and largest_code is None:
         return
-    wrong, expected = _rule(tensor, name, largest_code)
+    wrong, expected = _rule(tensor, name, largest_code, norm_offset)
     first, count = None, 0
     for start in range(0, tensor.numel(), VALUES_PER_CHUNK):
         bad = wrong(tensor.flatten()[start : start + VALUES_PER_CHUNK])
@@ -190,7 +192,7 @@ def _wrong_values(tensor: torch.Tensor, first: int, count: int, expected: str, n
     )
 
 
-def _rule(tensor: torch.Tensor, name: str, largest_code: int | None) -> tuple[Rule, str]:
+def _rule(tensor: torch.Tensor, name: str, largest_code: int | None, norm_offset: int) -> tuple[Rule, str]:
     """Return a function that marks wrong values, and a description of the right ones."""
     kind = name.rsplit(".", 1)[-1]
     if kind == "weight_scale":
@@ -198,8 +200,9 @@ def _rule(tensor: torch.Tensor, name: str, largest_code: int | None) -> tuple[Ru
     if kind in ("input_clip_ratio", "key_clip_ratio", "value_clip_ratio"):
         return lambda x: ~torch.isfinite(x) | (x <= 0) | (x > 1), "factors in (0, 1]"
     if kind in NEVER_ZERO or name.endswith(("norm.weight", "embed_tokens.weight")):
-        if not tensor.any():
-            return lambda x: torch.ones_like(x, dtype=torch.bool), "numbers other than 0"
+        zero = -norm_offset if name.endswith("norm.weight") else 0
+        if not (tensor != zero).any():
+            return lambda x: torch.ones_like(x, dtype=torch.bool), f"numbers other than {zero}"
     elif largest_code is not None:
         return lambda x: x > largest_code, f"codes up to {largest_code}"
     return _not_finite, "finite numbers"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from infoquant_vllm.format.architectures import ARCHITECTURES, MULTIPLIERS, Architecture
+from infoquant_vllm.format.architectures import ARCHITECTURES, LAYER_TYPES, MULTIPLIERS, Architecture
 from infoquant_vllm.format.errors import FormatError
 
 Settings = Mapping[str, Any]
@@ -79,6 +79,12 @@ def _model_type(name: str, settings: Settings, architecture: Architecture) -> st
     return None if found == architecture.model_type else f"{name} is {found!r:.80}, not '{architecture.model_type}'"
 
 
+def _activation(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Require the class's activation; a class does not read the field that another names its activation by."""
+    own, activation = architecture.activation
+    return _only(activation)(name, settings, architecture) if name == own else None
+
+
 def _bias(name: str, settings: Settings, architecture: Architecture) -> str | None:
     if settings[name] and name not in architecture.bias_fields:
         return f"{name} is {settings[name]!r:.80}"
@@ -146,7 +152,21 @@ def _dtype(name: str, settings: Settings, architecture: Architecture) -> str | N
 
 
 def _rope(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    rope = settings[name]
+    return _one_rope(name, settings[name], settings, architecture)
+
+
+def _rope_parameters(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Check the RoPE of all layers, or of each kind of layers where the class has one for each."""
+    ropes = settings[name]
+    if not architecture.layer_ropes or ropes is None:
+        return _one_rope(name, ropes, settings, architecture)
+    if not isinstance(ropes, dict) or not set(ropes) <= set(LAYER_TYPES):
+        return f"{name} is {ropes!r:.80}, not an object of {' and '.join(LAYER_TYPES)}"
+    problems = (_one_rope(f"{name}: {kind}", rope, settings, architecture) for kind, rope in ropes.items())
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _one_rope(name: str, rope: Any, settings: Settings, architecture: Architecture) -> str | None:
     if rope is None or rope == {}:
         return None
     if not isinstance(rope, dict):
@@ -154,6 +174,8 @@ def _rope(name: str, settings: Settings, architecture: Architecture) -> str | No
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in architecture.ropes:
         return f"{name}: rope_type is {kind!r:.80}, not {', '.join(architecture.ropes)}"
+    if architecture.layer_ropes and "type" in rope:
+        return f"{name}: type is {kind!r:.80}, which transformers reads only under the name rope_type here"
     nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
     if nested is not None:
         return f"{name} has its own {nested!r:.80}, RoPE of some layers"
@@ -201,22 +223,26 @@ def _has_windows(settings: Settings) -> bool:
 def _window(name: str, settings: Settings, architecture: Architecture) -> str | None:
     """Refuse a window that one of both ignores: on Llama vLLM applies it and transformers does not."""
     window, longest = settings[name], settings.get("max_position_embeddings")
-    if not _has_windows(settings):
+    if not _has_windows(settings) and architecture.windows != "pattern":
         return None
     if type(window) is not int or window < 1:
-        return f"{name} is {window!r:.80}, expected a number of tokens (null switches it off)"
+        none = "" if architecture.windows == "pattern" else " (null switches it off)"
+        return f"{name} is {window!r:.80}, expected a number of tokens{none}"
     if isinstance(longest, int) and window >= longest:
         return None
-    if architecture.windows == "layers" or (architecture.windows == "all" and settings.get("layer_types") is None):
+    if architecture.windows in ("layers", "pattern") or (
+        architecture.windows == "all" and settings.get("layer_types") is None
+    ):
         return None
     return f"{name} {window} is below max_position_embeddings {longest!r:.80} (null switches it off)"
 
 
 def _layer_types(name: str, settings: Settings, architecture: Architecture) -> str | None:
     kinds, layers = settings[name], settings.get("num_hidden_layers")
-    known = ["full_attention"]
-    if architecture.windows == "layers" and _has_windows(settings):
-        known.append("sliding_attention")
+    full, sliding = LAYER_TYPES
+    known = [full]
+    if architecture.windows in ("layers", "pattern") and _has_windows(settings):
+        known.append(sliding)
     if kinds is None:
         return None
     if "attention_sinks" in architecture.defaults and settings["attention_sinks"] is not False:
@@ -320,10 +346,12 @@ FIELDS: dict[str, Check] = {
     "per_layer_config": _only(None),
     "block_configs": _only(None),
     # the function
-    "hidden_act": _only("silu"),
+    "hidden_act": _activation,
+    "hidden_activation": _activation,
     "rms_norm_eps": _positive,
     "logit_scale": _only(1.0, 1),
     **dict.fromkeys(MULTIPLIERS, _own_factor),
+    "query_pre_attn_scalar": _own_factor,
     "final_logit_softcapping": _only(None),
     "head_dtype": _only(None),
     "ada_rms_norm_t_cond": _only(False, None),
@@ -334,14 +362,17 @@ FIELDS: dict[str, Check] = {
     "original_max_position_embeddings": _positions,
     "rope_theta": _positive,
     "rope_scaling": _rope,
-    "rope_parameters": _rope,
+    "rope_parameters": _rope_parameters,
+    "rope_local_base_freq": _own_factor,
     "rotary_emb_base": _only(None),
     "partial_rotary_factor": _partial_rotary,
     "rotary_pct": _only(1.0, 1, None),
     "rotary_emb_fraction": _only(1.0, 1, None),
     "no_rope_layers": _no_rope_layers,
     "no_rope_layer_interval": _interval,
+    "sliding_window_pattern": _interval,
     "is_causal": _only(True),
+    "use_bidirectional_attention": _only(False, None),
     "attention_sinks": _only(False, None),
     "layer_rope_theta": _only(None),
     "attn_logit_softcapping": _only(None),

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from infoquant_vllm.format.architectures import ARCHITECTURES, NORMS_BEHIND, SITE_NORMS, SITES, Experts
+from infoquant_vllm.format.architectures import ARCHITECTURES, NORMS, SITE_NORMS, SITES, Experts
 from infoquant_vllm.format.errors import FormatError
 from infoquant_vllm.format.hadamard import hadamard_dense
 from infoquant_vllm.format.model_config import architecture_name
@@ -101,6 +101,11 @@ class ModelShape(BaseModel):
     def rotary_dim(self) -> int:
         """Return how many features of a head RoPE rotates: the first ones, i with i + rotary_dim / 2."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def norm_offset(self) -> int:
+        """Return what the gain of an RMSNorm is more than its weight."""
+        return ARCHITECTURES[self.architecture].norm_offset
 
     @property
     def lm_head_module(self) -> str:
@@ -215,8 +220,7 @@ class ModelShape(BaseModel):
     def norms(self) -> dict[str, int]:
         """Return every RMSNorm: Hugging Face name to number of features."""
         architecture = ARCHITECTURES[self.architecture]
-        around = NORMS_BEHIND if architecture.norms_behind else SITE_NORMS.values()
-        sizes = dict.fromkeys(around, self.hidden_size)
+        sizes = dict.fromkeys(NORMS[architecture.norms], self.hidden_size)
         if architecture.qk_norm != "none":
             whole = architecture.qk_norm == "projection"
             sizes["self_attn.q_norm"] = self.head_dim * (self.num_attention_heads if whole else 1)

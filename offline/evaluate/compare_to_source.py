@@ -87,7 +87,8 @@ class Comparison:
 
     def _same_head(self) -> str:
         """Compare lm_head times the gain of the final norm, which maps normalized hidden states to logits."""
-        module, norm = self._reference.lm_head.weight, self._reference.model.norm.weight.double()
+        offset = self._checkpoint.shape.norm_offset
+        module, norm = self._reference.lm_head.weight, self._reference.model.norm.weight.double() + offset
         if self._checkpoint.shape.tie_word_embeddings:
             if not torch.equal(module, self._reference.model.embed_tokens.weight):
                 raise CheckError(
@@ -99,7 +100,7 @@ class Comparison:
             ours, limit = dequantized_lm_head(self._checkpoint).double(), LARGEST_ROUNDING_ERROR
         else:
             ours = self._checkpoint.tensor("lm_head.weight").double()
-        ours *= self._checkpoint.tensor("model.norm.weight").double()
+        ours *= self._checkpoint.tensor("model.norm.weight").double() + offset
         if self._moments:  # the embeddings alone may not span the hidden size
             self._basis = self._fit(theirs, ours)
         error = ((theirs @ self._basis - ours).norm() / ours.norm()).item()

@@ -5,25 +5,28 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from infoquant_vllm.format import Checkpoint, FormatError, cache_tensors, linear_tensors
+from infoquant_vllm.format import ARCHITECTURES, Checkpoint, FormatError, ModelShape, cache_tensors, linear_tensors
+from infoquant_vllm.kernels.torch.elementwise import gelu_tanh, silu
 from offline.errors import ToolError
 from offline.evaluate.simulated import (
     DeferredRotary,
     RotatedEmbedding,
     RotatedHead,
+    SimulatedActivation,
     SimulatedCache,
     SimulatedLinear,
     SimulatedNorm,
     SimulatedRouter,
-    SimulatedSilu,
     cached_attention,
 )
-from offline.model.architectures import CausalLM, empty_model, read_config
+from offline.model.architectures import CausalLM, empty_model, read_config, rope_arguments
 from offline.model.source import config_dtype
 from offline.model.windowed_attention import register_attention
 from offline.stages.lm_head import dequantized_lm_head
 
 ATTENTION = "infoquant_simulated_cache"
+ACTIVATIONS = {"silu": silu, "gelu_pytorch_tanh": gelu_tanh}
+"""By their names in config.json."""
 
 
 def load_simulated(folder: str | Path, dtype: torch.dtype | None = None) -> CausalLM:
@@ -55,7 +58,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> CausalLM:
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     _replace_vocabulary(model, checkpoint, dtype)
-    _replace_between(model)
+    _replace_between(model, checkpoint.shape)
     model.config.dtype = dtype
     return model.eval().requires_grad_(False)
 
@@ -76,9 +79,11 @@ def _replace_attention(model: CausalLM, checkpoint: Checkpoint) -> None:
     if cache is None:
         return
     model.set_attn_implementation(register_attention(ATTENTION, cached_attention))
-    model.model.rotary_emb = rotary = DeferredRotary(model.model.rotary_emb)
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = DeferredRotary(rotary)
     for layer in range(checkpoint.shape.num_hidden_layers):
-        _set(model, f"model.layers.{layer}.self_attn.rotary", rotary)
+        own = DeferredRotary(rotary, rope_arguments(checkpoint.shape, model.config, layer))
+        _set(model, f"model.layers.{layer}.self_attn.rotary", own)
         name = f"model.layers.{layer}.self_attn.attn"
         names = cache_tensors(cache, checkpoint.shape)
         _set(model, name, SimulatedCache(cache, {local: checkpoint.tensor(f"{name}.{local}") for local in names}))
@@ -103,15 +108,16 @@ def _replace_vocabulary(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dt
     model.lm_head = RotatedHead(model.lm_head, rotation, final_norm)
 
 
-def _replace_between(model: CausalLM) -> None:
+def _replace_between(model: CausalLM, shape: ModelShape) -> None:
     """Replace norms, activation functions and routers."""
+    activation = ACTIVATIONS[ARCHITECTURES[shape.architecture].activation[1]]
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
-            _set(model, name, SimulatedNorm(module.weight, module.variance_epsilon))
+            _set(model, name, SimulatedNorm(module.weight, model.config.rms_norm_eps, shape.norm_offset))
         elif type(module).__name__.endswith("TopKRouter"):
             _set(model, name, SimulatedRouter(module))
-        elif name.endswith((".act_fn", ".activation_fn")) and model.config.hidden_act == "silu":
-            _set(model, name, SimulatedSilu())
+        elif name.endswith((".act_fn", ".activation_fn")):
+            _set(model, name, SimulatedActivation(activation))
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Modules that compute what the server computes, from a checkpoint's tensors: in torch, bit for bit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from infoquant_vllm.format import (
 )
 from infoquant_vllm.kernels.dispatch import backend
 from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams, Sequences
-from infoquant_vllm.kernels.torch.elementwise import apply_rope, rms_norm, silu
+from infoquant_vllm.kernels.torch.elementwise import apply_rope, rms_norm
 from infoquant_vllm.kernels.torch.kv_cache import SUB_BLOCK
 from infoquant_vllm.kernels.torch.linear import linear, prepare_linear
 from offline.algorithms.rotations import transform_operands
@@ -50,21 +51,26 @@ def _packed_weight(tensors: dict[str, torch.Tensor]) -> PackedWeight:
 class SimulatedNorm(nn.Module):
     """RMSNorm, rounded as the server rounds it."""
 
-    def __init__(self, weight: nn.Parameter, epsilon: float):
+    def __init__(self, weight: nn.Parameter, epsilon: float, offset: int):
         super().__init__()
-        self.weight, self.epsilon = weight, epsilon
+        gain = weight if offset == 0 else nn.Parameter(weight.float() + offset, requires_grad=False)
+        self.weight, self.epsilon = gain, epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x [..., hidden]; keep its shape and dtype."""
         return rms_norm(x, self.weight, self.epsilon)
 
 
-class SimulatedSilu(nn.Module):
-    """SiLU, rounded as the server rounds it."""
+class SimulatedActivation(nn.Module):
+    """The activation of a gate, rounded as the server rounds it."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply SiLU to x [...]; keep its shape and dtype."""
-        return silu(x)
+        """Apply it to x [...]; keep its shape and dtype."""
+        return self.activation(x)
 
 
 class SimulatedRouter(nn.Module):
@@ -172,21 +178,23 @@ class DeferredRotary(nn.Module):
     """An identity in place of a model's rotary embedding: `cached_attention` applies RoPE to queries and keys.
 
     Transformers' own products and the server's differ in last bits, which decide about codes.
+
+    arguments: of the rotary embedding beside positions, for the layer whose RoPE is applied
     """
 
-    def __init__(self, rotary: nn.Module):
+    def __init__(self, rotary: nn.Module, arguments: tuple[str, ...] = ()):
         super().__init__()
-        self.rotary = rotary
+        self.rotary, self.arguments = rotary, arguments
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of angle 0 for x [batch, tokens, hidden]."""
-        cos, sin = self.rotary(x, position_ids)
+        cos, sin = self.rotary(x, position_ids, *args)
         return torch.ones_like(cos), torch.zeros_like(sin)
 
     def apply_rope(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """Rotate x [batch, heads, tokens, head_size] at positions start, start + 1, ...; keep its dtype."""
         positions = torch.arange(start, start + x.shape[2], device=x.device)[None]
-        cos, sin = (t.float()[:, None].chunk(2, -1)[0] for t in self.rotary(x, positions))
+        cos, sin = (t.float()[:, None].chunk(2, -1)[0] for t in self.rotary(x, positions, *self.arguments))
         return apply_rope(x, cos, sin)
 
 

@@ -15,6 +15,8 @@ from offline.model.experts import separate_experts
 
 CausalLM = LlamaForCausalLM
 """For type checkers: every class of `ARCHITECTURES` has the modules of Llama (see `empty_model`)."""
+HEADS_FIRST = ("Gemma3ForCausalLM",)
+"""Classes whose `q_norm` and `k_norm` see [sequences, heads, tokens, head_dim], not [sequences, tokens, ...]."""
 
 
 class FusedLinear(nn.Module):
@@ -49,7 +51,7 @@ def read_config(shape: ModelShape, hf_config: Mapping[str, Any], file: Path) -> 
 
 
 def empty_model(shape: ModelShape, config: PreTrainedConfig) -> CausalLM:
-    """Build the model without values (device meta), except for its rotary embedding, which nothing stores.
+    """Build the model without values (device meta), except for what nothing stores: RoPE, the scale of embeddings.
 
     Its decoder layers have the linears of SITES: where transformers fuses them, they are split. Experts are modules of
     their own (see `separate_experts`).
@@ -61,7 +63,23 @@ def empty_model(shape: ModelShape, config: PreTrainedConfig) -> CausalLM:
                 _split_linears(layer, shape)
     separate_experts(model, shape)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    embeddings: Any = model.model.embed_tokens
+    if hasattr(embeddings, "embed_scale"):
+        embeddings.embed_scale = torch.tensor(embeddings.scalar_embed_scale)
     return model
+
+
+def embedding_scale(model: nn.Module, dtype: torch.dtype) -> float:
+    """Return the factor on the embeddings of a model (of class Model, not ForCausalLM) that is in `dtype`."""
+    embeddings: Any = model.embed_tokens
+    if hasattr(embeddings, "embed_scale"):
+        return float(embeddings.embed_scale.to(dtype))
+    return float(getattr(model.config, "embedding_multiplier", 1))
+
+
+def rope_arguments(shape: ModelShape, config: PreTrainedConfig, layer: int) -> tuple[str, ...]:
+    """Return what a rotary embedding takes beside positions: the kind of the layer, where kinds have RoPEs."""
+    return (config.layer_types[layer],) if ARCHITECTURES[shape.architecture].layer_ropes else ()
 
 
 def _split_linears(layer: nn.Module, shape: ModelShape) -> None:

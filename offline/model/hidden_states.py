@@ -11,7 +11,7 @@ from torch import nn
 from infoquant_vllm.format import Experts
 from offline.algorithms.rotations import Transforms
 from offline.errors import ToolError
-from offline.model.architectures import empty_model, read_config
+from offline.model.architectures import HEADS_FIRST, embedding_scale, empty_model, read_config, rope_arguments
 from offline.model.experts import SharedPart, replace_block
 from offline.model.routed_tokens import RoutedTokens
 from offline.model.scratch import IN_MEMORY, Scratch
@@ -51,16 +51,20 @@ class HiddenStates:
         self.routed = self._without_experts(source.shape.experts, devices[0], scratch)
         self._batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self.tokens_per_batch = [batch.numel() for batch in tokens.split(self._batch)]
-        embeddings, multiplier = source.tensor("model.embed_tokens.weight"), getattr(config, "embedding_multiplier", 1)
+        embeddings = source.tensor("model.embed_tokens.weight")
+        scale = embedding_scale(model, embeddings.dtype)
         rotation = None if transforms is None or transforms.residual is None else transforms.residual.float()
         for ids, batch in zip(tokens.split(self._batch), self.values.split(self._batch), strict=True):
-            embedded = nn.functional.embedding(ids, embeddings).float() * multiplier
+            embedded = nn.functional.embedding(ids, embeddings).float() * scale
             batch.copy_(embedded if rotation is None else embedded @ rotation)
-        self._folder, self._next = source.folder, 0
+        self._folder, self._next, self._heads_first = source.folder, 0, source.shape.architecture in HEADS_FIRST
         self.max_positions = int(getattr(config, "max_position_embeddings", tokens.shape[1]))
         self._devices = devices
         self._rotary_embedding = model.rotary_emb.to(devices[0])
-        self._rotary = self.rotary(tokens.shape[1])
+        self._length = tokens.shape[1]
+        self._rope_arguments = [
+            rope_arguments(source.shape, config, layer) for layer in range(source.shape.num_hidden_layers)
+        ]
 
     def forward_layer(
         self, state: dict[str, torch.Tensor], modules: list[str], observe: Observer, outputs: tuple[str, ...] = ()
@@ -72,18 +76,18 @@ class HiddenStates:
 
         The outputs of experts that a router chooses are left out; `forward_expert` adds them.
         """
-        observe = self._bounded(observe, self._next)
+        observe, rotary = self._bounded(observe, self._next), self._rotary_of(self._next, self._length)
         if self.routed is not None:
             modules, observe = [*modules, self._block], self._routing_first(observe, state)
         batches, several = self.values.split(self._batch), len(self._devices) > 1
         seen: list[list[tuple[str, torch.Tensor]]] = [[] for _ in self._devices]
         keepers = [lambda *one, own=own: own.append(one) for own in seen] if several else [observe]
         replicas = [
-            _Replica(self._layers[self._next], state, device, self._rotary, keep)
+            _Replica(self._layers[self._next], state, device, rotary, keep)
             for device, keep in zip(self._devices, keepers, strict=True)
         ]
         for replica in replicas:
-            replica.hook(modules, outputs)
+            replica.hook(modules, outputs, self._heads_first)
         with ThreadPoolExecutor(len(replicas)) as pool:
             for start in range(0, len(batches), len(replicas)):
                 list(pool.map(_Replica.run, replicas, batches[start : start + len(replicas)]))
@@ -158,9 +162,12 @@ class HiddenStates:
         return checked
 
     def rotary(self, positions: int) -> Rotary:
-        """Return the cosines and sines of RoPE at the first `positions`."""
+        """Return the cosines and sines of RoPE at the first `positions`, in the layer that was run last."""
+        return self._rotary_of(self._next - 1, positions)
+
+    def _rotary_of(self, layer: int, positions: int) -> Rotary:
         where = torch.arange(positions, device=self._devices[0])[None]
-        cos, sin = self._rotary_embedding(self.values.new_empty(0), position_ids=where)
+        cos, sin = self._rotary_embedding(self.values.new_empty(0), where, *self._rope_arguments[layer])
         return cos, sin
 
     @property
@@ -170,7 +177,7 @@ class HiddenStates:
 
     def copy_layer(self) -> tuple[nn.Module, Rotary]:
         """Return the layer that was run last, without weights, for the caller to fill, and its cosines and sines."""
-        return copy.deepcopy(self._layers[self._next - 1]), self._rotary
+        return copy.deepcopy(self._layers[self._next - 1]), self.rotary(self._length)
 
 
 class _Replica:
@@ -183,7 +190,7 @@ class _Replica:
         self._layer.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
         self._rotary = tuple(part.to(device) for part in rotary)
 
-    def hook(self, modules: list[str], outputs: tuple[str, ...]) -> None:
+    def hook(self, modules: list[str], outputs: tuple[str, ...], heads_first: bool) -> None:
         """Call `observe` with the inputs of `modules` and the outputs of `outputs`, whenever the layer runs.
 
         Hooks do not know the replica: a circle of references would keep the weights until a garbage collection.
@@ -195,7 +202,7 @@ class _Replica:
             )
         for name in outputs:
             self._layer.get_submodule(name).register_forward_hook(
-                lambda _, args, out, name=name: observe(name + OUTPUT, out.flatten(2).flatten(0, 1))
+                lambda _, args, out, name=name: observe(name + OUTPUT, _by_token(out, heads_first))
             )
 
     @torch.no_grad()
@@ -203,3 +210,9 @@ class _Replica:
         """Replace a batch of hidden states [sequences, length, hidden] by the layer's outputs."""
         entering = batch.to(self._device, copy=True)  # observers may look at it after `batch` is replaced
         batch.copy_(self._layer(entering, position_embeddings=self._rotary))
+
+
+def _by_token(out: torch.Tensor, heads_first: bool) -> torch.Tensor:
+    """Return outputs of a linear or of a norm of heads (see HEADS_FIRST) as [tokens, features]."""
+    by_token = out.transpose(1, 2) if heads_first and out.dim() == 4 else out
+    return by_token.flatten(2).flatten(0, 1)

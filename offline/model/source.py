@@ -122,7 +122,7 @@ class Source:
         with safe_open(file, framework="pt") as shard:
             tensor = shard.get_tensor(stored) if rows is None else shard.get_slice(stored)[rows]
         try:
-            check_values(tensor, name, str(file))
+            check_values(tensor, name, str(file), norm_offset=self.shape.norm_offset)
         except FormatError as error:
             raise ToolError(str(error)) from None
         return tensor

@@ -17,16 +17,16 @@ from offline.output.shards import ShardWriter
 class Writer:
     """Write one checkpoint into `folder`; tensors go to disk as they come."""
 
-    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int):
-        """`specs`: every tensor with its dtype, in the order of the shards."""
-        self.folder = folder
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], shard_bytes: int, norm_offset: int):
+        """`specs`: every tensor with its dtype, in the order of the shards; norm_offset: see `check_values`."""
+        self.folder, self._norm_offset = folder, norm_offset
         self._shards = ShardWriter(folder, specs, shard_bytes)
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write tensors by their full names; raise ToolError for values that cannot be served."""
         for name, tensor in tensors.items():
             try:
-                check_values(tensor, name, "not written")
+                check_values(tensor, name, "not written", norm_offset=self._norm_offset)
             except FormatError as error:
                 raise ToolError(f"{error}; check the source with `infoquant eval`, or use another recipe") from None
             self._shards.write(name, tensor)

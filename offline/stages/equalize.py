@@ -59,14 +59,15 @@ def equalize_keys(
     """
     (query_module, key_module), kv_heads = _rope_inputs(shape), shape.num_key_value_heads
     norm = ARCHITECTURES[shape.architecture].qk_norm
+    offset = shape.norm_offset if norm != "none" else 0
     if norm != "none":
-        queries = normed_moments(queries, state[f"{query_module}.weight"])
-        keys = normed_moments(keys, state[f"{key_module}.weight"])
+        queries = normed_moments(queries, state[f"{query_module}.weight"] + offset)
+        keys = normed_moments(keys, state[f"{key_module}.weight"] + offset)
         kv_heads = 1 if norm == "head" else kv_heads
     scale = key_scales(queries, keys, kv_heads, shape.head_dim, shape.rotary_dim)
-    _scale_rows(state, key_module, scale.flatten())
+    _scale_rows(state, key_module, scale.flatten(), offset)
     group = len(state[f"{query_module}.weight"]) // scale.numel()
-    _scale_rows(state, query_module, 1 / scale.repeat_interleave(group, dim=0).flatten())
+    _scale_rows(state, query_module, 1 / scale.repeat_interleave(group, dim=0).flatten(), offset)
     return scale.expand(shape.num_key_value_heads, -1).flatten()
 
 
@@ -87,8 +88,9 @@ def _rope_inputs(shape: ModelShape) -> tuple[str, str]:
     return ARCHITECTURES[shape.architecture].rope_inputs
 
 
-def _scale_rows(state: dict[str, torch.Tensor], module: str, scale: torch.Tensor) -> None:
+def _scale_rows(state: dict[str, torch.Tensor], module: str, scale: torch.Tensor, offset: int = 0) -> None:
+    """Scale the rows of a linear, or the gain of a norm, which is its weight and `offset`."""
     weight = state[f"{module}.weight"]
-    state[f"{module}.weight"] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    state[f"{module}.weight"] = (weight + offset) * scale.view(-1, *[1] * (weight.dim() - 1)) - offset
     if f"{module}.bias" in state:
         state[f"{module}.bias"] = state[f"{module}.bias"] * scale

@@ -6,7 +6,6 @@ quantized parts stays fixed; it runs in float32, in the rotated basis of the res
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from infoquant_vllm.format import QuantizationConfigData
 from offline.algorithms.rotations import Transforms
@@ -26,13 +25,13 @@ class Student(nn.Module):
     ):
         super().__init__()
         model = source.model(torch.float32)
-        self.embedding: torch.Tensor = model.model.embed_tokens.weight
         scaling = getattr(model.config, "logits_scaling", 1)
         self.head: torch.Tensor = model.lm_head.weight if scaling == 1 else model.lm_head.weight / scaling
         rotation = None if transforms is None else transforms.residual
         self._rotation = None if rotation is None else rotation.float()
-        self._final_norm = model.model.norm.weight.clone()
-        model.model.norm.weight.fill_(1.0)
+        offset = source.shape.norm_offset
+        self._final_norm = model.model.norm.weight + offset
+        model.model.norm.weight.fill_(1.0 - offset)
         self._layers = [
             FakeQuantLayer(layer, tensors, config, DISTILLED)
             for layer, tensors in zip(model.model.layers, layers, strict=True)
@@ -41,7 +40,7 @@ class Student(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map tokens [sequences, length] to the inputs of lm_head, [sequences, length, hidden] float32."""
-        embedded = functional.embedding(tokens, self.embedding)
+        embedded = self.decoder.embed_tokens(tokens)
         if self._rotation is not None:
             embedded = embedded @ self._rotation
         hidden = self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state

@@ -63,6 +63,10 @@ OTHERS = {  # tensors that Llama has none of
     "norm of all keys": f"{LAYER}self_attn.k_norm.weight",
     "norm behind the MLP": f"{LAYER}post_feedforward_layernorm.weight",
 }
+AROUND = {  # tensors of a class with norms before and behind, whose gains are 1 more than their weights
+    "norm of a head's queries": f"{LAYER}self_attn.q_norm.weight",
+    "norm before the MLP": f"{LAYER}pre_feedforward_layernorm.weight",
+}
 MAY_BE_ZERO = ("packed", "zero point", "key offset", "key feedback", "vocabulary")
 
 Change = Callable[[Any], Any]
@@ -128,6 +132,12 @@ def mixture_cases() -> dict[str, Case]:
     return found
 
 
+def write_around_sound(folder: Path) -> Path:
+    """One of a class with norms before and behind attention and MLP."""
+    names = {"architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh"}
+    return write_random(folder, {"rotated_hidden_states": False}, **names)
+
+
 def cases() -> dict[str, Case]:
     """All of them, by name."""
     return dict([*_tensors(TENSORS), *_values(), *_config_fields(), *_model_fields(), *_files()])
@@ -138,7 +148,12 @@ def other_cases() -> dict[str, Case]:
     return dict(_tensors(OTHERS))
 
 
-def _tensors(tensors: dict[str, str]) -> Iterator[tuple[str, Case]]:
+def around_cases() -> dict[str, Case]:
+    """Those that begin with `write_around_sound`."""
+    return dict(_tensors(AROUND, norm_offset=1))
+
+
+def _tensors(tensors: dict[str, str], norm_offset: int = 0) -> Iterator[tuple[str, Case]]:
     for label, name in tensors.items():
         yield f"{label} missing", _tensor(name, None, "is missing")
         yield f"{label} cut short", _tensor(name, lambda t: t[:-1].clone(), "has shape", "expected")
@@ -148,7 +163,8 @@ def _tensors(tensors: dict[str, str]) -> Iterator[tuple[str, Case]]:
             for value in (float("nan"), float("inf")):
                 yield f"{label} {value}", _tensor(name, lambda t, v=value: _first(t, v), f"is {value:g}", "1 of")
         if label not in MAY_BE_ZERO:
-            yield f"{label} zero", _tensor(name, torch.zeros_like, "is 0,")
+            spoil = _tensor(name, lambda t: torch.full_like(t, -norm_offset), f"is {-norm_offset},")
+            yield f"{label} zero", spoil
 
 
 def _values() -> Iterator[tuple[str, Case]]:

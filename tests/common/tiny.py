@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from infoquant_vllm.format import ARCHITECTURES
 from offline.model.architectures import CausalLM, model_class
 
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -74,6 +75,20 @@ SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 24,
         "pad_token_id": 0,
     },
+    "gemma3": {
+        "architecture": "Gemma3ForCausalLM",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 200,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+        },
+        "pad_token_id": 0,
+    },
     "olmo2": {"architecture": "Olmo2ForCausalLM", "tie_word_embeddings": False, "pad_token_id": 0},
     "mixtral": {"architecture": "MixtralForCausalLM", "tie_word_embeddings": False, "num_local_experts": 4},
     "qwen2-moe": {
@@ -95,7 +110,7 @@ SIZES: dict[str, dict[str, Any]] = {
 """Configurations that tests run over: what differs from the default one."""
 FAMILIES = (
     *("llama3-rope", "mistral", "mistral-window"),
-    *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3", "olmo2"),
+    *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3", "gemma3", "olmo2"),
     *("mixtral", "qwen2-moe", "qwen3-moe"),
 )
 """Those that differ in more than sizes."""
@@ -125,7 +140,7 @@ def write_source(
     }
     kind = model_class(architecture)
     model = kind(kind.config_class(**(sizes | config)))
-    _randomize(model, torch.Generator().manual_seed(seed))
+    _randomize(model, torch.Generator().manual_seed(seed), ARCHITECTURES[architecture].norm_offset)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
     return folder
@@ -137,12 +152,12 @@ def write_tokenizer(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _randomize(model: CausalLM, generator: torch.Generator) -> None:
+def _randomize(model: CausalLM, generator: torch.Generator, norm_offset: int) -> None:
     """Weights with a few large columns, norm gains and biases away from what a fresh model has."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
-            parameter.copy_(1 + 0.3 * noise)
+            parameter.copy_(1 - norm_offset + 0.3 * noise)
         elif name.endswith("bias"):
             parameter.copy_(0.1 * noise)
         else:

@@ -26,7 +26,7 @@ ROUNDED_AS = {"mistral": ("best", 4, 4), "qwen2": ("fast", 8, 4), "qwen3": ("bes
 """By family: preset, bits of keys, of values; else those of `fast`."""
 MODEL_IMPL = {"qwen3-windows": "transformers"}
 """By family: the implementation that a user has to choose; else vLLM chooses."""
-CACHE_ALONE = ("llama3-rope", "mistral-window", "phi3", "qwen2", "qwen3", "smollm3")
+CACHE_ALONE = ("llama3-rope", "mistral-window", "phi3", "qwen2", "qwen3", "smollm3", "gemma3")
 """Families whose cache alone is quantized too."""
 CASES = [(size, None) for size in FAMILIES] + [(size, "kv4") for size in CACHE_ALONE]
 

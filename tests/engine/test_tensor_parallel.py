@@ -14,7 +14,7 @@ from tests.offline.model.test_architectures import SMALL
 PROMPTS = torch.randint(3, VOCAB_SIZE - 13, (4, 128), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-CASES = [("fast", size) for size in ("one-kv-head", "ministral", "granite", "phi3", "smollm3", "olmo2")]
+CASES = [("fast", size) for size in ("one-kv-head", "ministral", "granite", "phi3", "smollm3", "gemma3", "olmo2")]
 CASES += [("kv4", "one-kv-head"), ("kv4", "tied")]
 MEAN_DIFFERENCE = {"ministral": 5e-3, "smollm3": 1e-2}
 """Workers add sums in another order, so a code may flip: in these cases two or three of four prompts have no difference

@@ -5,22 +5,27 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline.evaluate.verify import verify
 from tests.common.corpus import (
+    AROUND,
     OTHERS,
+    SHARD,
     TENSORS,
     Case,
+    around_cases,
     cases,
     mixture_cases,
     other_cases,
+    write_around_sound,
     write_other_sound,
     write_sound,
     write_sound_mixture,
 )
 
-CASES, OTHER_CASES, MIXTURE_CASES = cases(), other_cases(), mixture_cases()
+CASES, OTHER_CASES, AROUND_CASES, MIXTURE_CASES = cases(), other_cases(), around_cases(), mixture_cases()
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,10 @@ def other_sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sound_mixture(tmp_path_factory.mktemp("corpus") / "mixture")
+
+
+def around_sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_around_sound(tmp_path_factory.mktemp("around") / "sound")
 
 
 def read(folder: Path) -> int:
@@ -59,6 +68,15 @@ def test_the_sound_mixture_of_experts_is_read(mixture: Path) -> None:
     assert read(mixture) > 0
 
 
+def test_the_sound_one_with_norms_around_is_read_and_may_have_gains_of_one(around_sound: Path, tmp_path: Path) -> None:
+    assert read(around_sound) > 0
+    assert set(AROUND.values()) <= Checkpoint(around_sound).weight_map.keys()
+    folder = shutil.copytree(around_sound, tmp_path / "gains of one")
+    tensors = load_file(folder / SHARD)
+    save_file({name: t * 0 if "norm" in name else t for name, t in tensors.items()}, folder / SHARD)
+    assert read(folder) > 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_broken_one_is_refused(name: str, sound: Path, tmp_path: Path) -> None:
     assert_refused(CASES[name], sound, tmp_path)
@@ -72,6 +90,11 @@ def test_a_broken_one_with_norms_behind_is_refused(name: str, other_sound: Path,
 @pytest.mark.parametrize("name", MIXTURE_CASES)
 def test_a_broken_mixture_of_experts_is_refused(name: str, mixture: Path, tmp_path: Path) -> None:
     assert_refused(MIXTURE_CASES[name], mixture, tmp_path)
+
+
+@pytest.mark.parametrize("name", AROUND_CASES)
+def test_a_broken_one_with_norms_around_is_refused(name: str, around_sound: Path, tmp_path: Path) -> None:
+    assert_refused(AROUND_CASES[name], around_sound, tmp_path)
 
 
 def assert_refused(case: Case, sound: Path, tmp_path: Path) -> None:

@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaModel
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
 from infoquant_vllm.format import ARCHITECTURES, FormatError, ModelShape
-from infoquant_vllm.format.architectures import MULTIPLIERS
+from infoquant_vllm.format.architectures import LAYER_TYPES, MULTIPLIERS
 from infoquant_vllm.format.model_config import FIELDS
 from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
-LLAMA, MISTRAL, MINISTRAL, GRANITE, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3, *_ = ARCHITECTURES
+LLAMA, MISTRAL, MINISTRAL, GRANITE, GEMMA3, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3, *_ = ARCHITECTURES
 *_, MIXTRAL, QWEN2_MOE, QWEN3_MOE = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -55,10 +57,28 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (LLAMA, {"compression_config": {"quant_method": "other"}}),
     (LLAMA, {"per_layer_config": {"0": {"intermediate_size": 64}}}),
     (LLAMA, {"block_configs": [{}]}),
-    *((name, {"hidden_act": activation}) for name in ARCHITECTURES for activation in ("gelu", "swish", None)),
+    *(
+        (name, {architecture.activation[0]: activation})
+        for name, architecture in ARCHITECTURES.items()
+        for activation in ("gelu", "swish", None)
+    ),
     *((LLAMA, {"rms_norm_eps": value}) for value in (0.0, -1.0, None, "1e-5", float("inf"))),
     (LLAMA, {"logit_scale": 0.5}),
     *((GRANITE, {name: value}) for name in MULTIPLIERS for value in (0.0, None, "2")),
+    *((GEMMA3, {"query_pre_attn_scalar": value}) for value in (0, None, "256")),
+    (GEMMA3, {"head_dim": None}),
+    (GEMMA3, {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
+    (GEMMA3, {"rope_parameters": {"full_attention": LLAMA3}}),
+    (GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}),
+    (GEMMA3, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    (GEMMA3, {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    (GEMMA3, {"rope_local_base_freq": None}),
+    (GEMMA3, {"sliding_window": None}),
+    (GEMMA3, {"sliding_window_pattern": 0}),
+    (GEMMA3, {"layer_types": ["sliding_attention"]}),
+    (GEMMA3, {"use_bidirectional_attention": True}),
+    (GEMMA3, {"attn_logit_softcapping": 50.0}),
+    (GEMMA3, {"final_logit_softcapping": 30.0}),
     (GRANITE, {"attention_sinks": True}),
     (GRANITE, {"layer_types": ["full_attention"] * 2}),
     (GRANITE, {"layer_rope_theta": [10_000.0, 0.0]}),
@@ -211,7 +231,7 @@ WITH_ANOTHER = {"ada_rms_norm_t_cond_dim", "qk_nope_head_dim", "qk_rope_head_dim
 """Read only where a field that is refused is set."""
 
 
-MODULES = "llama", "mistral", "granite", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"
+MODULES = "llama", "mistral", "granite", "gemma3", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"
 
 
 @pytest.mark.parametrize("module", [*MODULES, "transformers/base", "transformers/causal"])
@@ -238,6 +258,31 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn attention factor": {"rope_parameters": YARN | {"attention_factor": 1.3}},
     "both keys": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
 }
+
+
+LAYER_ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "old": {"rope_theta": 500.0, "rope_local_base_freq": 50.0, "rope_scaling": LINEAR},
+    "one of two": {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0}}},
+    "two": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 500.0} for kind in LAYER_TYPES}},
+}
+
+
+@pytest.mark.parametrize("kind", LAYER_TYPES)
+@pytest.mark.parametrize("rope", LAYER_ROPES)
+def test_ropes_of_kinds_of_layers_turn_by_the_same_angles_in_both(rope: str, kind: str) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+    from vllm.transformers_utils.config import patch_rope_parameters
+
+    whole = hf_config(architectures=[GEMMA3], layer_types=list(LAYER_TYPES), **LAYER_ROPES[rope])
+    ModelShape.from_hf(whole)
+    config, theirs = (Gemma3TextConfig.from_dict(dict(whole)) for _ in range(2))
+    cos, sin = Gemma3RotaryEmbedding(config)(torch.zeros(1), torch.arange(300)[None], kind)
+    patch_rope_parameters(theirs)
+    with set_current_vllm_config(VllmConfig()):
+        table = get_rope(64, 1024, rope_parameters=theirs.rope_parameters[kind], dtype=torch.float32).cos_sin_cache
+    torch.testing.assert_close(torch.cat((cos[0, :, :32], sin[0, :, :32]), 1), table[:300], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rope", ROPES)

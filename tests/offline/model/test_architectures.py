@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infoquant_vllm.format import ARCHITECTURES, NORMS_BEHIND, SITE_NORMS, Checkpoint, ModelShape
+from infoquant_vllm.format import ARCHITECTURES, NORMS, Checkpoint, ModelShape
 from offline import PRESETS, quantize
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
@@ -38,8 +38,7 @@ def test_sites_and_norms_are_all_the_linears_and_norms_of_a_layer(name: str) -> 
     linears = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
     assert linears - shape.gates.keys() == {linear for linears in shape.sites.values() for linear in linears}
     assert all(layer.get_submodule(gate).weight.shape == size for gate, size in shape.gates.items())
-    norms = NORMS_BEHIND if ARCHITECTURES[name].norms_behind else SITE_NORMS.values()
-    assert {name for name, _ in layer.named_children() if "norm" in name} == set(norms)
+    assert {name for name, _ in layer.named_children() if "norm" in name} == set(NORMS[ARCHITECTURES[name].norms])
 
 
 def test_every_class_is_among_the_tiny_models() -> None:
