@@ -43,6 +43,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sound_mixture(tmp_path_factory.mktemp("corpus") / "mixture")
 
 
+@pytest.fixture(scope="module")
 def around_sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_around_sound(tmp_path_factory.mktemp("around") / "sound")
 
