@@ -15,7 +15,7 @@ from offline.memory import ROWS_PER_DRAW, SAMPLED_TOGETHER, sampling_dtype
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
 from offline.model.windowed_attention import register_attention
-from offline.text import check_tokens
+from offline.text import check_tokens, leading_tokens
 
 SEPARATOR = "<|endoftext|>"
 """End of a document in the pre-training text of models whose BOS is a chat token, or that have no BOS."""
@@ -165,8 +165,12 @@ def _first_above(cumulative: torch.Tensor, values: torch.Tensor) -> torch.Tensor
 
 
 def _document_start(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that documents began with in pre-training: the separator if there is one, else BOS or EOS."""
+    """Return the token that documents began with in pre-training.
+
+    That is BOS where the tokenizer starts texts with it, else the separator if there is one, else BOS or EOS.
+    """
     candidates: tuple[int | None, ...] = (
+        *leading_tokens(tokenizer),
         tokenizer.get_vocab().get(SEPARATOR),
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,

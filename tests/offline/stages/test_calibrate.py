@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from offline.errors import ToolError
 from offline.model.source import Source
 from offline.stages import sample
 from offline.stages.calibrate import calibration_tokens, save_tokens
-from tests.common.tiny import SIZES, write_source
+from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 
 WORDS = "".join(f"line {number} of a text\n" for number in range(400))
 END = 2
@@ -36,6 +38,19 @@ def test_model_samples_its_own_text(source: Source) -> None:
     assert reports[-1] == (6 * 32, 6 * 32)
     assert torch.equal(tokens, calibration_tokens("self", source, 6, 32, 0))
     assert not torch.equal(tokens, calibration_tokens("self", source, 6, 32, 1))
+
+
+def test_texts_begin_with_the_bos_that_the_tokenizer_adds_whatever_separates_documents(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", vocab_size=VOCAB_SIZE)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([sample.SEPARATOR])
+    assert sample._document_start(tokenizer) == tokenizer.get_vocab()[sample.SEPARATOR] != tokenizer.bos_token_id
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.save_pretrained(folder)
+    for spec in ("self", write(tmp_path / "text.txt", WORDS)):
+        tokens = calibration_tokens(spec, Source.open(folder), 4, 32, 0)
+        assert (tokens[:, 0] == tokenizer.bos_token_id).all()
 
 
 def test_sequences_beyond_one_batch_are_sampled_in_the_next(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def test_a_student_that_learns_nothing_leaves_the_checkpoint_as_it_was(tmp_path:
         assert torch.equal(trained.tensor(name), plain.tensor(name)), name
 
 
-@pytest.mark.parametrize("size", ["tied", "untied-biases", "odd", "granite"])
+@pytest.mark.parametrize("size", ["tied", "untied-biases", "odd", "granite", "gemma3"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_student_in_eight_bits_predicts_as_its_source(tmp_path: Path, size: str, symmetric: bool) -> None:
     """In 8 bits, where codes that last bits flip do little."""
