@@ -5,7 +5,7 @@ import zlib
 import torch
 
 ONES = ("input_clip_ratio", "key_clip_ratio", "value_clip_ratio", "final_norm_weight")
-ZEROS = ("key_mean", "key_feedback")
+ZEROS = ("key_mean", "key_feedback", "input_mean", "output_mean")
 DUMMY_MULTIPLIER = 15
 """The largest one for zero-points in the middle."""
 IDENTITIES = ("input_blocks", "input_left", "input_right", "r1")

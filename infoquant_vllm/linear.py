@@ -30,7 +30,8 @@ from infoquant_vllm.loading import LoadTracker, Shard
 from infoquant_vllm.summary import Summary
 
 QPARAMS = ("weight_multiplier", "weight_zero_point")
-INPUT_TENSORS = ("input_clip_ratio", "input_blocks", "input_left", "input_right")
+MATRICES = ("input_blocks", "input_left", "input_right")
+INPUT_TENSORS = ("input_clip_ratio", "input_mean", *MATRICES)
 
 
 @register_weight_loader_v2_supported_method
@@ -47,7 +48,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
         activations, transform = scheme.input_activations, scheme.input_transform
         self.hadamard = transform.block_size or 0 if transform.type == "hadamard" else 0
         self.num_bits, self.symmetric = activations.num_bits, activations.symmetric
-        self.has_clip_ratio = activations.num_bits != 16
+        self.has_clip_ratio, self.has_mean = activations.num_bits != 16, activations.mean
         self.has_multiplier, self.has_zero_point = scheme.weights.group_size is not None, not scheme.weights.symmetric
 
     def create_weights(
@@ -67,6 +68,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         layer.infoquant_tracker, layer.infoquant_rows = tracker, output_partition_sizes
         layer.infoquant_segments = activation_segments(self.scheme.input_activations, input_size_per_partition)
+        layer.infoquant_adds_mean = input_size_per_partition == input_size or layer.tp_rank == 0
         self._create_weight(layer, tracker, loader, sum(output_partition_sizes), input_size_per_partition)
         self._create_input(layer, tracker, loader, input_size_per_partition)
         self.summary.expect()
@@ -91,6 +93,13 @@ class InfoQuantLinearMethod(LinearMethodBase):
             weight_loader=tracker.track("weight_scale", loader),
         )
         layer.register_parameter("weight_scale", scale)
+        if self.has_mean:
+            mean = ChannelQuantScaleParameter(
+                data=torch.empty(rows, dtype=torch.float32),
+                output_dim=0,
+                weight_loader=tracker.track("output_mean", loader),
+            )
+            layer.register_parameter("output_mean", mean)
         qparams = ("weight_multiplier",) * self.has_multiplier + ("weight_zero_point",) * self.has_zero_point
         for name in qparams:
             largest = 2**weights.num_bits - 1 if name == "weight_zero_point" else None
@@ -104,10 +113,12 @@ class InfoQuantLinearMethod(LinearMethodBase):
     def _create_input(self, layer: Any, tracker: LoadTracker, loader: Callable[..., None], features: int) -> None:
         activations, transform = self.scheme.input_activations, self.scheme.input_transform
         is_whole = activations.group_size is None and activations.segment_size is None
-        sharded = {"input_clip_ratio": not is_whole, "input_blocks": True}
+        sharded = {"input_clip_ratio": not is_whole, "input_mean": True, "input_blocks": True}
         shapes: dict[str, tuple[int, ...]] = {}
         if self.has_clip_ratio:
             shapes["input_clip_ratio"] = (activation_groups(activations, features), 2)
+        if self.has_mean:
+            shapes["input_mean"] = (features,)
         if transform.type == "blocks" and transform.block_size is not None:
             shapes["input_blocks"] = (features // transform.block_size, transform.block_size, transform.block_size)
         if transform.factors is not None:
@@ -142,7 +153,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
         self._check_multipliers(layer)
         packed = layer.weight_packed.data
         kernels = backend(packed.device.type)
-        matrices = [getattr(layer, name).data for name in INPUT_TENSORS[1:] if hasattr(layer, name)]
+        matrices = [getattr(layer, name).data for name in MATRICES if hasattr(layer, name)]
         layer.infoquant_matrices = kernels.prepare_matrices(matrices, self.hadamard)
         qparams = (getattr(layer, name).data if hasattr(layer, name) else None for name in QPARAMS)
         given = PackedWeight(packed, layer.weight_scale.data, *qparams)
@@ -153,9 +164,19 @@ class InfoQuantLinearMethod(LinearMethodBase):
         for name in INPUT_TENSORS:
             if hasattr(layer, name):
                 setattr(layer, name, frozen(getattr(layer, name).data))
+        self._add_bias_to_mean(layer)
         held = sum(param.nbytes for name, param in layer.named_parameters() if name.startswith("weight_"))
         kind = f"W{weights.num_bits}A{self.num_bits} ({kernels.name})"
         self.summary.linear(kind, held, packed.numel() * 8 // weights.num_bits * 2)
+
+    def _add_bias_to_mean(self, layer: Any) -> None:
+        """Make `output_mean` all that is added to a product: of a row-parallel layer, on the first rank."""
+        if not self.has_mean:
+            return
+        added = layer.output_mean.data if layer.infoquant_adds_mean else torch.zeros_like(layer.output_mean.data)
+        if layer.bias is not None and layer.infoquant_adds_mean and not layer.skip_bias_add:
+            added = added + layer.bias.data.float()
+        layer.output_mean = _frozen(added)
 
     def _check_multipliers(self, layer: Any) -> None:
         """Refuse multipliers that are too large for their zero-points."""
@@ -173,13 +194,14 @@ class InfoQuantLinearMethod(LinearMethodBase):
         clip_ratio = layer.input_clip_ratio if self.has_clip_ratio else None
         multiplier = layer.weight_multiplier if self.has_multiplier else None
         zero_point = layer.weight_zero_point if self.has_zero_point else None
-        segments = layer.infoquant_segments
+        input_mean, added = (layer.input_mean, layer.output_mean) if self.has_mean else (None, bias)
+        quantizer = clip_ratio, self.num_bits, self.symmetric, layer.infoquant_segments, input_mean
         is_flat = x.dim() == 2
         out = linear(
             x if is_flat else x.reshape(-1, x.shape[-1]),
-            InputQuant(layer.infoquant_matrices, self.hadamard, clip_ratio, self.num_bits, self.symmetric, segments),
+            InputQuant(layer.infoquant_matrices, self.hadamard, *quantizer),
             PackedWeight(layer.weight_packed, layer.weight_scale, multiplier, zero_point),
-            bias,
+            added,
         )
         return out if is_flat else out.view(*x.shape[:-1], out.shape[-1])
 

@@ -102,6 +102,8 @@ def transform_calls() -> Calls:
         yield linear_call(linear_scheme(4, bits, transform=transform), tokens, features, CHANNELS)
     for (transform, features), dtype in zip(TRANSFORMS[::2], cycle((torch.float16, torch.float32)), strict=False):
         yield linear_call(linear_scheme(4, 4, transform=transform), FEW, features, CHANNELS, dtype)
+    for (transform, features), tokens in zip(TRANSFORMS[::3], cycle((FEW, MANY)), strict=False):
+        yield linear_call(linear_scheme(4, 4, transform=transform, mean=True), tokens, features, CHANNELS)
 
 
 def cache_layers() -> Iterator[Cache]:
@@ -124,12 +126,14 @@ def linear_scheme(
     weight_group: int = 0,
     symmetric: bool = True,
     transform: InputTransform | None = None,
+    mean: bool = False,
 ) -> LinearScheme:
     """Return the scheme of a linear; a group of 0 features is all of them."""
     return LinearScheme.model_validate(
         {
             "weights": _grouped("channel", weight_group) | {"num_bits": weight_bits, "symmetric": symmetric},
-            "input_activations": _grouped("token", input_group) | {"num_bits": input_bits, "symmetric": symmetric},
+            "input_activations": _grouped("token", input_group)
+            | {"num_bits": input_bits, "symmetric": symmetric, "mean": mean},
             "input_transform": transform or InputTransform(),
         }
     )
@@ -155,8 +159,10 @@ def linear_call(
     groups = segments if inputs.group_size is None else features // inputs.group_size
     clip_ratio = None if inputs.num_bits == 16 else torch.empty(groups, 2, device="meta")
     x = torch.empty(tokens, features, dtype=dtype, device="meta")
-    given = torch.empty(channels, dtype=dtype, device="meta") if bias else None
-    quant = InputQuant(matrices, hadamard, clip_ratio, inputs.num_bits, inputs.symmetric, segments)
+    mean = torch.empty(features, device="meta") if inputs.mean else None
+    added = torch.float32 if inputs.mean else dtype if bias else None
+    given = None if added is None else torch.empty(channels, dtype=added, device="meta")
+    quant = InputQuant(matrices, hadamard, clip_ratio, inputs.num_bits, inputs.symmetric, segments, mean)
     weight = prepare_linear(_weight(scheme.weights, channels, features), scheme.weights.num_bits, segments)
     return lambda: linear(x, quant, weight, given)
 

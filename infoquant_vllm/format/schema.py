@@ -48,8 +48,11 @@ class ActivationArgs(StrictModel):
     group_size: features that share a zero-point and an integer multiplier of the scale, within a segment, with 4 bits;
         None: those of a segment share a zero-point, and nothing multiplies their scale
 
+    mean: `input_mean` [K] is subtracted from the input after its transform, before anything else; the product with the
+        mean, `output_mean` [N], is added to the output with the bias
+
     `input_clip_ratio` [activation groups, 2] multiplies (min, max). 16-bit activations are symmetric per token, the
-    largest magnitude at 32767 steps, without segments, groups and clip ratio.
+    largest magnitude at 32767 steps, without segments, groups, mean and clip ratio.
     """
 
     num_bits: Literal[4, 8, 16]
@@ -57,10 +60,17 @@ class ActivationArgs(StrictModel):
     strategy: Literal["token", "head", "group"] = "token"
     group_size: Size | None = None
     segment_size: Size | None = None
+    mean: bool = False
 
     @model_validator(mode="after")
     def _group_size_goes_with_strategy(self) -> "ActivationArgs":
         _check_group_size(self.strategy != "token", self.strategy, self.group_size, self.num_bits)
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_inputs_have_means(self) -> "ActivationArgs":
+        if self.mean and self.num_bits == 16:
+            raise ValueError("mean does not go with num_bits 16")
         return self
 
     @model_validator(mode="after")

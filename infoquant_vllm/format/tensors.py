@@ -262,6 +262,9 @@ def linear_tensors(scheme: LinearScheme, out_features: int, in_features: int) ->
         tensors["weight_zero_point"] = TensorSpec(shape=(out_features, groups), dtype="U8")
     if activations.num_bits != 16:
         tensors["input_clip_ratio"] = TensorSpec(shape=(activation_groups(activations, in_features), 2), dtype="F32")
+    if activations.mean:
+        tensors["input_mean"] = TensorSpec(shape=(in_features,), dtype="F32")
+        tensors["output_mean"] = TensorSpec(shape=(out_features,), dtype="F32")
     if transform.type == "blocks" and transform.block_size is not None:
         block = transform.block_size
         tensors["input_blocks"] = TensorSpec(shape=(in_features // block, block, block), dtype="F32")

@@ -16,6 +16,7 @@ class InputQuant(NamedTuple):
     symmetric: zero-points are 2^(num_bits - 1)
     segments: of a token, each with its own float32 scale: one, or one for each shard of features that a TP rank might
         serve. Divides the groups; if a segment has several groups, num_bits is 4
+    mean: float32 [K], subtracted from the transformed input before it is quantized; None: nothing is
     """
 
     matrices: list[torch.Tensor]
@@ -24,6 +25,7 @@ class InputQuant(NamedTuple):
     num_bits: int
     symmetric: bool
     segments: int = 1
+    mean: torch.Tensor | None = None
 
 
 class PackedWeight(NamedTuple):

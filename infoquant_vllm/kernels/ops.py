@@ -44,7 +44,7 @@ def linear(x: Tensor, inputs: InputQuant, weight: PackedWeight, bias: Tensor | N
 
 
 def _fake_linear(x: Tensor, *operands: Any) -> Tensor:
-    return x.new_empty((x.shape[0], PackedWeight(*operands[6:10]).scale.shape[0]))
+    return x.new_empty((x.shape[0], PackedWeight(*operands[7:11]).scale.shape[0]))
 
 
 @_custom_op(_fake_linear)
@@ -56,13 +56,14 @@ def _linear(
     num_bits: int,
     symmetric: bool,
     segments: int,
+    mean: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
     weight_multiplier: Tensor | None,
     weight_zero_point: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    inputs = InputQuant(matrices, hadamard, clip_ratio, num_bits, symmetric, segments)
+    inputs = InputQuant(matrices, hadamard, clip_ratio, num_bits, symmetric, segments, mean)
     packed = PackedWeight(weight, weight_scale, weight_multiplier, weight_zero_point)
     return backend(x.device.type).linear(x, inputs, packed, bias)
 

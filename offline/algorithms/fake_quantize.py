@@ -39,8 +39,14 @@ def dequantized_weight(tensors: dict[str, torch.Tensor], args: WeightArgs) -> to
     return integer_weights(tensors, args) * tensors["weight_scale"]
 
 
+def added_to_product(tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return what a linear adds to its product [N]: the bias, the output for the mean input, or their sum."""
+    mean, bias = tensors.get("output_mean"), tensors.get("bias")
+    return bias if mean is None else mean if bias is None else mean + bias.float()
+
+
 def input_quant(args: ActivationArgs, clip: torch.Tensor | None, features: int) -> InputQuant:
-    """Return the quantizer of inputs of `features`, without a transform; clip: ratios [groups, 2], or None."""
+    """Return the quantizer of inputs of `features`, without transform and mean; clip: ratios [groups, 2], or None."""
     return InputQuant([], 0, clip, args.num_bits, args.symmetric, activation_segments(args, features))
 
 

@@ -94,7 +94,8 @@ def scheme_words(scheme: LinearScheme | None) -> tuple[str, str, str]:
         for args in (weights, inputs)
     ]
     segments = f", a scale per segment of {inputs.segment_size}" if inputs.segment_size else ""
-    activations = "int16 per token" if inputs.num_bits == 16 else words[1] + segments
+    mean = ", less the mean" if inputs.mean else ""
+    activations = "int16 per token" if inputs.num_bits == 16 else words[1] + segments + mean
     return words[0], activations, f"{transform.type} {shape}".strip()
 
 

@@ -19,6 +19,7 @@ from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme,
 from infoquant_vllm.kernels.torch.elementwise import apply_rope, rms_norm
 from infoquant_vllm.kernels.torch.kv_cache import SUB_BLOCK
 from infoquant_vllm.kernels.torch.linear import linear, prepare_linear
+from offline.algorithms.fake_quantize import added_to_product
 from offline.algorithms.rotations import transform_operands
 
 QPARAMS = ("weight_multiplier", "weight_zero_point")
@@ -39,8 +40,15 @@ class SimulatedLinear(nn.Module):
         tensors, args = dict(self.named_buffers()), self.scheme.input_activations
         transform = transform_operands(self.scheme.input_transform, tensors)
         segments = activation_segments(args, x.shape[-1])
-        inputs = InputQuant(*transform, tensors.get("input_clip_ratio"), args.num_bits, args.symmetric, segments)
-        out = linear(x.flatten(0, -2), inputs, _packed_weight(tensors), tensors.get("bias"))
+        inputs = InputQuant(
+            *transform,
+            tensors.get("input_clip_ratio"),
+            args.num_bits,
+            args.symmetric,
+            segments,
+            tensors.get("input_mean"),
+        )
+        out = linear(x.flatten(0, -2), inputs, _packed_weight(tensors), added_to_product(tensors))
         return out.unflatten(0, x.shape[:-1])
 
 

@@ -18,7 +18,7 @@ from offline.progress import ProgressReport, silent
 
 LARGEST_ORTHOGONALITY_ERROR = 1e-4
 LARGEST_CONDITION = 1e4
-INPUT_TENSORS = ("input_clip_ratio", "input_blocks", "input_left", "input_right")
+INPUT_TENSORS = ("input_clip_ratio", "input_mean", "input_blocks", "input_left", "input_right")
 SMALLEST_FULL_SHARE = 0.99
 SCALE_OF_ZEROS = 1e-11  # above the scale of a row of zeros: 1e-12, times what distillation makes of it
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from infoquant_vllm.format import KVCacheArgs, LinearScheme
-from offline.algorithms.fake_quantize import dequantized_weight, fake_quantize, fake_store
+from offline.algorithms.fake_quantize import added_to_product, dequantized_weight, fake_quantize, fake_store
 from offline.algorithms.rotations import hadamard_product, transform_input
 from offline.model.windowed_attention import register_attention, windowed_attention
 
@@ -68,7 +68,7 @@ class FakeQuantInput(nn.Module):
         super().__init__()
         self._scheme = scheme
         self._matrices = {name: tensors[name] for name in tensors if name.startswith("input_")}
-        ratio = self._matrices.pop("input_clip_ratio", None)
+        ratio, self._mean = (self._matrices.pop(name, None) for name in ("input_clip_ratio", "input_mean"))
         self.clip = None if ratio is None else clip(ratio)
         self._seen: torch.Tensor | None = None
 
@@ -85,6 +85,7 @@ class FakeQuantInput(nn.Module):
     def _quantize(self, x: torch.Tensor) -> torch.Tensor:
         transform, args = self._scheme.input_transform, self._scheme.input_activations
         y = transform_input(x.flatten(0, -2), transform, self._matrices, hadamard_product).view(x.shape)
+        y = y if self._mean is None else y - self._mean
         return y if self.clip is None else fake_quantize(y.contiguous(), self.clip(), args)
 
 
@@ -101,7 +102,8 @@ class FakeQuantLinear(nn.Module):
         self.input = shared_input
         self.register_buffer("weight_scale", tensors["weight_scale"])
         self.register_buffer("weight", dequantized_weight(tensors, scheme.weights))
-        self.register_buffer("bias", tensors["bias"].float() if "bias" in tensors else None)
+        bias = added_to_product(tensors)
+        self.register_buffer("bias", None if bias is None else bias.float())
         self.log_scale = nn.Parameter(torch.zeros(len(tensors["weight_scale"]))) if train_scale else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -99,6 +99,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     for module, (_, in_features) in shape.linears().items():
         for name in (
             f"{module}.input_clip_ratio",
+            f"{module}.input_mean",
             f"{module}.input_blocks",
             f"{module}.input_left",
             f"{module}.input_right",

@@ -26,7 +26,7 @@ QUANTIZATION = {
         | {
             "targets": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
             "weights": {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 64},
-            "input_activations": {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 32},
+            "input_activations": {"num_bits": 4, "strategy": "group", "group_size": 32, "mean": True},
             "input_transform": {"type": "blocks", "block_size": 64},
         },
         "kronecker": SCHEME | {"targets": ["o_proj"], "input_transform": {"type": "kronecker", "factors": [8, 32]}},
@@ -44,6 +44,8 @@ TENSORS = {  # one of each kind
     "multiplier": f"{LAYER}mlp.up_proj.weight_multiplier",
     "zero point": f"{LAYER}mlp.up_proj.weight_zero_point",
     "clip": f"{LAYER}mlp.down_proj.input_clip_ratio",
+    "input mean": f"{LAYER}self_attn.q_proj.input_mean",
+    "output mean": f"{LAYER}self_attn.q_proj.output_mean",
     "blocks": f"{LAYER}self_attn.q_proj.input_blocks",
     "left factor": f"{LAYER}self_attn.o_proj.input_left",
     "right factor": f"{LAYER}self_attn.o_proj.input_right",
@@ -67,7 +69,7 @@ AROUND = {  # tensors of a class with norms before and behind, whose gains are 1
     "norm of a head's queries": f"{LAYER}self_attn.q_norm.weight",
     "norm before the MLP": f"{LAYER}pre_feedforward_layernorm.weight",
 }
-MAY_BE_ZERO = ("packed", "zero point", "key offset", "key feedback", "vocabulary")
+MAY_BE_ZERO = ("packed", "zero point", "input mean", "output mean", "key offset", "key feedback", "vocabulary")
 
 Change = Callable[[Any], Any]
 
@@ -233,6 +235,7 @@ FIELDS = (
     (*BLOCKS, "input_activations", "num_bits"),
     (*BLOCKS, "input_activations", "strategy"),
     (*BLOCKS, "input_activations", "group_size"),
+    (*BLOCKS, "input_activations", "mean"),
     (*BLOCKS, "input_transform"),
     (*BLOCKS, "input_transform", "type"),
     (*BLOCKS, "input_transform", "block_size"),
@@ -263,6 +266,10 @@ def _config_fields() -> Iterator[tuple[str, Case]]:
         yield f"segments of {size}", Case(_edit("config.json", path, size), (says,))
     for kind in ("of another type", "huge", "negative"):
         yield f"segment_size {kind}", Case(_edit("config.json", path, WRONG[kind]), ("segment_size",))
+    inputs = ("quantization_config", "config_groups", "kronecker", "input_activations")
+    yield "mean without tensors", Case(_edit("config.json", (*inputs, "mean"), True), ("input_mean", "is missing"))
+    sixteen = {"num_bits": 16, "mean": True}
+    yield "mean of 16 bits", Case(_edit("config.json", inputs, sixteen), ("mean does not go with num_bits 16",))
     yield "groups of another size", Case(_edit("config.json", weights, 16), ("weight_multiplier", "has shape"))
 
 

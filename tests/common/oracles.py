@@ -39,6 +39,8 @@ def apply_transform(x: torch.Tensor, matrices: list[torch.Tensor], hadamard: int
 def rotate_quantize(x: torch.Tensor, inputs: InputQuant) -> Quantized:
     """Transform and quantize x [tokens, K], one segment after the other, as `InputQuant` says."""
     y = apply_transform(x.float(), inputs.matrices, inputs.hadamard)
+    if inputs.mean is not None:
+        y = torch.stack([row - inputs.mean for row in y]) if len(y) else y
     if inputs.clip_ratio is None:
         return quantize_int16(y)
     clips = inputs.clip_ratio.chunk(inputs.segments)

@@ -87,9 +87,9 @@ def test_8_bit_vocabulary_is_the_matrix_that_makes_the_logits(tied: bool, module
     assert (eight[f"{module}.weight_scale"].shape, eight[f"{module}.weight_scale"].dtype) == ((512, 1), "F32")
 
 
-def test_groups_of_weights_have_multipliers_of_one_scale_per_row() -> None:
+def test_groups_have_multipliers_of_one_scale_per_row_and_means_a_number_per_feature() -> None:
     weights = {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 64}
-    inputs = {"num_bits": 4, "strategy": "group", "group_size": 32, "segment_size": 128}
+    inputs = {"num_bits": 4, "strategy": "group", "group_size": 32, "segment_size": 128, "mean": True}
     scheme = parse_config(config(**group(weights=weights, input_activations=inputs))).scheme("q_proj")
     assert scheme is not None
     tensors = linear_tensors(scheme, 96, 256)
@@ -99,6 +99,8 @@ def test_groups_of_weights_have_multipliers_of_one_scale_per_row() -> None:
         "weight_multiplier": ((96, 4), "U8"),
         "weight_zero_point": ((96, 4), "U8"),
         "input_clip_ratio": ((8, 2), "F32"),
+        "input_mean": ((256,), "F32"),
+        "output_mean": ((96,), "F32"),
     }
     assert activation_segments(scheme.input_activations, 256) == 2
 

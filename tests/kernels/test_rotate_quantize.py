@@ -106,6 +106,22 @@ def test_transforms_and_codes_have_the_oracles_bits(
     assert torch.equal(kernels.apply_transform(x.float(), *transform), oracles.apply_transform(x.float(), *transform))
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_of_inputs_less_their_mean_have_the_oracles_bits(
+    kernels: Kernels, name: str, tokens: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(tokens)
+    features, kind = TRANSFORMS[name]
+    transform, mean, groups = _transform(kind, features), 3 * torch.randn(features), 1 if features % 4 else 2
+    x = (mean + torch.randn(tokens, features)).to(dtype)
+    for segments in {1, groups}:
+        _check(kernels, x, *transform, 0.7 + 0.3 * torch.rand(groups, 2), 4, False, segments, mean)
+    _check(kernels, x, *transform, torch.ones(1, 2), 8, False, 1, mean)
+    _check(kernels, x, *transform, None, 16, False, 1, mean)
+
+
 @pytest.mark.parametrize("group_size", [1, 12, 16, 64, 128, 1536])
 @pytest.mark.parametrize(("num_bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
 def test_segments_and_bits_have_the_oracles_bits(

@@ -103,7 +103,7 @@ SHARDABLE = {
         "residual": {
             "targets": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
             "weights": {"num_bits": 4, "symmetric": False},
-            "input_activations": {"num_bits": 8},
+            "input_activations": {"num_bits": 8, "mean": True},
             "input_transform": {"type": "kronecker", "factors": [12, 64]},
         },
         "out": {
@@ -114,7 +114,7 @@ SHARDABLE = {
         "down": {
             "targets": ["down_proj"],
             "weights": GROUPED | {"symmetric": False},
-            "input_activations": GROUPED | {"segment_size": 64},
+            "input_activations": GROUPED | {"segment_size": 64, "mean": True},
             "input_transform": {"type": "blocks", "block_size": 32},
         },
     }
@@ -155,6 +155,23 @@ def test_ranks_together_compute_what_one_does(ranks: int, name: str, quantizatio
             offset = sum(size * (copies if size == section.shape[1] else 1) // ranks for size in sizes[:index])
             found = part[:, offset : offset + width]
             assert torch.equal(found, section[:, rank // copies * width : (rank // copies + 1) * width])
+
+
+@pytest.mark.parametrize(("rank", "ranks", "shares"), [(0, 1, 1), (0, 2, 1), (1, 2, 0)])
+def test_the_output_for_the_mean_input_and_the_bias_are_added_once(rank: int, ranks: int, shares: int) -> None:
+    model, name = Model(SHARDABLE, **WIDE), "mlp.down_proj"
+    torch.manual_seed(0)
+    bias, mean = torch.randn(768).bfloat16(), model.tensors[f"{LAYER}.{name}.output_mean"].clone()
+    added = []
+    for output_mean in (torch.zeros(768), mean):
+        model.tensors[f"{LAYER}.{name}.output_mean"] = output_mean
+        with _rank(rank, ranks):
+            layer = model.load(model.create(name), name)
+            layer.bias = torch.nn.Parameter(bias if output_mean is mean else torch.zeros_like(bias))
+            layer.quant_method.process_weights_after_loading(layer)
+            x = torch.zeros(1, 384 // ranks)
+            added.append(layer.quant_method.apply(layer, x, layer.bias if rank == 0 else None))
+    torch.testing.assert_close(added[1] - added[0], shares * (mean + bias.float())[None], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"])

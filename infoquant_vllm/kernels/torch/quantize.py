@@ -81,12 +81,13 @@ class QuantizedGroups(NamedTuple):
 
 
 def rotate_quantize(x: torch.Tensor, inputs: InputQuant) -> QuantizedInput:
-    """Apply the input transform to x [tokens, K], then quantize it as `inputs` says.
+    """Apply the input transform to x [tokens, K], subtract its mean, if given, and quantize it as `inputs` says.
 
     8-bit codes less their zero-points need 9 bits, so only 128 is subtracted from the codes, and the offset zero - 128
     is left. int16 activations become two rows of 8 bits.
     """
     y = apply_transform(x.float(), inputs.matrices, inputs.hadamard)
+    y = y if inputs.mean is None else y - inputs.mean
     if inputs.clip_ratio is None:
         return quantize_int16(y)
     values, zero, _, scale = quantize_groups(y, inputs)

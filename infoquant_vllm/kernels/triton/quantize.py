@@ -28,6 +28,7 @@ def rotate_quantize_kernel(
     left_ptr,
     right_ptr,
     clip_ptr,
+    mean_ptr,
     values_ptr,
     scale_ptr,
     zp_offset_ptr,
@@ -57,9 +58,9 @@ def rotate_quantize_kernel(
     x [M, x_stride]; a segment's block X [OUTER, INNER] becomes left^T X right: butterflies in place of right for a
     Hadamard (times FACTOR in the end), left [OUTER, OUTER] its base matrix or a Kronecker pair's first, each of them
     None if absent. The base matrix goes first, when x still has 16 bits: its entries are +-1 (SIGNS) or the Hartley
-    matrix's. Other products are float32 in three TF32 steps. clip [groups of all segments, 2]; values [rows,
-    values_stride] int8 in segments of SEGMENT_PADDED, scale, zp_offset, sums [segments, rows] as in `Codes`. A token
-    has one row, at 16 bits two: of high and of low bytes.
+    matrix's. Other products are float32 in three TF32 steps. Then mean [features of all segments] is subtracted, if
+    there is one. clip [groups of all segments, 2]; values [rows, values_stride] int8 in segments of SEGMENT_PADDED,
+    scale, zp_offset, sums [segments, rows] as in `Codes`. A token has one row, at 16 bits two: high and low bytes.
     """
     SEGMENT: tl.constexpr = BLOCKS * OUTER * INNER
     LINES: tl.constexpr = ROWS * BLOCKS_PADDED * OUTER_PADDED
@@ -79,17 +80,21 @@ def rotate_quantize_kernel(
         right = _pad_depth(_matrix(right_ptr, INNER, INNER_PADDED))
         y = tl.dot(tl.trans(_pad_depth(tl.trans(y))), right, input_precision="tf32x3")
 
+    REST: tl.constexpr = FACTOR if mean_ptr is None else 1.0
+    if mean_ptr is not None:
+        y = y * FACTOR - tl.load(mean_ptr + segment * SEGMENT + feature, mask, other=0)
+
     COUNT: tl.constexpr = LINES * INNER_PADDED // ROWS // GROUP_PADDED
     y = tl.reshape(y, (ROWS, COUNT, GROUP_PADDED))
-    low, high = amin(y, 2) * FACTOR, amax(y, 2) * FACTOR  # as if y had been multiplied: that keeps the order
+    low, high = amin(y, 2) * REST, amax(y, 2) * REST  # as if y had been multiplied: that keeps the order
     m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     group, group_mask = _groups(COUNT, GROUPS, BLOCKS, BLOCKS_PADDED)
     group_mask &= m < M
     scale, step, inverse, zero = _scales(low, high, clip_ptr, segment * GROUPS + group, group_mask, NUM_BITS, SYMMETRIC)
     if EXACT_FACTOR:
-        inverse *= FACTOR
+        inverse *= REST
     else:
-        y *= FACTOR
+        y *= REST
     values = _stored_values(y, inverse[:, :, None], zero[:, :, None], NUM_BITS)
     if GROUPS > 1:
         values = (values - MAGIC) * (step * tl.div_rn(1.0, scale))[:, :, None] + MAGIC

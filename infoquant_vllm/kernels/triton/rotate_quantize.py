@@ -165,6 +165,7 @@ def _launch(x: torch.Tensor, inputs: InputQuant, codes: Codes, padded: int) -> N
         left,
         right,
         inputs.clip_ratio,
+        inputs.mean,
         *codes,
         tokens,
         x.stride(0),

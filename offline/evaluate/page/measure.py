@@ -108,7 +108,9 @@ class _Observer:
                 return
             x, scheme = x.float(), simulated.scheme
             if self._simulated:
-                x = transform_input(x, scheme.input_transform, dict(simulated.named_buffers()))
+                tensors = dict(simulated.named_buffers())
+                x = transform_input(x, scheme.input_transform, tensors)
+                x = x - tensors.get("input_mean", 0)
             args = scheme.input_activations
             clip = None if args.num_bits == 16 else simulated.get_buffer("input_clip_ratio")
             self._sites[site][layer].add(*_quantized_input(x, args, clip))

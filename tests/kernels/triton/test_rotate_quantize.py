@@ -34,10 +34,11 @@ def check(
     symmetric: bool = False,
     segments: int = 1,
     flips: float = 0.0,
+    mean: torch.Tensor | None = None,
 ) -> None:
     """Values, scales, offsets and sums are the reference's; a share of the codes may be off by one."""
     (matrices, hadamard), (tokens, features) = given, x.shape
-    inputs = InputQuant(matrices, hadamard, clip, num_bits, symmetric, segments)
+    inputs = InputQuant(matrices, hadamard, clip, num_bits, symmetric, segments, mean)
     values, scale, offset = oracles.rotate_quantize(x, inputs)
     prepared = inputs._replace(matrices=linear.prepare_matrices(matrices, hadamard))
     part = features // segments
@@ -69,6 +70,27 @@ def test_codes_are_the_references(tokens: int, dtype: torch.dtype, features: int
     torch.manual_seed(tokens)
     x = (3 * torch.randn(tokens, features)).to(dtype)
     check(x, transform(kind, features), 0.7 + 0.3 * torch.rand(1, 2), 4)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(
+    ("features", "kind", "groups", "segments"),
+    [
+        (576, "none", 1, 1),
+        (576, "none", 9, 1),
+        (512, "hadamard 64", 2, 2),
+        (512, "hadamard 128", 1, 1),
+        (384, "hadamard 384", 1, 1),
+    ],
+)
+def test_codes_of_inputs_less_their_mean_are_the_references(
+    tokens: int, features: int, kind: str, groups: int, segments: int
+) -> None:
+    torch.manual_seed(tokens)
+    mean, clip = 3 * torch.randn(features), 0.7 + 0.3 * torch.rand(groups, 2)
+    x = (mean + torch.randn(tokens, features)).bfloat16()
+    flips = FLIPS if kind == "hadamard 384" else 0.0
+    check(x, transform(kind, features), clip, 4, segments=segments, flips=flips, mean=mean)
 
 
 def spread(tokens: int, features: int) -> torch.Tensor:

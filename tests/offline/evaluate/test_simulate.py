@@ -49,6 +49,8 @@ ACTIVATIONS = {
     "a4-heads": ActivationArgs(num_bits=4, strategy="head", group_size=64),
     "a4-groups": ActivationArgs(num_bits=4, strategy="group", group_size=32, segment_size=96),
     "a4-symmetric-groups": ActivationArgs(num_bits=4, symmetric=True, strategy="group", group_size=16),
+    "a4-mean": ActivationArgs(num_bits=4, mean=True),
+    "a4-groups-mean": ActivationArgs(num_bits=4, strategy="group", group_size=32, segment_size=96, mean=True),
     "a8-segments": ActivationArgs(num_bits=8, segment_size=64),
     "a8": ActivationArgs(num_bits=8),
     "a16": ActivationArgs(num_bits=16),
@@ -84,10 +86,14 @@ def expected_output(scheme: LinearScheme, tensors: dict[str, torch.Tensor], x: t
     matrices = [tensors[name] for name in ("input_blocks", "input_left", "input_right") if name in tensors]
     hadamard = transform.block_size or 0 if transform.type == "hadamard" else 0
     segments = K // (args.segment_size or K)
-    inputs = InputQuant(matrices, hadamard, tensors.get("input_clip_ratio"), args.num_bits, args.symmetric, segments)
+    quantizer = tensors.get("input_clip_ratio"), args.num_bits, args.symmetric, segments, tensors.get("input_mean")
+    inputs = InputQuant(matrices, hadamard, *quantizer)
     qparams = (tensors.get(name) for name in ("weight_multiplier", "weight_zero_point"))
     weight = PackedWeight(tensors["weight_packed"], tensors["weight_scale"], *qparams)
-    return oracles.linear(x, inputs, weight, tensors.get("bias"))
+    bias = tensors.get("bias")
+    return oracles.linear(
+        x, inputs, weight, tensors["output_mean"] + (0 if bias is None else bias) if args.mean else bias
+    )
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

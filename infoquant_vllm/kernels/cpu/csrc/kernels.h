@@ -31,7 +31,8 @@ struct InputQuant {
     const float* clip;  // clip ratios of minimum and maximum [groups, 2]; null: int16
     int64_t groups, num_bits;
     bool symmetric;
-    int64_t segments;  // consecutive groups of a segment share a scale
+    int64_t segments;   // consecutive groups of a segment share a scale
+    const float* mean;  // [features], subtracted from the transformed input, or null
 
     int64_t rows_each() const { return clip ? 1 : 2; }  // rows of values for a token
     bool has_offset() const { return !clip || num_bits > 4; }

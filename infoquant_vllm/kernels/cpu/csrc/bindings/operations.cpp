@@ -40,16 +40,19 @@ struct InputArguments {
     }
 };
 
-// Four arguments: clip ratios [groups, 2] or none, num_bits, symmetric, segments.
+// Five arguments: clip ratios [groups, 2] or none, num_bits, symmetric, segments, mean [features] or none.
 struct QuantArguments {
-    Tensor clip;
+    Tensor clip, mean;
     InputQuant quant;
 
     QuantArguments(Arguments& in, int64_t features) : clip(in.optional_tensor()) {
         const int64_t groups = clip ? clip.sizes()[0] : 1, num_bits = in.integer();
         const bool symmetric = in.boolean();
         const int64_t segments = in.integer();
-        quant = {clip.data<float>(), groups, num_bits, symmetric, clip ? segments : 1};
+        mean = in.optional_tensor();
+        require(!mean || (mean.dim() == 1 && mean.sizes()[0] == features && mean.dtype() == FLOAT32),
+                "the mean must be float32 and have the features of the input");
+        quant = {clip.data<float>(), groups, num_bits, symmetric, clip ? segments : 1, mean.data<float>()};
         require(quant.segments > 0 && groups % quant.segments == 0 && features % groups == 0,
                 "the segments must divide the groups, which must divide the features");
         require(groups == quant.segments || num_bits == 4, "only 4-bit groups share a scale");
@@ -302,7 +305,7 @@ struct Entry {
 constexpr Entry OPERATIONS[] = {
     {"linear",
      "linear(Tensor x, Tensor[] matrices, int hadamard, Tensor? clip, int num_bits, bool symmetric, int segments, "
-     "Tensor weight, Tensor weight_scale, Tensor? weight_multiplier, Tensor? weight_zero, Tensor? bias) -> Tensor",
+     "Tensor? mean, Tensor weight, Tensor weight_scale, Tensor? weight_multiplier, Tensor? weight_zero, Tensor? bias) -> Tensor",
      run_linear},
     {"quantized_linear",
      "quantized_linear(Tensor values, Tensor scale, Tensor? offset, Tensor weight, Tensor weight_scale, "
@@ -310,7 +313,7 @@ constexpr Entry OPERATIONS[] = {
      run_quantized_linear},
     {"rotate_quantize",
      "rotate_quantize(Tensor x, Tensor[] matrices, int hadamard, Tensor? clip, int num_bits, bool symmetric, "
-     "int segments) -> (Tensor, Tensor, Tensor?)",
+     "int segments, Tensor? mean) -> (Tensor, Tensor, Tensor?)",
      run_rotate_quantize},
     {"rotate", "rotate(Tensor x, Tensor[] matrices, int hadamard) -> Tensor", run_rotate},
     {"rotate_rows", "rotate_rows(Tensor rows, Tensor rotation, Tensor? gain) -> Tensor", run_rotate_rows},

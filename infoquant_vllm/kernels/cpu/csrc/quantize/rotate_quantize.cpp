@@ -74,6 +74,13 @@ void transform_rows(const Input& t, int64_t first, int64_t tokens, const Scratch
     }
 }
 
+// y [size] -= mean [size].
+void subtract(float* y, const float* mean, int64_t size) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) store(y + i, load(y + i) - load(mean + i));
+    for (; i < size; ++i) y[i] -= mean[i];
+}
+
 // Minima and maxima, both with zero, in each lane.
 struct Extremes {
     Floats low, high;
@@ -260,9 +267,10 @@ void for_tiles(const Input& t, Each each) {
 void rotate_quantize(const Input& input, const InputQuant& quant, const Quantized& to) {
     const int64_t features = input.features, segments = quant.segments, size = features / segments;
     const int64_t groups = quant.groups / segments;  // of a segment
-    for_tiles(input, [=](int64_t first, int64_t count, const float* rows) {
+    for_tiles(input, [=](int64_t first, int64_t count, float* rows) {
         for (int64_t i = 0; i < count; ++i) {
-            const float* const y = rows + i * features;
+            float* const y = rows + i * features;
+            if (quant.mean) subtract(y, quant.mean, features);
             const Row row(to, quant.rows_each() * (first + i));
             if (!quant.clip) {
                 quantize_int16(y, features, row, Row(to, 2 * (first + i) + 1));
