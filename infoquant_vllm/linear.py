@@ -176,7 +176,7 @@ class InfoQuantLinearMethod(LinearMethodBase):
         added = layer.output_mean.data if layer.infoquant_adds_mean else torch.zeros_like(layer.output_mean.data)
         if layer.bias is not None and layer.infoquant_adds_mean and not layer.skip_bias_add:
             added = added + layer.bias.data.float()
-        layer.output_mean = _frozen(added)
+        layer.output_mean = frozen(added)
 
     def _check_multipliers(self, layer: Any) -> None:
         """Refuse multipliers that are too large for their zero-points."""

@@ -20,6 +20,7 @@ WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=6
 
 FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip_ratio="search")
 EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip_ratio="search")
+CENTERED = Site(input_activations=SiteActivations(mean=True))
 CENTERED_KEYS = KVCache(key_mean_positions=2048)
 COMPENSATED_KEYS = KVCache(key_mean_positions=32_768, key_feedback=True)
 SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
@@ -47,7 +48,14 @@ PRESETS: dict[str, Recipe] = {
         Recipe(name="rtn", transform="none", rounding="rtn"),
         Recipe(name="quarot", transform="hadamard", rounding="gptq"),
         Recipe(name="paper", transform="psot-layer", rounding="gptq", learned_clips=LearnedClips()),
-        Recipe(name="fast", transform="psot-shared", equalize=True, rounding="gptq", kv_cache=CENTERED_KEYS),
+        Recipe(
+            name="fast",
+            transform="psot-shared",
+            equalize=True,
+            rounding="gptq",
+            sites=Sites(qkv=CENTERED, gate_up=CENTERED),
+            kv_cache=CENTERED_KEYS,
+        ),
         _distilled("best", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=FOUR)),
         _distilled("balanced", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=EIGHT)),
         _distilled("w4a8kv4", Sites(qkv=EIGHT, o=EIGHT, gate_up=EIGHT, down=EIGHT)),
@@ -61,7 +69,7 @@ PRESETS: dict[str, Recipe] = {
         ),
     )
 }
-"""`rtn`, `quarot`, `paper` and `fast` can be compared: they have the same number formats and calibration text."""
+"""`rtn`, `quarot`, `paper` and `fast` can be compared: they have the same bits, groups and calibration text."""
 
 
 def preset_named(name: str) -> Recipe:

@@ -32,12 +32,16 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class SiteActivations(StrictModel):
-    """Quantization of an input: `ActivationArgs` of the format, where strategy "head" takes its size from the model."""
+    """Quantization of an input: `ActivationArgs` of the format, where strategy "head" takes its size from the model.
+
+    mean: subtract the mean of the calibration text's inputs, whose product with the weights becomes a constant
+    """
 
     num_bits: Literal[4, 8, 16] = 4
     symmetric: bool = False
     strategy: Literal["token", "head", "group"] = "token"
     group_size: Count | None = None
+    mean: bool = False
 
     @model_validator(mode="after")
     def _group_size_needs_strategy(self) -> "SiteActivations":
@@ -45,12 +49,14 @@ class SiteActivations(StrictModel):
             raise ValueError(f"group_size {self.group_size} does not go with strategy '{self.strategy}'")
         if self.strategy != "token" and self.num_bits != 4:
             raise ValueError(f"strategy '{self.strategy}' needs num_bits 4, found {self.num_bits}")
+        if self.mean and self.num_bits == 16:
+            raise ValueError("mean does not go with num_bits 16")
         return self
 
     def for_model(self, shape: ModelShape) -> ActivationArgs:
         """Return the format's arguments for a model of that shape."""
         size = shape.head_dim if self.strategy == "head" else self.group_size
-        return ActivationArgs(num_bits=self.num_bits, symmetric=self.symmetric, strategy=self.strategy, group_size=size)
+        return ActivationArgs.model_validate(self.model_dump() | {"group_size": size})
 
 
 class Site(StrictModel):
@@ -215,7 +221,11 @@ class Recipe(StrictModel):
             "gptq.guided": self.gptq.guided,
             "kv_cache.key_mean_positions": self.rounding == "rtn" and self.reads_keys,
             "learned_clips": self.learned_clips is not None,
-        } | {f"sites.{name}.clip_ratio 'search'": getattr(self.sites, name).clip_ratio == "search" for name in SITES}
+        }
+        for name in SITES:
+            site: Site = getattr(self.sites, name)
+            readers[f"sites.{name}.clip_ratio 'search'"] = site.clip_ratio == "search"
+            readers[f"sites.{name}.input_activations.mean"] = site.input_activations.mean
         for name, used in readers.items():
             if used and self.rounding != "gptq":
                 raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
@@ -285,9 +295,18 @@ class Recipe(StrictModel):
             return InputTransform(type="hadamard", block_size=shape.hidden_size)
         return InputTransform()
 
+    def centered_sites(self, shape: ModelShape) -> set[str]:
+        """Return the sites of a model (see `ModelShape.sites`) that subtract the mean of their inputs."""
+        return {site for site in shape.sites if self.input_activations(site, shape).mean}
+
     def input_activations(self, site: str, shape: ModelShape) -> ActivationArgs:
-        """Return the number format of a site's inputs; a scale per token becomes one per shard where TP shards them."""
+        """Return the number format of a site's inputs; a scale per token becomes one per shard where TP shards them.
+
+        The MLPs of a mixture of experts subtract no mean: each expert sees other tokens.
+        """
         args = self.site(site).input_activations.for_model(shape)
+        if shape.experts is not None and site.rpartition(".")[2] in ("gate_up", "down"):
+            args = args.model_copy(update={"mean": False})
         if site.rpartition(".")[2] not in ROW_PARALLEL_SITES or args.num_bits == 16:
             return args
         features = shape.features(site)

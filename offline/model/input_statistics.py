@@ -65,9 +65,17 @@ class InputStatistics:
         """Return the sampled inputs."""
         return {module: torch.cat(parts) for module, parts in self._samples.items()}
 
-    def scale_samples(self, module: str, scale: torch.Tensor) -> None:
-        """Multiply the samples of a module's inputs by `scale` [features], as its weights were divided by it."""
+    def scale(self, module: str, scale: torch.Tensor) -> None:
+        """Multiply samples and sums of a module's inputs by `scale` [features], as its weights were divided by it."""
         self._samples[module] = [part * scale for part in self._samples[module]]
+        self.sums[module] *= scale
+
+    def subtract_mean(self, module: str, hessian: torch.Tensor) -> torch.Tensor:
+        """Make samples and `hessian` those of a module's inputs less their mean; return the mean [features]."""
+        mean = self.sums[module] / self.tokens[module]
+        hessian.addr_(self.sums[module], mean, alpha=-1)
+        self._samples[module] = [part - mean for part in self._samples[module]]
+        return mean
 
 
 def _mirror(matrix: torch.Tensor) -> None:

@@ -45,7 +45,7 @@ def equalize_mlp(
     scale = equalize_down(state, statistics.second_moments[down], up, down)
     for row, factor in zip(hessians[down], scale, strict=True):
         row.mul_(scale * factor)
-    statistics.scale_samples(down, scale)
+    statistics.scale(down, scale)
 
 
 def equalize_keys(

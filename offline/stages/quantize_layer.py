@@ -23,6 +23,8 @@ class LayerInputs:
     state: the layer's tensors, as `fold_layer` returns them, float32
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
     samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
+    means: of the inputs before their transforms [features], by each site's first linear, where a site subtracts it;
+        Hessians and samples are of inputs less the mean then
     transforms: tensors of the sites' input transforms, by site; each linear gets a copy
     clips: clip ratios of sites that were found elsewhere, by site
     key_mean, key_feedback: [kv_heads, head_dim] and [kv_heads, head_dim, head_dim], where the recipe has them
@@ -31,6 +33,7 @@ class LayerInputs:
     state: dict[str, torch.Tensor]
     hessians: dict[str, torch.Tensor] | None = None
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
+    means: dict[str, torch.Tensor] = field(default_factory=dict)
     transforms: dict[str, InputTensors] = field(default_factory=dict)
     clips: dict[str, torch.Tensor] = field(default_factory=dict)
     key_mean: torch.Tensor | None = None
@@ -46,6 +49,7 @@ class _SiteInput:
     hessian: torch.Tensor | None
     sample: torch.Tensor | None
     clips: torch.Tensor | None
+    mean: torch.Tensor | None
 
 
 def quantize_layer(
@@ -79,8 +83,12 @@ def quantize_sites(
             None if layer.hessians is None else layer.hessians.pop(linears[0]),
             layer.samples.pop(linears[0], None),
             layer.clips.get(site),
+            layer.means.get(linears[0]),
         )
         weights = [layer.state.pop(f"{linear}.weight") for linear in linears]
+        if shared_input.mean is not None:
+            means = (weight @ shared_input.mean for weight in weights)
+            tensors |= {f"{linear}.output_mean": mean for linear, mean in zip(linears, means, strict=True)}
         rounded = _quantize_weights(site, weights, shared_input, recipe)
         for linear, (part, error) in zip(linears, rounded, strict=True):
             tensors |= {f"{linear}.{key}": tensor for key, tensor in part.items()}
@@ -117,9 +125,12 @@ def _round(weight: torch.Tensor, hessian: torch.Tensor | None, args: WeightArgs,
 
 
 def _input_tensors(site: str, shared_input: _SiteInput, recipe: Recipe, shape: ModelShape) -> dict[str, torch.Tensor]:
-    """Return the transform and the clip ratios of a site's input."""
+    """Return the transform, the mean and the clip ratios of a site's input."""
     args, clip_ratio = recipe.input_activations(site, shape), recipe.site(site).clip_ratio
     tensors = dict(shared_input.tensors)
+    if shared_input.mean is not None:
+        mean = transform_input(shared_input.mean[None], shared_input.transform, shared_input.tensors)
+        tensors["input_mean"] = mean[0]
     if args.num_bits != 16:
         if clip_ratio != "search":
             tensors["input_clip_ratio"] = torch.full((activation_groups(args, shape.features(site)), 2), clip_ratio)

@@ -141,4 +141,7 @@ def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs, sta
         mean = mean.unflatten(0, (shape.num_key_value_heads, -1))
         transformed = run.recipe.transform != "none"
         inputs.key_mean, inputs.key_feedback = calibrate_keys(args, hidden, mean, queries, transformed)
+    for site in run.recipe.centered_sites(shape):
+        linear = shape.sites[site][0]
+        inputs.means[linear] = statistics.subtract_mean(linear, inputs.hessians[linear])
     inputs.samples = statistics.samples()

@@ -20,31 +20,43 @@ LEARNING = "learning-rotation"
 def collect_inputs(run: Run, tokens: torch.Tensor) -> torch.Tensor:
     """Return normalized inputs of all layers' attention and MLP without the norms' gains, [rows, hidden] float32.
 
-    Every site gives the same evenly spaced tokens of the first sequences, `psot.pool_tokens` rows in all.
+    Every site gives the same evenly spaced tokens of the first sequences, `psot.pool_tokens` rows in all. Where a site
+    subtracts the mean of its inputs, the rows of each layer are less their mean.
     """
     layers, device = run.source.shape.num_hidden_layers, run.devices[0]
     rows_per_site = max(1, run.recipe.psot.pool_tokens // (2 * layers))
     sequences = tokens[: max(1, -(-POOL_STRIDE * rows_per_site // tokens.shape[1]))]
     stride = max(1, sequences.numel() // rows_per_site)
     hidden = HiddenStates(run.source, sequences, None, run.devices, run.store.scratch)
-    sites, filled = list(SITE_NORMS.values()), 0
+    sites, filled, parts = list(SITE_NORMS.values()), 0, dict[str, list[torch.Tensor]]()
     rows = layers * len(sites) * sum(-(-batch // stride) for batch in hidden.tokens_per_batch)
     size = rows, run.source.shape.hidden_size
     pool = run.store.scratch.empty(*size) if device.type == "cpu" else torch.empty(size, device=device)
 
-    def observe(_: str, x: torch.Tensor) -> None:
+    def observe(module: str, x: torch.Tensor) -> None:
         nonlocal filled
         chosen = x[::stride]
         mean_square = chosen.square().mean(1, keepdim=True).clamp(min=SMALLEST_MEAN_SQUARE)
-        pool[filled : filled + len(chosen)] = chosen * torch.rsqrt(mean_square)
+        part = pool[filled : filled + len(chosen)].copy_(chosen * torch.rsqrt(mean_square))
+        parts.setdefault(module, []).append(part)
         filled += len(chosen)
 
     for layer in range(layers):
         state = {name: tensor.to(device) for name, tensor in fold_layer(run.source, layer, None).items()}
+        parts.clear()
         hidden.forward_layer(state, sites, observe)
         run_experts(run, hidden, layer, None)
+        for site in run.recipe.centered_sites(run.source.shape) & SITE_NORMS.keys():
+            _subtract_mean(parts[SITE_NORMS[site]])
         run.progress("sampling", layer + 1, layers)
     return pool
+
+
+def _subtract_mean(parts: list[torch.Tensor]) -> None:
+    """Subtract the mean of all rows from each part [rows, hidden], in place."""
+    mean = torch.stack([part.sum(0) for part in parts]).sum(0) / sum(map(len, parts))
+    for part in parts:
+        part.sub_(mean)
 
 
 def learn_rotation(run: Run, inputs: torch.Tensor, start: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
