@@ -128,8 +128,8 @@ class Comparison:
         reference = self._reference
         model = load_simulated(self._checkpoint.folder, config_dtype(self._source.hf_config))
         ours, theirs = _record_layers(model), _record_layers(reference)
-        chosen, wanted = RecordedRouting(model), RecordedRouting(reference)
-        figures = compare(windows, model, reference)
+        with RecordedRouting(model) as chosen, RecordedRouting(reference) as wanted:
+            figures = compare(windows, model, reference)
         for layer, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             back, plain = torch.cat(a).double() @ self._basis.T, torch.cat(b).double()
             layer_errors[f"model.layers.{layer}"] = ((back - plain).norm(dim=1) / plain.norm(dim=1)).mean().item()

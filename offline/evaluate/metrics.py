@@ -102,17 +102,16 @@ def compare(
 ) -> dict[str, Figure]:
     """Compute the figures of an `Evaluation` over windows of token ids."""
     columns: dict[str, list[float]] = {}
-    ours = RecordedRouting(model)
-    chosen = None if reference is None else RecordedRouting(reference)
-    for index, ids in enumerate(windows):
-        theirs = None if reference is None else _logits(reference, ids)
-        values = _window(ids, _logits(model, ids), theirs)
-        agreement = {} if chosen is None else ours.agreement(chosen)
-        if agreement:
-            values["routing_agreement"] = sum(agreement.values()) / len(agreement)
-        for name, value in values.items():
-            columns.setdefault(name, []).append(value)
-        progress("evaluation", index + 1, len(windows))
+    with RecordedRouting(model) as ours, RecordedRouting(reference) as chosen:
+        for index, ids in enumerate(windows):
+            theirs = None if reference is None else _logits(reference, ids)
+            values = _window(ids, _logits(model, ids), theirs)
+            agreement = ours.agreement(chosen)
+            if agreement:
+                values["routing_agreement"] = sum(agreement.values()) / len(agreement)
+            for name, value in values.items():
+                columns.setdefault(name, []).append(value)
+            progress("evaluation", index + 1, len(windows))
     figures = {name: _figure(values) for name, values in columns.items()}
     for name in ("perplexity", "reference_perplexity"):
         if name in figures:

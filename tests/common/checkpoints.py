@@ -11,6 +11,7 @@ from infoquant_vllm.format import (
     ARCHITECTURES,
     FORMAT_VERSION,
     INDEX_FILE,
+    Experts,
     ModelShape,
     TensorSpec,
     expected_tensors,
@@ -49,13 +50,16 @@ def hf_config(**changes: Any) -> dict[str, Any]:
 
 def quantization_config(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """W4A4KV4 with per-head o_proj inputs and a Hadamard on the down_proj input."""
-    weights = {"num_bits": 4}
+    weights, experts = {"num_bits": 4}, _experts(config)
+    gate, up, down = (
+        ("gate_proj", "up_proj", "down_proj") if experts is None else (experts.gate, experts.up, experts.down)
+    )
     data = {
         "quant_method": "infoquant",
         "format_version": FORMAT_VERSION,
         "config_groups": {
             "residual": {
-                "targets": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
+                "targets": ["q_proj", "k_proj", "v_proj", gate, up],
                 "weights": weights,
                 "input_activations": {"num_bits": 4},
             },
@@ -65,23 +69,25 @@ def quantization_config(config: dict[str, Any], **changes: Any) -> dict[str, Any
                 "input_activations": {"num_bits": 4, "strategy": "head", "group_size": config["head_dim"]},
             },
             "down": {
-                "targets": ["down_proj"],
+                "targets": [down],
                 "weights": weights,
                 "input_activations": {"num_bits": 4},
-                "input_transform": {"type": "hadamard", "block_size": _inner(config)},
+                "input_transform": {
+                    "type": "hadamard",
+                    "block_size": config["intermediate_size" if experts is None else experts.size],
+                },
             },
         },
-        "ignore": ["lm_head", *(["mlp.gate"] if "num_experts" in config else [])],
+        "ignore": ["lm_head", *(() if experts is None else experts.gates)],
         "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard"},
         "online_r1": config["tie_word_embeddings"],
     }
     return data | changes
 
 
-def _inner(config: dict[str, Any]) -> int:
-    """The features of down_proj's input."""
-    size: int = config.get("moe_intermediate_size", config["intermediate_size"])
-    return size
+def _experts(config: dict[str, Any]) -> Experts | None:
+    named = ARCHITECTURES.get(config["architectures"][0])
+    return None if named is None else named.experts
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -87,7 +87,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_sound_checkpoint_is_accepted(architecture: str, tmp_path: Path) -> None:
     names = {"architectures": [architecture], "model_type": ARCHITECTURES[architecture].model_type}
-    _start(write_random(tmp_path, sliding_window=None, **names))
+    experts, sizes = ARCHITECTURES[architecture].experts, dict[str, int]()
+    if experts is not None:
+        sizes = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, experts.size: 64}
+        sizes |= {} if experts.shared_size is None else {experts.shared_size: 128}
+    _start(write_random(tmp_path, sliding_window=None, **names, **sizes))
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -37,16 +37,20 @@ def test_verify_tells_the_share_of_equal_choices_by_layer(checkpoint: Path) -> N
 @torch.no_grad()
 def test_agreement_is_the_share_of_experts_that_both_choose(checkpoint: Path) -> None:
     models = [Source.open(checkpoint.with_name("source")).model(torch.float32) for _ in range(2)]
-    ours, theirs = map(RecordedRouting, models)
     tokens = torch.randint(3, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
-    for model in models:
-        model(tokens)
-    assert ours.agreement(theirs) == {0: 1.0, 1: 1.0}
-    router = models[0].model.layers[1].mlp.gate  # type: ignore[union-attr]
-    router.weight.neg_()
-    for model in models:
-        model(tokens)
-    assert ours.agreement(theirs) == {0: 1.0, 1: 0.0}
+    with RecordedRouting(models[0]) as ours, RecordedRouting(models[1]) as theirs:
+        for model in models:
+            model(tokens)
+        assert ours.agreement(theirs) == {0: 1.0, 1: 1.0}
+        router = models[0].model.layers[1].mlp.gate  # type: ignore[union-attr]
+        router.weight.neg_()
+        for model in models:
+            model(tokens)
+        assert ours.agreement(theirs) == {0: 1.0, 1: 0.0}
+        models[0](tokens)
+        assert ours.agreement(theirs) == {}  # the other did not run
+    models[0](tokens)
+    assert ours._chosen == {}
 
 
 def test_experts_that_clip_their_input_otherwise_are_told(checkpoint: Path, tmp_path: Path) -> None:
