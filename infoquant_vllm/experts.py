@@ -1,7 +1,6 @@
 """Mixtures of experts: parameters, loading, and the forward pass."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -168,8 +167,8 @@ class InfoQuantExpertsMethod(FusedMoEMethodBase):
         self._check_multipliers(found)
         segments = activation_segments(scheme.input_activations, self.features[prefix])
         given = PackedWeight(found["weight_packed"], found["weight_scale"], *(found.get(name) for name in QPARAMS))
-        prepare = partial(kernels.prepare_linear, num_bits=scheme.weights.num_bits, segments=segments)
-        prepared = prepare_experts(given, prepare)
+        bits = scheme.weights.num_bits
+        prepared = prepare_experts(given, lambda weight: kernels.prepare_linear(weight, bits, segments))
         for name, data in zip(("weight_packed", "weight_scale", *QPARAMS), prepared, strict=True):
             if name in found:
                 setattr(layer, f"{prefix}{name}", None if data is None else frozen(data))
