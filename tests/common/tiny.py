@@ -108,10 +108,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe")
 FAMILIES = (
     *("llama3-rope", "mistral", "mistral-window"),
     *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3", "gemma3", "olmo2"),
-    *("mixtral", "qwen2-moe", "qwen3-moe"),
+    *MIXTURES,
 )
 """Those that differ in more than sizes."""
 

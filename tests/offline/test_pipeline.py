@@ -14,7 +14,7 @@ from offline.evaluate.verify import verify
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, LearnedClips, Psot, PsotLayer, Site, SiteActivations, Sites
-from tests.common.tiny import SIZES, write_source
+from tests.common.tiny import MIXTURES, SIZES, write_source
 
 SMALL = {
     "calibration": CalibrationSize(sequences=4, sequence_length=64),
@@ -45,9 +45,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-EVEN = [size for size in SIZES if size != "odd"]
+DENSE = [size for size in SIZES if size not in ("odd", *MIXTURES)]
 RUNS = sorted(
-    {(preset, size) for preset in PRESETS for size in ("tied", "qwen3")} | set(product(("fast", "paper"), EVEN))
+    {(preset, size) for preset in PRESETS for size in ("tied", "qwen3")}
+    | set(product(("fast", "paper"), DENSE))
+    | set(product(("fast",), MIXTURES))
 )
 """Every preset on two model families, and both kinds of learned rotations on all."""
 
@@ -240,7 +242,7 @@ def test_group_size_that_does_not_divide_is_refused_before_anything_runs(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("size", EVEN)
+@pytest.mark.parametrize("size", DENSE)
 def test_kv4_keeps_every_tensor_of_the_source_but_v_proj_and_o_proj(tmp_path: Path, text: str, size: str) -> None:
     source = write_source(tmp_path / "source", dtype=torch.bfloat16, **SIZES[size])
     report = quantize(source, tmp_path / "out", recipe=small("kv4"), calibration=text, progress=silent)
@@ -249,5 +251,5 @@ def test_kv4_keeps_every_tensor_of_the_source_but_v_proj_and_o_proj(tmp_path: Pa
     assert {name.split(".")[-2] for name in changed} == {"v_proj", "o_proj"}
     assert not checkpoint.config.config_groups
     assert not checkpoint.config.rotated_hidden_states
-    assert 3.5 <= report.source_kv_bytes_per_token / report.kv_bytes_per_token <= 3.8 or size == "one-kv-head"
+    assert 3.5 <= report.source_kv_bytes_per_token / report.kv_bytes_per_token < 4 or size == "one-kv-head"
     assert verify(tmp_path / "out", against=source).passed
