@@ -120,14 +120,6 @@ def check_memory(source: Source, recipe: Recipe, calibration: str) -> None:
                 f"{needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; give --calibration a text file, "
                 "or a file that `infoquant sample` wrote on a larger machine"
             )
-    if recipe.gptq.guided:
-        needed = _guiding_bytes(source, recipe.calibration)
-        if needed > free:
-            raise ToolError(
-                f"recipe '{recipe.name}' weighs tokens by gradients, which holds the whole model, about "
-                f"{needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; use preset fast, or a recipe without "
-                "`gptq.guided` and `distillation`, which hold one layer at a time"
-            )
     if recipe.distillation is not None:
         needed = _distillation_bytes(source, recipe)
         if needed > free:
@@ -135,6 +127,14 @@ def check_memory(source: Source, recipe: Recipe, calibration: str) -> None:
                 f"recipe '{recipe.name}' distills, which holds the whole model twice, about {needed / 1e9:.0f} GB, "
                 f"and {free / 1e9:.0f} GB are free; use preset fast, or a recipe without `distillation`, "
                 "which hold one layer at a time"
+            )
+    if recipe.gptq.guided:
+        needed = _guiding_bytes(source, recipe.calibration)
+        if needed > free:
+            raise ToolError(
+                f"recipe '{recipe.name}' weighs tokens by gradients, which holds the whole model, about "
+                f"{needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; use preset fast, or a recipe without "
+                "`gptq.guided` and `distillation`, which hold one layer at a time"
             )
 
 

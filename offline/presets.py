@@ -33,7 +33,7 @@ def _distilled(name: str, sites: Sites) -> Recipe:
         transform="psot-shared",
         equalize=True,
         rounding="gptq",
-        gptq=Gptq(refinements=2),
+        gptq=Gptq(refinements=2, guided=True),
         sites=sites,
         kv_cache=CENTERED_KEYS,
         calibration=CalibrationSize(sequences=96),
