@@ -73,10 +73,10 @@ def _quantized_linears(ops: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     weight, clip, results = prepare_linear(given, 4, 1), torch.ones(1, 2), []
     for rows in (1, 20):
         x = torch.ones(rows, 8, dtype=dtype)
-        quantized = ops.rotate_quantize(x, [], 0, clip, 4, False, 1)
+        quantized = ops.rotate_quantize(x, [], 0, clip, 4, False, 1, None)
         results += [
-            ops.linear(x, [], 0, clip, 4, False, 1, *weight, bias),
-            ops.linear(x, [], 0, None, 16, False, 1, *weight, bias),
+            ops.linear(x, [], 0, clip, 4, False, 1, None, *weight, bias),
+            ops.linear(x, [], 0, None, 16, False, 1, None, *weight, bias),
             ops.quantized_linear(*quantized, *weight, bias, DTYPES[dtype]),
         ]
     return results

@@ -24,7 +24,7 @@ def _linear(tokens: int, num_bits: int = 4) -> tuple[Any, ...]:
     clip = None if num_bits == 16 else torch.ones(1, 2)
     x = torch.randn(tokens, 1152).bfloat16()[:, ::2]  # a layout that kernels have to copy
     bias = torch.randn(40).bfloat16()
-    inputs = kernels.prepare_matrices([], 64), 64, clip, num_bits, True, 1
+    inputs = kernels.prepare_matrices([], 64), 64, clip, num_bits, True, 1, torch.randn(576)
     return x, *inputs, *weight, bias
 
 
@@ -50,13 +50,13 @@ def test_schemas_and_fakes_tell_what_the_kernels_do(name: str) -> None:
 
 
 def _product(num_bits: int) -> tuple[Any, ...]:
-    return *operations().rotate_quantize(*_linear(5, num_bits)[:7]), *_linear(5)[7:], 1
+    return *operations().rotate_quantize(*_linear(5, num_bits)[:8]), *_linear(5)[8:], 1
 
 
 # Parts of what is served, which tests and benchmarks call.
 ALONE: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
-    "quantizing to 4 bits": ("rotate_quantize", lambda: _linear(5)[:7]),
-    "quantizing to 16 bits": ("rotate_quantize", lambda: _linear(5, 16)[:7]),
+    "quantizing to 4 bits": ("rotate_quantize", lambda: _linear(5)[:8]),
+    "quantizing to 16 bits": ("rotate_quantize", lambda: _linear(5, 16)[:8]),
     "a product without offsets": ("quantized_linear", lambda: _product(4)),
     "a product with offsets": ("quantized_linear", lambda: _product(8)),
     "few_rows_linear": ("few_rows_linear", lambda: (torch.randn(2, 64).bfloat16(), torch.randn(9, 64).bfloat16())),
