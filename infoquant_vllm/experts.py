@@ -127,6 +127,7 @@ class InfoQuantExpertsMethod(FusedMoEMethodBase):
             "router weights on the input": layer.apply_router_weight_on_input,
             "biases of experts": self.moe.has_bias,
             "a limit on the activation": layer.swiglu_limit is not None,
+            "a mean of inputs": any(scheme.input_activations.mean for scheme in self.schemes.values()),
         }
         for transform in (scheme.input_transform.type for scheme in self.schemes.values()):
             asked[f"input_transform {transform}"] = transform not in ("none", "hadamard")

@@ -85,6 +85,7 @@ def _experts(
     num_bits: int,
     symmetric: bool,
     segments: int,
+    mean: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor,
     weight_multiplier: Tensor | None,
@@ -95,19 +96,19 @@ def _experts(
     down_num_bits: int,
     down_symmetric: bool,
     down_segments: int,
+    down_mean: Tensor | None,
     down_weight: Tensor,
     down_weight_scale: Tensor,
     down_weight_multiplier: Tensor | None,
     down_weight_zero_point: Tensor | None,
 ) -> Tensor:
-    gate_up = ExpertLinear(
-        InputQuant(matrices, hadamard, clip_ratio, num_bits, symmetric, segments),
-        PackedWeight(weight, weight_scale, weight_multiplier, weight_zero_point),
+    inputs = InputQuant(matrices, hadamard, clip_ratio, num_bits, symmetric, segments, mean)
+    gate_up = ExpertLinear(inputs, PackedWeight(weight, weight_scale, weight_multiplier, weight_zero_point))
+    down_inputs = InputQuant(
+        down_matrices, down_hadamard, down_clip_ratio, down_num_bits, down_symmetric, down_segments, down_mean
     )
-    down = ExpertLinear(
-        InputQuant(down_matrices, down_hadamard, down_clip_ratio, down_num_bits, down_symmetric, down_segments),
-        PackedWeight(down_weight, down_weight_scale, down_weight_multiplier, down_weight_zero_point),
-    )
+    down_packed = PackedWeight(down_weight, down_weight_scale, down_weight_multiplier, down_weight_zero_point)
+    down = ExpertLinear(down_inputs, down_packed)
     run = backend(x.device.type).experts
     assert run is not None  # `check_experts` has refused the layer
     return run(x, ExpertChoice(weights, chosen), gate_up, down)

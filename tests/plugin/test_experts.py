@@ -176,6 +176,13 @@ def test_what_the_kernels_do_not_compute_is_refused_by_name(
         mixture.create(**options)
 
 
+def test_means_of_inputs_are_refused_by_name(tmp_path: Path) -> None:
+    means = {"num_bits": 4, "segment_size": SHARDED, "mean": True}
+    mixture = Mixture(tmp_path / "means", input_activations=means)
+    with mixture.rank(0, by_experts=False), pytest.raises(FormatError, match=f"{PLACE}: a mean of inputs"):
+        mixture.create()
+
+
 def test_kernels_without_a_product_of_experts_are_refused_by_name(mixture: Mixture) -> None:
     triton = dispatch.replace(dispatch.backend("cpu"), name="Triton", experts=None)
     with (
