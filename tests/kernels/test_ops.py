@@ -24,7 +24,8 @@ def _linear(tokens: int, num_bits: int = 4) -> tuple[Any, ...]:
     clip = None if num_bits == 16 else torch.ones(1, 2)
     x = torch.randn(tokens, 1152).bfloat16()[:, ::2]  # a layout that kernels have to copy
     bias = torch.randn(40).bfloat16()
-    inputs = kernels.prepare_matrices([], 64), 64, clip, num_bits, True, 1, torch.randn(576)
+    mean = None if num_bits == 16 else torch.randn(576)
+    inputs = kernels.prepare_matrices([], 64), 64, clip, num_bits, True, 1, mean
     return x, *inputs, *weight, bias
 
 
