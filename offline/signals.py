@@ -4,10 +4,11 @@ import signal
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT
+_received: list[KeyboardInterrupt] = []
 
 
 class Terminated(KeyboardInterrupt):
-    """Interruption by a signal other than that of Ctrl-C; `code` is the exit code that names it."""
+    """Interruption by a signal; `code` is the exit code that names it."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -15,15 +16,29 @@ class Terminated(KeyboardInterrupt):
 
 
 def raise_on_signals() -> None:
-    """Let SIGTERM and, unless `nohup` ignores it, SIGHUP raise Terminated, once."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    """Let SIGTERM, SIGINT and, unless `nohup` ignores it, SIGHUP raise Terminated; all but SIGINT once."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second signal must not stop the cleanup
-    raise Terminated(number)
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not stop the cleanup
+    _received.append(Terminated(number))
+    raise _received[-1]
+
+
+def interruption_behind(error: Exception) -> KeyboardInterrupt | None:
+    """Return the interruption that `error` came of, with the notes of `error`; None if there was none.
+
+    Compiled code that runs when a signal arrives may turn the interruption into an error of its own.
+    """
+    if not _received:
+        return None
+    for note in getattr(error, "__notes__", []):
+        _received[-1].add_note(note)
+    return _received[-1]
 
 
 def describe_end(error: KeyboardInterrupt) -> tuple[str, int]:

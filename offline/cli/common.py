@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from offline.errors import ToolError
-from offline.signals import describe_end
+from offline.signals import describe_end, interruption_behind
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -40,6 +40,11 @@ def refusals() -> Iterator[None]:
         raise _exit(f"error: {error}", 1) from None
     except KeyboardInterrupt as error:
         raise _exit(*describe_end(error)) from None
+    except Exception as error:
+        interruption = interruption_behind(error)
+        if interruption is None:
+            raise
+        raise _exit(*describe_end(interruption)) from None
 
 
 def _exit(message: str, code: int) -> typer.Exit:

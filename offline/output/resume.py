@@ -71,13 +71,13 @@ def resumable_folder(output: Path, fingerprint: Fingerprint) -> Iterator[Path]:
             fsync(folder)
             replace_folder(partial, output)
             shutil.rmtree(folder)
-    except KeyboardInterrupt as error:
-        error.add_note(f"{folder} keeps finished steps; run the same command with --resume to continue")
-        raise
     except (OSError, SafetensorError) as error:
         raise not_written(
             output, error, f"; fix that and continue with --resume, {folder} keeps finished steps"
         ) from error
+    except BaseException as error:
+        error.add_note(f"{folder} keeps finished steps; run the same command with --resume to continue")
+        raise
 
 
 def fingerprint(source: Source, recipe: Recipe, calibration: str, seed: int, device: torch.device) -> Fingerprint:

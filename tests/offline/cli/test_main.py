@@ -8,11 +8,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
 from benchmarks.common.programs import INFOQUANT
+from offline.cli.common import refusals
 from offline.cli.main import app
+from offline.signals import Terminated
 from tests.common.tiny import write_source
 
 RECIPE = """\
@@ -233,6 +236,18 @@ def test_signal_leaves_nothing_behind(number: int, source: Path, tmp_path: Path)
     code, said = ended_by(number, "quantize", source, tmp_path / "out")
     assert (code, said) == (128 + number, "stopped; no output was written")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_compiled_code_makes_of_an_interruption_is_told_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("offline.signals._received", [Terminated(signal.SIGHUP)])
+    error = ValueError("TypedStorage")
+    error.add_note("out.resume keeps finished steps")
+    with pytest.raises(typer.Exit) as ended, refusals():
+        raise error
+    assert ended.value.exit_code == 128 + signal.SIGHUP
+    assert capsys.readouterr().err == "stopped; out.resume keeps finished steps\n"
 
 
 def test_interrupted_resumable_run_says_what_it_keeps(source: Path, tmp_path: Path) -> None:
