@@ -27,8 +27,14 @@ NAMES = MappingProxyType(
 
 PRESETS = MappingProxyType(
     {
-        "fast": ("4, 4, 4 bits", "a learned rotation folded into the weights, equalization, GPTQ"),
-        "best": ("4, 4, 4 bits, in groups", "as `fast`; clip search, refined rounding, distillation"),
+        "fast": (
+            "4, 4, 4 bits",
+            "a learned rotation folded into the weights, equalization, inputs less their mean, GPTQ",
+        ),
+        "best": (
+            "4, 4, 4 bits, in groups",
+            "as `fast`; clip search, tokens weighted by gradients, refined rounding, distillation",
+        ),
         "balanced": ("as `best`, input of down_proj at 8 bits", "as `best`"),
         "w4a8kv4": ("4, 8, 4 bits", "as `best`"),
         "w4a16kv4": ("4, 16, 4 bits", "as `best`"),

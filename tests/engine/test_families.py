@@ -17,7 +17,7 @@ from offline.evaluate.simulate import load_simulated
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, Psot, Recipe
 from tests.common.engine import Engine
-from tests.common.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
+from tests.common.tiny import FAMILIES, MIXTURES, SIZES, VOCAB_SIZE, write_source
 from tests.server.test_equality import scores_of
 
 CHUNKS = {"block_size": 32, "max_num_batched_tokens": 64}
@@ -36,8 +36,9 @@ def recipe_for(family: str, preset: str | None) -> Recipe:
     recipe = PRESETS[preset or other]
     assert recipe.kv_cache is not None
     cache = recipe.kv_cache.model_copy(update={"key_bits": key_bits, "value_bits": value_bits})
-    steps = None if recipe.distillation is None or family == "qwen3-moe" else Distillation(steps=2)
-    return recipe.model_copy(update=SMALL | {"kv_cache": cache, "distillation": steps})
+    whole = recipe.distillation is not None and family not in MIXTURES  # stages that train the model as a whole
+    steps, rounding = Distillation(steps=2) if whole else None, recipe.gptq.model_copy(update={"guided": whole})
+    return recipe.model_copy(update=SMALL | {"kv_cache": cache, "distillation": steps, "gptq": rounding})
 
 
 @pytest.mark.parametrize(("size", "preset"), CASES)

@@ -17,7 +17,7 @@ PROMPTS = torch.randint(3, VOCAB_SIZE - 13, (4, 128), generator=torch.Generator(
 DENSE = "one-kv-head", "ministral", "granite", "phi3", "smollm3", "gemma3", "olmo2"
 CASES = [("fast", size) for size in (*DENSE, *MIXTURES)]
 CASES += [("kv4", "one-kv-head"), ("kv4", "tied")]
-MEAN_DIFFERENCE = {"ministral": 5e-3, "smollm3": 1e-2}
+MEAN_DIFFERENCE = {"ministral": 5e-3, "granite": 1e-2, "smollm3": 1e-2}
 """Workers add sums in another order, so a code may flip: in these cases two or three of four prompts have no difference
 above 1e-4 anywhere, another one has some from its 62nd or 96th token on. tests/plugin/test_experts.py holds that the
 ranks of a mixture add up."""

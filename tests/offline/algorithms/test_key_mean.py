@@ -18,7 +18,7 @@ from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
 from offline.stages.fold import fold_layer
-from tests.common.tiny import FAMILIES, SIZES, VOCAB_SIZE, write_source
+from tests.common.tiny import FAMILIES, MIXTURES, SIZES, VOCAB_SIZE, write_source
 
 EIGHT = WeightArgs(num_bits=8)
 TEXT = "".join(f"The number {n} is followed by {n + 1}, and its square is {n * n}.\n\n" for n in range(300))
@@ -61,7 +61,8 @@ def test_checkpoint_of_smoothed_keys_in_eight_bits_predicts_as_its_source(
 ) -> None:
     source = write_source(tmp_path / "source", **SIZES[size])
     plain, smoothed = (divergence(source, tmp_path / str(n), recipe(n), text) for n in (None, 128))
-    assert smoothed < 1.5 * plain < 0.005
+    limit = 0.02 if size in MIXTURES else 0.005  # a router may choose other experts
+    assert smoothed < 1.5 * plain < limit
 
 
 @pytest.mark.parametrize("size", ["tied", "llama3-rope", "qwen3"])

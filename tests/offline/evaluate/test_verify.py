@@ -246,7 +246,7 @@ def test_corrupted_layer_shows_in_its_error(folder: Path, source: Path, whole: P
         layer_errors: dict[str, float] = {}
         comparison = Comparison(Checkpoint(checkpoint), source)
         comparison.same_vocabulary()
-        comparison.behavior(layer_errors)
+        comparison.behavior(layer_errors, {})
         errors.append(layer_errors)
     assert errors[1]["model.layers.0"] == errors[0]["model.layers.0"]
     assert errors[1][LAYER] > 1.5 * errors[0][LAYER]
