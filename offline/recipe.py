@@ -302,10 +302,10 @@ class Recipe(StrictModel):
     def input_activations(self, site: str, shape: ModelShape) -> ActivationArgs:
         """Return the number format of a site's inputs; a scale per token becomes one per shard where TP shards them.
 
-        The MLPs of a mixture of experts subtract no mean: each expert sees other tokens.
+        A mixture of experts subtracts no means: each expert sees other tokens, and means at qkv alone do harm.
         """
         args = self.site(site).input_activations.for_model(shape)
-        if shape.experts is not None and site.rpartition(".")[2] in ("gate_up", "down"):
+        if shape.experts is not None:
             args = args.model_copy(update={"mean": False})
         if site.rpartition(".")[2] not in ROW_PARALLEL_SITES or args.num_bits == 16:
             return args

@@ -28,10 +28,7 @@ def test_equal_experts_compute_what_the_dense_model_does(smollm2: Path, tmp_path
 
 
 def quantized(source: Path, output: Path, text: Path, windows: torch.Tensor) -> dict[str, Figure]:
-    """Quantize by `quarot` on a short text; return the figures against the source.
-
-    `fast` loses more on so few tokens of each expert (docs/recipes.md).
-    """
+    """Quantize by `quarot` on a short text; return the figures against the source."""
     recipe = PRESETS["quarot"].model_copy(update=SMALL)
     report = quantize(source, output, recipe=recipe, calibration=str(text), progress=silent)
     assert all(routed > 0 for counts in report.expert_tokens.values() for routed, _ in counts)
