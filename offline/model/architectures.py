@@ -1,5 +1,7 @@
 """The classes of transformers that the source models are of, by their names in config.json."""
 
+import copy
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,23 @@ HEADS_FIRST = ("Gemma3ForCausalLM",)
 class FusedLinear(nn.Module):
     """A linear of transformers that is computed by the linears beside it, which hold its rows.
 
-    Those are looked up by their names when it runs, so that they may be replaced.
+    Those are looked up by their names when it runs, so that they may be replaced. The reference to their parent is
+    weak: a circle would keep a layer's weights until a garbage collection.
     """
 
     def __init__(self, parent: nn.Module, names: list[str]):
         super().__init__()
-        self._parent, self._names = (parent,), names  # in a tuple, the parent is no submodule
+        self._parent, self._names = weakref.ref(parent), names
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedLinear":
+        """Return one that belongs to the copy of the parent, which is being copied too."""
+        parent = self._parent()
+        assert parent is not None  # it is being copied
+        return FusedLinear(copy.deepcopy(parent, memo), self._names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., K] to the outputs of the linears side by side."""
-        return torch.cat([getattr(self._parent[0], name)(x) for name in self._names], -1)
+        return torch.cat([getattr(self._parent(), name)(x) for name in self._names], -1)
 
 
 def model_class(architecture: str) -> type[CausalLM]:

@@ -19,7 +19,7 @@ from offline.progress import silent
 from offline.recipe import CalibrationSize, KVCache, LearnedClips, Psot, PsotLayer, Recipe
 from offline.stages.fold import fold_layer
 from tests.common.big import HALF_LAYER, LAYER_BYTES, write_half_size_model
-from tests.common.tiny import write_source
+from tests.common.tiny import SIZES, write_source
 
 QUANTIZE = """
 import sys
@@ -85,8 +85,9 @@ def test_peak_does_not_grow_with_the_layers(tmp_path: Path, transform: str) -> N
     assert many - few < 1.5 * layer
 
 
-def test_a_layer_that_has_run_is_freed_without_a_garbage_collection(tmp_path: Path) -> None:
-    source = Source.open(write_source(tmp_path / "source"))
+@pytest.mark.parametrize("size", ["tied", "phi3", "gemma3", "smollm3"])
+def test_a_layer_that_has_run_is_freed_without_a_garbage_collection(tmp_path: Path, size: str) -> None:
+    source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     hidden = HiddenStates(source, torch.zeros(1, 8, dtype=torch.int64), None, [torch.device("cpu")])
     gc.collect()
     gc.disable()
