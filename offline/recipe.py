@@ -365,7 +365,7 @@ class Recipe(StrictModel):
                     raise FormatError(f"{module} with max_tp_size {self.max_tp_size}: {error}") from None
 
     def _check_experts(self, shape: ModelShape) -> None:
-        """Raise FormatError for stages that train a layer as a whole, which no mixture of experts has been taught."""
+        """Raise FormatError where a mixture of experts meets a stage that does not know experts."""
         wanted = {
             "rounding 'none'": self.rounding == "none",
             "transform 'psot-layer'": self.transform == "psot-layer",

@@ -14,14 +14,14 @@ LAYER = re.compile(r"\blayers\.(\d+)\.")
 class RecordedRouting:
     """Record the experts that each layer's router chooses, while a model runs within a `with` block.
 
-    Layers without a router have none; nor has anything without a model.
+    Layers without a router have no choices, and without a model nothing is recorded.
     """
 
     def __init__(self, model: CausalLM | None):
         self._model, self._chosen = model, dict[int, list[torch.Tensor]]()
 
     def __enter__(self) -> Self:
-        """Begin to record."""
+        """Start recording."""
         modules = () if self._model is None else self._model.model.named_modules()
         routers = {name: module for name, module in modules if type(module).__name__.endswith("Router")}
         found = {int(layer[1]): routers[name] for name in routers if (layer := LAYER.search(name))}
@@ -32,7 +32,7 @@ class RecordedRouting:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End to record."""
+        """Stop recording."""
         for handle in self._handles:
             handle.remove()
 

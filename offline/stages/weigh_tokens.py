@@ -2,8 +2,8 @@
 
 An error e of a linear's output changes the log-likelihood by g . e, with g its gradient, so that e costs (g . e)^2: the
 Fisher information, where the token that is predicted is drawn from the model. GuidedQuant (Kim et al., arXiv
-2505.07004, section 3) puts |g|^2 in the sum over tokens that makes the Hessian. Here all outputs of a site share a
-weight, and it is |g|: the square is left to few tokens.
+2505.07004, section 3) weighs each token by |g|^2 in the sum that makes the Hessian. Here all outputs of a site share
+one weight per token. It is |g|, because with |g|^2 a few tokens would make up the sum.
 """
 
 import torch
