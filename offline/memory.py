@@ -7,6 +7,7 @@ Memory is main memory; a GPU's is not counted.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import psutil
@@ -41,7 +42,7 @@ Of a mixture of experts a layer counts with one expert, and its quantized expert
 
 
 class SitePlan(BaseModel):
-    """Sizes of the linears of one layer that share an input."""
+    """Sizes of the linears of one layer that share an input; of the largest where layers have other formats."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -139,7 +140,11 @@ def check_memory(source: Source, recipe: Recipe, calibration: str) -> None:
 
 
 def _site(name: str, shape: ModelShape, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> SitePlan:
-    modules = [f"model.layers.0.{linear}" for linear in shape.sites[name]]
+    modules, by_layer = set(shape.sites[name]), Counter[str]()
+    for key, spec in specs.items():
+        layer, _, linear = key.rpartition(".")[0].removeprefix("model.layers.").partition(".")
+        if linear in modules:
+            by_layer[layer] += spec_bytes(spec)
     sizes = [shape.layer_linears[linear] for linear in shape.sites[name]]
     rows, columns = sum(size[0] for size in sizes), sizes[0][1]
     return SitePlan(
@@ -147,7 +152,7 @@ def _site(name: str, shape: ModelShape, recipe: Recipe, specs: Mapping[str, Tens
         rows=rows,
         columns=columns,
         source_bytes=2 * rows * columns,
-        bytes=sum(spec_bytes(spec) for key, spec in specs.items() if key.rpartition(".")[0] in modules),
+        bytes=max(by_layer.values()),
         hessian_bytes=FLOAT32 * columns**2 if recipe.rounding == "gptq" else 0,
     )
 

@@ -2,18 +2,8 @@
 
 from infoquant_vllm.format import WeightArgs
 from offline.errors import ToolError
-from offline.recipe import (
-    CalibrationSize,
-    Distillation,
-    Gptq,
-    KVCache,
-    LearnedClips,
-    Psot,
-    Recipe,
-    Site,
-    SiteActivations,
-    Sites,
-)
+from offline.formats import Site, SiteActivations, Sites
+from offline.recipe import CalibrationSize, Distillation, Gptq, KVCache, LearnedClips, Psot, Recipe
 
 WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=64)
 """Weights of the distilled presets: a fifth less KL than one symmetric scale per row, for 0.25 bits per weight more."""

@@ -1,5 +1,6 @@
 """Recipes: the transforms, the rounding and the number formats of a quantized model, as one frozen value."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,63 +21,13 @@ from infoquant_vllm.format import (
     ModelShape,
     QuantizationConfigData,
     StrictModel,
-    WeightArgs,
     check_tp_divisible,
 )
 from offline.errors import ToolError
+from offline.formats import ClipRatio, Count, LayerSites, Site, Sites
 from offline.tensor_parallel import common_shard_size, tp_sizes
 
-ClipRatio = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Rate = Annotated[float, Field(ge=0, le=1)]
-
-
-class SiteActivations(StrictModel):
-    """Quantization of an input: `ActivationArgs` of the format, where strategy "head" takes its size from the model.
-
-    mean: subtract the mean of the calibration text's inputs, whose product with the weights becomes a constant
-    """
-
-    num_bits: Literal[4, 8, 16] = 4
-    symmetric: bool = False
-    strategy: Literal["token", "head", "group"] = "token"
-    group_size: Count | None = None
-    mean: bool = False
-
-    @model_validator(mode="after")
-    def _group_size_needs_strategy(self) -> "SiteActivations":
-        if (self.strategy == "group") != (self.group_size is not None):
-            raise ValueError(f"group_size {self.group_size} does not go with strategy '{self.strategy}'")
-        if self.strategy != "token" and self.num_bits != 4:
-            raise ValueError(f"strategy '{self.strategy}' needs num_bits 4, found {self.num_bits}")
-        if self.mean and self.num_bits == 16:
-            raise ValueError("mean does not go with num_bits 16")
-        return self
-
-    def for_model(self, shape: ModelShape) -> ActivationArgs:
-        """Return the format's arguments for a model of that shape."""
-        size = shape.head_dim if self.strategy == "head" else self.group_size
-        return ActivationArgs.model_validate(self.model_dump() | {"group_size": size})
-
-
-class Site(StrictModel):
-    """Quantization of the linears that share an input: weights, input activations, and the input's clip ratio.
-
-    clip_ratio: one number, or "search" for the best one of each layer and group (see `algorithms/clip_search.py`)
-    """
-
-    weights: WeightArgs = WeightArgs(num_bits=4)
-    input_activations: SiteActivations = SiteActivations()
-    clip_ratio: ClipRatio | Literal["search"] = 0.9
-
-
-class Sites(StrictModel):
-    """Quantization of the four inputs of a decoder layer and their linears (see SITES of the format)."""
-
-    qkv: Site = Site()
-    o: Site = Site(input_activations=SiteActivations(strategy="head"))
-    gate_up: Site = Site()
-    down: Site = Site()
 
 
 class KVCache(StrictModel):
@@ -200,6 +151,8 @@ class Recipe(StrictModel):
     """Of weights; with `none` all linears of the decoder stay unquantized, inputs too, and `sites` is not read."""
     equalize: bool = False
     sites: Sites = Sites()
+    layers: Annotated[list[LayerSites], Field(max_length=100_000)] = Field(default_factory=list)
+    """Sites of named layers that have other formats than `sites` says; the shared rotation is learned for `sites`."""
     kv_cache: KVCache | None = KVCache()
     lm_head_bits: Literal[8] | None = None
     """Bits of lm_head, in a tied model of the embedding too; None leaves it unquantized."""
@@ -222,14 +175,30 @@ class Recipe(StrictModel):
             "kv_cache.key_mean_positions": self.rounding == "rtn" and self.reads_keys,
             "learned_clips": self.learned_clips is not None,
         }
-        for name in SITES:
-            site: Site = getattr(self.sites, name)
-            readers[f"sites.{name}.clip_ratio 'search'"] = site.clip_ratio == "search"
-            readers[f"sites.{name}.input_activations.mean"] = site.input_activations.mean
+        for name, site in self._named_sites().items():
+            readers[f"{name}.clip_ratio 'search'"] = site.clip_ratio == "search"
+            readers[f"{name}.input_activations.mean"] = site.input_activations.mean
         for name, used in readers.items():
             if used and self.rounding != "gptq":
                 raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
         return self
+
+    @model_validator(mode="after")
+    def _each_site_of_a_layer_is_named_once(self) -> "Recipe":
+        names = Counter((layer, site) for part in self.layers for layer in part.layers for site in part.sites)
+        (layer, site), count = max(names.items(), key=lambda item: item[1], default=((0, ""), 0))
+        if count > 1:
+            raise ValueError(f"layers names site '{site}' of layer {layer} more than once")
+        if self.layers and self.rounding == "none":
+            raise ValueError("layers sets formats of linears; it does not go with rounding 'none'")
+        return self
+
+    def _named_sites(self) -> dict[str, Site]:
+        """Return all sites by the places where the recipe has them."""
+        found = {f"sites.{name}": getattr(self.sites, name) for name in SITES}
+        for index, part in enumerate(self.layers):
+            found |= {f"layers[{index}].sites.{name}": site for name, site in part.sites.items()}
+        return found
 
     @model_validator(mode="after")
     def _clips_are_trained_without_feedback(self) -> "Recipe":
@@ -272,9 +241,16 @@ class Recipe(StrictModel):
         """Return whether R1 rotates the residual stream, of a class whose norms let it."""
         return self.transform in ("hadamard", "psot-shared")
 
-    def site(self, site: str) -> Site:
-        """Return how a site of a model (see `ModelShape.sites`) is quantized; those of all experts are alike."""
-        found: Site = getattr(self.sites, site.rpartition(".")[2])
+    def site(self, site: str, layer: int | None) -> Site:
+        """Return how a site of a model (see `ModelShape.sites`) is quantized; those of all experts are alike.
+
+        layer: index of the decoder layer; None: the format of layers that `layers` does not name
+        """
+        kind = site.rpartition(".")[2]
+        for part in self.layers:
+            if layer in part.layers and kind in part.sites:
+                return part.sites[kind]
+        found: Site = getattr(self.sites, kind)
         return found
 
     def input_transform(self, site: str, shape: ModelShape) -> InputTransform:
@@ -295,16 +271,17 @@ class Recipe(StrictModel):
             return InputTransform(type="hadamard", block_size=shape.hidden_size)
         return InputTransform()
 
-    def centered_sites(self, shape: ModelShape) -> set[str]:
-        """Return the sites of a model (see `ModelShape.sites`) that subtract the mean of their inputs."""
-        return {site for site in shape.sites if self.input_activations(site, shape).mean}
+    def centered_sites(self, shape: ModelShape, layer: int | None) -> set[str]:
+        """Return the sites of a layer (see `site`) that subtract the mean of their inputs."""
+        return {site for site in shape.sites if self.input_activations(site, shape, layer).mean}
 
-    def input_activations(self, site: str, shape: ModelShape) -> ActivationArgs:
-        """Return the number format of a site's inputs; a scale per token becomes one per shard where TP shards them.
+    def input_activations(self, site: str, shape: ModelShape, layer: int | None) -> ActivationArgs:
+        """Return the number format of the inputs of a layer's site (see `site`).
 
-        A mixture of experts subtracts no means: each expert sees other tokens, and means at qkv alone do harm.
+        A scale per token becomes one per shard where TP shards the features. A mixture of experts subtracts no means:
+        each expert sees other tokens, and means at qkv alone do harm.
         """
-        args = self.site(site).input_activations.for_model(shape)
+        args = self.site(site, layer).input_activations.for_model(shape)
         if shape.experts is not None:
             args = args.model_copy(update={"mean": False})
         if site.rpartition(".")[2] not in ROW_PARALLEL_SITES or args.num_bits == 16:
@@ -322,17 +299,7 @@ class Recipe(StrictModel):
         rotated = self.transform != "none"
         rotated_stream = self.rotates_stream and not ARCHITECTURES[shape.architecture].norms_behind
         plain = [linear for linears in SITES.values() for linear in linears] if self.rounding == "none" else []
-        groups = {
-            name: ConfigGroup(
-                targets=[linear.rpartition(".experts.0.")[2] for linear in shape.sites[site]],
-                weights=self.site(site).weights,
-                input_activations=self.input_activations(site, shape),
-                input_transform=self.input_transform(site, shape),
-            )
-            for name, site in shape.kinds_of_sites.items()
-            if not plain
-        }
-        self._check_shards(groups, shape)
+        groups = {} if plain else self._groups(shape)
         kv_cache = None
         if self.kv_cache is not None:
             kv_cache = KVCacheArgs(
@@ -353,16 +320,39 @@ class Recipe(StrictModel):
             lm_head_bits=self.lm_head_bits,
         )
 
-    def _check_shards(self, groups: dict[str, ConfigGroup], shape: ModelShape) -> None:
+    def _groups(self, shape: ModelShape) -> dict[str, ConfigGroup]:
+        """Return a group for each kind of sites, and one for each that an entry of `layers` names."""
+        unknown = [layer for part in self.layers for layer in part.layers if layer >= shape.num_hidden_layers]
+        if unknown:
+            raise FormatError(f"layers names layer {unknown[0]}, the model has {shape.num_hidden_layers}, from 0 on")
+        groups = {}
         for name, site in shape.kinds_of_sites.items():
-            if name not in groups or site.rpartition(".")[2] not in ROW_PARALLEL_SITES:
-                continue
+            targets = [linear.rpartition(".experts.0.")[2] for linear in shape.sites[site]]
+            groups[name] = self._group(site, shape, None, targets)
+            for index, part in enumerate(self.layers):
+                if site.rpartition(".")[2] in part.sites:
+                    linears = [linear for other in shape.sites_like(site) for linear in shape.sites[other]]
+                    targets = [f"model.layers.{layer}.{linear}" for layer in part.layers for linear in linears]
+                    groups[f"{name}.{index}"] = self._group(site, shape, part.layers[0], targets)
+        return groups
+
+    def _group(self, site: str, shape: ModelShape, layer: int | None, targets: list[str]) -> ConfigGroup:
+        try:
+            group = ConfigGroup(
+                targets=targets,
+                weights=self.site(site, layer).weights,
+                input_activations=self.input_activations(site, shape, layer),
+                input_transform=self.input_transform(site, shape),
+            )
+        except ValidationError as error:
+            raise FormatError.from_validation(f"{targets[0]} with max_tp_size {self.max_tp_size}", error) from None
+        if site.rpartition(".")[2] in ROW_PARALLEL_SITES:
             for tp_size in tp_sizes(shape, self.max_tp_size)[1:]:
                 try:
-                    check_tp_divisible(groups[name], shape.features(site), tp_size)
+                    check_tp_divisible(group, shape.features(site), tp_size)
                 except FormatError as error:
-                    module = shape.sites[site][0]
-                    raise FormatError(f"{module} with max_tp_size {self.max_tp_size}: {error}") from None
+                    raise FormatError(f"{targets[0]} with max_tp_size {self.max_tp_size}: {error}") from None
+        return group
 
     def _check_experts(self, shape: ModelShape) -> None:
         """Raise FormatError where a mixture of experts meets a stage that does not know experts."""

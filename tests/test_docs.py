@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from offline.recipe import KVCache, Recipe, Site
+from offline.formats import LayerSites, Site
+from offline.recipe import KVCache, Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +31,7 @@ def test_every_link_of_the_readme_leads_to_a_file() -> None:
     assert [link for link in links if "://" not in link and not (ROOT / link).is_file()] == []
 
 
-@pytest.mark.parametrize("model", [Recipe, Site, KVCache], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [Recipe, Site, LayerSites, KVCache], ids=lambda model: model.__name__)
 def test_every_key_of_a_recipe_is_explained(model: type[BaseModel]) -> None:
     page = (ROOT / "docs" / "recipes.md").read_text()
     assert [name for name in model.model_fields if f"`{name}`" not in page] == []

@@ -162,6 +162,13 @@ class ModelShape(BaseModel):
             short |= {"shared_gate_up": f"{shared}.gate_up", "shared_down": f"{shared}.down"}
         return short
 
+    def sites_like(self, site: str) -> list[str]:
+        """Return the sites that are quantized as `site` is: itself, and those of the other experts."""
+        if ".experts." not in site:
+            return [site]
+        kind = site.rpartition(".")[2]
+        return [other for other in self.sites if ".experts." in other and other.endswith(f".{kind}")]
+
     def features(self, site: str) -> int:
         """Return the number of features of a site's input."""
         return self.layer_linears[self.sites[site][0]][1]

@@ -2,6 +2,8 @@
 
 import torch
 
+from infoquant_vllm.format import activation_groups
+from offline.algorithms.clip_search import search_clips
 from offline.algorithms.rotations import Transforms
 from offline.errors import ToolError
 from offline.model.hidden_states import HiddenStates
@@ -9,7 +11,7 @@ from offline.model.input_statistics import SAMPLE_STRIDE, InputStatistics
 from offline.run import Run
 from offline.stages.equalize import equalize_mlp
 from offline.stages.fold import fold_expert
-from offline.stages.quantize_layer import LayerInputs, quantize_sites, searched_clips
+from offline.stages.quantize_layer import LayerInputs, quantize_sites
 
 Tensors = dict[str, torch.Tensor]
 Counts = list[tuple[int, int]]
@@ -41,12 +43,13 @@ def quantized_experts(
     for expert in range(shape.num_experts):
         assert shape.experts is not None
         place = shape.experts.expert(expert)
-        inputs = LayerInputs(_weights(run, layer, expert, transforms))
+        inputs = LayerInputs(layer, _weights(run, layer, expert, transforms))
         if hidden is not None:
             counts.append(_observe(run, hidden, expert, inputs))
             _check_unseen(run, layer, counts)
-        if clips is None and sample is not None and recipe.site("gate_up").clip_ratio == "search":
-            clips = searched_clips(f"{place}.gate_up", sample.to(run.devices[0]), {}, recipe, shape)
+        if clips is None and sample is not None and recipe.site("gate_up", layer).clip_ratio == "search":
+            args = recipe.input_activations(f"{place}.gate_up", shape, layer)
+            clips = search_clips(sample.to(run.devices[0]), args, activation_groups(args, shape.hidden_size))
         inputs.clips = {} if clips is None else {f"{place}.gate_up": clips}
         sites = [f"{place}.gate_up", f"{place}.down"]
         with run.watch("weights"):

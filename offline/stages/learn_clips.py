@@ -16,6 +16,7 @@ SMALLEST_ERROR = 1e-30
 
 
 def learn_clips(
+    layer: int,
     tensors: dict[str, torch.Tensor],
     hidden: HiddenStates,
     before: torch.Tensor,
@@ -28,8 +29,8 @@ def learn_clips(
     hidden: the outputs of that layer
     before: [sequences, length, hidden] float32, those of the first sequences that entered the layer
     """
-    layer, rotary = hidden.copy_layer()
-    quantized = FakeQuantLayer(layer, tensors, config, LEARNED_CLIPS).to(rotary[0].device)
+    module, rotary = hidden.copy_layer()
+    quantized = FakeQuantLayer(layer, module, tensors, config, LEARNED_CLIPS).to(rotary[0].device)
     train_clips(quantized, rotary, before, hidden.values[: len(before)], args)
     return quantized.clips()
 

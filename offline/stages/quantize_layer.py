@@ -20,6 +20,7 @@ class LayerInputs:
 
     `quantize_sites` takes weights, Hessians and samples out as their turn comes, so that memory falls as it proceeds.
 
+    index: of the layer in the decoder
     state: the layer's tensors, as `fold_layer` returns them, float32
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
     samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
@@ -30,6 +31,7 @@ class LayerInputs:
     key_mean, key_feedback: [kv_heads, head_dim] and [kv_heads, head_dim, head_dim], where the recipe has them
     """
 
+    index: int
     state: dict[str, torch.Tensor]
     hessians: dict[str, torch.Tensor] | None = None
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -89,27 +91,26 @@ def quantize_sites(
         if shared_input.mean is not None:
             means = (weight @ shared_input.mean for weight in weights)
             tensors |= {f"{linear}.output_mean": mean for linear, mean in zip(linears, means, strict=True)}
-        rounded = _quantize_weights(site, weights, shared_input, recipe)
+        rounded = _quantize_weights(recipe.site(site, layer.index).weights, weights, shared_input, recipe.gptq)
         for linear, (part, error) in zip(linears, rounded, strict=True):
             tensors |= {f"{linear}.{key}": tensor for key, tensor in part.items()}
             errors |= {} if error is None else {linear: error}
-        inputs = _input_tensors(site, shared_input, recipe, shape)
+        inputs = _input_tensors(site, layer.index, shared_input, recipe, shape)
         tensors |= {f"{linear}.{key}": tensor.clone() for linear in linears for key, tensor in inputs.items()}
     return tensors, errors
 
 
 def _quantize_weights(
-    site: str, weights: list[torch.Tensor], shared_input: _SiteInput, recipe: Recipe
+    args: WeightArgs, weights: list[torch.Tensor], shared_input: _SiteInput, rounding: Gptq
 ) -> list[tuple[dict[str, torch.Tensor], float | None]]:
     """Return codes and scales of each linear of a site, and its error; overwrites weights and Hessian."""
-    args = recipe.site(site).weights
     rows, hessian = [len(weight) for weight in weights], shared_input.hessian
     undone = [undo_in_weights(weights.pop(0), shared_input.transform, shared_input.tensors) for _ in rows]
     weight = torch.cat(undone)
     del undone
     if hessian is not None:
         hessian = transform_hessian(hessian, shared_input.transform, shared_input.tensors)
-    parts = _round(weight, hessian, args, recipe.gptq).split(rows)
+    parts = _round(weight, hessian, args, rounding).split(rows)
     return [
         (_linear_tensors(rounded, args), None if hessian is None else output_error(part, rounded, hessian))
         for part, rounded in zip(weight.split(rows), parts, strict=True)
@@ -124,9 +125,11 @@ def _round(weight: torch.Tensor, hessian: torch.Tensor | None, args: WeightArgs,
     return refine(weight, rounded, hessian, args, rounding.refinements)
 
 
-def _input_tensors(site: str, shared_input: _SiteInput, recipe: Recipe, shape: ModelShape) -> dict[str, torch.Tensor]:
+def _input_tensors(
+    site: str, layer: int, shared_input: _SiteInput, recipe: Recipe, shape: ModelShape
+) -> dict[str, torch.Tensor]:
     """Return the transform, the mean and the clip ratios of a site's input."""
-    args, clip_ratio = recipe.input_activations(site, shape), recipe.site(site).clip_ratio
+    args, clip_ratio = recipe.input_activations(site, shape, layer), recipe.site(site, layer).clip_ratio
     tensors = dict(shared_input.tensors)
     if shared_input.mean is not None:
         mean = transform_input(shared_input.mean[None], shared_input.transform, shared_input.tensors)
@@ -138,17 +141,9 @@ def _input_tensors(site: str, shared_input: _SiteInput, recipe: Recipe, shape: M
             tensors["input_clip_ratio"] = shared_input.clips
         else:
             assert shared_input.sample is not None  # such recipes need calibration
-            tensors["input_clip_ratio"] = searched_clips(site, shared_input.sample, shared_input.tensors, recipe, shape)
+            y = transform_input(shared_input.sample, shared_input.transform, shared_input.tensors)
+            tensors["input_clip_ratio"] = search_clips(y, args, activation_groups(args, shape.features(site)))
     return tensors
-
-
-def searched_clips(
-    site: str, sample: torch.Tensor, tensors: InputTensors, recipe: Recipe, shape: ModelShape
-) -> torch.Tensor:
-    """Return the best clip ratios of a site's input, from samples [tokens, features] before its transform."""
-    args = recipe.input_activations(site, shape)
-    y = transform_input(sample, recipe.input_transform(site, shape), tensors)
-    return search_clips(y, args, activation_groups(args, shape.features(site)))
 
 
 def _linear_tensors(weight: QuantizedWeight, args: WeightArgs) -> dict[str, torch.Tensor]:

@@ -93,7 +93,7 @@ def _quantized_layer(
     """
     learned, before = run.recipe.learned_clips, None
     folded = fold_layer(run.source, layer, transforms)
-    inputs = LayerInputs(_on(run.devices[0], folded))
+    inputs = LayerInputs(layer, _on(run.devices[0], folded))
     del folded
     if transforms is not None and transforms.inputs:
         inputs.transforms = {site: _on(run.devices[0], own) for site, own in transforms.inputs[layer].items()}
@@ -102,14 +102,14 @@ def _quantized_layer(
             if learned is not None:
                 first = hidden.values[: learned.sequences]
                 before = run.store.scratch.empty(*first.shape).copy_(first)
-            _collect_statistics(run, hidden, inputs, InputStatistics(weights))
+            collect_statistics(run, hidden, inputs, InputStatistics(weights))
     with run.watch("weights"):
         tensors, errors = quantize_layer(inputs, run.recipe, run.source.shape, run.source.unquantized_dtype)
     found, lost, counts = quantized_experts(run, hidden, layer, transforms)
     tensors, errors = tensors | found, errors | lost
     if hidden is not None and learned is not None and before is not None:
         with run.watch("clips"):
-            tensors |= learn_clips(tensors, hidden, before, learned, run.config)
+            tensors |= learn_clips(layer, tensors, hidden, before, learned, run.config)
     return tensors, errors, counts
 
 
@@ -117,7 +117,7 @@ def _on(device: torch.device, tensors: Layer) -> Layer:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs, statistics: InputStatistics) -> None:
+def collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs, statistics: InputStatistics) -> None:
     """Run `hidden` through the layer of `inputs`; fills in Hessians, samples and the cache's, equalizes the weights."""
     shape, args = run.source.shape, run.recipe.kv_cache
     queries, (query_module, key_module) = QueryMoments(shape), ARCHITECTURES[shape.architecture].rope_inputs
@@ -141,7 +141,7 @@ def _collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs, sta
         mean = mean.unflatten(0, (shape.num_key_value_heads, -1))
         transformed = run.recipe.transform != "none"
         inputs.key_mean, inputs.key_feedback = calibrate_keys(args, hidden, mean, queries, transformed)
-    for site in run.recipe.centered_sites(shape):
+    for site in run.recipe.centered_sites(shape, inputs.index):
         linear = shape.sites[site][0]
         inputs.means[linear] = statistics.subtract_mean(linear, inputs.hessians[linear])
     inputs.samples = statistics.samples()

@@ -46,7 +46,7 @@ def collect_inputs(run: Run, tokens: torch.Tensor) -> torch.Tensor:
         parts.clear()
         hidden.forward_layer(state, sites, observe)
         run_experts(run, hidden, layer, None)
-        for site in run.recipe.centered_sites(run.source.shape) & SITE_NORMS.keys():
+        for site in run.recipe.centered_sites(run.source.shape, None) & SITE_NORMS.keys():
             _subtract_mean(parts[SITE_NORMS[site]])
         run.progress("sampling", layer + 1, layers)
     return pool

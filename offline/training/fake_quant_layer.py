@@ -37,6 +37,8 @@ class Trained:
 
 LEARNED_CLIPS = Trained(input_clip=SigmoidClip, key_clip=FixedClip, value_clip=SigmoidClip, scales=False)
 """For learned clips: the clip ratios of inputs and values."""
+UNTRAINED = Trained(input_clip=FixedClip, key_clip=FixedClip, value_clip=FixedClip, scales=False)
+"""For measurements of a layer as it was rounded."""
 DISTILLED = Trained(input_clip=FixedClip, key_clip=ClampedClip, value_clip=ClampedClip, scales=True)
 """For distillation: a factor per row of weights, and the clip ratios of keys and values."""
 
@@ -44,11 +46,12 @@ DISTILLED = Trained(input_clip=FixedClip, key_clip=ClampedClip, value_clip=Clamp
 class FakeQuantLayer(nn.Module):
     """A decoder layer of transformers, in float32, whose linears and KV cache are replaced by fake quantized ones.
 
+    index: of the layer in the decoder
     layer: changed in place; may be without weights (device meta)
     tensors: of the layer, from `quantize_layer`
     """
 
-    def __init__(self, layer: nn.Module, tensors: Layer, config: QuantizationConfigData, trained: Trained):
+    def __init__(self, index: int, layer: nn.Module, tensors: Layer, config: QuantizationConfigData, trained: Trained):
         super().__init__()
         self.layer = layer
         norms = {name: tensor.float() for name, tensor in tensors.items() if name.endswith("norm.weight")}
@@ -56,7 +59,7 @@ class FakeQuantLayer(nn.Module):
         layer.requires_grad_(False)
         self._linears: dict[str, FakeQuantLinear] = {}
         for linears in SITES.values():
-            scheme = config.scheme(linears[0])
+            scheme = config.scheme(f"model.layers.{index}.{linears[0]}")
             assert scheme is not None  # every linear of a decoder layer is quantized
             shared_input = FakeQuantInput(scheme, local_tensors(tensors, linears[0]), trained.input_clip)
             for linear in linears:

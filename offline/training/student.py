@@ -33,8 +33,8 @@ class Student(nn.Module):
         self._final_norm = model.model.norm.weight + offset
         model.model.norm.weight.fill_(1.0 - offset)
         self._layers = [
-            FakeQuantLayer(layer, tensors, config, DISTILLED)
-            for layer, tensors in zip(model.model.layers, layers, strict=True)
+            FakeQuantLayer(index, layer, tensors, config, DISTILLED)
+            for index, (layer, tensors) in enumerate(zip(model.model.layers, layers, strict=True))
         ]
         self.decoder = model.model
 

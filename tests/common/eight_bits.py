@@ -8,9 +8,10 @@ from infoquant_vllm.format import WeightArgs
 from offline import PRESETS, quantize
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
+from offline.formats import Site, SiteActivations, Sites
 from offline.model.reference import load_reference
 from offline.progress import silent
-from offline.recipe import CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
+from offline.recipe import CalibrationSize, KVCache, Psot
 from tests.common.tiny import VOCAB_SIZE
 
 SITE = Site(weights=WeightArgs(num_bits=8), input_activations=SiteActivations(num_bits=16), clip_ratio=1.0)

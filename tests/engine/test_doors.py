@@ -8,9 +8,10 @@ import torch
 
 from infoquant_vllm.format import MODULES_FILE, WeightArgs
 from offline import PRESETS, quantize
+from offline.formats import Site, SiteActivations, Sites
 from offline.model.source import Source
 from offline.progress import silent
-from offline.recipe import KVCache, Site, SiteActivations, Sites
+from offline.recipe import KVCache
 from tests.common.engine import Engine, EngineError, running_engine
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 from tests.offline.model.test_architectures import SMALL

@@ -1,9 +1,9 @@
 """Every model class of the table, run by vLLM, says what the simulation says, of prompts and of what it generates.
 
 On tiny random models in float32; see server/test_equality.py. Prompts come in chunks, while which a sliding window
-gives blocks of the cache back. Between them they have the codes of `fast` and of `best`, and caches with several pairs
-of bits for keys and values. A last bit may flip a code that was all but a tie, and so change the rest of a window: most
-positions must be equal, and the few behind such a code near.
+gives blocks of the cache back. Between them they have the codes of `fast` and of `best`, layers that differ, and caches
+with several pairs of bits for keys and values. A last bit may flip a code that was all but a tie, and so change the
+rest of a window: most positions must be equal, and the few behind such a code near.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from offline.progress import silent
 from offline.recipe import CalibrationSize, Distillation, Psot, Recipe
 from tests.common.engine import Engine
 from tests.common.tiny import FAMILIES, MIXTURES, SIZES, VOCAB_SIZE, write_source
+from tests.offline.test_layers import MIXED
 from tests.server.test_equality import scores_of
 
 CHUNKS = {"block_size": 32, "max_num_batched_tokens": 64}
@@ -28,11 +29,16 @@ MODEL_IMPL = {"qwen3-windows": "transformers"}
 """By family: the implementation that a user has to choose; else vLLM chooses."""
 CACHE_ALONE = ("llama3-rope", "mistral-window", "phi3", "qwen2", "qwen3", "smollm3", "gemma3")
 """Families whose cache alone is quantized too."""
+LAYERS_DIFFER = ("tied", "phi3", "qwen3-moe")
+"""Families whose two layers have different formats: weights of 8 bits, inputs of 4, 8 and 16."""
 CASES = [(size, None) for size in FAMILIES] + [(size, "kv4") for size in CACHE_ALONE]
+CASES += [(size, "layers") for size in LAYERS_DIFFER]
 
 
 def recipe_for(family: str, preset: str | None) -> Recipe:
     other, key_bits, value_bits = ROUNDED_AS.get(family, ("fast", 4, 4))
+    if preset == "layers":
+        return PRESETS["fast"].model_copy(update=SMALL | {"layers": MIXED})
     recipe = PRESETS[preset or other]
     assert recipe.kv_cache is not None
     cache = recipe.kv_cache.model_copy(update={"key_bits": key_bits, "value_bits": value_bits})

@@ -10,13 +10,14 @@ from offline.progress import silent
 from tests.common.engine import Engine
 from tests.common.tiny import MIXTURES, SIZES, VOCAB_SIZE, write_source
 from tests.offline.model.test_architectures import SMALL
+from tests.offline.test_layers import MIXED
 
 PROMPTS = torch.randint(3, VOCAB_SIZE - 13, (4, 128), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 DENSE = "one-kv-head", "ministral", "granite", "phi3", "smollm3", "gemma3", "olmo2"
 CASES = [("fast", size) for size in (*DENSE, *MIXTURES)]
-CASES += [("kv4", "one-kv-head"), ("kv4", "tied")]
+CASES += [("kv4", "one-kv-head"), ("kv4", "tied"), ("layers", "phi3")]
 MEAN_DIFFERENCE = {"ministral": 5e-3, "granite": 1e-2, "smollm3": 1e-2}
 """Workers add sums in another order, so a code may flip: in these cases two or three of four prompts have no difference
 above 1e-4 anywhere, another one has some from its 62nd or 96th token on. tests/plugin/test_experts.py holds that the
@@ -24,11 +25,14 @@ ranks of a mixture add up."""
 
 
 def write_checkpoint(folder: Path, preset: str, size: str) -> Path:
-    """Make a checkpoint for two workers, of a tied model; that of `fast` has an 8-bit vocabulary."""
-    update = SMALL | ({"lm_head_bits": 8} if preset == "fast" else {})
+    """Make a checkpoint for two workers, of a tied model; that of `fast` has an 8-bit vocabulary.
+
+    `layers` is `fast` with layers that differ.
+    """
+    update = SMALL | {"fast": {"lm_head_bits": 8}, "layers": {"layers": MIXED}}.get(preset, {})
     source = write_source(folder / "source", **SIZES[size])
-    tp_size = 2 if preset == "fast" else None  # unquantized linears need nothing
-    recipe = PRESETS[preset].model_copy(update=update)
+    tp_size = None if preset == "kv4" else 2  # unquantized linears need nothing
+    recipe = PRESETS["fast" if preset == "layers" else preset].model_copy(update=update)
     quantize(source, folder / "checkpoint", recipe=recipe, max_tp_size=tp_size, progress=silent)
     return folder / "checkpoint"
 

@@ -11,9 +11,10 @@ import yaml
 from infoquant_vllm.format import Checkpoint, WeightArgs, files_of, read_projection, unpack_codes
 from offline import PRESETS, Recipe, ToolError, load_recipe, quantize
 from offline.evaluate.verify import verify
+from offline.formats import Site, SiteActivations, Sites
 from offline.model.source import Source
 from offline.progress import silent
-from offline.recipe import CalibrationSize, Distillation, LearnedClips, Psot, PsotLayer, Site, SiteActivations, Sites
+from offline.recipe import CalibrationSize, Distillation, LearnedClips, Psot, PsotLayer
 from tests.common.tiny import MIXTURES, SIZES, write_source
 
 SMALL = {

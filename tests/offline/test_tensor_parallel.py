@@ -8,9 +8,10 @@ import torch
 
 from infoquant_vllm.format import ROW_PARALLEL_SITES, SITES, ModelShape, check_tp_divisible
 from offline import PRESETS, ToolError, quantize
+from offline.formats import Site, Sites
 from offline.model.source import Source
 from offline.progress import silent
-from offline.recipe import Recipe, Site, Sites
+from offline.recipe import Recipe
 from offline.tensor_parallel import common_shard_size, tp_sizes
 from tests.common.tiny import VOCAB_SIZE, write_source
 from tests.offline.stages.test_fold import LARGEST_RELATIVE_ERROR, recipe_for, relative_error, transforms_for
@@ -56,7 +57,7 @@ def test_every_preset_can_be_made_for_tp_size_four(preset: str) -> None:
 def test_a_range_per_token_becomes_one_per_shard_in_row_parallel_linears() -> None:
     token = Site()
     recipe = Recipe(name="t", transform="none", rounding="rtn", sites=Sites(o=token, down=token), max_tp_size=2)
-    assert [recipe.input_activations(site, LLAMA_8B).segment_size for site in SITES] == [None, 2048, None, 7168]
+    assert [recipe.input_activations(site, LLAMA_8B, None).segment_size for site in SITES] == [None, 2048, None, 7168]
 
 
 def test_a_model_rotated_for_tp_size_two_computes_what_its_source_does(tmp_path: Path) -> None:

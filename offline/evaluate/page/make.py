@@ -71,7 +71,7 @@ def make_page(
     factors = clips(checkpoint)
     context = _texts(name, checkpoint, inspection, records, summary) | _pictures(checkpoint, found, summary, factors)
     context["scores"] = score_table(evaluations) if (evaluations := read_evaluations(checkpoint_folder)) else None
-    context["clips"] = {site: by_layer.mean(1).tolist() for site, by_layer in factors.items()}
+    context["clips"] = {site: [own.mean(0).tolist() for own in by_layer] for site, by_layer in factors.items()}
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     page = templates.get_template(TEMPLATE).render(context)
     with atomic_file(file) as partial:
@@ -122,7 +122,7 @@ def _texts(
 
 
 def _pictures(
-    checkpoint: Checkpoint, found: Measurement, summary: Summary, factors: dict[str, torch.Tensor]
+    checkpoint: Checkpoint, found: Measurement, summary: Summary, factors: dict[str, list[torch.Tensor]]
 ) -> dict[str, Any]:
     """Return the template's pictures as data URIs."""
     from offline.evaluate.page import plots

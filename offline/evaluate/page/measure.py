@@ -64,8 +64,8 @@ def measure(
     )
 
 
-def clips(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return by site the clip ratios of (minimum, maximum) of every layer's groups, [layers, groups, 2] float32.
+def clips(checkpoint: Checkpoint) -> dict[str, list[torch.Tensor]]:
+    """Return by site and layer the clip ratios of (minimum, maximum) of its groups, [groups, 2] float32.
 
     Sites that are not quantized in every layer are left out.
     """
@@ -75,7 +75,7 @@ def clips(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for site, tensor in tensors.items():
         names = [f"model.layers.{layer}.{tensor}" for layer in range(checkpoint.shape.num_hidden_layers)]
         if all(name in checkpoint.weight_map for name in names):
-            found[site] = torch.stack([checkpoint.tensor(name) for name in names])
+            found[site] = [checkpoint.tensor(name) for name in names]
     return found
 
 

@@ -138,20 +138,21 @@ def error_maps(maps: dict[str, dict[str, list[float]]]) -> Figure:
     return figure
 
 
-def clip_ratios(clips: dict[str, torch.Tensor]) -> Figure:
+def clip_ratios(clips: dict[str, list[torch.Tensor]]) -> Figure:
     """Plot clip ratios of minimum and maximum over the layers; for a site with groups, their mean and extremes."""
     with _grid(1, len(clips), 2.1, sharex=True, sharey=True) as (figure, grid):
         for (site, factors), ax in zip(clips.items(), grid[0], strict=True):
             layers, dot = range(len(factors)), "." if len(factors) == 1 else ""
             for end, color, line, word in ((0, BEFORE, "-", "of the minimum"), (1, AFTER, "--", "of the maximum")):
-                values = factors[:, :, end]
-                ax.fill_between(layers, values.amin(1), values.amax(1), color=color, alpha=0.2, lw=0)
-                ax.plot(layers, values.mean(1), color=color, ls=line, lw=1.4, marker=dot, label=word)
+                values = [own[:, end] for own in factors]
+                lowest, highest, means = ([f(own).item() for own in values] for f in (torch.min, torch.max, torch.mean))
+                ax.fill_between(layers, lowest, highest, color=color, alpha=0.2, lw=0)
+                ax.plot(layers, means, color=color, ls=line, lw=1.4, marker=dot, label=word)
             ax.set_title(LABELS[site])
             ax.set_xlabel("layer")
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        lowest = min(factors.amin().item() for factors in clips.values())
-        grid[0][0].set_ylim(lowest - 0.05, 1.03)
+        smallest = min(own.min().item() for factors in clips.values() for own in factors)
+        grid[0][0].set_ylim(smallest - 0.05, 1.03)
         grid[0][0].set_ylabel("clip ratio")
         _legend(figure, grid[0][0])
     return figure

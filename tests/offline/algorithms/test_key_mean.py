@@ -12,11 +12,12 @@ from offline import Recipe, quantize
 from offline.algorithms.key_mean import mean_rotated_key
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
+from offline.formats import Site, SiteActivations, Sites
 from offline.model.hidden_states import OUTPUT, HiddenStates
 from offline.model.input_statistics import InputStatistics
 from offline.model.source import Source
 from offline.progress import silent
-from offline.recipe import CalibrationSize, KVCache, Psot, Site, SiteActivations, Sites
+from offline.recipe import CalibrationSize, KVCache, Psot
 from offline.stages.fold import fold_layer
 from tests.common.tiny import FAMILIES, MIXTURES, SIZES, VOCAB_SIZE, write_source
 

@@ -6,24 +6,15 @@ import pytest
 import torch
 
 import offline
-from infoquant_vllm.format import ARCHITECTURES, Checkpoint
+from infoquant_vllm.format import ARCHITECTURES, Checkpoint, WeightArgs
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
+from offline.formats import Site, SiteActivations, Sites
 from offline.model.source import Source
 from offline.presets import PRESETS
 from offline.progress import silent
-from offline.recipe import (
-    CalibrationSize,
-    Distillation,
-    KVCache,
-    Psot,
-    Recipe,
-    Site,
-    SiteActivations,
-    Sites,
-    WeightArgs,
-)
+from offline.recipe import CalibrationSize, Distillation, KVCache, Psot, Recipe
 from offline.stages.distill import final_hidden
 from offline.stages.fold import fold_layer
 from offline.stages.quantize_layer import LayerInputs, quantize_layer
@@ -100,7 +91,7 @@ def test_a_student_in_eight_bits_predicts_as_its_source(tmp_path: Path, size: st
     run_layers = []
     for layer in range(source.shape.num_hidden_layers):
         state = fold_layer(source, layer, transforms)
-        run_layers.append(quantize_layer(LayerInputs(state), chosen, source.shape, torch.float32)[0])
+        run_layers.append(quantize_layer(LayerInputs(0, state), chosen, source.shape, torch.float32)[0])
     student = Student(source, chosen.quantization_config(source.shape), run_layers, transforms)
     tokens = torch.randint(3, 250, (2, 40), generator=generator)
     ours = (student(tokens) @ student.head.T).log_softmax(-1)

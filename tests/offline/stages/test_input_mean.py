@@ -8,11 +8,12 @@ import torch
 from infoquant_vllm.format import SITE_NORMS, SITES
 from offline.algorithms.fake_quantize import added_to_product
 from offline.algorithms.rotations import transform_input
+from offline.formats import Site, SiteActivations, Sites
 from offline.model.input_statistics import InputStatistics
 from offline.model.source import Source
 from offline.output.store import Store
 from offline.progress import silent
-from offline.recipe import Gptq, KVCache, Psot, Recipe, Site, SiteActivations, Sites
+from offline.recipe import Gptq, KVCache, Psot, Recipe
 from offline.run import Run
 from offline.stages.quantize_layer import LayerInputs, quantize_layer
 from offline.stages.rotate_shared import collect_inputs
@@ -53,7 +54,7 @@ def test_a_linear_gives_the_mean_input_the_sources_output(tmp_path: Path, size: 
     before = dict(state)
     features = {site: state[f"{linears[0]}.weight"].shape[1] for site, linears in SITES.items()}
     means = {SITES[site][0]: torch.randn(count, generator=generator) for site, count in features.items()}
-    tensors, _ = quantize_layer(LayerInputs(state, means=dict(means)), used, source.shape, torch.float32)
+    tensors, _ = quantize_layer(LayerInputs(0, state, means=dict(means)), used, source.shape, torch.float32)
     for site, linears in SITES.items():
         for linear in linears:
             weight, mean = before[f"{linear}.weight"], means[linears[0]]

@@ -8,10 +8,11 @@ import torch
 from infoquant_vllm.format import Checkpoint
 from offline import PRESETS, quantize
 from offline.evaluate.simulate import load_simulated
+from offline.formats import Site, SiteActivations, Sites
 from offline.model.hidden_states import HiddenStates
 from offline.model.source import Source
 from offline.progress import silent
-from offline.recipe import CalibrationSize, LearnedClips, PsotLayer, Recipe, Site, SiteActivations, Sites
+from offline.recipe import CalibrationSize, LearnedClips, PsotLayer, Recipe
 from offline.stages.fold import fold_layer
 from offline.stages.learn_clips import train_clips
 from offline.training.fake_quant_layer import LEARNED_CLIPS, FakeQuantLayer
@@ -59,7 +60,7 @@ def test_layer_before_learning_computes_what_the_simulation_computes(tmp_path: P
     source, recipe, tensors = checkpoint_of(tmp_path, sites)
     hidden, before = hidden_of(source)
     layer, rotary = hidden.copy_layer()
-    found = FakeQuantLayer(layer, tensors, recipe.quantization_config(source.shape), LEARNED_CLIPS)(
+    found = FakeQuantLayer(0, layer, tensors, recipe.quantization_config(source.shape), LEARNED_CLIPS)(
         before, rotary
     ).detach()
     model = load_simulated(tmp_path / "out", torch.float32)
@@ -76,7 +77,7 @@ def test_learning_lowers_the_layers_error_and_moves_every_clip(tmp_path: Path) -
     source, recipe, tensors = checkpoint_of(tmp_path, "tokens")
     hidden, before = hidden_of(source)
     layer, rotary = hidden.copy_layer()
-    quantized = FakeQuantLayer(layer, tensors, recipe.quantization_config(source.shape), LEARNED_CLIPS)
+    quantized = FakeQuantLayer(0, layer, tensors, recipe.quantization_config(source.shape), LEARNED_CLIPS)
     for parameter in quantized.parameters():
         if parameter.requires_grad:
             parameter.data.fill_(-2.0)  # factors of 0.56, which cut off far too much
