@@ -201,13 +201,6 @@ class Recipe(StrictModel):
         return found
 
     @model_validator(mode="after")
-    def _clips_are_trained_without_feedback(self) -> "Recipe":
-        trained = self.distillation is not None or self.learned_clips is not None
-        if trained and self.kv_cache is not None and self.kv_cache.key_feedback:
-            raise ValueError("kv_cache.key_feedback does not go with distillation or learned_clips")
-        return self
-
-    @model_validator(mode="after")
     def _unquantized_linears_need_no_transform(self) -> "Recipe":
         if self.rounding != "none":
             return self

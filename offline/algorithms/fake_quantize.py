@@ -59,13 +59,16 @@ def fake_quantize(x: torch.Tensor, clip: torch.Tensor, args: ActivationArgs) -> 
     return _FakeQuantize.apply(x, clip, args)
 
 
-def fake_store(x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tensor:
+def fake_store(
+    x: torch.Tensor, clip: torch.Tensor, num_bits: int, feedback: torch.Tensor | None = None
+) -> torch.Tensor:
     """Quantize keys or values x [..., kv_heads, tokens, head_size] float32 as `quantize_kv` does and dequantize them.
 
     clip: clip ratios [kv_heads, 2] float32 of (minimum, maximum)
-    Gradients go to x and clip.
+    feedback: [kv_heads, head_size, head_size], of the errors of keys (see `round_with_feedback`)
+    Gradients go to x and clip; they take codes as they are, with feedback too.
     """
-    return _FakeStore.apply(x, clip, num_bits)
+    return _FakeStore.apply(x, clip, num_bits, feedback)
 
 
 class _FakeQuantize(Function):
@@ -98,8 +101,11 @@ class _FakeQuantize(Function):
 
 class _FakeStore(Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, clip: torch.Tensor, num_bits: int) -> torch.Tensor:
-        codes, scale, zero = quantize_kv(x, clip[:, None], num_bits)
+    def forward(
+        ctx: Any, x: torch.Tensor, clip: torch.Tensor, num_bits: int, feedback: torch.Tensor | None
+    ) -> torch.Tensor:
+        shared = None if feedback is None else feedback[:, None]
+        codes, scale, zero = quantize_kv(x, clip[:, None], num_bits, shared)
         y = codes.mul_(scale.float()[..., None]).add_(zero.float()[..., None])
         ctx.save_for_backward(x, y, scale, zero, clip)
         ctx.levels = 2**num_bits - 1
@@ -110,16 +116,17 @@ class _FakeStore(Function):
         (x, y, scale, zero, clip), (gradient,) = ctx.saved_tensors, gradients
         scale, zero = scale.float()[..., None], zero.float()[..., None]
         smallest, largest = _range(x)
-        to_x = _where_not_clipped(gradient, x, y, scale)
+        to_x = _where_not_clipped(gradient, (x - zero) / scale, ctx.levels)
         to_scale = (torch.linalg.vecdot(gradient, y - zero) - torch.linalg.vecdot(to_x, x - zero)) / scale[..., 0]
         to_high = to_scale / ctx.levels
         to_low = (gradient - to_x).sum(-1) - to_high
         to_clip = torch.stack((to_low * smallest, to_high * largest), -1)
-        return to_x, to_clip.sum(-2).view(-1, len(clip), 2).sum(0), None
+        return to_x, to_clip.sum(-2).view(-1, len(clip), 2).sum(0), None, None
 
 
-def _where_not_clipped(gradient: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return gradient.masked_fill((y - x).abs_() > MAX_ROUNDING * scale, 0)
+def _where_not_clipped(gradient: torch.Tensor, scaled: torch.Tensor, levels: int) -> torch.Tensor:
+    """Return the gradient of entries `scaled` that lie between the codes 0 and `levels`, and 0 elsewhere."""
+    return gradient.masked_fill((scaled < -MAX_ROUNDING) | (scaled > levels + MAX_ROUNDING), 0)
 
 
 def _range(x: torch.Tensor) -> Pair:

@@ -124,11 +124,13 @@ class FakeQuantKVCache(nn.Module):
     """Keys and values of one layer as read back from the quantized cache; attention over it is ATTENTION."""
 
     key_mean: torch.Tensor | None
+    key_feedback: torch.Tensor | None
 
     def __init__(self, args: KVCacheArgs, tensors: Tensors, key_clip: Clip, value_clip: Clip):
         super().__init__()
         self._num_bits, self._rotate_keys = args.num_bits, args.key_transform == "hadamard"
         self.register_buffer("key_mean", tensors.get("key_mean"))
+        self.register_buffer("key_feedback", tensors.get("key_feedback"))
         self.key_clip, self.value_clip = key_clip(tensors["key_clip_ratio"]), value_clip(tensors["value_clip_ratio"])
         register_attention(ATTENTION, _attention)
 
@@ -140,7 +142,7 @@ class FakeQuantKVCache(nn.Module):
         """Quantize and dequantize key and value, [sequences, kv_heads, tokens, head_size] each."""
         key = key if self.key_mean is None else key - self.key_mean[:, None]
         key_bits, value_bits = self._num_bits
-        key = fake_store(self.rotate(key), self.key_clip(), key_bits)
+        key = fake_store(self.rotate(key), self.key_clip(), key_bits, self.key_feedback)
         return key, fake_store(value, self.value_clip(), value_bits)
 
 

@@ -121,14 +121,26 @@ def test_fake_store_has_the_values_that_the_cache_returns(num_bits: tuple[int, i
     key, value = torch.randn(2, tokens, 2, 64, generator=generator)
     clips = 0.7 + 0.3 * torch.rand(2, 2, 2, generator=generator)
     cache = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
-    oracles.kv_store(key, value, cache, torch.arange(tokens), KVCalibration(*clips, None), KVScheme(num_bits, False))
+    feedback = (0.2 * torch.randn(2, 64, 64, generator=generator)).triu(1)
+    calibration = KVCalibration(*clips, None, feedback)
+    oracles.kv_store(key, value, cache, torch.arange(tokens), calibration, KVScheme(num_bits, False))
     keys, values, params = oracles.kv_read(cache, torch.tensor([0]), 64, num_bits)
-    for x, bits, clip, codes, (scale, zero) in (
-        (key, num_bits[0], clips[0], keys, params[:2]),
-        (value, num_bits[1], clips[1], values, params[2:]),
+    for x, bits, clip, shared, codes, (scale, zero) in (
+        (key, num_bits[0], clips[0], feedback, keys, params[:2]),
+        (value, num_bits[1], clips[1], None, values, params[2:]),
     ):
         expected = codes * scale.float()[..., None] + zero.float()[..., None]
-        assert torch.equal(fake_store(x.transpose(0, 1), clip, bits), expected[:, :tokens])
+        assert torch.equal(fake_store(x.transpose(0, 1), clip, bits, shared), expected[:, :tokens])
+
+
+def test_keys_with_feedback_pass_the_gradient_unless_clipped() -> None:
+    x, clip = inputs(2, 3, 7, 16, clips=3)
+    feedback = torch.full((3, 16, 16), 0.4).triu(1)
+    plain, _ = gradients(lambda x, clip: fake_store(x, clip, 4), x, clip)
+    found, _ = gradients(lambda x, clip: fake_store(x, clip, 4, feedback), x, clip)
+    values = fake_store(x, clip, 4), fake_store(x, clip, 4, feedback)
+    assert not torch.equal(*values)
+    torch.testing.assert_close(found, plain)
 
 
 def test_fake_store_is_finite_beyond_half_precision() -> None:
