@@ -66,11 +66,14 @@ class Gptq(StrictModel):
     dampening_frac: added to the Hessian's diagonal, as a share of its mean
     refinements: passes over codes and scales after GPTQ (see `offline/algorithms/refine.py`)
     guided: weigh tokens by gradients of the loss, which holds the whole model (see `offline/stages/weigh_tokens.py`)
+    sink_weight: weight of a sequence's first token against others, with which weights make up for the rounding of its
+        inputs (see `offline/algorithms/sinks.py`); 0 treats it as any other
     """
 
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     refinements: Annotated[int, Field(ge=0, le=100)] = 0
     guided: bool = False
+    sink_weight: Annotated[float, Field(ge=0, le=1000)] = 0
 
 
 class Psot(StrictModel):
@@ -172,12 +175,15 @@ class Recipe(StrictModel):
             "equalize": self.equalize,
             "gptq.refinements": self.gptq.refinements > 0,
             "gptq.guided": self.gptq.guided,
+            "gptq.sink_weight": self.gptq.sink_weight > 0,
             "kv_cache.key_mean_positions": self.rounding == "rtn" and self.reads_keys,
             "learned_clips": self.learned_clips is not None,
         }
         for name, site in self._named_sites().items():
             readers[f"{name}.clip_ratio 'search'"] = site.clip_ratio == "search"
             readers[f"{name}.input_activations.mean"] = site.input_activations.mean
+        if self.gptq.sink_weight and self.learned_clips is not None:
+            raise ValueError("gptq.sink_weight knows no learned_clips, which follow after it")
         for name, used in readers.items():
             if used and self.rounding != "gptq":
                 raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")

@@ -38,7 +38,7 @@ def down_scales(weight: torch.Tensor, second_moments: torch.Tensor) -> torch.Ten
 
 
 def output_moments(
-    weight: torch.Tensor, bias: torch.Tensor | None, hessian: torch.Tensor, sums: torch.Tensor, tokens: int
+    weight: torch.Tensor, bias: torch.Tensor | None, hessian: torch.Tensor, sums: torch.Tensor, tokens: float
 ) -> torch.Tensor:
     """Return the sums over tokens of the squared outputs of a linear [N, K], bias included: [N].
 

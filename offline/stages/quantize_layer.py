@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from infoquant_vllm.format import InputTransform, ModelShape, WeightArgs, activation_groups, pack_codes
+from infoquant_vllm.format import ActivationArgs, InputTransform, ModelShape, WeightArgs, activation_groups, pack_codes
 from offline.algorithms.clip_search import search_clips
+from offline.algorithms.fake_quantize import fake_quantize
 from offline.algorithms.gptq import gptq, output_error
 from offline.algorithms.refine import refine
 from offline.algorithms.rotations import InputTensors, transform_hessian, transform_input, undo_in_weights
 from offline.algorithms.rtn import QuantizedWeight, round_to_nearest
+from offline.algorithms.sinks import Sinks
 from offline.recipe import Gptq, KVCache, Recipe
 
 
@@ -24,8 +26,10 @@ class LayerInputs:
     state: the layer's tensors, as `fold_layer` returns them, float32
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
     samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
+    sinks: inputs of first tokens before their transforms [sequences, features], by each site's first linear, where
+        weights make up for their rounding; Hessians are of the other tokens then
     means: of the inputs before their transforms [features], by each site's first linear, where a site subtracts it;
-        Hessians and samples are of inputs less the mean then
+        Hessians, samples and sinks are of inputs less the mean then
     transforms: tensors of the sites' input transforms, by site; each linear gets a copy
     clips: clip ratios of sites that were found elsewhere, by site
     key_mean, key_feedback: [kv_heads, head_dim] and [kv_heads, head_dim, head_dim], where the recipe has them
@@ -35,6 +39,7 @@ class LayerInputs:
     state: dict[str, torch.Tensor]
     hessians: dict[str, torch.Tensor] | None = None
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
+    sinks: dict[str, torch.Tensor] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     transforms: dict[str, InputTensors] = field(default_factory=dict)
     clips: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -50,6 +55,7 @@ class _SiteInput:
     tensors: InputTensors
     hessian: torch.Tensor | None
     sample: torch.Tensor | None
+    sinks: torch.Tensor | None
     clips: torch.Tensor | None
     mean: torch.Tensor | None
 
@@ -84,6 +90,7 @@ def quantize_sites(
             layer.transforms.get(site, {}),
             None if layer.hessians is None else layer.hessians.pop(linears[0]),
             layer.samples.pop(linears[0], None),
+            layer.sinks.pop(linears[0], None),
             layer.clips.get(site),
             layer.means.get(linears[0]),
         )
@@ -91,17 +98,23 @@ def quantize_sites(
         if shared_input.mean is not None:
             means = (weight @ shared_input.mean for weight in weights)
             tensors |= {f"{linear}.output_mean": mean for linear, mean in zip(linears, means, strict=True)}
-        rounded = _quantize_weights(recipe.site(site, layer.index).weights, weights, shared_input, recipe.gptq)
+        inputs = _input_tensors(site, layer.index, shared_input, recipe, shape)
+        sinks = _sinks(shared_input, inputs, recipe.input_activations(site, shape, layer.index))
+        args = recipe.site(site, layer.index).weights
+        rounded = _quantize_weights(args, weights, shared_input, sinks, recipe.gptq)
         for linear, (part, error) in zip(linears, rounded, strict=True):
             tensors |= {f"{linear}.{key}": tensor for key, tensor in part.items()}
             errors |= {} if error is None else {linear: error}
-        inputs = _input_tensors(site, layer.index, shared_input, recipe, shape)
         tensors |= {f"{linear}.{key}": tensor.clone() for linear in linears for key, tensor in inputs.items()}
     return tensors, errors
 
 
 def _quantize_weights(
-    args: WeightArgs, weights: list[torch.Tensor], shared_input: _SiteInput, rounding: Gptq
+    args: WeightArgs,
+    weights: list[torch.Tensor],
+    shared_input: _SiteInput,
+    sinks: Sinks | None,
+    rounding: Gptq,
 ) -> list[tuple[dict[str, torch.Tensor], float | None]]:
     """Return codes and scales of each linear of a site, and its error; overwrites weights and Hessian."""
     rows, hessian = [len(weight) for weight in weights], shared_input.hessian
@@ -110,11 +123,23 @@ def _quantize_weights(
     del undone
     if hessian is not None:
         hessian = transform_hessian(hessian, shared_input.transform, shared_input.tensors)
+        if sinks is not None:
+            weight += sinks.correction(weight, hessian, rounding.sink_weight)
+            hessian = sinks.added_to(hessian, rounding.sink_weight)
     parts = _round(weight, hessian, args, rounding).split(rows)
     return [
         (_linear_tensors(rounded, args), None if hessian is None else output_error(part, rounded, hessian))
         for part, rounded in zip(weight.split(rows), parts, strict=True)
     ]
+
+
+def _sinks(shared_input: _SiteInput, inputs: dict[str, torch.Tensor], args: ActivationArgs) -> Sinks | None:
+    """Return the inputs of first tokens as they are and as the server rounds them."""
+    if shared_input.sinks is None:
+        return None
+    exact = transform_input(shared_input.sinks, shared_input.transform, shared_input.tensors).contiguous()
+    ratio = inputs.get("input_clip_ratio")
+    return Sinks(exact, exact if ratio is None else fake_quantize(exact, ratio.to(exact), args))
 
 
 def _round(weight: torch.Tensor, hessian: torch.Tensor | None, args: WeightArgs, rounding: Gptq) -> QuantizedWeight:

@@ -102,7 +102,8 @@ def _quantized_layer(
             if learned is not None:
                 first = hidden.values[: learned.sequences]
                 before = run.store.scratch.empty(*first.shape).copy_(first)
-            collect_statistics(run, hidden, inputs, InputStatistics(weights))
+            sink_stride = hidden.values.shape[1] if run.recipe.gptq.sink_weight else None
+            collect_statistics(run, hidden, inputs, InputStatistics(weights, sink_stride=sink_stride))
     with run.watch("weights"):
         tensors, errors = quantize_layer(inputs, run.recipe, run.source.shape, run.source.unquantized_dtype)
     found, lost, counts = quantized_experts(run, hidden, layer, transforms)
@@ -144,4 +145,4 @@ def collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs, stat
     for site in run.recipe.centered_sites(shape, inputs.index):
         linear = shape.sites[site][0]
         inputs.means[linear] = statistics.subtract_mean(linear, inputs.hessians[linear])
-    inputs.samples = statistics.samples()
+    inputs.samples, inputs.sinks = statistics.samples(), statistics.sinks()
