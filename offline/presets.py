@@ -23,7 +23,7 @@ def _distilled(name: str, sites: Sites) -> Recipe:
         transform="psot-shared",
         equalize=True,
         rounding="gptq",
-        gptq=Gptq(refinements=2, guided=True, sink_weight=16),
+        gptq=Gptq(refinements=2, guided=True, sink_weight=1),
         sites=sites,
         kv_cache=CENTERED_KEYS,
         calibration=CalibrationSize(sequences=96),

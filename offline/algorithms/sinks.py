@@ -19,26 +19,31 @@ SMALLEST = 1e-9
 
 @dataclass(frozen=True)
 class Sinks:
-    """Inputs of first tokens [sequences, features] float32, as they are and as the server rounds them."""
+    """Inputs of first tokens [sequences, features] float32, as they are and as the server rounds them.
+
+    weights: of their squared errors against those of other tokens, [sequences]
+    """
 
     exact: torch.Tensor
     rounded: torch.Tensor
+    weights: torch.Tensor
 
-    def correction(self, weight: torch.Tensor, hessian: torch.Tensor, sink_weight: float) -> torch.Tensor:
+    def correction(self, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
         """Return D [N, K] that minimizes the errors of first tokens' outputs and what D changes for other tokens.
 
-        With X exact and Q rounded inputs, s = `sink_weight`, and H the Hessian of the other tokens, of which only the
-        diagonal is read, D minimizes s |(W + D) Q^T - W X^T|^2 + tr(D diag(H) D^T). Solved by Woodbury's identity in
-        matrices of as many rows as there are sequences.
+        With X exact and Q rounded inputs, S = diag(weights), and H the Hessian of the other tokens, of which only the
+        diagonal is read, D minimizes |((W + D) Q^T - W X^T) S^(1/2)|^2 + tr(D diag(H) D^T). Solved by Woodbury's
+        identity in matrices of as many rows as there are sequences.
         """
         diagonal = hessian.diagonal().double().clamp(min=0)
         diagonal = diagonal + (DAMPENING_FRAC * diagonal.mean()).clamp(min=torch.finfo(torch.float32).tiny)
-        rounded = self.rounded.double()
+        root = self.weights.double().sqrt()[:, None]
+        rounded = self.rounded.double() * root
         square = (rounded / diagonal) @ rounded.T
-        square.diagonal().add_(1 / sink_weight + SMALLEST * square.diagonal().mean())
-        lost = (self.exact - self.rounded).double() @ weight.double().T
+        square.diagonal().add_(1 + SMALLEST * square.diagonal().mean())
+        lost = ((self.exact - self.rounded).double() * root) @ weight.double().T
         return (torch.linalg.solve(square, lost).T @ (rounded / diagonal)).float()
 
-    def added_to(self, hessian: torch.Tensor, sink_weight: float) -> torch.Tensor:
-        """Add the rounded inputs, each with weight `sink_weight`, to the Hessian of the other tokens, in place."""
-        return hessian.addmm_(self.rounded.T, self.rounded, alpha=sink_weight)
+    def added_to(self, hessian: torch.Tensor) -> torch.Tensor:
+        """Add the rounded inputs, weighted, to the Hessian of the other tokens, in place."""
+        return hessian.addmm_((self.rounded * self.weights[:, None]).T, self.rounded)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +10,13 @@ HESSIAN_ROWS = 1024
 """Rows of a Hessian that are mirrored at once; bounds peak memory."""
 SAMPLE_STRIDE = 16
 """One in so many tokens is kept as a sample."""
+
+
+class WeightedRows(NamedTuple):
+    """Inputs [tokens, features] and the weights of the tokens [tokens]."""
+
+    rows: torch.Tensor
+    weights: torch.Tensor
 
 
 class InputStatistics:
@@ -37,7 +45,7 @@ class InputStatistics:
         self.sums: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, float] = {}
         self._samples: dict[str, list[torch.Tensor]] = {}
-        self._sinks: dict[str, list[torch.Tensor]] = {}
+        self._sinks: dict[str, list[WeightedRows]] = {}
 
     def observe(self, module: str, x: torch.Tensor) -> None:
         """Add inputs x [tokens, features] float32; an `Observer`."""
@@ -66,9 +74,10 @@ class InputStatistics:
         weights = self._token_weights[module][where].to(x.device) if module in self._token_weights else None
         if self._sink_stride is None:
             return weights
+        weights = x.new_ones(len(x)) if weights is None else weights
         sinks = torch.arange(where.start, where.stop, device=x.device) % self._sink_stride == 0
-        self._sinks[module].append(x[sinks])
-        return (x.new_ones(len(x)) if weights is None else weights).masked_fill(sinks, 0)
+        self._sinks[module].append(WeightedRows(x[sinks], weights[sinks]))
+        return weights.masked_fill(sinks, 0)
 
     def take_hessians(self) -> dict[str, torch.Tensor]:
         """Return the whole symmetric matrices and drop them here, so that the caller can free them one by one."""
@@ -81,14 +90,15 @@ class InputStatistics:
         """Return the sampled inputs."""
         return {module: torch.cat(parts) for module, parts in self._samples.items()}
 
-    def sinks(self) -> dict[str, torch.Tensor]:
-        """Return the inputs of first tokens [sequences, features]."""
-        return {module: torch.cat(parts) for module, parts in self._sinks.items() if parts}
+    def sinks(self) -> dict[str, WeightedRows]:
+        """Return the inputs of first tokens, if they are kept."""
+        found = {module: zip(*parts, strict=True) for module, parts in self._sinks.items() if parts}
+        return {module: WeightedRows(*map(torch.cat, columns)) for module, columns in found.items()}
 
     def scale(self, module: str, scale: torch.Tensor) -> None:
         """Multiply rows and sums of a module's inputs by `scale` [features], as its weights were divided by it."""
         self._samples[module] = [part * scale for part in self._samples[module]]
-        self._sinks[module] = [part * scale for part in self._sinks[module]]
+        self._sinks[module] = [part._replace(rows=part.rows * scale) for part in self._sinks[module]]
         self.sums[module] *= scale
 
     def subtract_mean(self, module: str, hessian: torch.Tensor) -> torch.Tensor:
@@ -96,7 +106,7 @@ class InputStatistics:
         mean = self.sums[module] / self.tokens[module]
         hessian.addr_(self.sums[module], mean, alpha=-1)
         self._samples[module] = [part - mean for part in self._samples[module]]
-        self._sinks[module] = [part - mean for part in self._sinks[module]]
+        self._sinks[module] = [part._replace(rows=part.rows - mean) for part in self._sinks[module]]
         return mean
 
 

@@ -13,6 +13,7 @@ from offline.algorithms.refine import refine
 from offline.algorithms.rotations import InputTensors, transform_hessian, transform_input, undo_in_weights
 from offline.algorithms.rtn import QuantizedWeight, round_to_nearest
 from offline.algorithms.sinks import Sinks
+from offline.model.input_statistics import WeightedRows
 from offline.recipe import Gptq, KVCache, Recipe
 
 
@@ -26,8 +27,8 @@ class LayerInputs:
     state: the layer's tensors, as `fold_layer` returns them, float32
     hessians: of the inputs before their transforms, by each site's first linear; None rounds to nearest
     samples: some inputs before their transforms [tokens, features], by each site's first linear, for clip searches
-    sinks: inputs of first tokens before their transforms [sequences, features], by each site's first linear, where
-        weights make up for their rounding; Hessians are of the other tokens then
+    sinks: inputs of first tokens before their transforms, by each site's first linear, where weights make up for their
+        rounding; Hessians are of the other tokens then
     means: of the inputs before their transforms [features], by each site's first linear, where a site subtracts it;
         Hessians, samples and sinks are of inputs less the mean then
     transforms: tensors of the sites' input transforms, by site; each linear gets a copy
@@ -39,7 +40,7 @@ class LayerInputs:
     state: dict[str, torch.Tensor]
     hessians: dict[str, torch.Tensor] | None = None
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
-    sinks: dict[str, torch.Tensor] = field(default_factory=dict)
+    sinks: dict[str, WeightedRows] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     transforms: dict[str, InputTensors] = field(default_factory=dict)
     clips: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class _SiteInput:
     tensors: InputTensors
     hessian: torch.Tensor | None
     sample: torch.Tensor | None
-    sinks: torch.Tensor | None
+    sinks: WeightedRows | None
     clips: torch.Tensor | None
     mean: torch.Tensor | None
 
@@ -99,7 +100,7 @@ def quantize_sites(
             means = (weight @ shared_input.mean for weight in weights)
             tensors |= {f"{linear}.output_mean": mean for linear, mean in zip(linears, means, strict=True)}
         inputs = _input_tensors(site, layer.index, shared_input, recipe, shape)
-        sinks = _sinks(shared_input, inputs, recipe.input_activations(site, shape, layer.index))
+        sinks = _sinks(shared_input, inputs, recipe.input_activations(site, shape, layer.index), recipe.gptq)
         args = recipe.site(site, layer.index).weights
         rounded = _quantize_weights(args, weights, shared_input, sinks, recipe.gptq)
         for linear, (part, error) in zip(linears, rounded, strict=True):
@@ -124,8 +125,8 @@ def _quantize_weights(
     if hessian is not None:
         hessian = transform_hessian(hessian, shared_input.transform, shared_input.tensors)
         if sinks is not None:
-            weight += sinks.correction(weight, hessian, rounding.sink_weight)
-            hessian = sinks.added_to(hessian, rounding.sink_weight)
+            weight += sinks.correction(weight, hessian)
+            hessian = sinks.added_to(hessian)
     parts = _round(weight, hessian, args, rounding).split(rows)
     return [
         (_linear_tensors(rounded, args), None if hessian is None else output_error(part, rounded, hessian))
@@ -133,13 +134,17 @@ def _quantize_weights(
     ]
 
 
-def _sinks(shared_input: _SiteInput, inputs: dict[str, torch.Tensor], args: ActivationArgs) -> Sinks | None:
+def _sinks(
+    shared_input: _SiteInput, inputs: dict[str, torch.Tensor], args: ActivationArgs, rounding: Gptq
+) -> Sinks | None:
     """Return the inputs of first tokens as they are and as the server rounds them."""
     if shared_input.sinks is None:
         return None
-    exact = transform_input(shared_input.sinks, shared_input.transform, shared_input.tensors).contiguous()
+    rows, weights = shared_input.sinks
+    exact = transform_input(rows, shared_input.transform, shared_input.tensors).contiguous()
     ratio = inputs.get("input_clip_ratio")
-    return Sinks(exact, exact if ratio is None else fake_quantize(exact, ratio.to(exact), args))
+    rounded = exact if ratio is None else fake_quantize(exact, ratio.to(exact), args)
+    return Sinks(exact, rounded, rounding.sink_weight * weights)
 
 
 def _round(weight: torch.Tensor, hessian: torch.Tensor | None, args: WeightArgs, rounding: Gptq) -> QuantizedWeight:

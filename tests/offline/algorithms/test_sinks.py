@@ -11,7 +11,7 @@ from offline.algorithms.fake_quantize import fake_quantize
 from offline.algorithms.rotations import transform_input
 from offline.algorithms.sinks import DAMPENING_FRAC, Sinks
 from offline.formats import Site, Sites
-from offline.model.input_statistics import InputStatistics
+from offline.model.input_statistics import InputStatistics, WeightedRows
 from offline.model.source import Source
 from offline.recipe import Gptq, LearnedClips, Recipe
 from offline.stages.quantize_layer import LayerInputs, quantize_layer
@@ -34,15 +34,15 @@ def test_correction_is_the_least_sum_of_both_errors() -> None:
     generator = torch.Generator().manual_seed(0)
     exact, weight = torch.randn(5, 32, generator=generator), torch.randn(7, 32, generator=generator)
     rounded, inputs = exact.round(), torch.randn(400, 32, generator=generator)
-    hessian, sinks = inputs.T @ inputs, Sinks(exact, rounded)
+    hessian, sinks = inputs.T @ inputs, Sinks(exact, rounded, torch.tensor([3.0, 3, 1, 3, 0.5]))
     diagonal = hessian.diagonal() * 1.0
     diagonal += DAMPENING_FRAC * diagonal.mean()
 
     def loss(change: torch.Tensor) -> torch.Tensor:
         lost = (weight + change) @ rounded.T - weight @ exact.T
-        return 3 * lost.square().sum() + (change.square() * diagonal).sum()
+        return (sinks.weights * lost.square()).sum() + (change.square() * diagonal).sum()
 
-    found = sinks.correction(weight, hessian, 3).requires_grad_()
+    found = sinks.correction(weight, hessian).requires_grad_()
     loss(found).backward()
     assert found.grad is not None
     assert found.grad.abs().max() < 1e-3 * loss(torch.zeros_like(weight))
@@ -52,10 +52,10 @@ def test_correction_is_the_least_sum_of_both_errors() -> None:
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e12])
 def test_correction_is_finite_for_degenerate_inputs(value: float) -> None:
     rows = torch.full((3, 8), value)
-    sinks = Sinks(rows, rounded=0.9 * rows)
+    sinks = Sinks(rows, 0.9 * rows, torch.full((3,), 16.0))
     for hessian in (torch.zeros(8, 8), torch.eye(8), 1e20 * torch.eye(8)):
-        assert sinks.correction(torch.ones(4, 8), hessian, 16).isfinite().all()
-        assert sinks.added_to(hessian.clone(), 16).isfinite().all()
+        assert sinks.correction(torch.ones(4, 8), hessian).isfinite().all()
+        assert sinks.added_to(hessian.clone()).isfinite().all()
 
 
 @pytest.mark.parametrize("batches", [[96], [32, 64], [48, 16, 32]])
@@ -75,7 +75,9 @@ def test_statistics_leave_first_tokens_out_and_keep_them(batches: list[int], wei
     means = [one.subtract_mean("a", hessian) for one, hessian in zip((given, other), hessians, strict=True)]
     torch.testing.assert_close(means[0], means[1])
     torch.testing.assert_close(hessians[0], hessians[1], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(given.sinks()["a"], x[first] * scale - means[0])
+    rows, own = given.sinks()["a"]
+    torch.testing.assert_close(rows, x[first] * scale - means[0])
+    assert torch.equal(own, weights[first] if weighted else torch.ones(6))
     assert other.sinks() == {}
 
 
@@ -98,7 +100,7 @@ def test_outputs_of_first_tokens_are_the_sources_although_inputs_are_clipped(
         assert inputs.hessians is not None
         inputs.hessians[linears[0]] = others.T @ others
         if sink_weight:
-            inputs.sinks[linears[0]] = rows[linears[0]]
+            inputs.sinks[linears[0]] = WeightedRows(rows[linears[0]], torch.ones(SEQUENCES))
     tensors, _ = quantize_layer(inputs, used, shape, torch.float32)
     for site, linears in SITES.items():
         args = used.input_activations(site, shape, 0)

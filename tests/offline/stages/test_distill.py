@@ -14,7 +14,7 @@ from offline.formats import Site, SiteActivations, Sites
 from offline.model.source import Source
 from offline.presets import PRESETS
 from offline.progress import silent
-from offline.recipe import CalibrationSize, Distillation, KVCache, Psot, Recipe
+from offline.recipe import CalibrationSize, Distillation, Gptq, KVCache, Psot, Recipe
 from offline.stages.distill import final_hidden
 from offline.stages.fold import fold_layer
 from offline.stages.quantize_layer import LayerInputs, quantize_layer
@@ -35,6 +35,7 @@ def recipe(**changes: object) -> Recipe:
     small = {
         "calibration": CalibrationSize(sequences=6, sequence_length=64),
         "psot": Psot(steps=5),
+        "gptq": Gptq(),
         "distillation": TRAINED,
     }
     return PRESETS["fast"].model_copy(update=small | changes)
