@@ -11,7 +11,6 @@ WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=6
 FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip_ratio="search")
 EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip_ratio="search")
 CENTERED = Site(input_activations=SiteActivations(mean=True))
-CENTERED_KEYS = KVCache(key_mean_positions=2048)
 COMPENSATED_KEYS = KVCache(key_mean_positions=32_768, key_feedback=True)
 SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
 
@@ -25,7 +24,7 @@ def _distilled(name: str, sites: Sites) -> Recipe:
         rounding="gptq",
         gptq=Gptq(refinements=2, guided=True, sink_weight=1),
         sites=sites,
-        kv_cache=CENTERED_KEYS,
+        kv_cache=COMPENSATED_KEYS,
         calibration=CalibrationSize(sequences=96),
         psot=Psot(steps=1000),
         distillation=Distillation(),
@@ -45,7 +44,7 @@ PRESETS: dict[str, Recipe] = {
             rounding="gptq",
             gptq=Gptq(sink_weight=16),
             sites=Sites(qkv=CENTERED, gate_up=CENTERED),
-            kv_cache=CENTERED_KEYS,
+            kv_cache=COMPENSATED_KEYS,
         ),
         _distilled("best", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=FOUR)),
         _distilled("balanced", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=EIGHT)),
