@@ -16,6 +16,9 @@ from offline.algorithms.sinks import Sinks
 from offline.model.input_statistics import WeightedRows
 from offline.recipe import Gptq, KVCache, Recipe
 
+QKV = "qkv"
+"""The site whose outputs of first tokens every later token reads."""
+
 
 @dataclass
 class LayerInputs:
@@ -100,7 +103,8 @@ def quantize_sites(
             means = (weight @ shared_input.mean for weight in weights)
             tensors |= {f"{linear}.output_mean": mean for linear, mean in zip(linears, means, strict=True)}
         inputs = _input_tensors(site, layer.index, shared_input, recipe, shape)
-        sinks = _sinks(shared_input, inputs, recipe.input_activations(site, shape, layer.index), recipe.gptq)
+        factor = recipe.gptq.sink_weight if site == QKV else 1.0
+        sinks = _sinks(shared_input, inputs, recipe.input_activations(site, shape, layer.index), factor)
         args = recipe.site(site, layer.index).weights
         rounded = _quantize_weights(args, weights, shared_input, sinks, recipe.gptq)
         for linear, (part, error) in zip(linears, rounded, strict=True):
@@ -135,16 +139,16 @@ def _quantize_weights(
 
 
 def _sinks(
-    shared_input: _SiteInput, inputs: dict[str, torch.Tensor], args: ActivationArgs, rounding: Gptq
+    shared_input: _SiteInput, inputs: dict[str, torch.Tensor], args: ActivationArgs, factor: float
 ) -> Sinks | None:
-    """Return the inputs of first tokens as they are and as the server rounds them."""
+    """Return the inputs of first tokens as they are and as the server rounds them, their weights times `factor`."""
     if shared_input.sinks is None:
         return None
     rows, weights = shared_input.sinks
     exact = transform_input(rows, shared_input.transform, shared_input.tensors).contiguous()
     ratio = inputs.get("input_clip_ratio")
     rounded = exact if ratio is None else fake_quantize(exact, ratio.to(exact), args)
-    return Sinks(exact, rounded, rounding.sink_weight * weights)
+    return Sinks(exact, rounded, factor * weights)
 
 
 def _round(weight: torch.Tensor, hessian: torch.Tensor | None, args: WeightArgs, rounding: Gptq) -> QuantizedWeight:
