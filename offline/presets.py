@@ -22,7 +22,7 @@ def _distilled(name: str, sites: Sites) -> Recipe:
         transform="psot-shared",
         equalize=True,
         rounding="gptq",
-        gptq=Gptq(refinements=2, guided=True, sink_weight=1),
+        gptq=Gptq(refinements=2, guided=True),
         sites=sites,
         kv_cache=COMPENSATED_KEYS,
         calibration=CalibrationSize(sequences=96),
