@@ -87,7 +87,7 @@ class Engine:
         Raises EngineError with whatever vLLM raises.
         """
         options = DEFAULTS | {"max_logprobs": top} | options
-        return self._pool.submit(_run, str(model), batches, max_tokens, top, of_prompts, calls, options).result()
+        return self._pool.submit(run, str(model), batches, max_tokens, top, of_prompts, calls, options).result()
 
     def pool(self, model: Path, prompts: list[Tokens], task: str, **options: Any) -> list[list[Any]]:
         """Return what a pooling model makes of each prompt for one of vLLM's tasks; raises EngineError as `run`."""
@@ -98,15 +98,16 @@ class Engine:
 @contextmanager
 def running_engine() -> Iterator[Engine]:
     """An engine's process, ended with the block."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prepare) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare) as pool:
         yield Engine(pool)
 
 
-def _prepare() -> None:
-    os.environ.update(ENVIRONMENT)
+def prepare(**variables: str) -> None:
+    """Set the environment of a process that runs vLLM."""
+    os.environ.update(ENVIRONMENT | variables)
 
 
-def _run(
+def run(
     model: str,
     batches: tuple[list[Tokens], ...],
     max_tokens: int,
@@ -115,6 +116,7 @@ def _run(
     calls: Sequence[tuple[str, dict[str, Any]]],
     options: dict[str, Any],
 ) -> Run:
+    """Answer in this process; see Engine.run."""
     from vllm import SamplingParams
 
     with _serving(model, options) as llm:
@@ -147,17 +149,16 @@ def _serving(model: str, options: dict[str, Any]) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    gc.freeze()  # vLLM collects garbage seven times, among all that it has imported; a shutdown thaws it
     try:
         llm = LLM(model, **options)
     except Exception as error:
+        cleanup_dist_env_and_memory()
         raise EngineError(f"{type(error).__name__}: {error}") from None
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def _answer(output: Any) -> Answer:
