@@ -1,5 +1,6 @@
 """Fixtures of real models, made once and kept in `.demo/`; the order of tests; failure reports with server logs."""
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 
@@ -60,6 +61,13 @@ def windows(smollm2: Path) -> torch.Tensor:
     """English prose no model here was calibrated on: int64 [4 windows, 512 tokens]."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     return text_windows(str(language_reference()), tokenizer, len(tokenizer), 4, 512, seed=0)
+
+
+@pytest.fixture(scope="session")
+def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kernels that Triton has compiled in this run, of all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "triton-cache"
 
 
 @pytest.fixture(scope="session")
