@@ -12,25 +12,16 @@ from transformers import AutoTokenizer
 from benchmarks.common.models import language_reference, quantized, source_model
 from benchmarks.common.server import Server
 from offline.presets import PRESETS
-from offline.recipe import CalibrationSize
+from offline.recipe import CalibrationSize, Psot
 from offline.text import text_windows
 from tests.common.engine import Engine, running_engine
 
 LOG_TAIL = 3000
-LONGEST = ("triton/test_compiled", "server/test_equality", "offline/test_memory", "tests/server/", "tests/engine/")
+LONGEST = (
+    *("triton/test_compiled", "server/test_equality", "offline/test_memory", "offline/test_upcycled"),
+    *("tests/server/", "tests/engine/"),
+)
 """Files of tests by duration; the second makes the quantized model that other servers load."""
-
-EIGHT_BITS = """\
-name: control-8-bit
-transform: none
-rounding: rtn
-sites:
-  qkv: &token {weights: {num_bits: 8}, input_activations: {num_bits: 8}, clip_ratio: 1.0}
-  o: *token
-  gate_up: *token
-  down: *token
-kv_cache: {key_bits: 8, value_bits: 8, key_clip_ratio: 1.0, value_clip_ratio: 1.0}
-"""
 
 
 @pytest.fixture(scope="session")
@@ -41,19 +32,12 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def fast(smollm2: Path) -> Path:
-    """SmolLM2 at W4A4KV4 with the preset `fast` on an eighth of its calibration text, which is enough to serve it."""
-    short = PRESETS["fast"].model_copy(update={"calibration": CalibrationSize(sequences=32, sequence_length=128)})
+    """SmolLM2 at W4A4KV4 with the preset `fast`, in a tenth of its steps and calibration text, enough to serve it."""
+    update = {"calibration": CalibrationSize(sequences=24, sequence_length=128), "psot": Psot(steps=50)}
+    short = PRESETS["fast"].model_copy(update=update)
     recipe = smollm2.with_name("fast-short.yaml")
     recipe.write_text(short.dump())
     return quantized("fast-short", "--recipe", recipe)
-
-
-@pytest.fixture(scope="session")
-def eight_bits(smollm2: Path) -> Path:
-    """SmolLM2 at W8A8KV8: the same code paths with codes that near-ties do not upset."""
-    recipe = smollm2.with_name("control-8-bit.yaml")
-    recipe.write_text(EIGHT_BITS)
-    return quantized("control-8-bit", "--recipe", recipe)
 
 
 @pytest.fixture(scope="session")

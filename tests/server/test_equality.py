@@ -2,7 +2,7 @@
 
 Greedy text cannot test this: near-ties flip. Negative log-probabilities (NLL) of given text can. The
 model runs in float32, because logits in bf16 are 0.06 to 0.125 apart, far above what is asked here.
-Every test also runs on 8-bit codes in the same code paths, where the same limits are easier to hold.
+engine/test_bits.py has 8-bit codes, where the same limits are easier to hold.
 """
 
 from collections.abc import Iterator
@@ -21,17 +21,11 @@ TOP = 200
 ARGUMENTS = ("--dtype", "float32", "--max-model-len", "1024", "--max-logprobs", str(TOP))
 
 
-@pytest.fixture(scope="module", params=["fast", "eight_bits"])
-def checkpoint(request: pytest.FixtureRequest) -> Path:
-    folder: Path = request.getfixturevalue(request.param)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(fast: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("eager") / "server.log"
     chunks = ("--max-num-batched-tokens", str(STEP_TOKENS))
-    with serve(checkpoint, log, "--enforce-eager", *chunks, *ARGUMENTS) as running:
+    with serve(fast, log, "--enforce-eager", *chunks, *ARGUMENTS) as running:
         yield running
 
 
@@ -45,8 +39,8 @@ def mean_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().mean())
 
 
-def test_served_is_what_the_simulation_computes(checkpoint: Path, plain: Scores, windows: torch.Tensor) -> None:
-    model = load_simulated(checkpoint, torch.float32)
+def test_served_is_what_the_simulation_computes(fast: Path, plain: Scores, windows: torch.Tensor) -> None:
+    model = load_simulated(fast, torch.float32)
     with torch.no_grad():
         logits = torch.cat([model(window[None, :-1]).logits for window in windows]).double()
     simulated = scores_of(logits, windows)
@@ -77,8 +71,8 @@ def test_a_cached_prefix_says_the_same(server: Server, plain: Scores, windows: t
     assert mean_difference(torch.tensor(found, dtype=torch.float64), expected) <= 1e-3
 
 
-def test_compiled_says_what_eager_says(checkpoint: Path, plain: Scores, windows: torch.Tensor, tmp_path: Path) -> None:
-    with serve(checkpoint, tmp_path / "server.log", *ARGUMENTS) as compiled:
+def test_compiled_says_what_eager_says(fast: Path, plain: Scores, windows: torch.Tensor, tmp_path: Path) -> None:
+    with serve(fast, tmp_path / "server.log", *ARGUMENTS) as compiled:
         found = score(compiled, windows, top=1)
         with ThreadPoolExecutor(8) as pool:  # decoding, whose shapes are compiled apart from those of prompts
             after = list(pool.map(lambda length: next_nll(compiled, windows[0], length), range(64, 512, 16)))
