@@ -5,7 +5,7 @@ All models of a test run live one after another in one process, which imports vL
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,15 +96,15 @@ class Engine:
 
 
 @contextmanager
-def running_engine() -> Iterator[Engine]:
-    """An engine's process, ended with the block."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare) as pool:
+def running_engine(**variables: str) -> Iterator[Engine]:
+    """An engine's process with further environment variables, ended with the block."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare, initargs=(variables,)) as pool:
         yield Engine(pool)
 
 
-def prepare(**variables: str) -> None:
+def prepare(variables: Mapping[str, str]) -> None:
     """Set the environment of a process that runs vLLM."""
-    os.environ.update(ENVIRONMENT | variables)
+    os.environ.update({**ENVIRONMENT, **variables})
 
 
 def run(

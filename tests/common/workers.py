@@ -53,7 +53,7 @@ def running_workers() -> Iterator[Workers]:
 
 
 def _prepare(rank: int) -> None:
-    prepare(RANK=str(rank))
+    prepare({"RANK": str(rank)})
 
 
 def _run(port: int, *arguments: Any) -> Run:
