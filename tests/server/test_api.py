@@ -122,13 +122,14 @@ def test_the_cache_holds_more_than_three_and_a_half_times_the_tokens_of_bf16(ser
     assert server.kv_tokens() >= 3.55 * bf16_tokens
 
 
-def test_a_stopped_server_leaves_no_process(fast: Path, tmp_path: Path) -> None:
-    with serve(fast, tmp_path / "server.log", "--enforce-eager", "--max-model-len", "256") as running:
-        family = [running.process.pid, *(child.pid for child in psutil.Process(running.process.pid).children(True))]
-        began = time.monotonic()
+def test_a_stopped_server_leaves_no_process(server: Server) -> None:
+    """The last test of this server."""
+    family = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(True))]
+    began = time.monotonic()
+    server.stop()
     assert len(family) > 1
     assert time.monotonic() - began < GRACE_SECONDS  # it ended by itself and was not killed
-    assert running.process.returncode == 0
+    assert server.process.returncode == 0
     assert not [pid for pid in family if is_running(pid)]
 
 

@@ -47,12 +47,16 @@ def served(server: Server) -> torch.Tensor:
     return torch.tensor([choice.logprobs.token_logprobs[1:] for choice in answer.choices])
 
 
-@pytest.mark.parametrize(("workers", "engines"), [("--pipeline-parallel-size", 1), ("--data-parallel-size", 2)])
+@pytest.mark.parametrize(
+    ("workers", "engines"),
+    [(("--pipeline-parallel-size", "2"), 1), (("--data-parallel-size", "2", "--enforce-eager"), 2)],
+    ids=["stages", "engines"],
+)
 def test_two_workers_say_what_one_says(
-    workers: str, engines: int, checkpoint: Path, alone: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: tuple[str, ...], engines: int, checkpoint: Path, alone: torch.Tensor, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each worker asks for a NUMA node of its own
-    with serve(checkpoint, tmp_path / "server.log", *SERVED, workers, "2") as server:
+    bind = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each worker asks for a NUMA node of its own
+    with serve(checkpoint, tmp_path / "server.log", *SERVED, *workers, environment=bind) as server:
         difference = (served(server) - alone).abs()
         tokens = server.metrics("vllm:generation_tokens_total")
     print(f"|difference of log-probabilities| {difference.mean():.1e} on average, {difference.max():.1e} at most")
