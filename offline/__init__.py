@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Any
 from offline.errors import ToolError
 
 if TYPE_CHECKING:
+    from offline.goal import Budget
     from offline.output.report import Report
     from offline.pipeline import quantize
     from offline.presets import PRESETS
     from offline.recipe import Recipe, load_recipe
 
-__all__ = ["PRESETS", "Recipe", "Report", "ToolError", "load_recipe", "quantize"]
+__all__ = ["PRESETS", "Budget", "Recipe", "Report", "ToolError", "load_recipe", "quantize"]
 
 _HOMES = {
     "quantize": "offline.pipeline",
     "PRESETS": "offline.presets",
+    "Budget": "offline.goal",
     "Recipe": "offline.recipe",
     "load_recipe": "offline.recipe",
     "Report": "offline.output.report",

@@ -31,6 +31,7 @@ ROWS_PER_DRAW = 64  # rows whose probabilities are held at once, in float32
 COPIES_TO_SAMPLE = 2  # of the weights: as read, and in the model
 COPIES_TO_DISTILL = 2  # of the weights: the student's and the source's
 DISTILL_ACTIVATIONS = 14  # tensors of hidden size, and half as many of intermediate size, kept per layer for gradients
+KL_POSITIONS, KL_CHUNK = 1024, 64  # positions whose predictions are kept to measure KL, and computed at once
 COPIES_OF_LOGITS = 4  # logits, probabilities to draw from, and what their gradient takes
 CLIP_ACTIVATIONS = 20  # tensors of hidden and of intermediate size kept for the gradients of clips
 ROTATION_STEP_MATRICES = 15  # hidden x hidden float32 matrices held by a step of `learn_rotation`
@@ -76,6 +77,8 @@ class Plan(BaseModel):
     hidden_states_on_disk: bool
     sites: dict[str, SitePlan]
     stages: list[StagePlan]
+    bits_per_weight: tuple[float, float] | None
+    """The least and the most that a budget may choose; sizes are those of its base."""
     shards: int
     disk_bytes: int
     memory_bytes: int
@@ -83,9 +86,18 @@ class Plan(BaseModel):
 
 
 def make_plan(
-    source: Source, recipe: Recipe, specs: Mapping[str, TensorSpec], calibration: str, shard_bytes: int, disk_bytes: int
+    source: Source,
+    recipe: Recipe,
+    specs: Mapping[str, TensorSpec],
+    calibration: str,
+    shard_bytes: int,
+    disk_bytes: int,
+    bits: tuple[float, float] | None = None,
 ) -> Plan:
-    """Plan a run that writes the tensors `specs`, `disk_bytes` in all, in shards of `shard_bytes`."""
+    """Plan a run that writes the tensors `specs`, `disk_bytes` in all, in shards of `shard_bytes`.
+
+    bits: the least and most bits per weight that a budget may choose; None: the recipe is what it is
+    """
     sites = {name: _site(site, source.shape, recipe, specs) for name, site in source.shape.kinds_of_sites.items()}
     layer = FLOAT32 * sum(site.rows * site.columns for site in sites.values())
     size = recipe.calibration
@@ -94,6 +106,9 @@ def make_plan(
     hidden = FLOAT32 * tokens * source.shape.hidden_size if recipe.reads_layers else 0
     hidden *= 1 if source.shape.experts is None else 2  # inputs of the experts are kept beside them
     stages = _stages(source, recipe, calibration, sites, layer, batch, _in_memory(hidden))
+    if bits is not None:
+        needed = held_bytes() + layer + batch + sensitivity_bytes(source)
+        stages.insert(-1, StagePlan(name="sensitivity", memory_bytes=needed))
     return Plan(
         layers=source.shape.num_hidden_layers,
         experts=source.shape.num_experts,
@@ -105,14 +120,20 @@ def make_plan(
         stages=stages,
         shards=len(plan_shards(specs, shard_bytes)),
         disk_bytes=disk_bytes,
+        bits_per_weight=bits,
         memory_bytes=max(stage.memory_bytes for stage in stages),
         memory_bound_bytes=int(BOUND_FACTOR * (layer + batch)) + _packed_experts(source.shape, sites) + BOUND_BYTES,
     )
 
 
-def check_memory(source: Source, recipe: Recipe, calibration: str) -> None:
+def check_memory(source: Source, recipe: Recipe, calibration: str, has_budget: bool) -> None:
     """Refuse a run with a stage that holds the whole model and needs more memory than is free."""
     free = psutil.virtual_memory().available
+    if has_budget and sensitivity_bytes(source) > free:
+        raise ToolError(
+            f"{source.folder}: a budget measures KL, which holds the whole model, about "
+            f"{sensitivity_bytes(source) / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free; use a preset"
+        )
     if recipe.needs_calibration and samples_itself(calibration):
         needed = _sampling_bytes(source, recipe.calibration)
         if needed > free:
@@ -206,6 +227,13 @@ def _sampling_bytes(source: Source, size: CalibrationSize) -> int:
     cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * rows * size.sequence_length
     values = COPIES_TO_SAMPLE * _parameters(shape) + cache + rows * shape.vocab_size
     return sampling_dtype().itemsize * values + FLOAT32 * 2 * min(rows, ROWS_PER_DRAW) * shape.vocab_size
+
+
+def sensitivity_bytes(source: Source) -> int:
+    """Bytes to measure what formats cost: the weights in float32, and predictions at some positions."""
+    return FLOAT32 * (
+        _parameters(source.shape) + (KL_POSITIONS + COPIES_OF_LOGITS * KL_CHUNK) * source.shape.vocab_size
+    )
 
 
 def _guiding_bytes(source: Source, size: CalibrationSize) -> int:

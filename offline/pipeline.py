@@ -10,7 +10,10 @@ import torch
 
 from infoquant_vllm.format import Checkpoint, FormatError
 from offline.algorithms.rotations import Transforms, orthogonality_error
+from offline.budget import apply_budget, check_budget
+from offline.budget_problem import Problem
 from offline.errors import ToolError
+from offline.goal import Budget
 from offline.memory import check_memory, make_plan
 from offline.model.copied_files import copied_files, copy_files
 from offline.model.source import Source
@@ -53,6 +56,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
+    budget: Budget | None = None,
     shard_bytes: int = SHARD_BYTES,
     log: str | Path | None = None,
     progress: ProgressReport | None = None,
@@ -73,6 +77,8 @@ def quantize(
             run; the bytes are those of an uninterrupted run.
         dry_run: check everything and compute sizes and memory (see `make_plan`), but write nothing. The source may
             be a config.json without weights.
+        budget: choose the formats of each layer by it (see `Budget`); preset or recipe are the base, whose speed
+            class stays.
         shard_bytes: largest size of an output file, unless one tensor is larger.
         log: file that gets a line of JSON for every step (see `JsonLog`).
         progress: called for every step; None draws bars on standard error.
@@ -81,7 +87,10 @@ def quantize(
     """
     output, chosen = Path(output), _recipe(preset, recipe, max_tp_size)
     model, devices = Source.open(source, headers_only=dry_run), _devices(device)
+    if budget is not None:
+        check_budget(chosen, model)
     marks = fingerprint(model, chosen, calibration, seed, devices[0]) if resume else {}
+    marks |= {"budget": budget.goal} if resume and budget is not None else {}
     if resume and finished_before(output, marks):
         return Report.model_validate_json((output / REPORT_FILE).read_text(encoding="utf-8"))
     check_output(output, model.folder, overwrite)
@@ -90,6 +99,7 @@ def quantize(
     try:
         config = chosen.quantization_config(model.shape)
         specs = checkpoint_specs(model, config)
+        bits = None if budget is None else Problem(model, chosen, budget).check()
     except FormatError as error:
         raise ToolError(f"recipe '{chosen.name}' does not suit {model.folder}: {error}") from None
     figures = Report(
@@ -101,9 +111,9 @@ def quantize(
         **checkpoint_sizes(model, config, specs),
     )
     if dry_run:
-        plan = make_plan(model, chosen, specs, calibration, shard_bytes, figures.total_bytes)
+        plan = make_plan(model, chosen, specs, calibration, shard_bytes, figures.total_bytes, bits)
         return figures.model_copy(update={"plan": plan})
-    check_memory(model, chosen, calibration)
+    check_memory(model, chosen, calibration, budget is not None)
     check_writable(output)
     check_space(output, figures.total_bytes * (2 if resume else 1))
     events = None if log is None else JsonLog(Path(log))
@@ -114,8 +124,13 @@ def quantize(
         store = Store(resume_folder(output), persistent=True) if resume else Store(partial / "work")
         reports = shown if events is None else both(shown, events.progress)
         run = Run(model, chosen, config, seed, devices, reports, store, events)
-        writer = Writer(partial, specs, shard_bytes, model.shape.norm_offset)
-        return _write_checkpoint(run, writer, figures, calibration, output.name)
+        tokens = _calibration(run, calibration) if chosen.needs_calibration else None
+        transforms = _transforms(run, tokens)
+        if budget is not None and tokens is not None:
+            figures = _chosen(run, budget, tokens, transforms, figures)
+            check_space(output, figures.total_bytes * (2 if resume else 1))
+        writer = Writer(partial, checkpoint_specs(model, run.config), shard_bytes, model.shape.norm_offset)
+        return _write_checkpoint(run, writer, figures, tokens, transforms, output.name)
 
 
 def _recipe(preset: str, recipe: Recipe | str | Path | None, max_tp_size: int | None) -> Recipe:
@@ -128,9 +143,21 @@ def _recipe(preset: str, recipe: Recipe | str | Path | None, max_tp_size: int | 
     return chosen.model_copy(update={"max_tp_size": max_tp_size})
 
 
-def _write_checkpoint(run: Run, writer: Writer, figures: Report, calibration: str, name: str) -> Report:
-    tokens = _calibration(run, calibration) if run.recipe.needs_calibration else None
-    transforms = _transforms(run, tokens)
+def _chosen(run: Run, budget: Budget, tokens: torch.Tensor, transforms: Transforms | None, figures: Report) -> Report:
+    """Give the run the recipe that keeps the budget; return the report with its sizes."""
+    found = apply_budget(run, budget, tokens, transforms)
+    sizes = checkpoint_sizes(run.source, run.config, checkpoint_specs(run.source, run.config))
+    return figures.model_copy(update=sizes | {"recipe": run.recipe.name, "budget": found})
+
+
+def _write_checkpoint(
+    run: Run,
+    writer: Writer,
+    figures: Report,
+    tokens: torch.Tensor | None,
+    transforms: Transforms | None,
+    name: str,
+) -> Report:
     if transforms is not None and transforms.residual is not None:
         run.orthogonality_errors["residual"] = orthogonality_error(transforms.residual)
     for tensor_name, tensor in fold_embeddings(run.source, transforms):

@@ -34,6 +34,21 @@ def quantize(
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file to use instead of a preset.")] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Choose the formats of each layer with so many bits per weight; the preset is their base."),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="The same with the fewest bytes at so much KL to the source, in nats per token."),
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="The same with the least KL in a memory such as 24GB, with --context."),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Tokens that the KV cache holds then, such as 64k.")
+    ] = None,
     calibration: Annotated[
         str,
         typer.Option(
@@ -84,12 +99,15 @@ def quantize(
       infoquant quantize ./model ./model-w4a4kv4
 
       infoquant quantize ./model ./model-w4a4kv4 --preset quarot --calibration notes.txt
+
+      infoquant quantize ./model ./model-24gb --preset balanced --fit 24GB --context 64k
     """
     if preset is not None and recipe is not None:
         raise typer.BadParameter("give --preset or --recipe, not both", param_hint="--preset")
     with refusals():
         import offline
         from offline.cli.tables import print_report
+        from offline.goal import read_budget
 
         report = offline.quantize(
             source,
@@ -105,6 +123,7 @@ def quantize(
             shard_bytes=int(shard_size * 1e9),
             log=log_json,
             dry_run=dry_run,
+            budget=read_budget(target_bits, max_kl, fit, context),
         )
         show(report, lambda report: print_report(report, output), as_json)
         if check and not dry_run:

@@ -1,5 +1,6 @@
 """Print results as tables on standard output."""
 
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from offline.evaluate.saved_scores import score_table
 from offline.evaluate.tasks import TaskEvaluation
 from offline.evaluate.verify import Verification
 from offline.memory import Plan
-from offline.output.report import Report
+from offline.output.report import BudgetReport, Report
 
 
 def print_report(report: Report, output: Path) -> None:
@@ -28,6 +29,8 @@ def print_report(report: Report, output: Path) -> None:
     console = Console()
     console.print(table)
     console.print(f"recipe {report.recipe}, {report.bits_per_weight:.2f} bits per weight, seed {report.seed}")
+    if report.budget is not None:
+        _print_budget(console, report.budget)
     if report.plan is not None:
         _print_plan(console, report.plan)
     dealt = [count for counts in report.expert_tokens.values() for count in counts if count[1]]
@@ -39,6 +42,21 @@ def print_report(report: Report, output: Path) -> None:
         )
     if not report.dry_run:
         console.print(f"{report.calibration_tokens} calibration tokens, {sum(report.seconds.values()):.0f} s")
+
+
+def _print_budget(console: Console, budget: BudgetReport) -> None:
+    """Print how many layers have each format, and the predicted KL."""
+    table = Table("site", "weights", "inputs", "layers", title=f"chosen for {budget.goal}")
+    for site, layers in budget.sites.items():
+        for (weights, inputs), count in Counter((own.weights, own.inputs) for own in layers).items():
+            table.add_row(site, weights, inputs, str(count))
+    console.print(table)
+    keys, values = budget.cache_bits
+    console.print(
+        f"predicted KL {budget.kl:.4g} nats per token at {budget.bits_per_weight:.3f} bits per weight; "
+        f"{budget.base} {budget.base_kl:.4g} at {budget.base_bits_per_weight:.3f}; lm_head {budget.lm_head_bits} bits, "
+        f"keys {keys}, values {values}"
+    )
 
 
 def _print_plan(console: Console, plan: Plan) -> None:
@@ -56,6 +74,11 @@ def _print_plan(console: Console, plan: Plan) -> None:
         stages.add_row(stage.name, f"{stage.memory_bytes / 1e9:.2f}")
     stages.add_row("peak", f"{plan.memory_bytes / 1e9:.2f}", style="bold")
     console.print(stages)
+    if plan.bits_per_weight is not None:
+        least, most = plan.bits_per_weight
+        console.print(
+            f"sizes are those of the base; a budget chooses {least:.3f} to {most:.3f} bits per weight, by measured KL"
+        )
     where = "on disk" if plan.hidden_states_on_disk else "in memory"
     console.print(
         f"one layer in float32: {plan.layer_float32_bytes / 1e9:.2f} GB; one batch of activations: "

@@ -4,9 +4,9 @@ import math
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from infoquant_vllm.format import (
     KVCacheArgs,
@@ -15,12 +15,48 @@ from infoquant_vllm.format import (
     TensorSpec,
     kv_bytes_per_token_head,
 )
+from offline.formats import SiteName
 from offline.memory import Plan
 from offline.model.source import Source
 from offline.output.sentence_modules import projection_bytes
 from offline.output.shards import spec_bytes
 
 REPORT_FILE = "infoquant_report.json"
+FormatWords = Annotated[str, Field(pattern=r"^[a-z0-9 ,]{1,40}$")]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ChosenSite(BaseModel):
+    """Formats that a budget chose for one site of a layer, in words, and the KL that they are predicted to cost."""
+
+    model_config = ConfigDict(frozen=True)
+
+    weights: FormatWords
+    inputs: FormatWords
+    kl: Amount
+
+
+class BudgetReport(BaseModel):
+    """What a budget chose. KL is predicted, in nats per token, of what is rounded before distillation.
+
+    curve: bits per weight and KL of the best choices, from the fewest bits to the most
+    uniform: the same with one format of weights in all layers
+    sites: by site and layer
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    base: str
+    goal: str
+    kl: Amount
+    base_kl: Amount
+    bits_per_weight: Amount
+    base_bits_per_weight: Amount
+    lm_head_bits: int
+    cache_bits: tuple[int, int]
+    curve: list[tuple[Amount, Amount]]
+    uniform: dict[FormatWords, tuple[Amount, Amount]]
+    sites: dict[SiteName, list[ChosenSite]]
 
 
 class Report(BaseModel):
@@ -48,6 +84,8 @@ class Report(BaseModel):
     """Largest entry of |Q^T Q - I| over the rotations of each layer, and of R1 under "residual"."""
     expert_tokens: dict[str, list[tuple[int, int]]] = {}
     """By layer and expert: the calibration tokens that the router sent to it, and others that were dealt to it."""
+    budget: BudgetReport | None = None
+    """What a budget chose, None where a preset or a recipe decided."""
     seconds: dict[str, float] = {}
     """Wall time by stage."""
     plan: Plan | None = None

@@ -7,6 +7,7 @@ from infoquant_vllm.format import Checkpoint, ModelShape, QuantizationConfigData
 ROWS_AT_A_TIME = 8192
 """Rows that are rounded at once; bounds peak memory."""
 SMALLEST_SCALE = 1e-12
+LARGEST_CODE = 127
 
 
 def quantize_lm_head(
@@ -20,13 +21,22 @@ def quantize_lm_head(
     scheme = config.lm_head_scheme
     if scheme is None or name != f"{shape.lm_head_module}.weight":
         return {name: tensor}
-    largest = 2 ** (scheme.weights.num_bits - 1) - 1
     codes, scales = [], []
     for rows in tensor.split(ROWS_AT_A_TIME):
-        scale = (rows.float().abs().amax(1, keepdim=True) / largest).clamp(min=SMALLEST_SCALE)
+        scale = _scale(rows)
         codes.append(pack_codes(torch.round(rows.float() / scale), scheme.weights.num_bits, signed=True))
         scales.append(scale)
     return {f"{name}_packed": torch.cat(codes), f"{name}_scale": torch.cat(scales)}
+
+
+def rounded_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the values of an lm_head [vocab_size, hidden_size] float32 after rounding to 8 bits."""
+    scale = _scale(matrix)
+    return torch.round(matrix / scale) * scale
+
+
+def _scale(rows: torch.Tensor) -> torch.Tensor:
+    return (rows.float().abs().amax(1, keepdim=True) / LARGEST_CODE).clamp(min=SMALLEST_SCALE)
 
 
 def dequantized_lm_head(checkpoint: Checkpoint) -> torch.Tensor:

@@ -27,8 +27,7 @@ def weigh_tokens(run: Run, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         return run.store.load(KEPT)
     with run.watch(KEPT):
         weights = {name: _weights(energy, name) for name, energy in _gradient_energies(run, tokens).items()}
-    if run.store.persistent:
-        run.store.save(KEPT, weights)
+    run.store.save(KEPT, weights)  # not only to resume: a budget's measurement reads them too
     return weights
 
 
