@@ -201,7 +201,7 @@ class Problem:
         need = self._budget.fit + (self._room().used(least) - self._room().most) / (1 - RESERVE)
         return ToolError(
             f"--fit {self._budget.fit / 1e9:g} GB: weights and a cache of {self._budget.context} tokens need "
-            f"{need / 1e9:.2f} GB at least, of which {RESERVE:.0%} stay free; ask for less context"
+            f"{need / 1e9:.3g} GB at least, of which {RESERVE:.0%} stay free; ask for less context"
         )
 
     def _curve(self, costs: Amounts) -> list[tuple[float, float]]:
