@@ -18,7 +18,7 @@ from offline.evaluate.passages import OWN_TEXT, PASSAGES
 from offline.evaluate.saved_scores import read_evaluations, score_table
 from offline.model.source import Source, read_tokenizer
 from offline.output.atomic import atomic_file, check_writable
-from offline.output.report import Report
+from offline.output.report import BudgetReport, Report
 from offline.progress import ProgressReport, silent
 from offline.text import encode_texts, text_windows
 
@@ -70,6 +70,8 @@ def make_page(
     name = checkpoint_folder.name
     factors = clips(checkpoint)
     context = _texts(name, checkpoint, inspection, records, summary) | _pictures(checkpoint, found, summary, factors)
+    budget = None if records is None else records.budget
+    context |= {"budget": budget, "pareto": None if budget is None else _pareto(budget)}
     context["scores"] = score_table(evaluations) if (evaluations := read_evaluations(checkpoint_folder)) else None
     context["clips"] = {site: [own.mean(0).tolist() for own in by_layer] for site, by_layer in factors.items()}
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
@@ -148,6 +150,12 @@ def _pictures(
         "error_maps": plots.to_svg(plots.error_maps(errors)),
         "clip_ratios": plots.to_svg(plots.clip_ratios(factors)) if factors else None,
     }
+
+
+def _pareto(budget: BudgetReport) -> str:
+    from offline.evaluate.page import plots
+
+    return plots.to_svg(plots.pareto(budget))
 
 
 def _check_matplotlib() -> None:

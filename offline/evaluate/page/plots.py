@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from offline.evaluate.page.distribution import BINS, BINS_PER_RMS, HISTOGRAM_LIMIT, LEVELS, SiteFigures
 from offline.evaluate.page.measure import Measurement
 from offline.evaluate.page.summary import LABELS
+from offline.output.report import BudgetReport
 
 BEFORE, AFTER, LEVEL = "#D55E00", "#0072B2", "#555555"
 """Vermillion and blue of Okabe and Ito, a palette for the color-blind."""
@@ -155,6 +156,22 @@ def clip_ratios(clips: dict[str, list[torch.Tensor]]) -> Figure:
         grid[0][0].set_ylim(smallest - 0.05, 1.03)
         grid[0][0].set_ylabel("clip ratio")
         _legend(figure, grid[0][0])
+    return figure
+
+
+def pareto(budget: BudgetReport) -> Figure:
+    """Plot predicted KL against bits per weight: the best choices, one format everywhere, and what was chosen."""
+    with _grid(1, 1, 3.2) as (figure, ((ax,),)):
+        ax.plot(*zip(*budget.curve, strict=True), color=AFTER, lw=1.4, marker=".", label="formats chosen by layer")
+        points = list(budget.uniform.values())
+        ax.plot(*zip(*points, strict=True), color=BEFORE, ls="", marker="s", ms=4, label="one format of weights")
+        for words, point in budget.uniform.items():
+            ax.annotate(words, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        ax.plot(budget.bits_per_weight, budget.kl, color=LEVEL, ls="", marker="*", ms=12, label="this checkpoint")
+        ax.set_xlabel("bits per weight of the linear layers, with scales")
+        ax.set_ylabel("predicted KL,\nnats per token")
+        ax.set_ylim(bottom=0)
+        _legend(figure, ax)
     return figure
 
 

@@ -277,6 +277,57 @@ def test_hostile_records_stay_text(plain: Path, tmp_path: Path) -> None:
     assert "<h1>a&lt;b&gt;&amp;c</h1>" in text
 
 
+def budget_records(**changes: object) -> dict[str, object]:
+    site = {"weights": "4 bits, groups of 32", "inputs": "4 bits", "kl": 0.0125}
+    found = {
+        "base": "fast",
+        "goal": "4.5 bits per weight",
+        "kl": 0.1,
+        "base_kl": 0.15,
+        "bits_per_weight": 4.49,
+        "base_bits_per_weight": 4.07,
+        "lm_head_bits": 16,
+        "cache_bits": [4, 4],
+        "curve": [[4.07, 0.14], [4.49, 0.1], [8.07, 0.08]],
+        "uniform": {"4 bits": [4.07, 0.15], "8 bits": [8.07, 0.09]},
+        "sites": {key: [site, site | {"weights": "8 bits"}] for key in SITES[:4]},
+    }
+    return found | changes
+
+
+def with_budget(plain: Path, folder: Path, **changes: object) -> Path:
+    shutil.copytree(plain, folder)
+    report = json.loads((folder / "infoquant_report.json").read_text()) | {"budget": budget_records(**changes)}
+    (folder / "infoquant_report.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_page_of_a_budget_shows_its_formats_and_the_curve(plain: Path, tmp_path: Path) -> None:
+    make_page(with_budget(plain, tmp_path / "budget", goal=HOSTILE[:-1]))
+    text = (tmp_path / "budget-report.html").read_text()
+    assert 'id="budget"' in text
+    assert text.count("<img ") == 5 + len(SITES)
+    assert "predicted KL 0.1000 nats per token at 4.490 bits per weight, of the base 0.1500 at 4.070" in text
+    assert text.count("<td>8 bits</td>") == 4
+    assert "<script" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"uniform": {"$x$": [4.0, 0.1]}}, r"budget\.uniform"),
+        ({"curve": [[4.0, math.nan]]}, r"budget\.curve"),
+        ({"sites": {"<b>": []}}, r"budget\.sites"),
+        ({"sites": {"qkv": [{"weights": "<b>", "inputs": "4 bits", "kl": 1.0}]}}, r"budget\.sites\.qkv\.0\.weights"),
+    ],
+)
+def test_a_budget_of_another_kind_is_refused(
+    plain: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ToolError, match=message):
+        make_page(with_budget(plain, tmp_path / "budget", **changes))
+
+
 def test_records_of_another_kind_are_refused(plain: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain, tmp_path / "checkpoint"))
     (folder / "infoquant_report.json").write_text('{"errors": "none"}')
