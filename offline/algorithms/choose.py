@@ -8,10 +8,11 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-RELATIVE_GAP = 1e-5
-"""Share by which the objective may be above its lower bound."""
-MAX_NODES = 100_000
-"""Nodes of branch and bound, after which the best choice so far counts: a limit of time would depend on the machine."""
+OPTIONS = {
+    "mip_rel_gap": 1e-5,  # share by which the objective may be above its lower bound
+    "node_limit": 100_000,  # after which the best choice so far counts: a limit of time would depend on the machine
+    "presolve": False,  # whose HiGHS 1.12 writes to standard output, where --json has its result
+}
 OBJECTIVE_SCALE = 1e4
 """Sum of the scaled objective, far above the solver's absolute tolerance of 1e-6."""
 
@@ -63,7 +64,7 @@ def _solve(objective: Amounts, limits: Sequence[Limit], most: Sequence[float]) -
         integrality=np.ones(len(costs)),
         bounds=Bounds(0, 1),
         constraints=constraints,
-        options={"mip_rel_gap": RELATIVE_GAP, "node_limit": MAX_NODES},
+        options=OPTIONS,
     )
     if found.x is None:
         return None

@@ -123,12 +123,10 @@ class _Measurement:
         module, _ = self._hidden.copy_layer()
         module.load_state_dict(inputs.state, assign=True)
         rotary = self._hidden.rotary(entering.shape[1])
-        config, state = run.config, inputs.state
         sites = [
-            LayerSite(site, inputs, own, config.scheme(f"model.layers.{layer}.{SITES[site][0]}"))
+            LayerSite(site, inputs, own, run.config.scheme(f"model.layers.{layer}.{SITES[site][0]}"))
             for site, own in self._choices.items()
         ]
-        inputs.state = dict(state)
         tensors, _ = quantize_layer(inputs, run.recipe, run.source.shape, torch.float32)
         self._later.skip(layer)
         self._through_quantized(layer, module, tensors, rotary)

@@ -49,3 +49,11 @@ def test_groups_may_have_other_numbers_of_options() -> None:
 def test_without_limits_each_group_has_its_cheapest_option() -> None:
     costs, _, _ = drawn(1, 50, 5)
     assert choose(costs, []) == [min(range(5), key=own.__getitem__) for own in costs]
+
+
+def test_nothing_is_written_to_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    for seed in range(5):
+        costs, sizes, bits = drawn(seed, 200, 4)
+        most = sum(own[1] for own in sizes)
+        assert choose(costs, [Limit(sizes, most), Limit(bits, 1150)]) is not None
+    assert capfd.readouterr().out == ""
