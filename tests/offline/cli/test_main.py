@@ -276,3 +276,22 @@ def test_sample_creates_the_folder_of_its_file(source: Path, tmp_path: Path) -> 
     file = tmp_path / "new" / "tokens.safetensors"
     assert infoquant("sample", source, file, "--sequences", 1, "--length", 8).exit_code == 0
     assert file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--target-bits", 4.5, "--max-kl", 0.1],
+            "--target-bits and --max-kl: give one of --target-bits, --max-kl, --fit",
+        ),
+        (["--fit", "24GB"], "--context, the tokens that the KV cache holds, goes with --fit"),
+        (["--context", "64k"], "no budget: give one of --target-bits, --max-kl, --fit"),
+        (["--fit", "much", "--context", "64k"], "--fit is 'much', expected a number"),
+        (["--target-bits", 5, "--preset", "kv4"], "a budget does not go with rounding 'none'"),
+        (["--target-bits", 3.5, "--dry-run"], "--target-bits 3.5: the least that these formats reach is 4."),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(source: Path, options: list[object], message: str) -> None:
+    refused(message, "quantize", source, source.with_name("none"), *options)
+    assert not source.with_name("none").exists()
