@@ -72,7 +72,8 @@ def gemm_kernel(
     A segment has `features` and takes `steps`. A program does all segments, or with SPLITS, their number in a segment,
     split_steps of one: then out is int32 [splits, M, N].
     """
-    tile_n, tile_m = _tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), BAND)
+    ROWS: tl.constexpr = 2 if INT16 else 1
+    tile_n, tile_m = banded(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), BAND)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n_mask, m_mask = n < N, m < M
@@ -92,28 +93,51 @@ def gemm_kernel(
     else:
         sums = weight_sums(weight_ptr, N, weight_stride)
         scales = Scales(scale_ptr, zp_offset_ptr, sums_ptr, sums, weight_zero_ptr)
-        grouped: tl.constexpr = word_ptr is not None
-        if SEGMENTS == 1:
-            for step in tl.range(0, steps):
-                total = _multiply(total, weight_rows, values_rows, words, N, step, WEIGHT_BITS, BLOCK_K, RUN)
-            out = scale_segment(tl.trans(total), 0, tile, scales, features, WEIGHT_BITS, grouped)
-        else:
-            out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for segment in tl.range(0, SEGMENTS):
-                part = total
-                for step in tl.range(segment * steps, (segment + 1) * steps):
-                    part = _multiply(part, weight_rows, values_rows, words, N, step, WEIGHT_BITS, BLOCK_K, RUN)
-                out += scale_segment(tl.trans(part), segment, tile, scales, features, WEIGHT_BITS, grouped)
-        finish(out, tile_m * BLOCK_M, tile, weight_scale_ptr, bias_ptr, out_ptr, BLOCK_M, INT16)
+        out = multiply_segments(
+            weight_rows, values_rows, words, tile, scales, steps, features, SEGMENTS, WEIGHT_BITS, BLOCK_K, RUN
+        )
+        row = tile_m * (BLOCK_M // ROWS) + tl.arange(0, BLOCK_M // ROWS)
+        finish(out, row, row < M // ROWS, tile, weight_scale_ptr, bias_ptr, out_ptr, INT16)
 
 
 @triton.jit
-def _tile(index, tiles_n, tiles_m, BAND: tl.constexpr):
+def banded(index, tiles_n, tiles_m, BAND: tl.constexpr):
     """Order tiles in bands of BAND rows of tokens, so that concurrent programs share operands in the L2 cache."""
     per_band = BAND * tiles_n
     first = index // per_band * BAND
     height = tl.minimum(tiles_m - first, BAND)
     return index % per_band // height, first + index % per_band % height
+
+
+@triton.jit
+def multiply_segments(
+    weight_rows,
+    values_rows,
+    words,
+    tile,
+    scales,
+    steps,
+    features,
+    SEGMENTS: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Multiply all segments and return the sum of their scaled products, [tokens, channels] float32."""
+    GROUPED: tl.constexpr = words is not None
+    total = tl.zeros((weight_rows.shape[0], values_rows.shape[1]), tl.int32)
+    if SEGMENTS == 1:
+        for step in tl.range(0, steps):
+            total = _multiply(total, weight_rows, values_rows, words, tile.N, step, WEIGHT_BITS, BLOCK_K, RUN)
+        out = scale_segment(tl.trans(total), 0, tile, scales, features, WEIGHT_BITS, GROUPED)
+    else:
+        out = tl.zeros((values_rows.shape[1], weight_rows.shape[0]), tl.float32)
+        for segment in tl.range(0, SEGMENTS):
+            part = total
+            for step in tl.range(segment * steps, (segment + 1) * steps):
+                part = _multiply(part, weight_rows, values_rows, words, tile.N, step, WEIGHT_BITS, BLOCK_K, RUN)
+            out += scale_segment(tl.trans(part), segment, tile, scales, features, WEIGHT_BITS, GROUPED)
+    return out
 
 
 @triton.jit
@@ -189,7 +213,9 @@ def split_k_reduce_kernel(
         for split in tl.static_range(SPLITS):
             total += tl.load(rows + (segment * SPLITS + split) * M.to(tl.int64) * N, mask, other=0)
         out += scale_segment(total, segment, tile, scales, features, WEIGHT_BITS, word_ptr is not None)
-    finish(out, first, tile, weight_scale_ptr, bias_ptr, out_ptr, BLOCK_M, INT16)
+    ROWS: tl.constexpr = 2 if INT16 else 1
+    row = first // ROWS + tl.arange(0, BLOCK_M // ROWS)
+    finish(out, row, row < M // ROWS, tile, weight_scale_ptr, bias_ptr, out_ptr, INT16)
 
 
 @triton.jit
@@ -226,19 +252,17 @@ def scale_segment(total, segment, tile, scales, features, WEIGHT_BITS: tl.conste
 
 
 @triton.jit
-def finish(out, first, tile, weight_scale_ptr, bias_ptr, out_ptr, BLOCK_M: tl.constexpr, INT16: tl.constexpr):
-    """Scale out float32 [BLOCK_M rows from `first` on, channels] per channel, add the bias, and store it.
+def finish(out, row, row_mask, tile, weight_scale_ptr, bias_ptr, out_ptr, INT16: tl.constexpr):
+    """Scale out float32 [tokens, channels] per channel, add the bias, and store it in rows `row` of out_ptr.
 
-    Operations round in the reference's order. With INT16 rows 2t and 2t + 1 are the high and the low bytes of token t,
-    and are added.
+    Operations round in the reference's order. With INT16 tokens 2i and 2i + 1 of `out` are the high and the low bytes
+    of row[i], and are added.
     """
     out *= tl.load(weight_scale_ptr + tile.n, tile.n_mask, other=0)[None, :]
-    ROWS: tl.constexpr = 2 if INT16 else 1
     if INT16:
-        out = tl.sum(tl.reshape(out, (BLOCK_M // 2, 2, out.shape[1])), 1)
+        out = tl.sum(tl.reshape(out, (out.shape[0] // 2, 2, out.shape[1])), 1)
     if bias_ptr is not None:
         out += tl.load(bias_ptr + tile.n, tile.n_mask, other=0).to(tl.float32)[None, :]
-    token = first // ROWS + tl.arange(0, BLOCK_M // ROWS)
-    target = token.to(tl.int64)[:, None] * tile.N + tile.n[None, :]
+    target = row.to(tl.int64)[:, None] * tile.N + tile.n[None, :]
     out = narrow(out, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + target, out, (token < tile.M // ROWS)[:, None] & tile.n_mask[None, :])
+    tl.store(out_ptr + target, out, row_mask[:, None] & tile.n_mask[None, :])

@@ -55,12 +55,21 @@ def gemm(
     if made.splits > 1:
         partial = torch.empty((made.splits, rows, channels), dtype=torch.int32, device=out.device)
     gemm_kernel[made.programs * -(-rows // made.tile.block_m), made.splits](
-        *codes, *weight, bias, partial, rows, *made.sizes, **made.constants
+        *codes, *weight, bias, partial, rows, *made.sizes, SPLITS=made.tile.splits, **made.constants
     )
     if made.splits > 1:
         block_m, block_n = REDUCE_TILE
         split_k_reduce_kernel[-(-channels // block_n), -(-rows // block_m)](
-            partial, *codes[1:], *weight, bias, out, rows, channels, *made.sizes[-2:], **made.reduce_constants
+            partial,
+            *codes[1:],
+            *weight,
+            bias,
+            out,
+            rows,
+            channels,
+            *made.sizes[-2:],
+            SPLITS=made.tile.splits,
+            **made.reduce_constants,
         )
     return out
 
@@ -90,13 +99,7 @@ def plan(arch: int, tokens: int, sizes: tuple[int, int, int, int, int], int16: b
     bits, shape = stored_layout(size, channels, features, segments, runs)
     tile = tile or linear_tile(arch, tokens, channels, shape)
     steps = shape.steps(tile.block_k)
-    shared = {
-        "SEGMENTS": segments,
-        "SPLITS": tile.splits,
-        "WEIGHT_BITS": bits,
-        "INT16": int16,
-        "enable_fp_fusion": False,
-    }
+    shared = {"SEGMENTS": segments, "WEIGHT_BITS": bits, "INT16": int16, "enable_fp_fusion": False}
     constants = {
         "BLOCK_N": tile.block_n,
         "BLOCK_M": tile.block_m,

@@ -15,6 +15,7 @@ from infoquant_vllm.kernels.triton.common import (
     butterflies,
     maximum,
     minimum,
+    narrow,
     once,
 )
 
@@ -29,6 +30,7 @@ def rotate_quantize_kernel(
     right_ptr,
     clip_ptr,
     mean_ptr,
+    expert_ptr,
     values_ptr,
     scale_ptr,
     zp_offset_ptr,
@@ -49,6 +51,7 @@ def rotate_quantize_kernel(
     GROUPS: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     SEGMENT_PADDED: tl.constexpr,
+    GATED: tl.constexpr,
     NUM_BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     ROWS: tl.constexpr,
@@ -61,6 +64,9 @@ def rotate_quantize_kernel(
     matrix's. Other products are float32 in three TF32 steps. Then mean [features of all segments] is subtracted, if
     there is one. clip [groups of all segments, 2]; values [rows, values_stride] int8 in segments of SEGMENT_PADDED,
     scale, zp_offset, sums [segments, rows] as in `Codes`. A token has one row, at 16 bits two: high and low bytes.
+
+    GATED rows of x hold gate before up, each of all features, and silu(gate) * up is transformed. With expert [M], one
+    for each token, clip is [experts, groups, 2], and tokens of experts below 0 are left out.
     """
     SEGMENT: tl.constexpr = BLOCKS * OUTER * INNER
     LINES: tl.constexpr = ROWS * BLOCKS_PADDED * OUTER_PADDED
@@ -70,7 +76,12 @@ def rotate_quantize_kernel(
     segment = tl.program_id(1)
     feature = ((block * OUTER + outer) * INNER)[:, None] + inner[None, :]
     mask = ((token < M) & (outer < OUTER) & (block < BLOCKS))[:, None] & (inner < INNER)[None, :]
-    y = tl.load(x_ptr + token[:, None] * x_stride + segment * SEGMENT + feature, mask, other=0)
+    if expert_ptr is not None:
+        mask &= (tl.load(expert_ptr + token, token < M, other=-1) >= 0)[:, None]
+    x_ptr += token[:, None] * x_stride + segment * SEGMENT + feature
+    y = tl.load(x_ptr, mask, other=0)
+    if GATED:
+        y = _silu_and_mul(y, tl.load(x_ptr + tl.num_programs(1) * SEGMENT, mask, other=0))
     if left_ptr is not None:
         y = _multiply_left(left_ptr, y, SIGNS, ROWS * BLOCKS_PADDED, OUTER, OUTER_PADDED, INNER_PADDED)
     y = y.to(tl.float32)
@@ -89,8 +100,11 @@ def rotate_quantize_kernel(
     low, high = amin(y, 2) * REST, amax(y, 2) * REST  # as if y had been multiplied: that keeps the order
     m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     group, group_mask = _groups(COUNT, GROUPS, BLOCKS, BLOCKS_PADDED)
-    group_mask &= m < M
-    scale, step, inverse, zero = _scales(low, high, clip_ptr, segment * GROUPS + group, group_mask, NUM_BITS, SYMMETRIC)
+    group, group_mask = segment * GROUPS + group, group_mask & (m < M)
+    if expert_ptr is not None:
+        expert = tl.load(expert_ptr + m, m < M, other=-1)
+        group, group_mask = expert * (tl.num_programs(1) * GROUPS) + group, group_mask & (expert >= 0)
+    scale, step, inverse, zero = _scales(low, high, clip_ptr, group, group_mask, NUM_BITS, SYMMETRIC)
     if EXACT_FACTOR:
         inverse *= REST
     else:
@@ -113,6 +127,14 @@ def rotate_quantize_kernel(
         tl.store(target + token[:, None] * values_stride, values.to(tl.int8), mask)
         if sums_ptr is not None:
             tl.store(sums_ptr + segment * M + m, _sums(values, mask, ROWS), m < M)
+
+
+@triton.jit
+def _silu_and_mul(gate, up):
+    """Return silu(gate) * up; both factors and the product are rounded to their dtype, as the reference's."""
+    wide = gate.to(tl.float32)
+    silu = narrow(wide / (1 + tl.exp(-wide)), gate.dtype).to(tl.float32)
+    return narrow(silu * up.to(tl.float32), gate.dtype)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from math import frexp, sqrt
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 
 from infoquant_vllm.format import hadamard as hadamard_matrix
@@ -116,13 +117,17 @@ def segment(features: int, factors: tuple[int, int], group_size: int) -> Segment
     return Segment(features // size, *factors)
 
 
-def rotate_quantize(x: torch.Tensor, inputs: InputQuant, padded: int, with_sums: bool) -> Codes:
+def rotate_quantize(
+    x: torch.Tensor, inputs: InputQuant, padded: int, with_sums: bool, experts: torch.Tensor | None = None
+) -> Codes:
     """Transform and quantize x [tokens, K], rows any stride apart, as the reference does.
 
     inputs.matrices: from `prepare_matrices`. padded: features of a stored segment, those behind its own are not
-    written; with_sums: for weights with a zero-point.
+    written; with_sums: for weights with a zero-point. experts int32, one for each row, as in `ExpertChoice`: x is
+    [tokens, 2 K], gate before up of each token's expert, silu(gate) * up is quantized by that expert's clip ratios,
+    and nothing for experts below 0.
     """
-    tokens, features = x.shape
+    tokens, features = len(x), x.shape[1] if experts is None else x.shape[1] // 2
     codes = Codes.empty(tokens, inputs, padded, with_sums, x.device)
     if tokens == 0:
         return codes
@@ -130,9 +135,16 @@ def rotate_quantize(x: torch.Tensor, inputs: InputQuant, padded: int, with_sums:
     in_blocks = len(matrices) == 1 and not inputs.hadamard
     wide = features > MAX_FEATURES or max(map(len, matrices), default=0) > MAX_ORDER
     if in_blocks or (wide and len(matrices) == 2):
+        x = x if experts is None else _silu_and_mul(x)
         x, inputs = _multiplied(x.float(), matrices), inputs._replace(matrices=[], hadamard=0)
-    _launch(x if x.stride(1) == 1 else x.contiguous(), inputs, codes, padded)
+    _launch(x if x.stride(1) == 1 else x.contiguous(), inputs, codes, features, experts)
     return codes
+
+
+def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up of x [tokens, 2 K], as the kernel does."""
+    gate, up = x.chunk(2, 1)
+    return F.silu(gate.float()).to(x.dtype) * up
 
 
 def _multiplied(x: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
@@ -146,10 +158,10 @@ def _multiplied(x: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
         return torch.matmul(torch.matmul(left.t(), pairs), right).flatten(1)
 
 
-def _launch(x: torch.Tensor, inputs: InputQuant, codes: Codes, padded: int) -> None:
-    """Fill `codes` from x [tokens, K]."""
-    (tokens, features), segments, hadamard = x.shape, inputs.segments, inputs.hadamard
-    groups = 1 if inputs.clip_ratio is None else len(inputs.clip_ratio)
+def _launch(x: torch.Tensor, inputs: InputQuant, codes: Codes, features: int, experts: torch.Tensor | None) -> None:
+    """Fill `codes` from x [tokens, features], or twice the features, if they are gate and up."""
+    tokens, segments, hadamard = len(x), inputs.segments, inputs.hadamard
+    groups = 1 if inputs.clip_ratio is None else inputs.clip_ratio.shape[-2]
     left, right = (*inputs.matrices, None, None)[:2]
     outer = len(left) if left is not None else 1
     inner = hadamard // outer if hadamard else len(right) if right is not None else 1
@@ -166,6 +178,7 @@ def _launch(x: torch.Tensor, inputs: InputQuant, codes: Codes, padded: int) -> N
         right,
         inputs.clip_ratio,
         inputs.mean,
+        experts,
         *codes,
         tokens,
         x.stride(0),
@@ -182,7 +195,8 @@ def _launch(x: torch.Tensor, inputs: InputQuant, codes: Codes, padded: int) -> N
         INNER_PADDED=inner_padded,
         GROUPS=groups // segments,
         GROUP_PADDED=part.padded_group(features // groups),
-        SEGMENT_PADDED=padded,
+        SEGMENT_PADDED=codes.values.shape[1] // segments,
+        GATED=x.shape[1] != features,
         NUM_BITS=inputs.num_bits,
         SYMMETRIC=inputs.symmetric or inputs.num_bits == 16,
         ROWS=rows,

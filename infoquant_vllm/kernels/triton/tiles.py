@@ -18,6 +18,7 @@ TILES = "INFOQUANT_TILES"
 BAND = 8  # rows of GEMM tiles that share weights in the L2 cache
 REDUCE_TILE = 4, 256  # tokens and channels of a program that adds split-K sums
 FEW_TOKENS = 32
+GROUPED_ROOM = 2  # rows of a tile by an expert's tokens, were they dealt evenly
 LARGE_HEAD = 128  # head sizes above it have tiles of their own
 SEQUENCE_SPLITS = 256  # KV splits of a decoding sequence, over all kv-heads
 MAX_KV_SPLITS, MIN_KV_SPLITS = 64, 8  # of one kv-head
@@ -137,6 +138,16 @@ def linear_tile(arch: int, tokens: int, channels: int, shape: Layout) -> Tile:
     tile = next((tile for tile in table.linear if tokens <= tile.block_m), table.linear[-1])
     tile = tile._replace(block_k=shape.block_k(tile.block_k))
     return tile._replace(splits=split_k(tile, tokens, channels, shape, table.sms))
+
+
+def grouped_tile(arch: int, rows: int, shape: Layout) -> Tile:
+    """Return the tile of a product of all experts of a mixture, each with about `rows` tokens.
+
+    Routers deal tokens unevenly: a tile has room for twice as many. All experts together are programs enough.
+    """
+    table = arch_tiles(arch).linear
+    tile = next((tile for tile in table if GROUPED_ROOM * rows <= tile.block_m), table[-1])
+    return tile._replace(block_k=shape.block_k(tile.block_k))
 
 
 def split_k(tile: Tile, tokens: int, channels: int, shape: Layout, sms: int) -> int:
