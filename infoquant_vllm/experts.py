@@ -138,7 +138,6 @@ class InfoQuantExpertsMethod(FusedMoEMethodBase):
     def _check_sizes(self, sizes: dict[str, tuple[int, int]], hidden: int, inner: int) -> None:
         kernels = backend(current_platform.device_type)
         try:
-            kernels.check_experts()
             for prefix, features in ((GATE_UP, hidden), (DOWN, inner)):
                 scheme = self.schemes[prefix]
                 check_sizes(scheme, sizes[prefix][1], features, self.prefix)

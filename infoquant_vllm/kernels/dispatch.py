@@ -41,8 +41,7 @@ class Backend:
     weight_rows: Callable[[Tensor, Tensor, int], Tensor]
     """(packed 8-bit weight of one group, rows [...], K) to signed codes [..., K] int8."""
     linear: Callable[[Tensor, InputQuant, PackedWeight, Tensor | None], Tensor]
-    experts: Callable[[Tensor, ExpertChoice, ExpertLinear, ExpertLinear], Tensor] | None
-    """None: mixtures of experts are refused."""
+    experts: Callable[[Tensor, ExpertChoice, ExpertLinear, ExpertLinear], Tensor]
     dense_linear: Callable[[Tensor, Tensor], Tensor]
     rotate_rows: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -75,13 +74,6 @@ class Backend:
                     f"infoquant: group_size {size} of {name}: the {self.name} kernels need multiples of "
                     f"{self.group_multiple}"
                 )
-
-    def check_experts(self) -> None:
-        """Raise NotImplementedError where the kernels take no mixture of experts."""
-        if self.experts is None:
-            raise NotImplementedError(
-                f"infoquant: the {self.name} kernels have none for mixtures of experts; serve the model on CPUs"
-            )
 
     def check_kv_cache(self, head_size: int, soft_cap: float | None) -> None:
         """Raise NotImplementedError for a KV cache that the kernels do not take."""
@@ -175,7 +167,7 @@ def _native() -> Backend:
 
 
 def _triton() -> Backend:
-    from infoquant_vllm.kernels.triton import attention, decode, kv_store, linear
+    from infoquant_vllm.kernels.triton import attention, decode, experts, kv_store, linear
 
     return replace(
         _torch(),  # for norms, SwiGLU and RoPE, which vLLM's own operations compute on a GPU, and for dense_linear
@@ -184,7 +176,7 @@ def _triton() -> Backend:
         prepare_matrices=linear.prepare_matrices,
         weight_rows=linear.weight_rows,
         linear=linear.linear,
-        experts=None,
+        experts=experts.experts,
         rotate_rows=linear.rotate_rows,
         kv_store=kv_store.kv_store,
         kv_attention=attention.kv_attention,

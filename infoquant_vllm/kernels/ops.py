@@ -109,9 +109,7 @@ def _experts(
     )
     down_packed = PackedWeight(down_weight, down_weight_scale, down_weight_multiplier, down_weight_zero_point)
     down = ExpertLinear(down_inputs, down_packed)
-    run = backend(x.device.type).experts
-    assert run is not None  # `check_experts` has refused the layer
-    return run(x, ExpertChoice(weights, chosen), gate_up, down)
+    return backend(x.device.type).experts(x, ExpertChoice(weights, chosen), gate_up, down)
 
 
 @_custom_op(lambda x, weight: x.new_empty((x.shape[0], weight.shape[0])))

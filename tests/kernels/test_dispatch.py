@@ -86,7 +86,7 @@ def test_an_unknown_word_is_refused_before_anything_is_built(monkeypatch: pytest
 def test_a_gpu_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     found = backend("cuda")
     assert found.name == "Triton"
-    for function in (found.linear, found.kv_store, found.kv_attention, found.kv_decode):
+    for function in (found.linear, found.experts, found.kv_store, found.kv_attention, found.kv_decode):
         assert function is not None
         assert module(function).startswith("triton.")
     assert backend("cpu").kv_decode is None
@@ -117,7 +117,5 @@ def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
     for groups, name in (((48, 64), "weights"), ((64, 48), "input_activations")):
         with pytest.raises(NotImplementedError, match=f"group_size 48 of {name}: the Triton .* multiples of 32"):
             kernels.check_linear(*groups)
-    with pytest.raises(NotImplementedError, match="the Triton kernels have none for mixtures of experts"):
-        kernels.check_experts()
     kernels.check_linear(None, None)
     kernels.check_kv_cache(256, 30.0)

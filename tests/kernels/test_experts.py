@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -29,15 +30,15 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield BACKENDS["cpu"]()
 
 
-def random_weight(rows: int, features: int, symmetric: bool, groups: int) -> PackedWeight:
+def random_weight(rows: int, features: int, symmetric: bool, groups: int, num_bits: int = 4) -> PackedWeight:
     """Make the weights of all experts as a checkpoint holds them."""
-    low = -8 if symmetric else 0
-    codes = torch.randint(low, low + 16, (EXPERTS, rows, features))
-    zeros = torch.randint(0, 16, (EXPERTS, rows, groups), dtype=torch.uint8)
+    low = -(2 ** (num_bits - 1)) if symmetric else 0
+    codes = torch.randint(low, low + 2**num_bits, (EXPERTS, rows, features))
+    zeros = torch.randint(0, 2**num_bits, (EXPERTS, rows, groups), dtype=torch.uint8)
     reach = torch.full_like(zeros, 8) if symmetric else torch.maximum(zeros, 15 - zeros)
     multiplier = 1 + (torch.rand(EXPERTS, rows, groups) * (127 // reach)).to(torch.uint8)
     return PackedWeight(
-        torch.stack([pack_codes(part, 4, signed=symmetric) for part in codes]),
+        torch.stack([pack_codes(part, num_bits, signed=symmetric) for part in codes]),
         (torch.rand(EXPERTS, rows, 1) + 0.5) / features**0.5 / (6 if groups > 1 else 1),
         None if groups == 1 else multiplier.clamp(max=127),
         None if symmetric else zeros,
@@ -55,11 +56,12 @@ def random_experts(symmetric: bool = True, groups: int = 1, segments: int = 1) -
     )
 
 
-def prepared(kernels: Backend, linears: tuple[ExpertLinear, ExpertLinear]) -> list[ExpertLinear]:
+def prepared(kernels: Any, linears: tuple[ExpertLinear, ...], num_bits: int = 4) -> list[ExpertLinear]:
+    """The linears as kernels read them, with weights of `num_bits`."""
     return [
         ExpertLinear(
             inputs._replace(matrices=kernels.prepare_matrices([], inputs.hadamard)),
-            prepare_experts(weight, partial(kernels.prepare_linear, num_bits=4, segments=inputs.segments)),
+            prepare_experts(weight, partial(kernels.prepare_linear, num_bits=num_bits, segments=inputs.segments)),
         )
         for inputs, weight in linears
     ]
@@ -73,14 +75,19 @@ def one_by_one(x: torch.Tensor, choice: ExpertChoice, gate_up: ExpertLinear, dow
         for weight, expert in zip(choice.weights[token], choice.experts[token].tolist(), strict=True):
             if expert < 0:
                 continue
-            weights = [PackedWeight(*(None if part is None else part[expert] for part in each))  # type: ignore[arg-type]
-                       for each in (gate_up.weight, down.weight)]  # fmt: skip
-            assert down.inputs.clip_ratio is not None
-            inputs = down.inputs._replace(clip_ratio=down.inputs.clip_ratio[expert])
-            inner = silu_and_mul(oracles.linear(row[None], gate_up.inputs, weights[0], None))
-            total += weight * oracles.linear(inner, inputs, weights[1], None)[0].float()
+            inner = silu_and_mul(oracles.linear(row[None], *of(expert, gate_up), None))
+            total += weight * oracles.linear(inner, *of(expert, down), None)[0].float()
         found[token] = total.to(x.dtype)
     return found
+
+
+def of(expert: int, linear: ExpertLinear) -> tuple[InputQuant, PackedWeight]:
+    """One expert's linear."""
+    inputs, clips = linear.inputs, linear.inputs.clip_ratio
+    if clips is not None and clips.dim() == 3:
+        inputs = inputs._replace(clip_ratio=clips[expert])
+    parts = (None if part is None else part[expert] for part in linear.weight)
+    return inputs, PackedWeight(*parts)  # type: ignore[arg-type]
 
 
 def random_choice(tokens: int, chosen: int) -> ExpertChoice:
@@ -97,7 +104,6 @@ def test_tokens_get_the_weighted_sums_of_their_experts(
 ) -> None:
     torch.manual_seed(tokens)
     linears, x, choice = random_experts(*layout), torch.randn(tokens, HIDDEN).to(dtype), random_choice(tokens, chosen)
-    assert kernels.experts is not None
     found = kernels.experts(x, choice, *prepared(kernels, linears))
     assert found.dtype == dtype
     assert torch.equal(found, one_by_one(x, choice, *linears))
@@ -107,7 +113,6 @@ def test_experts_of_other_ranks_add_nothing(kernels: Backend) -> None:
     torch.manual_seed(0)
     gate_up, down = prepared(kernels, random_experts())
     x, choice = torch.randn(9, HIDDEN), random_choice(9, 2)
-    assert kernels.experts is not None
     run = partial(kernels.experts, x, gate_up=gate_up, down=down)
     here = torch.where(choice.experts < 3, choice.experts, -1)
     there = torch.where(choice.experts >= 3, choice.experts, -1)

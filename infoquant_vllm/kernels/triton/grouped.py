@@ -123,9 +123,7 @@ def grouped_gemm_kernel(
 
 
 @triton.jit
-def combine_kernel(
-    routed_ptr, weight_ptr, chosen_ptr, out_ptr, N, CHOSEN: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def combine_kernel(routed_ptr, weight_ptr, chosen_ptr, out_ptr, N, CHOSEN: tl.constexpr, BLOCK_N: tl.constexpr):
     """Add a token's routed rows [tokens * CHOSEN, N] times its weights [tokens, CHOSEN], in order, to out [tokens, N].
 
     Rows without an expert here (chosen [tokens, CHOSEN] below 0) were never written, and are left out.
