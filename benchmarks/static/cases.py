@@ -75,3 +75,16 @@ class Entry:
     """bytes read and written"""
     loaded: Callable[[Launch], float] = lambda launch: 0.0
     """bytes that a program loads in an iteration of the main loop, mostly from the L2 cache"""
+
+
+def linear_loaded(launch: Launch) -> float:
+    """Return the bytes of weights, multipliers and values of a step."""
+    given = launch.arguments
+    words = 0 if given["word_ptr"] is None else given["BLOCK_K"] // given["RUN"] * given["word_ptr"].itemsize
+    weights = given["BLOCK_K"] * given["WEIGHT_BITS"] // 8 + words
+    return given["BLOCK_N"] * weights + given["BLOCK_M"] * given["BLOCK_K"]
+
+
+def linear_in_flight(launch: Launch) -> float:
+    """Return the bytes of the stages in flight."""
+    return (launch.options["num_stages"] - 1) * linear_loaded(launch)

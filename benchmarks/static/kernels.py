@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.static.cases import LAYER_TOKENS, MODELS, Case, Entry, Model
+from benchmarks.static.cases import LAYER_TOKENS, MODELS, Case, Entry, Model, linear_in_flight, linear_loaded
+from benchmarks.static.experts import EXPERT_ENTRIES
 from benchmarks.static.kv_kernels import KV_ENTRIES
 from benchmarks.static.launches import Launch
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
@@ -92,19 +93,6 @@ def linear_macs(launch: Launch) -> float:
     return launch.grid[0] * given["BLOCK_N"] * given["BLOCK_M"] * given["values_stride"]
 
 
-def linear_loaded(launch: Launch) -> float:
-    """Return the bytes of weights, multipliers and values of a step."""
-    given = launch.arguments
-    words = 0 if given["word_ptr"] is None else given["BLOCK_K"] // given["RUN"] * given["word_ptr"].itemsize
-    weights = given["BLOCK_K"] * given["WEIGHT_BITS"] // 8 + words
-    return given["BLOCK_N"] * weights + given["BLOCK_M"] * given["BLOCK_K"]
-
-
-def linear_in_flight(launch: Launch) -> float:
-    """Return the bytes of the stages in flight."""
-    return (launch.options["num_stages"] - 1) * linear_loaded(launch)
-
-
 def reduce_moved(launch: Launch) -> int:
     """Return all bytes but the weight's, of which only the sums behind the rows are read."""
     given = launch.arguments
@@ -163,6 +151,7 @@ ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(
         "gemm_kernel": Entry(linear_cases, linear_trips, linear_macs, linear_in_flight, loaded=linear_loaded),
         "split_k_reduce_kernel": Entry(lambda model: iter(()), moved=reduce_moved),
         "rotate_quantize_kernel": Entry(rotate_cases, in_flight=rotate_in_flight),
+        **EXPERT_ENTRIES,
         **KV_ENTRIES,
     }
 )

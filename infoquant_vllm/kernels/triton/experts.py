@@ -127,6 +127,6 @@ def combine(routed: torch.Tensor, choice: ExpertChoice) -> torch.Tensor:
     (tokens, chosen), channels = choice.experts.shape, routed.shape[1]
     out = torch.empty(tokens, channels, dtype=routed.dtype, device=routed.device)
     combine_kernel[tokens, triton.cdiv(channels, COMBINED)](
-        routed, *choice, out, channels, CHOSEN=chosen, BLOCK_N=COMBINED, enable_fp_fusion=False
+        routed, *choice, out, channels, CHOSEN=chosen, BLOCK_N=COMBINED, enable_fp_fusion=False, num_warps=4
     )
     return out

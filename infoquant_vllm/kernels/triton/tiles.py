@@ -146,7 +146,8 @@ def grouped_tile(arch: int, rows: int, shape: Layout) -> Tile:
     Routers deal tokens unevenly: a tile has room for twice as many. All experts together are programs enough.
     """
     table = arch_tiles(arch).linear
-    tile = next((tile for tile in table if GROUPED_ROOM * rows <= tile.block_m), table[-1])
+    highest = max(table, key=lambda tile: tile.block_m)  # the first: wider ones spill
+    tile = next((tile for tile in table if GROUPED_ROOM * rows <= tile.block_m), highest)
     return tile._replace(block_k=shape.block_k(tile.block_k))
 
 
