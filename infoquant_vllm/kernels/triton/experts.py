@@ -64,7 +64,7 @@ def grouped_plan(linear: ExpertLinear, features: int, rows: int) -> Plan:
     _, shape = stored_layout(*sizes)
     arch, int16 = common.architecture(weight.packed.device), inputs.clip_ratio is None
     per_expert = triton.cdiv(rows, count) * (2 if int16 else 1)
-    return plan(arch, 1, sizes, int16, grouped_tile(arch, per_expert, shape))
+    return plan(arch, 1, sizes, int16, grouped_tile(per_expert, shape))
 
 
 def _height(linear: ExpertLinear, made: Plan) -> int:

@@ -23,6 +23,16 @@ class OutputTile(NamedTuple):
     N: Any
 
 
+class Slot(NamedTuple):
+    """Pointer to the routed rows of a tile, the number of all routed rows and those of a token, see grouped.py."""
+
+    rows_ptr: Any
+    count: Any
+    chosen: Any
+    PER_ROW: Any
+    """rows of quantized values to a routed row"""
+
+
 class Scales(NamedTuple):
     """Pointers to what turns an integer product into a segment's float32 sum; None: no such zero-points."""
 
@@ -94,7 +104,7 @@ def gemm_kernel(
         sums = weight_sums(weight_ptr, N, weight_stride)
         scales = Scales(scale_ptr, zp_offset_ptr, sums_ptr, sums, weight_zero_ptr)
         out = multiply_segments(
-            weight_rows, values_rows, words, tile, scales, steps, features, SEGMENTS, WEIGHT_BITS, BLOCK_K, RUN
+            weight_rows, values_rows, words, tile, None, scales, steps, features, SEGMENTS, WEIGHT_BITS, BLOCK_K, RUN
         )
         row = tile_m * (BLOCK_M // ROWS) + tl.arange(0, BLOCK_M // ROWS)
         finish(out, row, row < M // ROWS, tile, weight_scale_ptr, bias_ptr, out_ptr, INT16)
@@ -115,6 +125,7 @@ def multiply_segments(
     values_rows,
     words,
     tile,
+    slot,
     scales,
     steps,
     features,
@@ -123,21 +134,46 @@ def multiply_segments(
     BLOCK_K: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Multiply all segments and return the sum of their scaled products, [tokens, channels] float32."""
+    """Multiply all segments and return the sum of their scaled products, [tokens, channels] float32.
+
+    slot: where the tile's tokens are from, None: they follow one another.
+    """
     GROUPED: tl.constexpr = words is not None
     total = tl.zeros((weight_rows.shape[0], values_rows.shape[1]), tl.int32)
     if SEGMENTS == 1:
         for step in tl.range(0, steps):
             total = _multiply(total, weight_rows, values_rows, words, tile.N, step, WEIGHT_BITS, BLOCK_K, RUN)
-        out = scale_segment(tl.trans(total), 0, tile, scales, features, WEIGHT_BITS, GROUPED)
+        out = scale_segment(tl.trans(total), 0, behind_loop(tile, slot), scales, features, WEIGHT_BITS, GROUPED)
     else:
         out = tl.zeros((values_rows.shape[1], weight_rows.shape[0]), tl.float32)
         for segment in tl.range(0, SEGMENTS):
             part = total
             for step in tl.range(segment * steps, (segment + 1) * steps):
                 part = _multiply(part, weight_rows, values_rows, words, tile.N, step, WEIGHT_BITS, BLOCK_K, RUN)
-            out += scale_segment(tl.trans(part), segment, tile, scales, features, WEIGHT_BITS, GROUPED)
+            again = behind_loop(tile, slot)
+            out += scale_segment(tl.trans(part), segment, again, scales, features, WEIGHT_BITS, GROUPED)
     return out
+
+
+@triton.jit
+def behind_loop(tile, slot):
+    """Return the tile with the tokens of a slot loaded again: they would take registers all through the loop."""
+    if slot is not None:
+        m, m_mask = slot_tokens(slot, tile.m.shape[0])
+        tile = OutputTile(m, tile.n, m_mask, tile.n_mask, tile.M, tile.N)
+    return tile
+
+
+@triton.jit
+def slot_tokens(slot, BLOCK_M: tl.constexpr):
+    """Return the rows of quantized values of a slot, 0 in place of those that there are not, and which there are.
+
+    The compiler would merge two loads if they were not volatile.
+    """
+    index = tl.arange(0, BLOCK_M)
+    routed = tl.load(slot.rows_ptr + index // slot.PER_ROW, volatile=True)
+    mask = routed < slot.count
+    return tl.where(mask, routed // slot.chosen * slot.PER_ROW + index % slot.PER_ROW, 0), mask
 
 
 @triton.jit

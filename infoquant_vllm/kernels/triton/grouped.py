@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 
 from infoquant_vllm.kernels.triton.common import narrow
-from infoquant_vllm.kernels.triton.gemm import OutputTile, Scales, banded, finish, multiply_segments, weight_sums
+from infoquant_vllm.kernels.triton.gemm import (
+    OutputTile,
+    Scales,
+    Slot,
+    banded,
+    finish,
+    multiply_segments,
+    slot_tokens,
+    weight_sums,
+)
 
 
 @triton.jit(do_not_specialize=["count", "experts", "slots"])
@@ -99,11 +108,9 @@ def grouped_gemm_kernel(
     expert = tl.load(slot_ptr + slot).to(tl.int64)
     if expert < 0:
         return
-    index = tl.arange(0, BLOCK_M)
     rows_ptr += slot * SLOT_ROWS
-    routed = tl.load(rows_ptr + index // ROWS)
-    m_mask = routed < count
-    m = tl.where(m_mask, routed // chosen * ROWS + index % ROWS, 0)  # of rows that there are not, the first is taken
+    tokens = Slot(rows_ptr, count, chosen, ROWS)
+    m, m_mask = slot_tokens(tokens, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < N
     weight_ptr += expert * expert_bytes
@@ -116,9 +123,9 @@ def grouped_gemm_kernel(
     scales = Scales(scale_ptr, zp_offset_ptr, sums_ptr, weight_sums(weight_ptr, N, weight_stride), weight_zero)
     tile = OutputTile(m, n, m_mask, n_mask, M, N)
     out = multiply_segments(
-        weight_rows, values_rows, words, tile, scales, steps, features, SEGMENTS, WEIGHT_BITS, BLOCK_K, RUN
+        weight_rows, values_rows, words, tile, tokens, scales, steps, features, SEGMENTS, WEIGHT_BITS, BLOCK_K, RUN
     )
-    row = tl.load(rows_ptr + tl.arange(0, SLOT_ROWS))
+    row = tl.load(rows_ptr + tl.arange(0, SLOT_ROWS), volatile=True)
     finish(out, row, row < count, tile, weight_scale_ptr + expert * N, None, out_ptr, INT16)
 
 

@@ -140,14 +140,12 @@ def linear_tile(arch: int, tokens: int, channels: int, shape: Layout) -> Tile:
     return tile._replace(splits=split_k(tile, tokens, channels, shape, table.sms))
 
 
-def grouped_tile(arch: int, rows: int, shape: Layout) -> Tile:
-    """Return the tile of a product of all experts of a mixture, each with about `rows` tokens.
+def grouped_tile(rows: int, shape: Layout) -> Tile:
+    """Return the tile of a product of all experts of a mixture, each with about `rows` tokens, of any architecture.
 
     Routers deal tokens unevenly: a tile has room for twice as many. All experts together are programs enough.
     """
-    table = arch_tiles(arch).linear
-    highest = max(table, key=lambda tile: tile.block_m)  # the first: wider ones spill
-    tile = next((tile for tile in table if GROUPED_ROOM * rows <= tile.block_m), highest)
+    tile = next((tile for tile in _TILES if GROUPED_ROOM * rows <= tile.block_m), _TILES[-1])
     return tile._replace(block_k=shape.block_k(tile.block_k))
 
 
