@@ -15,7 +15,7 @@ from benchmarks.static.cases import MODELS, Case, Entry, Model, linear_in_flight
 from benchmarks.static.launches import Launch
 from infoquant_vllm.format import LinearScheme, ModelShape
 from infoquant_vllm.kernels.operands import ExpertChoice, ExpertLinear, InputQuant, PackedWeight
-from infoquant_vllm.kernels.triton.experts import CHUNK, experts
+from infoquant_vllm.kernels.triton.experts import experts
 from infoquant_vllm.kernels.triton.linear import prepare_linear, prepare_matrices
 from offline.presets import PRESETS
 
@@ -137,7 +137,9 @@ def grouped_cases(model: Model) -> Iterator[Case]:
 
 EXPERT_ENTRIES: MappingProxyType[str, Entry] = MappingProxyType(
     {
-        "align_kernel": Entry(lambda model: iter(()), trips=lambda launch: ceil(launch.arguments["count"] / CHUNK)),
+        "align_kernel": Entry(
+            lambda model: iter(()), trips=lambda launch: ceil(launch.arguments["count"] / launch.arguments["CHUNK"])
+        ),
         "grouped_gemm_kernel": Entry(
             grouped_cases, grouped_trips, grouped_macs, linear_in_flight, grouped_busy, grouped_moved, linear_loaded
         ),

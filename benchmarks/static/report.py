@@ -64,7 +64,7 @@ def _broken(row: dict[str, Any]) -> Iterable[str]:
         yield f"{who}: {row['stack']} bytes of a stack, expected none {of}"
     if row["shared"] > machine.shared_limit:
         yield f"{who}: {row['shared']} bytes of shared memory, at most {machine.shared_limit} on that GPU {of}"
-    if row["kernel"] in ("gemm", "kv_attention", "kv_decode"):
+    if row["kernel"] in ("gemm", "grouped_gemm", "kv_attention", "kv_decode"):
         # A decoding program has fewer rows than the instructions of a whole warp group take.
         expected = "mma.sync" if row["kernel"] == "kv_decode" else machine.instructions
         if not _is_int8(row["mma"], expected):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.static.cases import MODELS
+from benchmarks.static.experts import MIXTURES, experts_call
 from benchmarks.static.kv_kernels import FULL, Cache, attention_call, store_call
 from infoquant_vllm.format import InputTransform, LinearScheme, ModelShape, WeightArgs
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
@@ -18,6 +19,9 @@ Calls = Iterator[Callable[[], Any]]
 
 TOKENS = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513, 1024, 2048, 4096, 8192)
 FEW, MANY = 7, 40  # on both sides of FEW_TOKENS
+EXPERT_TOKENS = (1, 256, 512, 2048)
+"""Tokens of a mixture of experts, for each of its tiles."""
+OTHER_MIXTURES = (("Qwen3-30B-A3B", "w4a8kv4"), ("Mixtral-8x7B", "fast"))
 CONTEXT = 8192
 BATCHES = ((FEW, 1), (FULL, 1), (1, FEW))
 """Decoding sequences, and the queries of each: split over programs, not split, and with drafts."""
@@ -51,7 +55,7 @@ TRANSFORMS = (
 
 
 def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
-    """Yield calls of LLaMA-3-8B with up to 8192 tokens: its linears, an lm_head of 8 bits, and its cache."""
+    """Yield calls of LLaMA-3-8B with up to 8192 tokens (linears, 8-bit lm_head, cache) and of a mixture's experts."""
     model = MODELS[0]
     for name in presets:
         config = PRESETS[name].model_copy(update={"lm_head_bits": 8}).quantization_config(LLAMA)
@@ -71,12 +75,16 @@ def serving_calls(presets: Iterable[str] = tuple(PRESETS)) -> Calls:
             yield attention_call(layer, 1, tokens, CONTEXT)
         for sequences, queries in BATCHES:
             yield attention_call(layer, sequences, queries, CONTEXT)
+        for tokens in EXPERT_TOKENS if name == "best" else ():
+            yield experts_call(MIXTURES["Qwen3-30B-A3B"], name, tokens)
 
 
 def other_calls() -> Calls:
     """Yield calls of other checkpoints and models: each option with some of the others."""
     yield from product_calls()
     yield from transform_calls()
+    for (name, preset), tokens in product(OTHER_MIXTURES, EXPERT_TOKENS):
+        yield experts_call(MIXTURES[name], preset, tokens)
     for layer, batch in zip(cache_layers(), cycle(BATCHES), strict=False):
         yield store_call(layer, FEW)
         yield attention_call(layer, *batch, CONTEXT)

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.static import mixtures
 from benchmarks.static.cases import LAYER_TOKENS, MODELS, Case
+from benchmarks.static.experts import MIXTURES, TOKENS, dealt
 from benchmarks.static.kernels import ENTRIES, LAYER_SCHEMES, linear_call, rotate_call
 from benchmarks.static.launches import Code, compiled, launches, main_loop
 from benchmarks.static.predict import MACHINES, predict, row
+from benchmarks.static.presets import GPUS
 from benchmarks.static.report import broken, layers, markdown, steps
 
 KNOWN_MISSES = re.compile("kv_attention sm_(90|100): tensor cores by mma.sync|kv_decode .* bound by issue")
@@ -148,6 +151,37 @@ def test_kernels_of_the_cache_are_within_the_bars(arch: int, cache: str) -> None
     for each in found:
         if each["kernel"] == "kv_decode" and each["tokens"] == 16 and cache == "4 bits":
             assert each["bound"] == "dram"
+
+
+def test_rows_are_dealt_to_experts_as_chance_has_it() -> None:
+    assert dealt(1, 8, 16) == pytest.approx((1, 1))
+    assert dealt(2, 2, 1) == pytest.approx((1.5, 2))
+    assert dealt(2, 2, 2) == pytest.approx((1.5, 1.5))
+    having, slots = dealt(16384, 128, 128)
+    assert (having, 128 < slots < 256) == (pytest.approx(128), True)
+
+
+def test_experts_are_predicted_faster_than_any_in_bf16() -> None:
+    hopper = next(gpu for gpu in GPUS if gpu.machine.arch == 90)
+    cases = [
+        case
+        for case in ENTRIES["grouped_gemm_kernel"].cases(MODELS[0])
+        if case.scheme == "W4A4" and case.tokens in (1, 2048)
+    ]
+    found = [
+        row(case, launch, compiled(launch, 90), MACHINES[90]) for case in cases for launch in launches(case.call, 90)
+    ]
+    assert {each["kernel"] for each in found} == {"align", "rotate_quantize", "grouped_gemm", "combine"}
+    assert broken(found) == []
+    weights = sum(each["bytes"] for each in found if each["kernel"] == "grouped_gemm" and each["tokens"] == 1)
+    assert 0.9 * 8 < weights / (3 * 2048 * 768 / 2) < 1.1 * 8  # of the experts that have a token
+    shape = MIXTURES["Qwen3-30B-A3B"]
+    for tokens in (1, 2048):
+        ours = sum(each["predicted_seconds"] for each in found if each["tokens"] == tokens)
+        assert ours == pytest.approx(mixtures.seconds(MACHINES[90], shape, "fast", tokens))
+        assert mixtures.floor(hopper, shape, tokens, hopper.bf16, 2) >= 1.5 * ours
+    lines = list(mixtures.rows(hopper, shape, ("fast",)))
+    assert [len(line) for line in lines] == [2 + len(TOKENS)] * 3
 
 
 def test_a_cache_that_is_read_twice_is_told(rows: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.compiled import variants
+from benchmarks.static.experts import MIXTURES, experts_call
 from benchmarks.static.kernels import linear_call
 from benchmarks.static.kv_kernels import Cache, attention_call, store_call
 from benchmarks.static.launches import Launch, launches
@@ -41,8 +42,9 @@ def bound(launch: Launch) -> list[Any]:
         lambda tokens: whole_linear_call(
             linear_scheme(4, 4, 32, 64, False, InputTransform(type="blocks", block_size=64)), 32 + tokens, 512, 64
         ),
+        lambda tokens: experts_call(MIXTURES["Qwen3-30B-A3B"], "best", 32 + tokens),
     ],
-    ids=["decode", "drafts", "prompts", "prompt", "store", "linear", "groups behind blocks"],
+    ids=["decode", "drafts", "prompts", "prompt", "store", "linear", "groups behind blocks", "experts"],
 )
 def test_a_variant_serves_any_number_of_tokens(call: Callable[[int], Callable[[], Any]]) -> None:
     found = [[bound(launch) for launch in launches(call(tokens), 90)] for tokens in TOKENS]

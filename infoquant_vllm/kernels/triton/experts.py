@@ -1,4 +1,4 @@
-"""A mixture of experts on a GPU, six launches whatever the tokens choose; semantics: kernels/torch/experts.py.
+"""A mixture of experts on a GPU: six launches whatever the tokens choose; semantics: kernels/torch/experts.py.
 
 Tokens are dealt to experts, their inputs are quantized once, one product makes gate and up of all experts; one launch
 does SwiGLU, the transform and the quantizer of the down projections, one their product, and the last one adds.
@@ -18,21 +18,22 @@ from infoquant_vllm.kernels.triton.rotate_quantize import Codes, rotate_quantize
 from infoquant_vllm.kernels.triton.tiles import grouped_tile
 from infoquant_vllm.kernels.triton.weights import stored_layout
 
-CHUNK, ALIGN_WARPS = 4096, 16  # routed rows that a program of `align` looks at together
+CHUNK, FEW_CHUNK = 2048, 512  # routed rows that a program of `align` looks at together, and where there are few
+PER_WARP = 256  # of them
 COMBINED = 512  # channels of a program that adds a token's outputs
 
 
 class Slots(NamedTuple):
     """Routed rows in tiles of one expert each, see kernels/triton/grouped.py.
 
-    rows: int32 [slots, height], the routed rows, and `count` where there are none
+    rows: int32 [slots, height], the routed rows, and `routed` where there are none
     experts: int32 [slots], -1 behind the last slot with rows
-    count: of all routed rows
+    routed: number of all routed rows
     """
 
     rows: torch.Tensor
     experts: torch.Tensor
-    count: int
+    routed: int
 
 
 def experts(x: torch.Tensor, choice: ExpertChoice, gate_up: ExpertLinear, down: ExpertLinear) -> torch.Tensor:
@@ -89,9 +90,9 @@ def align(chosen: torch.Tensor, count: int, height: int) -> Slots:
         torch.empty(number, dtype=torch.int32, device=chosen.device),
         rows,
     )
-    bins = triton.next_power_of_2(count + 1)
+    bins, chunk = triton.next_power_of_2(count + 1), FEW_CHUNK if rows <= FEW_CHUNK else CHUNK
     align_kernel[(count,)](
-        chosen, *slots, count, number, SLOT_ROWS=height, BINS=bins, CHUNK=CHUNK, num_warps=ALIGN_WARPS
+        chosen, *slots, count, number, height, BINS=bins, CHUNK=chunk, num_warps=max(1, chunk // PER_WARP)
     )
     return slots
 
@@ -102,8 +103,8 @@ def grouped_gemm(codes: Codes, linear: ExpertLinear, made: Plan, slots: Slots, d
     Routed rows without a slot are not written.
     """
     weight, held = linear.weight, len(codes.values)
-    out = torch.empty(slots.count, weight.scale.shape[1], dtype=dtype, device=weight.packed.device)
-    chosen = slots.count * (2 if linear.inputs.clip_ratio is None else 1) // held
+    out = torch.empty(slots.routed, weight.scale.shape[1], dtype=dtype, device=weight.packed.device)
+    chosen = slots.routed * (2 if linear.inputs.clip_ratio is None else 1) // held
     channels, steps, _, *strides = made.sizes
     grouped_gemm_kernel[(made.programs * len(slots.rows),)](
         *codes,
@@ -111,7 +112,7 @@ def grouped_gemm(codes: Codes, linear: ExpertLinear, made: Plan, slots: Slots, d
         *slots[:2],
         out,
         held,
-        slots.count,
+        slots.routed,
         chosen,
         weight.packed.shape[1],
         channels,

@@ -21,7 +21,7 @@ from infoquant_vllm.kernels.triton.gemm import (
 )
 
 
-@triton.jit(do_not_specialize=["count", "experts", "slots"])
+@triton.jit(do_not_specialize=["count", "experts", "slots", "height"])
 def align_kernel(
     chosen_ptr,
     rows_ptr,
@@ -29,15 +29,15 @@ def align_kernel(
     count,
     experts,
     slots,
-    SLOT_ROWS: tl.constexpr,
+    height,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Deal routed rows to slots: program e does it for expert e.
 
-    chosen [count] int32, the expert of each row, -1: none here; rows [slots, SLOT_ROWS] int32, rows of a slot in their
+    chosen [count] int32, the expert of each row, -1: none here; rows [slots, height] int32, rows of a slot in their
     order and `count` behind them; slot [slots] int32, experts of the slots, and -1 of those behind the last. BINS is a
-    power of two above `experts`.
+    power of two above `experts`; height is at most CHUNK.
     """
     expert = tl.program_id(0)
     bins, index = tl.arange(0, BINS), tl.arange(0, CHUNK)
@@ -45,18 +45,17 @@ def align_kernel(
     for first in tl.range(0, count, CHUNK):
         chosen = tl.load(chosen_ptr + first + index, first + index < count, other=-1)
         counts += tl.histogram(tl.where(chosen < 0, BINS - 1, chosen), BINS)
-    needed = tl.cdiv(counts, SLOT_ROWS)
+    needed = tl.cdiv(counts, height)
     own = tl.sum(tl.where(bins == expert, counts, 0))
-    first_slot, own_slots = tl.sum(tl.where(bins < expert, needed, 0)), tl.cdiv(own, SLOT_ROWS)
-    rows_ptr += first_slot * SLOT_ROWS
+    first_slot, own_slots = tl.sum(tl.where(bins < expert, needed, 0)), tl.cdiv(own, height)
+    rows_ptr += first_slot * height
     placed = 0
     for first in tl.range(0, count, CHUNK):
         mine = tl.load(chosen_ptr + first + index, first + index < count, other=-1) == expert
         place = placed + tl.cumsum(mine.to(tl.int32), 0) - 1
         tl.store(rows_ptr + place, first + index, mine)
         placed += tl.sum(mine.to(tl.int32))
-    behind = own + tl.arange(0, SLOT_ROWS)
-    tl.store(rows_ptr + behind, tl.zeros_like(behind) + count, behind < own_slots * SLOT_ROWS)
+    tl.store(rows_ptr + own + index, tl.zeros_like(index) + count, own + index < own_slots * height)
     for first in tl.range(0, own_slots, CHUNK):
         tl.store(slot_ptr + first_slot + first + index, tl.zeros_like(index) + expert, first + index < own_slots)
     used = tl.sum(tl.where(bins < experts, needed, 0))

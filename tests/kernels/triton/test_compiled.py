@@ -19,7 +19,10 @@ TRITONS = [
     for line in (ROOT / "requirements" / "tritons.txt").read_text().splitlines()
     if line.startswith("triton==")
 ]
-SMALL = "widest_rows or tables_tile or groups_behind or linear_is or limits or bits_of_keys or context_ends or nan_or"
+SMALL = (
+    "widest_rows or slot_of_its or tables_tile or formats_are or groups_behind or linear_is or limits or bits_of_keys "
+    "or context_ends or nan_or"
+)
 """Of the kernels' tests: each kernel once or more."""
 
 
@@ -73,7 +76,7 @@ def test_kernels_are_the_references_with_other_tritons(version: str) -> None:
     arguments = ("-m", "pytest", "--noconftest", "-q", "-p", "no:cacheprovider", "-k", SMALL)
     files = [
         Path(__file__).with_name(f"test_{name}.py")
-        for name in ("linear", "rotate_quantize", "kv_store", "attention", "nan")
+        for name in ("linear", "experts", "rotate_quantize", "kv_store", "attention", "nan")
     ]
     run(*arguments, *files, path=folder(version))
 

@@ -56,7 +56,8 @@ def test_every_row_has_one_place_in_a_slot_of_its_expert(kind: str, tokens: int,
 def test_more_rows_than_a_program_looks_at_together_are_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = choice_of("holes", 50).experts
     expected = experts.align(chosen, EXPERTS, 16)
-    monkeypatch.setattr(experts, "CHUNK", 16)
+    monkeypatch.setattr(experts, "FEW_CHUNK", 16)
+    monkeypatch.setattr(experts, "CHUNK", 32)
     found = experts.align(chosen, EXPERTS, 16)
     used = expected.experts >= 0
     assert torch.equal(found.experts, expected.experts)
