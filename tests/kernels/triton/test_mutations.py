@@ -11,13 +11,26 @@ import pytest
 import torch
 
 from infoquant_vllm.kernels.torch import kv_cache as cpu
-from tests.common.interpreted import attend, attention, common, decode, gemm, interpreter_only, kv_store, linear, tiles
+from tests.common.interpreted import (
+    attend,
+    attention,
+    common,
+    decode,
+    experts,
+    gemm,
+    grouped,
+    interpreter_only,
+    kv_store,
+    linear,
+    tiles,
+)
 from tests.kernels.test_kv_cache import Batch
 from tests.kernels.triton.test_attention import TOLERANCE, Decoding
+from tests.kernels.triton.test_experts import HIDDEN, Mixture, choice_of
 from tests.kernels.triton.test_linear import Case
 
 pytestmark = interpreter_only  # on a GPU a mask that is off by one writes to memory of others
-MODULES = (attend, attention, common, decode, gemm, kv_store, linear)
+MODULES = (attend, attention, common, decode, experts, gemm, grouped, kv_store, linear)
 BATCHES: list[tuple[list[int], list[int], int | None]] = [([12], [30], None), ([1], [400], None), ([2], [130], None)]
 """Queries and tokens of sequences, and a window."""
 SAME_RESULT = ("query < count",)  # a query that is left out here takes a round of its own
@@ -59,6 +72,11 @@ def mutated(module: ModuleType, line: int, column: int, folder: Path) -> ModuleT
 def compare_gemm() -> None:
     Case(17, 192, channels=48).check()
     Case(17, 192, channels=48, segments=2).check()
+    compare_experts()
+
+
+def compare_experts() -> None:
+    Mixture().check(torch.randn(11, HIDDEN).bfloat16(), choice_of("holes", 11))
 
 
 def compare_store() -> None:
@@ -78,6 +96,7 @@ def compare_attention() -> None:
 
 COMPARED: dict[ModuleType, Callable[[], None]] = {
     gemm: compare_gemm,
+    grouped: compare_experts,
     kv_store: compare_store,
     attend: compare_attention,
     attention: compare_attention,
@@ -93,7 +112,7 @@ def _memory_that_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("compare", [compare_gemm, compare_store, compare_attention])
+@pytest.mark.parametrize("compare", [compare_gemm, compare_experts, compare_store, compare_attention])
 def test_kernels_are_the_reference(compare: Callable[[], None]) -> None:
     compare()
 
