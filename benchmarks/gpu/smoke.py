@@ -14,12 +14,23 @@ import torch
 
 from benchmarks.gpu.bench import Bench, parser
 from benchmarks.gpu.cache_attention import BITS, BLOCK, FEW_QUERIES, Sequences, attention
+from benchmarks.gpu.mixtures import Mixture, prepared
 from benchmarks.gpu.sites import moved
 from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels import operands
-from infoquant_vllm.kernels.operands import InputQuant, KVCalibration, KVScheme, PackedWeight, ScoreParams
+from infoquant_vllm.kernels.operands import (
+    ExpertChoice,
+    ExpertLinear,
+    InputQuant,
+    KVCalibration,
+    KVScheme,
+    PackedWeight,
+    ScoreParams,
+)
+from infoquant_vllm.kernels.torch import experts as torch_experts
 from infoquant_vllm.kernels.torch import kv_cache as expected
 from infoquant_vllm.kernels.torch import linear as torch_linear
+from infoquant_vllm.kernels.triton import experts as triton_experts
 from infoquant_vllm.kernels.triton import kv_store
 from infoquant_vllm.kernels.triton import linear as triton_linear
 
@@ -55,8 +66,17 @@ class Product:
     hadamard: int
 
 
+@dataclass(frozen=True)
+class Experts:
+    """W4A4 experts of a mixture."""
+
+    tokens: int
+    mixture: Mixture
+
+
 CASES = (Case(4, 2, 64, 2, 40, 1), Case(4, 2, 64, 1, 300, 4), Case(4, 2, 64, 2, 40, 12))
 PRODUCTS = (Product(5, 128, 48, 2, 2, 0), Product(40, 192, 32, 1, 1, 192))
+MIXTURES = (Experts(7, Mixture(128, 96, 4, 2, 32)),)
 GPU_CASES = (
     *(Case(32, 8, 128, 2, 1200, queries) for queries in (1, 4)),  # contexts in parts
     Case(32, 32, 64, 36, 200, 1),  # enough sequences for one program to go through the parts of each
@@ -66,6 +86,10 @@ GPU_PRODUCTS = (
     Product(5, 4096, 512, 128, 64, 0),
     Product(300, 4096, 512, 128, 64, 4096),
     Product(80, 2048, 256, 1, 1, 2048),
+)
+GPU_MIXTURES = (
+    *(Experts(tokens, Mixture(2048, 768, 16, 4)) for tokens in (1, 300)),
+    Experts(80, Mixture(2048, 768, 16, 4, 64)),
 )
 
 
@@ -81,10 +105,12 @@ def main() -> None:
 
     bench.attempt(lambda: device_facts(bench.device), what="device")
     cases, products = (CASES, PRODUCTS) if bench.dry_run else (GPU_CASES, GPU_PRODUCTS)
+    mixtures = MIXTURES if bench.dry_run else GPU_MIXTURES
     checks: list[tuple[str, Any, Any]] = [
         ("kv_store", check_store, cases[0]),
         *((case.kernel, check_attention, case) for case in cases),
         *(("linear", check_linear, case) for case in products),
+        *(("experts", check_experts, case) for case in mixtures),
     ]
     for kernel, check, case in checks:
         bench.attempt(partial(checked, check, case), kernel=kernel, **asdict(case))
@@ -161,6 +187,26 @@ def check_linear(case: Product, device: str) -> dict[str, Any]:
     found = triton_linear.linear(x.to(device), prepared, there, None)
     plain = torch_linear.prepare_linear(given, 4, 1)
     return _compared(found.cpu(), torch_linear.linear(x, inputs, plain, None))
+
+
+def check_experts(case: Experts, device: str) -> dict[str, Any]:
+    """Hold experts against the reference; some of the tokens' experts are on another rank."""
+    torch.manual_seed(0)
+    x, linears = torch.randn(case.tokens, case.mixture.hidden).bfloat16(), case.mixture.linears("cpu")
+    choice = case.mixture.choice(case.tokens, "cpu")
+    choice.experts[choice.experts == 1] = -1
+    plain = [
+        each._replace(
+            weight=torch_experts.prepare_experts(each.weight, lambda one: torch_linear.prepare_linear(one, 4, 1))
+        )
+        for each in linears
+    ]
+    there = [
+        prepared(ExpertLinear(inputs._replace(clip_ratio=inputs.clip_ratio.to(device)), moved(weight, device)), device)
+        for inputs, weight in linears
+    ]
+    found = triton_experts.experts(x.to(device), ExpertChoice(*(part.to(device) for part in choice)), *there)
+    return _compared(found.cpu(), torch_experts.experts(x, choice, *plain))
 
 
 def _on(device: str, arguments: list[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ TEST_SECONDS = 60
 """For one test."""
 TESTS = "tests/kernels/triton/test_*.py"
 DRY_TEST = "tests/kernels/triton/test_kv_store.py"
-KERNELS = {"linears": 110, "attention": 70, "layer": 40, "vllm_layers": 80}
+KERNELS = {"linears": 110, "attention": 70, "layer": 40, "vllm_layers": 80, "experts": 80}
 """Seconds by module."""
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZER_ERROR = "9"
@@ -109,7 +109,12 @@ class Plan:
     def _profile(self) -> Iterator[Step]:
         tool = _tool("ncu")
         command = [tool or "ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv"]
-        command += ["--log-file", str(self.output / "ncu.csv"), "--kernel-name", "regex:gemm|rotate|kv_|reduce"]
+        command += [
+            "--log-file",
+            str(self.output / "ncu.csv"),
+            "--kernel-name",
+            "regex:gemm|rotate|kv_|reduce|align|combine",
+        ]
         command += [word for section in NCU_SECTIONS for word in ("--section", section)]
         missing = "" if tool and not self.dry_run else "no ncu here, or a dry run"
         yield Step("profile", "profile", (*command, *self._module("profile")), 120, missing=missing)

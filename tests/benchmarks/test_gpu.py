@@ -58,7 +58,7 @@ def test_a_dry_run_goes_through_every_stage(dry_rows: list[dict[str, Any]]) -> N
     assert [row["of"] for row in dry_rows if row["stage"] == "run"] == sorted(
         (row["of"] for row in dry_rows if row["stage"] == "run"), key=STAGES.index
     )
-    run_here = ("smoke", "tests", "linears", "attention", "layer", "vllm_layers", "served")
+    run_here = ("smoke", "tests", "linears", "attention", "layer", "vllm_layers", "experts", "served")
     assert {outcomes[step] for step in run_here} == {"done"}
     assert {outcomes[step] for step in outcomes.keys() - set(run_here)} == {"skipped"}
     assert not [row for row in dry_rows if "problem" in row and row.get("format") != "FP8"]  # which is not for CPUs
@@ -94,6 +94,11 @@ def test_wrong_kernels_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     right = linear.gemm
     monkeypatch.setattr(smoke.triton_linear, "gemm", lambda *a, **k: 1.05 * right(*a, **k))
     assert not smoke.check_linear(smoke.PRODUCTS[0], "cpu")["right"]
+    (mixture,) = smoke.MIXTURES
+    assert smoke.check_experts(mixture, "cpu")["right"]
+    sums = smoke.triton_experts.experts
+    monkeypatch.setattr(smoke.triton_experts, "experts", lambda *arguments: 1.05 * sums(*arguments))
+    assert not smoke.check_experts(mixture, "cpu")["right"]
     monkeypatch.setattr(kv_store, "kv_store", lambda *arguments: None)
     assert not smoke.check_store(smoke.CASES[0], "cpu")["right"]
     one, few, prompt = smoke.CASES
@@ -118,7 +123,7 @@ def test_a_wrong_kernel_fails_the_smoke_stage(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("sys.argv", ["smoke", "--rows", str(tmp_path / "rows.jsonl"), "--dry-run"])
     with pytest.raises(SystemExit, match="1"):
         smoke.main()
-    assert [row["right"] for row in rows(tmp_path / "rows.jsonl")[1:]] == [False, True, True, True, True, True]
+    assert [row["right"] for row in rows(tmp_path / "rows.jsonl")[1:]] == [False, True, True, True, True, True, True]
 
 
 def test_a_failure_costs_one_row(bench: Bench) -> None:

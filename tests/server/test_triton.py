@@ -1,4 +1,7 @@
-"""A served model says the same by Triton's kernels, under the interpreter, as by the reference's."""
+"""A served model says the same by Triton's kernels, under the interpreter, as by the reference's.
+
+A mixture of experts with a shared one, which has all kernels: those of linears, of experts and of the cache.
+"""
 
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from benchmarks.accuracy.scores import score
 from benchmarks.common.server import serve
 from infoquant_vllm.kernels.dispatch import FORCE
 from tests.common.engine import running_engine
-from tests.common.tiny import VOCAB_SIZE, write_source
+from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 from tests.server.test_equality import next_nll
 
 TOKEN = {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
@@ -34,7 +37,7 @@ def of_the_reference(checkpoint: Path, windows: torch.Tensor) -> tuple[torch.Ten
 
 
 def test_log_probabilities_are_those_of_the_reference(tmp_path: Path) -> None:
-    source, checkpoint = write_source(tmp_path / "source"), tmp_path / "w8a8kv4"
+    source, checkpoint = write_source(tmp_path / "source", **SIZES["qwen2-moe"]), tmp_path / "w8a8kv4"
     offline.quantize(source, checkpoint, recipe=offline.Recipe.model_validate(RECIPE), progress=lambda *_: None)
     windows = torch.randint(3, VOCAB_SIZE - 13, (2, 144), generator=torch.Generator().manual_seed(0))
     interpreted = {FORCE: "triton", "TRITON_INTERPRET": "1"}
@@ -42,6 +45,7 @@ def test_log_probabilities_are_those_of_the_reference(tmp_path: Path) -> None:
         triton = score(server, windows, top=20, concurrent=len(windows)).nll
         triton_next, line = next_nll(server, windows[0], DECODED), server.logged(r"infoquant: (.+)")
     assert "caches KV4 (Triton, interpreted)" in line
+    assert "experts W8A8 (Triton, interpreted)" in line
     assert f"{FORCE}=triton" in line
     reference, reference_next = of_the_reference(checkpoint, windows)
     difference, spread = (triton - reference).abs(), reference.std()

@@ -6,10 +6,16 @@ import torch
 from infoquant_vllm.kernels.operands import ExpertChoice, ExpertLinear, InputQuant
 from tests.common import oracles
 from tests.common.guards import guarded
-from tests.common.interpreted import experts, linear, rotate_quantize, tiles, weights
+from tests.common.interpreted import DEVICE, experts, linear, rotate_quantize, tiles, weights
+from tests.common.moved import moved
 from tests.kernels.test_experts import EXPERTS, of, one_by_one, prepared, random_choice, random_weight
 
 HIDDEN, INNER = 192, 96
+TOLERANCE = 0.02
+"""Of the largest output on a GPU, whose exponentials may round otherwise: then a code moves by one."""
+align, grouped_gemm = (
+    each if DEVICE == "cpu" else moved(each, DEVICE) for each in (experts.align, experts.grouped_gemm)
+)
 
 
 def choice_of(kind: str, tokens: int = 9, chosen: int = 2) -> ExpertChoice:
@@ -41,7 +47,7 @@ def random_inputs(
 def test_every_row_has_one_place_in_a_slot_of_its_expert(kind: str, tokens: int, height: int) -> None:
     chosen = choice_of(kind, max(tokens, 5)).experts[:tokens]
     with guarded():
-        rows, owners, count = experts.align(chosen, EXPERTS, height)
+        rows, owners, count = align(chosen, EXPERTS, height)
     flat = chosen.flatten()
     assert count == len(flat)
     held = [-(-int((flat == expert).sum()) // height) for expert in range(EXPERTS)]
@@ -55,18 +61,18 @@ def test_every_row_has_one_place_in_a_slot_of_its_expert(kind: str, tokens: int,
 
 def test_more_rows_than_a_program_looks_at_together_are_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = choice_of("holes", 50).experts
-    expected = experts.align(chosen, EXPERTS, 16)
+    expected = align(chosen, EXPERTS, 16)
     monkeypatch.setattr(experts, "FEW_CHUNK", 16)
     monkeypatch.setattr(experts, "CHUNK", 32)
-    found = experts.align(chosen, EXPERTS, 16)
+    found = align(chosen, EXPERTS, 16)
     used = expected.experts >= 0
     assert torch.equal(found.experts, expected.experts)
     assert torch.equal(found.rows[used], expected.rows[used])
 
 
 def test_few_tokens_make_no_slots_for_all_experts() -> None:
-    assert len(experts.align(random_choice(1, 2).experts, 128, 16).experts) == 2
-    assert len(experts.align(random_choice(4, 4).experts, 128, 16).experts) == 16
+    assert len(align(random_choice(1, 2).experts, 128, 16).experts) == 2
+    assert len(align(random_choice(4, 4).experts, 128, 16).experts) == 16
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["rows of tokens", "routed rows"])
@@ -91,8 +97,8 @@ def test_products_are_the_references_bits(
     with_sums = ours.weight.zero_point is not None
     codes = rotate_quantize.rotate_quantize(x, ours.inputs, plan.values_stride // segments, with_sums)
     with guarded():
-        slots = experts.align(choice.experts, EXPERTS, plan.tile.block_m // (2 if input_bits == 16 else 1))
-        found = experts.grouped_gemm(codes, ours, plan, slots, torch.float32)
+        slots = align(choice.experts, EXPERTS, plan.tile.block_m // (2 if input_bits == 16 else 1))
+        found = grouped_gemm(codes, ours, plan, slots, torch.float32)
     assert found.shape == (rows, 48)
     for row, expert in enumerate(choice.experts.flatten().tolist()):
         if expert >= 0:
@@ -124,11 +130,14 @@ class Mixture:
             return experts.experts(x, choice, *prepared(linear, self.linears))
 
     def check(self, x: torch.Tensor, choice: ExpertChoice) -> None:
-        """Exactly but for float32, whose last bits of SwiGLU may differ."""
+        """Exactly under the interpreter, but for float32, whose last bits of SwiGLU may differ."""
         found, expected = self.found(x, choice), one_by_one(x, choice, *self.linears)
         assert found.dtype == x.dtype
-        if x.dtype == torch.float32:
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+        largest = float(expected.abs().max()) if len(expected) else 0.0
+        if DEVICE != "cpu":
+            torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * largest)
+        elif x.dtype == torch.float32:
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * largest)
         else:
             assert torch.equal(found, expected)
 
