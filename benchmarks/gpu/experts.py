@@ -80,16 +80,14 @@ def fused(mixture: Mixture, fp8: bool) -> Callable[[torch.Tensor, ExpertChoice],
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts  # which not every platform has
 
     count, hidden, inner = mixture.experts, mixture.hidden, mixture.intermediate
-    weights = [
-        torch.randn(count, *shape, device="cuda", dtype=torch.bfloat16) / 64
-        for shape in ((2 * inner, hidden), (hidden, inner))
-    ]
+    first = torch.randn(count, 2 * inner, hidden, device="cuda", dtype=torch.bfloat16) / 64
+    second = torch.randn(count, hidden, inner, device="cuda", dtype=torch.bfloat16) / 64
     config = None
     if fp8:
-        scales = [torch.rand(count, weight.shape[1], 1, device="cuda") for weight in weights]
-        config = fp8_w8a8_moe_quant_config(*scales, per_act_token_quant=True, per_out_ch_quant=True)
-        weights = [weight.to(torch.float8_e4m3fn) for weight in weights]
-    return lambda x, choice: fused_experts(x, *weights, *choice, quant_config=config)
+        first_scale, second_scale = (torch.rand(count, each.shape[1], 1, device="cuda") for each in (first, second))
+        config = fp8_w8a8_moe_quant_config(first_scale, second_scale, per_act_token_quant=True, per_out_ch_quant=True)
+        first, second = first.to(torch.float8_e4m3fn), second.to(torch.float8_e4m3fn)
+    return lambda x, choice: fused_experts(x, first, second, choice.weights, choice.experts, quant_config=config)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.gpu.sites import moved
 from infoquant_vllm.kernels.operands import ExpertChoice, ExpertLinear, InputQuant, PackedWeight
 from infoquant_vllm.kernels.torch.experts import prepare_experts
 from infoquant_vllm.kernels.triton.linear import prepare_linear, prepare_matrices
@@ -41,8 +42,10 @@ class Mixture(NamedTuple):
 
 
 def prepared(linear: ExpertLinear, device: str) -> ExpertLinear:
-    """Return a linear as our kernels read it."""
-    inputs = linear.inputs
+    """Return a linear on a device, as our kernels read it."""
+    inputs, clip = linear.inputs, linear.inputs.clip_ratio
     matrices = [matrix.to(device) for matrix in prepare_matrices([], inputs.hadamard)]
-    weight = prepare_experts(linear.weight, lambda each: prepare_linear(each, 4, inputs.segments))
-    return ExpertLinear(inputs._replace(matrices=matrices), weight)
+    inputs = inputs._replace(matrices=matrices, clip_ratio=None if clip is None else clip.to(device))
+    return ExpertLinear(
+        inputs, prepare_experts(moved(linear.weight, device), lambda each: prepare_linear(each, 4, inputs.segments))
+    )

@@ -20,7 +20,6 @@ from infoquant_vllm.format import kv_bytes_per_token_head
 from infoquant_vllm.kernels import operands
 from infoquant_vllm.kernels.operands import (
     ExpertChoice,
-    ExpertLinear,
     InputQuant,
     KVCalibration,
     KVScheme,
@@ -195,18 +194,15 @@ def check_experts(case: Experts, device: str) -> dict[str, Any]:
     x, linears = torch.randn(case.tokens, case.mixture.hidden).bfloat16(), case.mixture.linears("cpu")
     choice = case.mixture.choice(case.tokens, "cpu")
     choice.experts[choice.experts == 1] = -1
-    plain = [
+    gate_up, down = (
         each._replace(
             weight=torch_experts.prepare_experts(each.weight, lambda one: torch_linear.prepare_linear(one, 4, 1))
         )
         for each in linears
-    ]
-    there = [
-        prepared(ExpertLinear(inputs._replace(clip_ratio=inputs.clip_ratio.to(device)), moved(weight, device)), device)
-        for inputs, weight in linears
-    ]
-    found = triton_experts.experts(x.to(device), ExpertChoice(*(part.to(device) for part in choice)), *there)
-    return _compared(found.cpu(), torch_experts.experts(x, choice, *plain))
+    )
+    there = ExpertChoice(choice.weights.to(device), choice.experts.to(device))
+    found = triton_experts.experts(x.to(device), there, *(prepared(each, device) for each in linears))
+    return _compared(found.cpu(), torch_experts.experts(x, choice, gate_up, down))
 
 
 def _on(device: str, arguments: list[Any]) -> list[Any]:
