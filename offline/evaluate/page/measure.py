@@ -124,8 +124,10 @@ class _Observer:
             keys, values = cache.layers[index].keys.float(), cache.layers[index].values.float()
             if self._simulated:
                 keys = codes.prepare_keys(attention.rotary.apply_rope(cache.layers[index].keys, 0))
-            for site, x, bits in zip("kv", (keys, values), codes.num_bits, strict=True):
-                self._sites[site][index].add(*_quantized_entries(x, bits, codes.get_buffer(CACHE_CLIPS[site])))
+            feedback = codes.key_feedback, None
+            for site, x, bits, shared in zip("kv", (keys, values), codes.num_bits, feedback, strict=True):
+                clip = codes.get_buffer(CACHE_CLIPS[site])
+                self._sites[site][index].add(*_quantized_entries(x, bits, clip, shared))
 
 
 def _quantized_input(
@@ -142,8 +144,10 @@ def _quantized_input(
     return groups, Quantized(values.flatten(0, 1), lowest.flatten(), highest.flatten())
 
 
-def _quantized_entries(x: torch.Tensor, num_bits: int, clip: torch.Tensor) -> tuple[torch.Tensor, Quantized]:
+def _quantized_entries(
+    x: torch.Tensor, num_bits: int, clip: torch.Tensor, feedback: torch.Tensor | None
+) -> tuple[torch.Tensor, Quantized]:
     """Split keys or values [batch, kv_heads, tokens, head_size] by token and head, and quantize them."""
-    values = fake_store(x, clip, num_bits)
+    values = fake_store(x, clip, num_bits, feedback)
     lowest, highest = x.amin(-1).clamp(max=0) * clip[:, :1], x.amax(-1).clamp(min=0) * clip[:, 1:]
     return x.flatten(0, 2), Quantized(values.flatten(0, 2), lowest.flatten(), highest.flatten())

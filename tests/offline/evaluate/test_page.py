@@ -116,7 +116,7 @@ def test_outer_levels_are_those_of_the_codes(symmetric: bool) -> None:
 
 def test_outer_levels_of_the_cache_are_those_of_its_codes() -> None:
     x = torch.randn(1, 2, 5, 64, generator=torch.Generator().manual_seed(2))
-    groups, found = _quantized_entries(x, 4, torch.full((2, 2), 0.6))
+    groups, found = _quantized_entries(x, 4, torch.full((2, 2), 0.6), None)
     torch.testing.assert_close(groups.view(x.shape), x)
     torch.testing.assert_close(found.lowest, found.values.amin(1), rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(found.highest, found.values.amax(1), rtol=2e-3, atol=1e-3)
