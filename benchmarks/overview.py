@@ -61,12 +61,13 @@ def _read(file: Path) -> Rows:
 
 def _accuracy(axes: Axes, rows: Rows) -> None:
     by_preset = {row["model"].removeprefix("smollm2-"): row for row in rows}
-    chosen = [by_preset[preset] for preset in PRESETS]
+    names = [preset for preset in PRESETS if preset in by_preset]
+    chosen = [by_preset[preset] for preset in names]
     axes.barh(
-        PRESETS,
+        names,
         [row["simulated_kl"] for row in chosen],
         xerr=[row["simulated_kl_se"] for row in chosen],
-        color=[OTHERS if preset in ("quarot", "paper") else OURS for preset in PRESETS],
+        color=[OTHERS if preset in ("quarot", "paper") else OURS for preset in names],
     )
     for place, row in enumerate(chosen):
         label = f"{row['bits_per_weight']:.2f} bits per weight"

@@ -29,7 +29,7 @@ PRESETS = MappingProxyType(
     {
         "fast": (
             "4, 4, 4 bits",
-            "a learned rotation folded into the weights, equalization, inputs less their mean, GPTQ",
+            "a learned rotation folded into the weights, equalization, inputs less their mean, GPTQ, key feedback",
         ),
         "best": (
             "4, 4, 4 bits, in groups",
@@ -65,7 +65,8 @@ def presets(folder: Path) -> str:
         row["model"].removeprefix("smollm2-"): _measured(row, "simulated_kl")
         for row in json.loads((folder / "accuracy.json").read_text())
     }
-    lines = [[f"`{name}`" + " (default)" * (name == "fast"), *words, kl[name]] for name, words in PRESETS.items()]
+    shown = {name: f"`{name}`" + " (default)" * (name == "fast") for name in PRESETS}
+    lines = [[shown[name], *words, kl.get(name, "not measured")] for name, words in PRESETS.items()]
     return _markdown(("preset", "weights, activations, KV cache", "method", "KL to bf16"), lines)
 
 
