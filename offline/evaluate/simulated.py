@@ -151,7 +151,7 @@ class SimulatedCache(nn.Module):
         return dict(self.named_buffers()).get("key_mean")
 
     @property
-    def key_feedback(self) -> torch.Tensor | None:
+    def feedback(self) -> torch.Tensor | None:
         """Return the feedback of the errors of keys, if there is one."""
         return dict(self.named_buffers()).get("key_feedback")
 
@@ -172,9 +172,7 @@ class SimulatedCache(nn.Module):
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
         clips = self.get_buffer("key_clip_ratio"), self.get_buffer("value_clip_ratio")
         kernels, scheme = backend("cpu"), KVScheme(self.num_bits, self.rotate_keys)
-        kernels.kv_store(
-            rows[1], rows[2], cache, slots, KVCalibration(*clips, self._key_mean, self.key_feedback), scheme
-        )
+        kernels.kv_store(rows[1], rows[2], cache, slots, KVCalibration(*clips, self._key_mean, self.feedback), scheme)
         sequences = Sequences(
             query_starts=torch.arange(batch + 1, dtype=torch.int32) * queries,
             seq_lens=torch.full((batch,), length, dtype=torch.int32),

@@ -124,7 +124,7 @@ class _Observer:
             keys, values = cache.layers[index].keys.float(), cache.layers[index].values.float()
             if self._simulated:
                 keys = codes.prepare_keys(attention.rotary.apply_rope(cache.layers[index].keys, 0))
-            feedback = codes.key_feedback, None
+            feedback = codes.feedback, None
             for site, x, bits, shared in zip("kv", (keys, values), codes.num_bits, feedback, strict=True):
                 clip = codes.get_buffer(CACHE_CLIPS[site])
                 self._sites[site][index].add(*_quantized_entries(x, bits, clip, shared))

@@ -201,6 +201,20 @@ def test_what_is_measured_is_what_the_simulation_quantizes(rotated: Path, monkey
     assert all(map(torch.equal, inputs[0], [inputs[1][linear] for linear in firsts]))
 
 
+def test_keys_are_measured_with_the_feedback_of_their_errors(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kv_cache = {"key_mean_positions": 64, "key_feedback": True}
+    calibration = {"sequences": 4, "sequence_length": 32}
+    fields = {"name": "fed", "transform": "heads", "rounding": "none", "kv_cache": kv_cache, "calibration": calibration}
+    checkpoint = Checkpoint(_quantized(source, "fed", Recipe.model_validate(fields)))
+    given: list[torch.Tensor | None] = []
+    store = measuring.fake_store
+    monkeypatch.setattr(measuring, "fake_store", lambda *args: given.append(args[3]) or store(*args))
+    measure(checkpoint, None, tokens()[:1], silent)
+    expected = [checkpoint.tensor(f"model.layers.{layer}.self_attn.attn.key_feedback") for layer in (0, 1)]
+    assert [one is None for one in given] == [False, True] * 2
+    assert all(torch.equal(one, other) for one, other in zip(given[::2], expected, strict=True) if one is not None)
+
+
 def test_unrotated_checkpoint_is_measured_where_its_source_is(plain: Path, source: Path) -> None:
     found = measure(Checkpoint(plain), Source.open(source), tokens(), silent)
     assert found.before is not None
