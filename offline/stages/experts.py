@@ -2,9 +2,8 @@
 
 import torch
 
-from infoquant_vllm.format import activation_groups
 from offline.algorithms.clip_search import search_clips
-from offline.algorithms.rotations import Transforms
+from offline.algorithms.rotations import Transforms, transform_input
 from offline.errors import ToolError
 from offline.model.hidden_states import HiddenStates
 from offline.model.input_statistics import SAMPLE_STRIDE, InputStatistics
@@ -48,8 +47,9 @@ def quantized_experts(
             counts.append(_observe(run, hidden, expert, inputs))
             _check_unseen(run, layer, counts)
         if clips is None and sample is not None and recipe.site("gate_up", layer).clip_ratio == "search":
-            args = recipe.input_activations(f"{place}.gate_up", shape, layer)
-            clips = search_clips(sample.to(run.devices[0]), args, activation_groups(args, shape.hidden_size))
+            site = f"{place}.gate_up"
+            y = transform_input(sample.to(run.devices[0]), recipe.input_transform(site, shape), {})
+            clips = search_clips(y, recipe.input_activations(site, shape, layer))
         inputs.clips = {} if clips is None else {f"{place}.gate_up": clips}
         sites = [f"{place}.gate_up", f"{place}.down"]
         with run.watch("weights"):

@@ -176,7 +176,7 @@ def _input_tensors(
         else:
             assert shared_input.sample is not None  # such recipes need calibration
             y = transform_input(shared_input.sample, shared_input.transform, shared_input.tensors)
-            tensors["input_clip_ratio"] = search_clips(y, args, activation_groups(args, shape.features(site)))
+            tensors["input_clip_ratio"] = search_clips(y, args)
     return tensors
 
 

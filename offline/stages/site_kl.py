@@ -153,10 +153,9 @@ class LayerSite:
 
     def _clips(self, candidate: int) -> torch.Tensor:
         args, ratio = self._choices.activations[candidate], self._choices.with_formats(0, candidate).clip_ratio
-        groups = activation_groups(args, self._sample.shape[1])
         if ratio == "search":
-            return search_clips(self._sample, args, groups)
-        return torch.full((groups, 2), ratio, device=self._sample.device)
+            return search_clips(self._sample, args)
+        return torch.full((activation_groups(args, self._sample.shape[1]), 2), ratio, device=self._sample.device)
 
     def _input_error(self, args: ActivationArgs, clip: torch.Tensor) -> float:
         """Return the energy of the errors of the outputs on the sample."""

@@ -19,7 +19,7 @@ def normal(tokens: int, features: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("features", "low", "high"), [(32, 0.97, 1.0), (64, 0.92, 0.98), (576, 0.8, 0.88)])
 def test_gaussian_ranges_shrink_more_the_more_values_share_them(features: int, low: float, high: float) -> None:
-    found = search_clips(normal(2000, features), BY_TOKEN, 1)
+    found = search_clips(normal(2000, features), BY_TOKEN)
     assert found.shape == (1, 2)
     assert low <= found.min()
     assert found.max() <= high
@@ -39,7 +39,7 @@ def test_no_other_factor_loses_less_in_any_group(layout: dict[str, Any], symmetr
         found = quantize_groups(y, input_quant(args, clip, 192)).dequantized()
         return (found - y.unflatten(1, (4, -1))).square().sum((0, 2))
 
-    found = search_clips(y, args, 4)
+    found = search_clips(y, args)
     best = torch.stack([lost(torch.full((4, 2), factor)) for factor in GRID]).amin(0)
     for factor in (
         found[:, 0].unique().tolist()
@@ -53,8 +53,8 @@ def test_a_huge_token_counts_no_more_than_any_other() -> None:
     y = normal(200, 64)
     huge = y.clone()
     huge[0] *= 1e4
-    assert torch.equal(search_clips(y, BY_TOKEN, 1), search_clips(huge, BY_TOKEN, 1))
+    assert torch.equal(search_clips(y, BY_TOKEN), search_clips(huge, BY_TOKEN))
 
 
 def test_inputs_that_are_always_zero_have_factors_too() -> None:
-    assert torch.equal(search_clips(torch.zeros(5, 64), BY_TOKEN, 1), torch.ones(1, 2))
+    assert torch.equal(search_clips(torch.zeros(5, 64), BY_TOKEN), torch.ones(1, 2))
