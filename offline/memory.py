@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infoquant_vllm.format import ARCHITECTURES, ModelShape, TensorSpec
 from offline.algorithms.gptq import FACTOR_BLOCK
+from offline.algorithms.head_kl import KL_CHUNK
 from offline.errors import ToolError
 from offline.mixture import samples_itself
 from offline.model.hidden_states import TOKENS_PER_BATCH
@@ -31,7 +32,7 @@ ROWS_PER_DRAW = 64  # rows whose probabilities are held at once, in float32
 COPIES_TO_SAMPLE = 2  # of the weights: as read, and in the model
 COPIES_TO_DISTILL = 2  # of the weights: the student's and the source's
 DISTILL_ACTIVATIONS = 14  # tensors of hidden size, and half as many of intermediate size, kept per layer for gradients
-KL_POSITIONS, KL_CHUNK = 1024, 64  # positions whose predictions are kept to measure KL, and computed at once
+KL_POSITIONS = 1024  # positions whose predictions are kept to measure KL
 COPIES_OF_LOGITS = 4  # logits, probabilities to draw from, and what their gradient takes
 CLIP_ACTIVATIONS = 20  # tensors of hidden and of intermediate size kept for the gradients of clips
 ROTATION_STEP_MATRICES = 15  # hidden x hidden float32 matrices held by a step of `learn_rotation`

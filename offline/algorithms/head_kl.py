@@ -8,7 +8,7 @@ from torch.nn import functional
 
 CHUNK_POSITIONS = 256
 """Positions whose logits are held at once; bounds peak memory."""
-KL_POSITIONS = 64
+KL_CHUNK = 64
 """The same without gradients: memory of so many is kept between chunks, that of more goes back to the system."""
 
 
@@ -22,13 +22,13 @@ def kl_of_heads(hidden: torch.Tensor, target: torch.Tensor, head: torch.Tensor) 
 
 def log_probabilities(hidden: torch.Tensor, head: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return log softmax(hidden head^T / scaling), [positions, vocab]; hidden: [positions, hidden] float32."""
-    return torch.cat([_log_softmax(chunk, head, scaling) for chunk in hidden.split(KL_POSITIONS)])
+    return torch.cat([_log_softmax(chunk, head, scaling) for chunk in hidden.split(KL_CHUNK)])
 
 
 def kl_to(expected: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor, scaling: float) -> float:
     """Return the mean KL of predictions from `hidden` to `expected`, which `log_probabilities` returned."""
     total = 0.0
-    for log_p, chunk in zip(expected.split(KL_POSITIONS), hidden.split(KL_POSITIONS), strict=True):
+    for log_p, chunk in zip(expected.split(KL_CHUNK), hidden.split(KL_CHUNK), strict=True):
         log_q = _log_softmax(chunk, head, scaling)
         total += torch.linalg.vecdot(log_p.exp(), log_q.neg_().add_(log_p)).double().sum().item()
     return max(0.0, total / len(hidden))
