@@ -29,7 +29,8 @@ PRESETS = MappingProxyType(
     {
         "fast": (
             "4, 4, 4 bits",
-            "a learned rotation folded into the weights, equalization, inputs less their mean, GPTQ, key feedback",
+            "a learned rotation folded into the weights, equalization, inputs less their mean, GPTQ, "
+            "error feedback of keys",
         ),
         "best": (
             "4, 4, 4 bits, in groups",

@@ -66,8 +66,8 @@ class Gptq(StrictModel):
     dampening_frac: added to the Hessian's diagonal, as a share of its mean
     refinements: passes over codes and scales after GPTQ (see `offline/algorithms/refine.py`)
     guided: weigh tokens by gradients of the loss, which holds the whole model (see `offline/stages/weigh_tokens.py`)
-    sink_weight: factor on the weight of a sequence's first token at qkv, with which weights make up for the rounding of
-        its inputs (see `offline/algorithms/sinks.py`), at other sites with factor 1; 0: none do
+    sink_weight: above 0, weights make up for the rounding of each sequence's first token (see
+        `offline/algorithms/sinks.py`); its errors count this many times at qkv, and once at other sites
     """
 
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01

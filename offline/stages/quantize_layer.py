@@ -16,8 +16,8 @@ from offline.algorithms.sinks import Sinks
 from offline.model.input_statistics import WeightedRows
 from offline.recipe import Gptq, KVCache, Recipe
 
-QKV = "qkv"
-"""The site whose outputs of first tokens every later token reads."""
+SINK_SITE = "qkv"
+"""Every later token reads the keys and values of the first one, so its errors count more here."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ def quantize_sites(
             means = (weight @ shared_input.mean for weight in weights)
             tensors |= {f"{linear}.output_mean": mean for linear, mean in zip(linears, means, strict=True)}
         inputs = _input_tensors(site, layer.index, shared_input, recipe, shape)
-        factor = recipe.gptq.sink_weight if site == QKV else 1.0
+        factor = recipe.gptq.sink_weight if site == SINK_SITE else 1.0
         sinks = _sinks(shared_input, inputs, recipe.input_activations(site, shape, layer.index), factor)
         args = recipe.site(site, layer.index).weights
         rounded = _quantize_weights(args, weights, shared_input, sinks, recipe.gptq)
