@@ -120,11 +120,16 @@ def _score_tasks(
     with refusals():
         from infoquant_vllm.format import is_checkpoint
         from offline.cli.tables import print_tasks
-        from offline.evaluate.saved_scores import dump, save_evaluations
-        from offline.evaluate.tasks import evaluate_tasks
+        from offline.evaluate.saved_scores import EVALUATION_FILE, dump, save_evaluations
+        from offline.evaluate.tasks import check_model, evaluate_tasks
+        from offline.output.atomic import check_writable
 
         if save and not is_checkpoint(Path(model)):
             raise ToolError(f"{model}: --save keeps scores in a checkpoint folder, which this is not")
+        if save:
+            check_writable(Path(model) / EVALUATION_FILE)
+        if reference is not None:
+            check_model(reference)
         names = [name.strip() for name in tasks.split(",")]
         found = [evaluate_tasks(model, names, options)]
         if reference is not None:

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
-from infoquant_vllm.format import is_checkpoint
+from infoquant_vllm.format import Checkpoint, is_checkpoint
 from offline.errors import ToolError, first_line
 from offline.evaluate.simulate import load_simulated
 from offline.evaluate.task_options import TaskOptions
 from offline.model.reference import load_reference
 from offline.model.source import Source, read_tokenizer
+from offline.text import check_tokens
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -90,6 +93,8 @@ def evaluate_tasks(model: str, tasks: Sequence[str], options: TaskOptions = DEFA
             bootstrap_iters=0 if limit == 1 else 1000,
             log_samples=False,
         )
+    except ToolError:
+        raise
     except Exception as error:  # data sets, networks and servers raise errors of many classes
         raise ToolError(f"{', '.join(tasks)}: lm-eval stopped: {first_line(error)}") from error
     return TaskEvaluation(
@@ -130,15 +135,28 @@ def _task_name(file: Path) -> str:
     return name
 
 
+def check_model(model: str) -> None:
+    """Open a model that is to run in this process, without loading it; raise ToolError or FormatError if it cannot."""
+    Checkpoint(model) if is_checkpoint(Path(model)) else Source.open(model)
+
+
 def _local(model: str) -> "LM":
     """Load a model into this process; a batch of one, since the simulation takes sequences of one length."""
     from lm_eval.models.huggingface import HFLM
 
     folder = Path(model)
     if is_checkpoint(folder):
-        return HFLM(pretrained=load_simulated(folder), tokenizer=read_tokenizer(folder), add_bos_token=True)
-    source = Source.open(model)
-    return HFLM(pretrained=load_reference(source.folder), tokenizer=source.tokenizer(), add_bos_token=True)
+        loaded, tokenizer = load_simulated(folder), read_tokenizer(folder)
+    else:
+        source = Source.open(model)
+        loaded, tokenizer = load_reference(source.folder), source.tokenizer()
+    vocab_size = loaded.config.vocab_size
+
+    def check(_: nn.Module, ids: tuple[torch.Tensor]) -> None:
+        check_tokens(ids[0].flatten().tolist(), tokenizer, vocab_size, "a text of the tasks")
+
+    loaded.model.embed_tokens.register_forward_pre_hook(check)
+    return HFLM(pretrained=loaded, tokenizer=tokenizer, add_bos_token=True)
 
 
 def _remote(model: str, endpoint: str, seed: int) -> "LM":

@@ -10,6 +10,7 @@ import offline
 from offline.progress import silent
 from tests.common.tiny import write_source
 from tests.offline.cli.test_main import RECIPE, infoquant, refused
+from tests.offline.evaluate.test_tasks import write_task
 
 KNOWN = 259
 """Tokens of the tiny tokenizer; one that is added has this id."""
@@ -69,6 +70,16 @@ def test_calibration_text_is_refused_with_its_name(role: str, source: Path, text
 def test_evaluation_text_is_refused(role: str, source: Path, checkpoint: Path, text: Path) -> None:
     for model in (source, checkpoint):
         refused(named(role), "eval", model, "--corpus", text, "--tokens", 64, "--window", 32)
+
+
+def test_texts_of_tasks_are_refused(role: str, source: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The texts begin with a BOS if the tokenizer says so, and end with no EOS."""
+    task = write_task(tmp_path, doc_to_text="tide {{question}}")
+    for model in (source, checkpoint):
+        if role == "eos":
+            assert infoquant("eval", model, "--tasks", task).exit_code == 0
+        else:
+            refused(named(role), "eval", model, "--tasks", task)
 
 
 def test_text_of_the_report_is_refused(role: str, checkpoint: Path, text: Path, tmp_path: Path) -> None:

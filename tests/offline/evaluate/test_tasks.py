@@ -1,5 +1,6 @@
 """`evaluate_tasks` runs lm-eval on sources and simulated checkpoints, from task files without network."""
 
+import errno
 import json
 import math
 import shutil
@@ -163,3 +164,18 @@ def test_the_command_scores_checkpoint_and_source_and_saves_both_for_card_and_re
 
 def test_options_of_tasks_are_wrong_usage_without_tasks(checkpoint: Path) -> None:
     assert CliRunner().invoke(app, ["eval", str(checkpoint), "--limit", "3"]).exit_code == 2
+
+
+def test_what_keeps_scores_from_being_compared_or_saved_is_refused_before_any_task_runs(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("offline.evaluate.tasks.evaluate_tasks", lambda *_: pytest.fail("a task ran"))
+    arguments = ["eval", str(checkpoint), "--tasks", str(write_task(tmp_path))]
+    done = CliRunner().invoke(app, [*arguments, "--reference", str(tmp_path / "nowhere")])
+    assert (done.exit_code, done.stderr.startswith(f"error: {tmp_path / 'nowhere'}: ")) == (1, True)
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    done = CliRunner().invoke(app, [*arguments, "--save"])
+    assert (done.exit_code, "infoquant_evaluation.json: cannot be written (Read-only" in done.stderr) == (1, True)
