@@ -109,10 +109,13 @@ class Comparison:
         return f"lm_head is the source's, relative error {error:.1e}"
 
     def _fit(self, theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-        """Fit the basis [hidden, hidden] that maps all rows seen so far to ours, by least squares."""
+        """Fit the basis [hidden, hidden] that maps all rows seen so far to ours, by least squares.
+
+        Rows may not span the hidden size, if a channel of all is zero; LAPACK's gelsy, the default, fails then.
+        """
         moments = [theirs.T @ x / theirs.square().sum() for x in (theirs, ours)]
         self._moments = [x + y for x, y in zip(self._moments, moments, strict=True)] if self._moments else moments
-        return torch.linalg.lstsq(*self._moments).solution
+        return torch.linalg.lstsq(*self._moments, driver="gelsd").solution
 
     def _stored_basis(self) -> torch.Tensor:
         if self._checkpoint.config.online_r1:

@@ -64,8 +64,14 @@ def test_whole_checkpoint_passes_every_check(whole: Path, source: Path) -> None:
     assert all(0 < error < 0.5 for error in found.layer_errors.values())
 
 
-def test_untied_model_is_recognized_in_its_rotated_basis(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", [[], ["model.embed_tokens.weight"], ["model.embed_tokens.weight", "lm_head.weight"]])
+def test_untied_model_is_recognized_in_its_rotated_basis(tmp_path: Path, zero: list[str]) -> None:
+    """Also if one channel of the residual stream is not used."""
     source = write_source(tmp_path / "source", tie_word_embeddings=False, hidden_size=128, head_dim=32)
+    tensors = load_file(source / "model.safetensors")
+    for name in zero:
+        tensors[name][:, 7] = 0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     recipe = offline.Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn")
     offline.quantize(source, tmp_path / "out", recipe=recipe, progress=lambda *_: None)
     found = verify(tmp_path / "out", against=source)
