@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from infoquant_vllm.format import ARCHITECTURES, ModelShape, TensorSpec
 from offline.algorithms.gptq import FACTOR_BLOCK
-from offline.algorithms.head_kl import KL_CHUNK
+from offline.algorithms.head_kl import CHUNK_POSITIONS
 from offline.errors import ToolError
 from offline.mixture import samples_itself
 from offline.model.hidden_states import TOKENS_PER_BATCH
@@ -233,7 +233,7 @@ def _sampling_bytes(source: Source, size: CalibrationSize) -> int:
 def sensitivity_bytes(source: Source) -> int:
     """Bytes to measure what formats cost: the weights in float32, and predictions at some positions."""
     return FLOAT32 * (
-        _parameters(source.shape) + (KL_POSITIONS + COPIES_OF_LOGITS * KL_CHUNK) * source.shape.vocab_size
+        _parameters(source.shape) + (KL_POSITIONS + COPIES_OF_LOGITS * CHUNK_POSITIONS) * source.shape.vocab_size
     )
 
 

@@ -6,10 +6,9 @@ import torch
 from torch.autograd import Function
 from torch.nn import functional
 
-CHUNK_POSITIONS = 256
-"""Positions whose logits are held at once; bounds peak memory."""
-KL_CHUNK = 64
-"""The same without gradients: memory of so many is kept between chunks, that of more goes back to the system."""
+CHUNK_POSITIONS = 128
+"""Positions whose logits are held at once: bounds peak memory, which malloc keeps between chunks for vocabularies of up
+to 65,536 tokens and else returns to the system each time."""
 
 
 def kl_of_heads(hidden: torch.Tensor, target: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
@@ -22,21 +21,27 @@ def kl_of_heads(hidden: torch.Tensor, target: torch.Tensor, head: torch.Tensor) 
 
 def log_probabilities(hidden: torch.Tensor, head: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return log softmax(hidden head^T / scaling), [positions, vocab]; hidden: [positions, hidden] float32."""
-    return torch.cat([_log_softmax(chunk, head, scaling) for chunk in hidden.split(KL_CHUNK)])
+    return torch.cat([_log_softmax(chunk, head, scaling) for chunk in hidden.split(CHUNK_POSITIONS)])
 
 
 def kl_to(expected: torch.Tensor, hidden: torch.Tensor, head: torch.Tensor, scaling: float) -> float:
     """Return the mean KL of predictions from `hidden` to `expected`, which `log_probabilities` returned."""
+    chunks = zip(expected.split(CHUNK_POSITIONS), hidden.split(CHUNK_POSITIONS), strict=True)
     total = 0.0
-    for log_p, chunk in zip(expected.split(KL_CHUNK), hidden.split(KL_CHUNK), strict=True):
+    for log_p, chunk in chunks:
         log_q = _log_softmax(chunk, head, scaling)
-        total += torch.linalg.vecdot(log_p.exp(), log_q.neg_().add_(log_p)).double().sum().item()
+        total += _expectation(log_p.exp(), log_q.neg_().add_(log_p)).item()
     return max(0.0, total / len(hidden))
 
 
-def _log_softmax(hidden: torch.Tensor, head: torch.Tensor, scaling: float) -> torch.Tensor:
+def _log_softmax(hidden: torch.Tensor, head: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
     logits = functional.linear(hidden, head).div_(scaling)
     return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+def _expectation(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return the sum over positions of the mean under p of values, float64; both are [positions, vocab]."""
+    return torch.linalg.vecdot(p, values).double().sum()
 
 
 class _HeadKL(Function):
@@ -44,18 +49,14 @@ class _HeadKL(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, target: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        total, gradient = hidden.new_zeros(()), torch.empty_like(hidden)
-        for start in range(0, len(hidden), CHUNK_POSITIONS):
-            chunk = slice(start, start + CHUNK_POSITIONS)
-            log_q = functional.linear(hidden[chunk], head)
-            log_p = functional.linear(target[chunk], head)
-            log_q.sub_(log_q.logsumexp(-1, keepdim=True))
-            log_p.sub_(log_p.logsumexp(-1, keepdim=True))
+        total, gradients = hidden.new_zeros((), dtype=torch.float64), []
+        for ours, theirs in zip(hidden.split(CHUNK_POSITIONS), target.split(CHUNK_POSITIONS), strict=True):
+            log_p, log_q = _log_softmax(theirs, head), _log_softmax(ours, head)
             p = log_p.exp()
-            total += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
-            gradient[chunk] = log_q.exp_().sub_(p) @ head
-        ctx.save_for_backward(gradient.div_(len(hidden)))
-        return total / len(hidden)
+            total += _expectation(p, log_p.sub_(log_q))
+            gradients.append(log_q.exp_().sub_(p) @ head)
+        ctx.save_for_backward(torch.cat(gradients).div_(len(hidden)))
+        return (total / len(hidden)).to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
