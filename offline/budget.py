@@ -8,7 +8,7 @@ from offline.errors import ToolError
 from offline.goal import Budget
 from offline.model.source import Source
 from offline.output.report import BudgetReport
-from offline.recipe import Recipe
+from offline.recipe import Recipe, first_used
 from offline.run import Run
 from offline.stages.sensitivity import measure_sensitivity
 
@@ -22,7 +22,7 @@ def check_budget(recipe: Recipe, source: Source) -> None:
         "a recipe with layers": bool(recipe.layers),
         "a mixture of experts": source.shape.experts is not None,
     }
-    found = next((name for name, is_so in wanted.items() if is_so), None)
+    found = first_used(wanted)
     if found is not None:
         raise ToolError(
             f"a budget does not go with {found}; choose a dense model and preset fast, best, balanced or w4a8kv4"

@@ -183,10 +183,13 @@ class Recipe(StrictModel):
             readers[f"{name}.clip_ratio 'search'"] = site.clip_ratio == "search"
             readers[f"{name}.input_activations.mean"] = site.input_activations.mean
         if self.gptq.sink_weight and self.learned_clips is not None:
-            raise ValueError("gptq.sink_weight knows no learned_clips, which follow after it")
-        for name, used in readers.items():
-            if used and self.rounding != "gptq":
-                raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
+            raise ValueError(
+                "gptq.sink_weight makes up for the rounding of inputs, which learned_clips change afterwards; "
+                "leave out gptq.sink_weight"
+            )
+        name = first_used(readers)
+        if name is not None and self.rounding != "gptq":
+            raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
         return self
 
     @model_validator(mode="after")
@@ -362,13 +365,18 @@ class Recipe(StrictModel):
             "distillation": self.distillation is not None,
             "gptq.guided": self.gptq.guided,
         }
-        found = next((name for name, used in wanted.items() if used), None)
+        found = first_used(wanted)
         if shape.experts is not None and found is not None:
             raise FormatError(f"{found} is not made for mixtures of experts yet; use preset fast, or leave it out")
 
     def dump(self) -> str:
         """Return the recipe as YAML, which `load_recipe` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def first_used(keys: dict[str, bool]) -> str | None:
+    """Return the first of some keys of a recipe that it uses, or None."""
+    return next((name for name, used in keys.items() if used), None)
 
 
 def load_recipe(file: str | Path) -> Recipe:
