@@ -6,6 +6,7 @@ from math import inf
 from typing import Any
 
 from benchmarks.static.launches import Launch
+from infoquant_vllm.format import ModelShape
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,20 @@ class Model:
             "gate_up": (self.hidden, 2 * inner),
             "down": (inner, self.hidden),
         }
+
+    def shape(self, architecture: str, vocab_size: int, **experts: int) -> ModelShape:
+        """Return the shape of one layer in a class of these sizes; experts: the sizes of a mixture."""
+        return ModelShape(
+            architecture=architecture,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=1,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_size,
+            vocab_size=vocab_size,
+            **experts,
+        )
 
 
 LAYER_TOKENS = (1, 16, 32, 33, 64, 128, 256, 512, 2048, 8192)

@@ -24,31 +24,11 @@ SCHEMES = MappingProxyType({"fast": "W4A4", "best": "W4A4, weights in groups"})
 """Presets, and the names of their products."""
 MIXTURES = MappingProxyType(
     {
-        "Qwen3-30B-A3B": ModelShape(
-            architecture="Qwen3MoeForCausalLM",
-            hidden_size=2048,
-            intermediate_size=6144,
-            num_hidden_layers=1,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            head_dim=128,
-            vocab_size=151936,
-            num_experts=128,
-            num_experts_per_tok=8,
-            expert_size=768,
+        "Qwen3-30B-A3B": Model("Qwen3-30B-A3B", 2048, 6144, 32, 4).shape(
+            "Qwen3MoeForCausalLM", 151_936, num_experts=128, num_experts_per_tok=8, expert_size=768
         ),
-        "Mixtral-8x7B": ModelShape(
-            architecture="MixtralForCausalLM",
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=1,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=32000,
-            num_experts=8,
-            num_experts_per_tok=2,
-            expert_size=14336,
+        "Mixtral-8x7B": MODELS[0].shape(  # but for the experts, the sizes of LLaMA-3-8B
+            "MixtralForCausalLM", 32_000, num_experts=8, num_experts_per_tok=2, expert_size=MODELS[0].intermediate
         ),
     }
 )

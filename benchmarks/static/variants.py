@@ -10,7 +10,7 @@ import torch
 from benchmarks.static.cases import MODELS
 from benchmarks.static.experts import MIXTURES, experts_call
 from benchmarks.static.kv_kernels import FULL, Cache, attention_call, store_call
-from infoquant_vllm.format import InputTransform, LinearScheme, ModelShape, WeightArgs
+from infoquant_vllm.format import InputTransform, LinearScheme, WeightArgs
 from infoquant_vllm.kernels.operands import InputQuant, PackedWeight
 from infoquant_vllm.kernels.triton.linear import linear, prepare_linear, prepare_matrices
 from offline.presets import PRESETS
@@ -33,16 +33,7 @@ GROUPINGS = (
 """Group sizes of inputs and of weights (0: one group), and features."""
 QUANTIZERS = ((4, FEW), (8, MANY), (16, FEW), (4, MANY), (8, FEW), (16, MANY))
 """Bits of the input, and tokens."""
-LLAMA = ModelShape(
-    architecture="LlamaForCausalLM",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=1,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-)
+LLAMA = MODELS[0].shape("LlamaForCausalLM", 128_256)
 TRANSFORMS = (
     *((InputTransform(type="hadamard", block_size=size), 16 * size) for size in (6, 10, 14)),
     *((InputTransform(type="hadamard", block_size=size), 384) for size in (24, 32, 64, 96, 128, 384)),
