@@ -139,9 +139,9 @@ def test_stored_bytes_are_the_oracles(
 def test_keys_stored_with_feedback_are_the_oracles(
     kernels: ModuleType, key_bits: int, size: int, hadamard: bool
 ) -> None:
-    batch = Batch([1], [37], 2, 2, size, (key_bits, 4))  # the native kernel takes 16 tokens at a time
+    batch = Batch([1], [53], 2, 2, size, (key_bits, 4))  # the native kernel takes 16 tokens at a time
     batch.feedback *= 0.1
-    batch.slots[::4] = -1
+    batch.slots[::4] = batch.slots[16:32] = -1
     batch.key[9] = 0
     found = batch.store(kernels, hadamard, feedback=True)
     assert torch.equal(found, batch.store(oracles, hadamard, feedback=True))

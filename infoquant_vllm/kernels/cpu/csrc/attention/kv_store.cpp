@@ -140,10 +140,15 @@ void store_value(const KvStore& p, int64_t token, int64_t head, float* row) {
     write_qparams(to, entry, layout, 1);
 }
 
-// Keys of up to 16 tokens [first, end) with error feedback: one chain of features for all of them.
+// Keys of up to 16 tokens [first, end) with error feedback: one chain of features for all that have a slot.
 void store_keys_with_feedback(const KvStore& p, int64_t first, int64_t end, int64_t head, float* row) {
+    int64_t tokens[LANES16], count = 0;
+    for (int64_t token = first; token < end; ++token) {
+        if (p.slots[token] >= 0) tokens[count++] = token;
+    }
+    if (count == 0) return;
     const kv::Layout& layout = p.pages.layout;
-    const int64_t head_size = layout.head_size, count = end - first;
+    const int64_t head_size = layout.head_size;
     const float largest_code = static_cast<float>((1 << layout.key_bits) - 1);
     Entry entries[LANES16];
     Lanes lanes;
@@ -151,19 +156,17 @@ void store_keys_with_feedback(const KvStore& p, int64_t first, int64_t end, int6
     std::fill_n(columns, head_size * LANES16, 0.0f);
     std::fill_n(lanes.scale, LANES16, 1.0f), std::fill_n(lanes.zero, LANES16, 0.0f);
     for (int64_t lane = 0; lane < count; ++lane) {
-        load_key(p, first + lane, head, row);
+        load_key(p, tokens[lane], head, row);
         entries[lane] = with_range(row, head_size, p.key_clip_ratio + 2 * head, largest_code);
         lanes.scale[lane] = from_float16(entries[lane].scale), lanes.zero[lane] = from_float16(entries[lane].zero);
         for (int64_t i = 0; i < head_size; ++i) columns[i * LANES16 + lane] = row[i];
     }
     round_with_feedback(lanes, head_size, p.key_feedback + head * head_size * head_size, largest_code);
     for (int64_t lane = 0; lane < count; ++lane) {
-        const int64_t slot = p.slots[first + lane];
-        if (slot < 0) continue;
         for (int64_t i = 0; i < head_size; ++i) {
             entries[lane].codes[i] = static_cast<uint8_t>(columns[i * LANES16 + lane]);
         }
-        const Place to = place(p, slot, head);
+        const Place to = place(p, p.slots[tokens[lane]], head);
         write_key(to.tile, to.lane, entries[lane], layout);
         write_qparams(to, entries[lane], layout, 0);
     }
