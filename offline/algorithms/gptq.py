@@ -5,6 +5,8 @@ et al. show to give the same codes (LDLQ, arXiv 2307.13304, theorem 6): by a fac
 itself rather than of its inverse, which is half the work and need not be in memory beside it.
 """
 
+from contextlib import suppress
+
 import torch
 
 from infoquant_vllm.format import WeightArgs
@@ -14,6 +16,8 @@ BLOCK = 32
 """Columns that are rounded before their errors are passed on to all later ones."""
 FACTOR_BLOCK = 2048
 """Columns of the Hessian that are factored together."""
+DAMPENING_GROWTH, MAX_GROWTHS = 10.0, 12
+"""Factor on the dampening of a Hessian that is not positive definite, and how often it is tried."""
 MAX_ERROR_ROWS = 2048
 """Rows on which the output error is estimated; all rows would take as long as GPTQ itself."""
 
@@ -73,17 +77,27 @@ def _round_block(
 
 
 def unit_factor(hessian: torch.Tensor, dampening_frac: float) -> list[torch.Tensor]:
-    """Factor H + dampening_frac * mean(diag H) I = U D U^T; returns the unit upper triangular U. D is diagonal.
+    """Factor H + dampening_frac * mean |diag H| I = U D U^T; returns the unit upper triangular U. D is diagonal.
 
-    The dampening keeps D positive for inputs that are never used, or with fewer tokens than inputs.
-    Computed in float64, from the last block of columns to the first, in half of a matrix: U is returned in
-    blocks of FACTOR_BLOCK columns float32, each down to the diagonal, `U[:stop, start:stop]`.
+    The dampening keeps D positive for inputs that are never used, or with fewer tokens than inputs. It grows where that
+    is not enough: inputs that are nearly their mean leave a Hessian of rounding errors. U is returned in blocks of
+    FACTOR_BLOCK columns float32, each down to the diagonal, `U[:stop, start:stop]`.
     """
-    blocks, diagonal = _blocks(len(hessian)), hessian.diagonal().double()
-    mean = diagonal.mean()
+    mean = hessian.diagonal().double().abs().mean().item()
+    dampening = dampening_frac * mean if mean > 0 else 1.0
+    for _ in range(MAX_GROWTHS):
+        with suppress(torch.linalg.LinAlgError):
+            return _factor(hessian, dampening)
+        dampening *= DAMPENING_GROWTH
+    return _factor(hessian, dampening)
+
+
+def _factor(hessian: torch.Tensor, dampening: float) -> list[torch.Tensor]:
+    """Factor H + dampening I as `unit_factor` does, in float64, from the last block of columns to the first."""
+    blocks = _blocks(len(hessian))
     found = [hessian[: block.stop, block].to(torch.float64, copy=True) for block in blocks]
     for block, columns in reversed(list(zip(blocks, found, strict=True))):
-        columns[block].diagonal().add_(dampening_frac * mean if mean > 0 else 1.0)
+        columns[block].diagonal().add_(dampening)
         upper = torch.linalg.cholesky(columns[block].flip(0, 1)).flip(0, 1)
         columns[block] = upper
         for other in _blocks(block.start):

@@ -165,6 +165,17 @@ def test_factor_is_that_of_the_dampened_hessian_of_any_rank(
     )
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_weights_are_rounded_for_inputs_that_are_all_equal_to_their_mean(scale: float) -> None:
+    """The Hessian holds rounding errors alone then, and has negative eigenvalues."""
+    x = scale * torch.randn(1, 96, generator=torch.Generator().manual_seed(0)).repeat(1000, 1)
+    hessian = (x.T @ x).addr_(x.sum(0), x.mean(0), alpha=-1)
+    assert torch.linalg.eigvalsh(hessian.double()).min() < -DAMPENING * hessian.diagonal().double().mean()
+    weight, args = random_weight(), WeightArgs(num_bits=4)
+    values = gptq(weight, hessian, args, DAMPENING).values()
+    assert (values - weight).norm() < 0.2 * weight.norm()
+
+
 def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, args: WeightArgs) -> torch.Tensor:
     """The values that GPTQ's algorithm 1 rounds to in float64, column by column, by the inverse's factor."""
     rest, values = weight.double(), torch.empty_like(weight, dtype=torch.float64)
