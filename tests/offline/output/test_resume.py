@@ -42,16 +42,17 @@ assert os.waitpid(start(f"{folder}/expected/out"), 0)[1] == 0
 whole, number = time.monotonic() - began, 0
 while left:
     number += 1
+    output, kept = Path(folder, str(number), "out"), Path(folder, str(number), "out.resume")
     while True:
-        child = start(f"{folder}/{number}/out", resume=True)
+        child = start(output, resume=True)
         if left:
             time.sleep(draw.uniform(0, 0.6 * whole))
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) or status == 0
-        if status == 0:
+        left -= os.WIFSIGNALED(status)
+        if status == 0 or (output.exists() and not kept.exists()):  # or killed when all was done
             break
-        left -= 1
 print(number)
 """
 """Program that forks a child for each run, so that torch is imported once."""
