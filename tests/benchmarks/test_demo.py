@@ -1,8 +1,8 @@
 """What the demo prints for its reader to use."""
 
 import json
+import runpy
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,9 @@ def test_the_printed_request_can_be_pasted_from_a_narrow_terminal(
     assert json.loads(body)["model"] == str(model)
 
 
-def test_demo_model_leaves_an_existing_folder_alone(tmp_path: Path) -> None:
-    done = subprocess.run([*DEMO_MODEL, tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path}: exists already; remove it or give another folder\n"
+def test_demo_model_leaves_an_existing_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = DEMO_MODEL[-1]
+    monkeypatch.setattr("sys.argv", [module, str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}: exists already; remove it or give another folder$"):
+        runpy.run_module(module, run_name="__main__")
+    assert list(tmp_path.iterdir()) == []
