@@ -11,9 +11,11 @@ from offline.model.reference import load_reference
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize
-from tests.common.upcycled import upcycle
+from tests.common.upcycled import first_layers, upcycle
 
 SMALL = {"calibration": CalibrationSize(sequences=16, sequence_length=256)}
+LAYERS = 6
+"""Of 30: quantizing and simulating all of them takes five times as long."""
 NOISE = 0.02
 """Of the experts' weights; KL between mixture and dense model is far below that of quantization."""
 
@@ -36,10 +38,10 @@ def quantized(source: Path, output: Path, text: Path, windows: torch.Tensor) -> 
 
 
 def test_mixture_loses_about_as_much_as_the_dense_model(smollm2: Path, tmp_path: Path, windows: torch.Tensor) -> None:
-    text = smollm2.with_name("language-reference.txt")
-    dense = quantized(smollm2, tmp_path / "dense", text, windows[:2])
-    mixture = upcycle(smollm2, tmp_path / "mixture", noise=NOISE)
-    found = quantized(mixture, tmp_path / "quantized", text, windows[:2])
+    text, source = smollm2.with_name("language-reference.txt"), first_layers(smollm2, tmp_path / "source", LAYERS)
+    dense = quantized(source, tmp_path / "dense", text, windows[:2, :256])
+    mixture = upcycle(source, tmp_path / "mixture", noise=NOISE)
+    found = quantized(mixture, tmp_path / "quantized", text, windows[:2, :256])
     print({name: (figure.mean, found[name].mean) for name, figure in dense.items()}, found["routing_agreement"])
-    assert found["kl"].mean < 1.1 * dense["kl"].mean
+    assert found["kl"].mean < dense["kl"].mean
     assert found["routing_agreement"].mean > 0.8
