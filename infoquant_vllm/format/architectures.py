@@ -91,6 +91,7 @@ class Architecture:
     experts: names of the mixture of experts that each layer has in place of its MLP
     untied: vLLM's class quantizes no embedding, so that of a tied model cannot be rotated
     defaults: values of fields that config.json leaves out
+    fixed: values of fields that vLLM's class does not read, and computes with
     """
 
     model_type: str
@@ -109,6 +110,7 @@ class Architecture:
     experts: Experts | None = None
     untied: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def norms_behind(self) -> bool:
@@ -232,6 +234,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_experts_per_tok": 2,
             "max_position_embeddings": 131_072,
         },
+    ),
+    "OlmoeForCausalLM": Architecture(
+        "olmoe",
+        qk_norm="projection",
+        free_head_dim=False,
+        experts=Experts(count=64, size="intermediate_size"),
+        untied=True,
+        defaults={
+            "num_experts_per_tok": 8,
+            "max_position_embeddings": 4096,
+            "pad_token_id": 1,
+            "rms_norm_eps": 1e-5,
+            "norm_topk_prob": False,
+        },
+        fixed={"rms_norm_eps": 1e-5, "norm_topk_prob": False},
     ),
     "Qwen2MoeForCausalLM": Architecture(
         "qwen2_moe",

@@ -46,8 +46,14 @@ def architecture_name(config: dict[str, Any], source: str) -> str:
 def _not_alike(config: dict[str, Any], architecture: Architecture) -> str | None:
     settings = dict(architecture.defaults) | config
     named = (name for name in FIELDS if name in settings or name in REQUIRED)
-    problems = (FIELDS[name](name, settings, architecture) for name in named)
+    problems = (FIELDS[name](name, settings, architecture) or _fixed(name, settings, architecture) for name in named)
     return next((problem for problem in problems if problem is not None), None)
+
+
+def _fixed(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Refuse another value than the one that vLLM's class computes with, whatever config.json says."""
+    fixed = architecture.fixed
+    return _only(fixed[name])(name, settings, architecture) if name in fixed else None
 
 
 def _unread(name: str, settings: Settings, architecture: Architecture) -> None:
@@ -376,6 +382,7 @@ FIELDS: dict[str, Check] = {
     "attention_sinks": _only(False, None),
     "layer_rope_theta": _only(None),
     "attn_logit_softcapping": _only(None),
+    "clip_qkv": _only(None),
     "kv_lora_rank": _only(None),
     "layer_types": _layer_types,
     "target_layer_count": _only(None),

@@ -91,6 +91,13 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "olmo2": {"architecture": "Olmo2ForCausalLM", "tie_word_embeddings": False, "pad_token_id": 0},
     "mixtral": {"architecture": "MixtralForCausalLM", "tie_word_embeddings": False, "num_local_experts": 4},
+    "olmoe": {
+        "architecture": "OlmoeForCausalLM",
+        "tie_word_embeddings": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "pad_token_id": 0,
+    },
     "qwen2-moe": {
         "architecture": "Qwen2MoeForCausalLM",
         "moe_intermediate_size": 96,
@@ -108,7 +115,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
-MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe")
+MIXTURES = ("mixtral", "olmoe", "qwen2-moe", "qwen3-moe")
 FAMILIES = (
     *("llama3-rope", "mistral", "mistral-window"),
     *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3", "gemma3", "olmo2"),

@@ -18,7 +18,7 @@ from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
 LLAMA, MISTRAL, MINISTRAL, GRANITE, GEMMA3, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3, *_ = ARCHITECTURES
-*_, MIXTRAL, QWEN2_MOE, QWEN3_MOE = ARCHITECTURES
+*_, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
@@ -143,6 +143,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (MIXTRAL, {"num_local_experts": 0}),
     (MIXTRAL, {"num_experts": 4, "num_local_experts": 8}),
     (MIXTRAL, {"num_local_experts": 8, "num_experts_per_tok": 9}),
+    (OLMOE, {"clip_qkv": 8.0}),
+    (OLMOE, {"rms_norm_eps": 1e-6}),
+    (OLMOE, {"norm_topk_prob": True}),
+    (OLMOE, {"attention_bias": True}),
+    (OLMOE, {"tie_word_embeddings": True}),
+    (OLMOE, {"head_dim": 32}),
     (QWEN2_MOE, {"qkv_bias": False}),
     (QWEN2_MOE, {"head_dim": 32}),
     (QWEN2_MOE, {"shared_expert_intermediate_size": 0}),
@@ -231,7 +237,7 @@ WITH_ANOTHER = {"ada_rms_norm_t_cond_dim", "qk_nope_head_dim", "qk_rope_head_dim
 """Read only where a field that is refused is set."""
 
 
-MODULES = "llama", "mistral", "granite", "gemma3", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"
+MODULES = "llama", "mistral", "granite", "gemma3", "qwen2", "qwen3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
 
 
 @pytest.mark.parametrize("module", [*MODULES, "transformers/base", "transformers/causal"])
