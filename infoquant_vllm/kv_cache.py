@@ -37,8 +37,7 @@ class InfoQuantKVCacheMethod(BaseKVCacheMethod):
         _refuse_unserved_features(layer)
         _check_window(layer)
         try:
-            soft_cap = getattr(layer.impl, "logits_soft_cap", None)
-            backend(current_platform.device_type).check_kv_cache(layer.head_size, soft_cap)
+            backend(current_platform.device_type).check_head_size(layer.head_size)
         except NotImplementedError as error:
             raise FormatError(f"{layer.layer_name}: {error}") from None
         layer.infoquant_tracker = LoadTracker({None: layer.layer_name})

@@ -64,7 +64,6 @@ class Backend:
 
     group_multiple: int = 1  # of features in a group of weights or activations
     max_head_size: int = 512  # of the KV cache; head sizes are multiples of 8
-    serves_soft_cap: bool = False
 
     def check_linear(self, weight_group: int | None, input_group: int | None) -> None:
         """Raise NotImplementedError for group sizes (None: one group) that the kernels do not take."""
@@ -75,15 +74,13 @@ class Backend:
                     f"{self.group_multiple}"
                 )
 
-    def check_kv_cache(self, head_size: int, soft_cap: float | None) -> None:
-        """Raise NotImplementedError for a KV cache that the kernels do not take."""
+    def check_head_size(self, head_size: int) -> None:
+        """Raise NotImplementedError for heads of a KV cache that the kernels do not take."""
         if head_size % 8 or head_size > self.max_head_size:
             raise NotImplementedError(
                 f"infoquant: head size {head_size}: the {self.name} kernels need multiples of 8 up to "
                 f"{self.max_head_size}"
             )
-        if soft_cap and not self.serves_soft_cap:
-            raise NotImplementedError(f"infoquant: soft cap {soft_cap}: the {self.name} kernels have none for scores")
 
 
 @cache
@@ -136,7 +133,6 @@ def _torch() -> Backend:
         kv_attention=kv_cache.kv_attention,
         kv_decode=None,
         decode_scratch=None,
-        serves_soft_cap=True,
     )
 
 

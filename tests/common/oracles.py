@@ -264,8 +264,7 @@ def _attend(
     products = (int16 @ keys.double().T).float() * key_scale + int16.sum(-1, keepdim=True).float() * key_zero
     scores = products * (step * (scale * math.log2(math.e)))
     if soft_cap:
-        cap = soft_cap * math.log2(math.e)
-        scores = cap * torch.tanh(scores / cap)
+        scores = _soft_capped(scores, soft_cap * math.log2(math.e))
     scores = functional.pad(scores.masked_fill(~visible, -math.inf), (0, padding), value=-math.inf)
     value_scale, value_zero = (functional.pad(x, (0, padding)) for x in (value_scale, value_zero))
     values = functional.pad(values.double(), (0, 0, 0, padding))
@@ -297,6 +296,17 @@ def _exp2(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     for coefficient in POLYNOMIAL[1:]:
         y = y * fraction + coefficient
     return torch.where(power > 0, y * power, 0)
+
+
+def _soft_capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Compute cap * tanh(x / cap) by an exponential function; the polynomial's error is some 2e-6 of cap."""
+    cap32 = torch.tensor(cap, dtype=torch.float32)
+    exponent = (x * (torch.tensor(2 * math.log2(math.e), dtype=torch.float32) / cap32)).clamp(-60, 60)
+    integer = exponent.round()
+    power = _exp2(exponent - integer, torch.zeros(())) * torch.exp2(integer.double()).float()
+    result = cap32 - torch.full_like(x, 1) / (power + 1) * (2 * cap32)
+    torch.testing.assert_close(result.double(), cap * torch.tanh(x.double() / cap), rtol=0, atol=3e-6 * cap)
+    return result
 
 
 def _power_of_two(k: torch.Tensor) -> torch.Tensor:

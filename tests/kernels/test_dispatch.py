@@ -102,9 +102,9 @@ def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
     kernels = backend("cuda")
     for size in (264, 100):
         with pytest.raises(NotImplementedError, match=f"head size {size}: the Triton kernels .* of 8 up to 256"):
-            kernels.check_kv_cache(size, None)
+            kernels.check_head_size(size)
     for groups, name in (((48, 64), "weights"), ((64, 48), "input_activations")):
         with pytest.raises(NotImplementedError, match=f"group_size 48 of {name}: the Triton .* multiples of 32"):
             kernels.check_linear(*groups)
     kernels.check_linear(None, None)
-    kernels.check_kv_cache(256, 30.0)
+    kernels.check_head_size(256)

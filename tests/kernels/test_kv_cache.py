@@ -207,12 +207,22 @@ def test_a_row_does_not_depend_on_chunks_the_batch_or_the_split(
         assert torch.equal(batch.attend(kernels, cache, window, **part), whole[first:last])
 
 
-def test_soft_caps_have_the_oracles_bits_in_torch() -> None:
-    batch = Batch([1, 30], [300, 30], 4, 2)
-    cache = batch.store(oracles)
-    expected = batch.attend(oracles, cache, soft_cap=5.0)
-    assert torch.equal(batch.attend(cpu, cache, soft_cap=5.0), expected)
-    assert not torch.equal(batch.attend(cpu, cache), expected)
+@pytest.mark.parametrize("size", [72, 256])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("soft_cap", [0.1, 5.0, 50.0])
+def test_soft_caps_have_the_oracles_bits(kernels: ModuleType, size: int, window: int | None, soft_cap: float) -> None:
+    batch = Batch([1, 30, 3], [300, 30, 17], 4, 2, size)
+    cache = batch.store(cpu)
+    expected = batch.attend(oracles, cache, window, soft_cap)
+    assert torch.equal(batch.attend(kernels, cache, window, soft_cap), expected)
+    assert not torch.equal(batch.attend(kernels, cache, window), expected)
+
+
+def test_a_soft_cap_does_not_hide_a_query_of_nan(kernels: ModuleType) -> None:
+    batch = Batch([2, 20], [40, 20])
+    batch.query[1], batch.query[5] = float("nan"), float("nan")
+    found = batch.attend(kernels, batch.store(cpu), soft_cap=5.0)
+    assert torch.equal(found.isnan().any(-1).any(-1), batch.query.isnan().any(-1).any(-1))
 
 
 def test_huge_scores_and_queries_of_zeros_have_the_oracles_bits(kernels: ModuleType) -> None:

@@ -92,7 +92,7 @@ def _kv_attention(ops: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         starts = torch.arange(len(nans) + 1, dtype=torch.int32)
         tables = torch.ones(len(nans), dtype=torch.int32), starts[:-1, None]
         out = torch.zeros_like(query)
-        ops.kv_attention(query, cache, starts, *tables, False, 1.0, 0, 4, 4, out)
+        ops.kv_attention(query, cache, starts, *tables, False, 1.0, 0, 0.0, 4, 4, out)
         results.append(out)
     return results
 

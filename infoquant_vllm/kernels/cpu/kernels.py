@@ -137,8 +137,8 @@ def kv_attention(
     num_bits, hadamard = scheme
     if hadamard and not _has_butterflies(query.shape[2]):
         query, hadamard = apply_hadamard(query.float()), False
-    scale, window = score.scale * math.log2(math.e), score.window or 0
-    operations().kv_attention(query, cache, *sequences, hadamard, scale, window, *num_bits, out)
+    scale, soft_cap = (number * math.log2(math.e) for number in (score.scale, score.soft_cap or 0.0))
+    operations().kv_attention(query, cache, *sequences, hadamard, scale, score.window or 0, soft_cap, *num_bits, out)
 
 
 def _has_butterflies(size: int) -> bool:

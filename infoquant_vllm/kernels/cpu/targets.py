@@ -3,7 +3,7 @@
 from types import MappingProxyType
 from typing import NamedTuple
 
-ABI_VERSION = 14  # of the operations' schemas; compiled into each library, so that library.py refuses any other
+ABI_VERSION = 15  # of the operations' schemas; compiled into each library, so that library.py refuses any other
 
 
 class Target(NamedTuple):

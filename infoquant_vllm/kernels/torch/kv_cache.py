@@ -27,6 +27,7 @@ SOFTMAX_STEP = 128  # tokens per step of the online softmax
 MAX_INT16 = 32512  # 127 * 256: integers up to here are 256 a + b with signed bytes a and b
 MIN_MAGNITUDE = 2.0**-100
 MIN_EXPONENT = -64  # weights below 2^MIN_EXPONENT of the largest are zero
+FLAT_EXPONENT = 60  # tanh(x) is 1 in float32 where 2^FLAT_EXPONENT is below e^(2x)
 EXP2_POLYNOMIAL = (0.009600395, 0.055916894, 0.24023719, 0.69312197, 1.0)  # 2^f on [-1/2, 1/2], to 3e-6
 SCORE_ELEMENTS = 2**18  # scores at a time; keeps the many steps from scores to weights in the processor's cache
 CODE_ELEMENTS = 2**23  # codes at a time; 64 MiB of float64
@@ -211,7 +212,7 @@ def attend(
     scores = (int16 @ keys.mT).float().mul_(key_scale)
     scores.add_(int16.sum(-1, keepdim=True).float() * key_zero).mul_(int16_scale * (scale * log2_e))
     if soft_cap:
-        scores = scores.div_(soft_cap * log2_e).tanh_().mul_(soft_cap * log2_e)
+        scores = _soft_capped(scores, soft_cap * log2_e)
     scores.view(*shape[:-1], -1).masked_fill_(mask, MASKED)
     scores = scores.unflatten(-1, (-1, SOFTMAX_STEP))  # [..., rows, steps, SOFTMAX_STEP]
     exponents = scores.amax(-1, keepdim=True).round_().clamp_(min=LOWEST_EXPONENT)
@@ -240,8 +241,15 @@ def _exp2(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     return y.add_(EXP2_POLYNOMIAL[-1]).mul_(_power_of_two(integer.sub_(exponent)))
 
 
+def _soft_capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Compute cap * tanh(x / cap), in place of x: as cap - 2 cap / (e^(2 x / cap) + 1)."""
+    factor = torch.tensor(2 * math.log2(math.e)).float() / torch.tensor(cap).float()
+    power = _exp2(x.mul_(factor).clamp_(-FLAT_EXPONENT, FLAT_EXPONENT), torch.zeros(()))
+    return power.add_(1).reciprocal_().mul_(-2 * cap).add_(cap)
+
+
 def _power_of_two(k: torch.Tensor) -> torch.Tensor:
-    """Build 2^k for integers k <= 0 from its bits; 0 below MIN_EXPONENT and for NaN."""
+    """Build 2^k for integers k <= FLAT_EXPONENT from its bits; 0 below MIN_EXPONENT and for NaN."""
     return (torch.where(k >= MIN_EXPONENT, k, -127.0).to(torch.int32) + 127).bitwise_left_shift_(23).view(torch.float32)
 
 

@@ -147,6 +147,7 @@ struct KvAttention {
     bool hadamard;   // of queries; the head size is a power of two
     float scale;     // of the scores, times log2(e)
     int64_t window;  // tokens that a query sees; 0: all before it
+    float soft_cap;  // bound of the scores, times log2(e); 0: none
 
     int64_t head_size() const { return pages.layout.head_size; }
     int64_t queries_per_kv() const { return heads / kv_heads; }

@@ -50,6 +50,7 @@ void read_query(Row& row, const KvAttention& p, int64_t token, int64_t head) {
     for (int i = 0; i < LANES16; ++i) query_sum += total[i];
     row.query_sum = static_cast<float>(query_sum);
     row.factor = bound / LEVELS * p.scale;
+    row.soft_cap = p.soft_cap;
 }
 
 void read_chunk(Chunk& chunk, const KvAttention& p, const Task& task, int64_t first_token) {

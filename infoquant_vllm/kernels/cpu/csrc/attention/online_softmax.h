@@ -13,12 +13,14 @@ constexpr int TILES = CHUNK / kv::TOKENS;
 constexpr float LEVELS = 32512;  // 127 * 256: int16 up to it is 256 * high + low with signed bytes
 constexpr float TINY = 0x1p-100f;  // lower bound of a scale, against division by zero
 constexpr float CUT = -64;  // weights below 2^CUT times the largest are zero
+constexpr float FLAT = 60;  // tanh(x) is 1 in float32 where 2^FLAT is below e^(2x)
 constexpr int MAX_WIDTH = kv::MAX_HEAD_SIZE + 2 * LANES16;
 
 // One head of one query: int16 codes of the query, and the sums over the tokens so far.
 struct Row {
     int64_t first_seen, last_seen;
     float factor, query_sum;  // a score is factor * (key scale * q . k + key zero * query_sum), both sums of codes
+    float soft_cap;           // bound of the scores, 0: none
     float exponent;           // weights are relative to 2^exponent
     float sum, zero;          // sums of weight and of weight * value zero
     alignas(64) int8_t high[kv::MAX_HEAD_SIZE], low[kv::MAX_HEAD_SIZE];
@@ -70,6 +72,15 @@ inline Floats16 exp2_fraction(Floats16 f) {
     y = y * f + 0.24023719f;
     y = y * f + 0.69312197f;
     return y * f + 1.0f;
+}
+
+// cap * tanh(x / cap), as cap - 2 cap / (e^(2 x / cap) + 1). NaN stays NaN.
+inline Floats16 soft_capped(Floats16 x, float cap) {
+    const Floats16 one = splat16(1.0f), high = splat16(FLAT);
+    const Floats16 exponent = max(-high, min(high, x * splat16(static_cast<float>(2 * M_LOG2E) / cap)));
+    const Floats16 integer = round(exponent);
+    const Floats16 power = exp2_fraction(exponent - integer) * (Floats16)((round_to_int(integer) + 127) << 23);
+    return splat16(cap) - one / (power + one) * splat16(2 * cap);
 }
 
 constexpr int SPLIT = 4 * LANES16;
@@ -168,6 +179,7 @@ inline void to_scores(const Row& row, const Chunk& chunk, int64_t first_token, i
     for (int t = first; t <= last; ++t) {
         x[t] = (product(t) * chunk.qparams[0][t] + query_sum * chunk.qparams[1][t]) * factor;
     }
+    for (int t = first; t <= last && row.soft_cap > 0; ++t) x[t] = soft_capped(x[t], row.soft_cap);
     const int64_t begin = first_token + first * LANES16, end = first_token + last * LANES16 + LANES16 - 1;
     if (row.first_seen <= begin && row.last_seen >= end) return;
     const Ints16 seen_from = splat16(static_cast<int32_t>(std::clamp<int64_t>(row.first_seen - first_token, 0, CHUNK)));

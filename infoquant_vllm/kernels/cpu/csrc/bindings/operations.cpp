@@ -265,7 +265,9 @@ void run_kv_attention(Value* stack, uint64_t, uint64_t) {
     const Tensor seq_lens = in.tensor(), block_table = in.tensor();
     const bool hadamard = in.boolean();
     const float scale = static_cast<float>(in.number());
-    const int64_t window = in.integer(), key_bits = in.integer(), value_bits = in.integer();
+    const int64_t window = in.integer();
+    const float soft_cap = static_cast<float>(in.number());
+    const int64_t key_bits = in.integer(), value_bits = in.integer();
     const Tensor out = in.tensor();
     require(has_contiguous_rows(out), "the rows of the output must be contiguous");
     for (const Tensor* each : {&query_starts, &seq_lens, &block_table}) {
@@ -284,7 +286,8 @@ void run_kv_attention(Value* stack, uint64_t, uint64_t) {
                   cache.sizes()[1],
                   hadamard,
                   scale,
-                  window});
+                  window,
+                  soft_cap});
 }
 
 void run_read(Value* stack, uint64_t, uint64_t) {
@@ -334,7 +337,7 @@ constexpr Entry OPERATIONS[] = {
      run_kv_store},
     {"kv_attention",
      "kv_attention(Tensor query, Tensor cache, Tensor query_starts, Tensor seq_lens, Tensor block_table, "
-     "bool hadamard, float scale, int window, int key_bits, int value_bits, Tensor(a!) out) -> ()",
+     "bool hadamard, float scale, int window, float soft_cap, int key_bits, int value_bits, Tensor(a!) out) -> ()",
      run_kv_attention},
 };
 
