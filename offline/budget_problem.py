@@ -52,7 +52,7 @@ class Problem:
         self._sizes = _sizes(source, base)
         self._weights = sum(self.choices[site].weights_count for site, _ in self._places)
         self._heads, self._caches = [base.lm_head_bits], [base.kv_cache]
-        if base.lm_head_bits is None and budget.target_bits is None:
+        if base.lm_head_bits is None and budget.target_bits is None and source.shape.quantizes_lm_head:
             self._heads.append(8)
         if base.kv_cache is not None and budget.fit is not None:
             pairs = ({"key_bits": keys, "value_bits": values} for keys, values in CACHE_BITS)

@@ -34,7 +34,7 @@ class KVCache(StrictModel):
     """Bits of keys and values in the cache, and their clip ratios.
 
     key_mean_positions: subtract the mean key over that many positions before keys are quantized (see
-        `offline/algorithms/key_mean.py`), which RoPE rotates; None subtracts nothing
+        `offline/algorithms/key_mean.py`), which RoPE rotates; None subtracts nothing, nor does a model with soft caps
     key_feedback: round keys with error feedback, by what queries at these positions see of errors (see
         `offline/algorithms/key_feedback.py`); positions, at most those that the model has, are logarithmic then
     """
@@ -308,7 +308,7 @@ class Recipe(StrictModel):
                 key_bits=self.kv_cache.key_bits,
                 value_bits=self.kv_cache.value_bits,
                 key_transform="hadamard" if rotated else "none",
-                key_mean=self.kv_cache.key_mean_positions is not None,
+                key_mean=self.reads_keys and shape.attn_logit_softcapping is None,
                 key_feedback=self.kv_cache.key_feedback,
             )
         return QuantizationConfigData(

@@ -83,13 +83,14 @@ class Architecture:
     activation: the field that names the activation of the gate, and the activation that it has to name
     fused: the source holds the linears of FUSED as one, with their rows in that order
     windows: the layers that `sliding_window` applies to: none (transformers does not read it), all, or those that
-        `layer_types` names; Qwen's `max_window_layers` stands for it, or Gemma's `sliding_window_pattern` (pattern)
+        `layer_types` names; Qwen's `max_window_layers` stands for it, or Gemma's own pattern (pattern)
     partial_rotary: `partial_rotary_factor` may leave features of a head without RoPE
     ropes: the RoPE types that transformers and vLLM compute alike
     layer_ropes: layers with a window have a RoPE of their own; `rope_parameters` holds one by each of LAYER_TYPES
     free_head_dim: `head_dim` may differ from hidden_size / num_attention_heads
     experts: names of the mixture of experts that each layer has in place of its MLP
-    untied: vLLM's class quantizes no embedding, so that of a tied model cannot be rotated
+    tied: whether vLLM's class serves models whose embedding is their lm_head: either, never, or these alone (always)
+    plain_embedding: vLLM's class quantizes no embedding, so a tied one is neither rotated nor in 8 bits
     defaults: values of fields that config.json leaves out
     fixed: values of fields that vLLM's class does not read, and computes with
     """
@@ -108,7 +109,8 @@ class Architecture:
     windows: Literal["none", "all", "layers", "pattern"] = "none"
     free_head_dim: bool = True
     experts: Experts | None = None
-    untied: bool = False
+    tied: Literal["either", "never", "always"] = "either"
+    plain_embedding: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -161,6 +163,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         "granite",
         bias_fields=("attention_bias", "mlp_bias"),
         defaults=dict.fromkeys(MULTIPLIERS, 1.0) | {"attention_sinks": None},
+    ),
+    "Gemma2ForCausalLM": Architecture(
+        "gemma2",
+        bias_fields=("attention_bias",),
+        norms="around",
+        norm_offset=1,
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        windows="pattern",
+        tied="always",
+        plain_embedding=True,
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
     ),
     "Gemma3ForCausalLM": Architecture(
         "gemma3_text",
@@ -228,7 +252,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MixtralForCausalLM": Architecture(
         "mixtral",
         experts=Experts("block_sparse_moe", "w1", "w3", "w2", count=8, size="intermediate_size"),
-        untied=True,
+        tied="never",
         defaults={
             "num_key_value_heads": 8,
             "num_experts_per_tok": 2,
@@ -240,7 +264,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="projection",
         free_head_dim=False,
         experts=Experts(count=64, size="intermediate_size"),
-        untied=True,
+        tied="never",
         defaults={
             "num_experts_per_tok": 8,
             "max_position_embeddings": 4096,

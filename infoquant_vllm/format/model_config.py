@@ -135,6 +135,13 @@ def _own_factor(name: str, settings: Settings, architecture: Architecture) -> st
     return _positive(name, settings, architecture) if name in architecture.defaults else None
 
 
+def _soft_cap(name: str, settings: Settings, architecture: Architecture) -> str | None:
+    """Accept a bound of scores or logits, or none, of the classes with a default for it; others have none."""
+    if settings[name] is None:
+        return None
+    return _positive(name, settings, architecture) if name in architecture.defaults else f"{name} is not null"
+
+
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
@@ -287,8 +294,9 @@ def _interval(name: str, settings: Settings, architecture: Architecture) -> str 
 
 
 def _tied(name: str, settings: Settings, architecture: Architecture) -> str | None:
-    """Refuse a tied embedding where vLLM's class quantizes none: the server could not rotate it."""
-    return f"{name} is true" if settings[name] and architecture.untied else None
+    """Refuse what vLLM's class does not serve: a head of its own, or an embedding that is the head."""
+    refused = {"either": (), "never": (True,), "always": (False, None)}[architecture.tied]
+    return f"{name} is {_json(settings[name])}" if settings[name] in refused else None
 
 
 def _experts(name: str, settings: Settings, architecture: Architecture) -> str | None:
@@ -358,7 +366,7 @@ FIELDS: dict[str, Check] = {
     "logit_scale": _only(1.0, 1),
     **dict.fromkeys(MULTIPLIERS, _own_factor),
     "query_pre_attn_scalar": _own_factor,
-    "final_logit_softcapping": _only(None),
+    "final_logit_softcapping": _soft_cap,
     "head_dtype": _only(None),
     "ada_rms_norm_t_cond": _only(False, None),
     "is_encoder_decoder": _only(False, None),
@@ -381,7 +389,7 @@ FIELDS: dict[str, Check] = {
     "use_bidirectional_attention": _only(False, None),
     "attention_sinks": _only(False, None),
     "layer_rope_theta": _only(None),
-    "attn_logit_softcapping": _only(None),
+    "attn_logit_softcapping": _soft_cap,
     "clip_qkv": _only(None),
     "kv_lora_rank": _only(None),
     "layer_types": _layer_types,

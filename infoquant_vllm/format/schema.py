@@ -123,9 +123,10 @@ class KVCacheArgs(StrictModel):
     `key_transform` hadamard is R3, applied to queries and keys after RoPE. `self_attn.attn.key_clip_ratio` and
     `.value_clip_ratio` [num_kv_heads, 2] multiply (min, max). With `key_mean`, the tensor `self_attn.attn.key_mean`
     [num_kv_heads, head_dim] is subtracted from every key after RoPE and before R3. That shifts all scores of a query
-    by one constant, so attention is unchanged. With `key_feedback` keys are rounded with error feedback: the error of
-    feature i times row i of `self_attn.attn.key_feedback` [num_kv_heads, head_dim, head_dim], of which only entries
-    above the diagonal are read, is added to the features after it.
+    by one constant, so attention is unchanged, unless a soft cap bounds the scores, which goes with no mean. With
+    `key_feedback` keys are rounded with error feedback: the error of feature i times row i of
+    `self_attn.attn.key_feedback` [num_kv_heads, head_dim, head_dim], of which only entries above the diagonal are read,
+    is added to the features after it.
     """
 
     key_bits: Bits

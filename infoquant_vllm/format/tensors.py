@@ -43,6 +43,8 @@ class ModelShape(BaseModel):
     attention_bias: bool = False
     mlp_bias: bool = False
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    attn_logit_softcapping: Annotated[float, Field(gt=0)] | None = None
+    """Bound of attention's scores, which no mean key may be subtracted from then; None: there is none."""
     num_experts: Annotated[int, Field(ge=0, le=MAX_EXPERTS)] = 0
     num_experts_per_tok: Annotated[int, Field(ge=0)] = 0
     expert_size: Annotated[int, Field(ge=0, le=2**17)] = 0
@@ -111,6 +113,11 @@ class ModelShape(BaseModel):
     def lm_head_module(self) -> str:
         """Return the module that holds the lm_head matrix [vocab_size, hidden_size]; in a tied model, the embedding."""
         return "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
+
+    @property
+    def quantizes_lm_head(self) -> bool:
+        """Return whether vLLM's class lets lm_head be quantized or rotated; in a tied model, the embedding."""
+        return not (ARCHITECTURES[self.architecture].plain_embedding and self.tie_word_embeddings)
 
     @property
     def experts(self) -> Experts | None:
@@ -294,6 +301,11 @@ def cache_tensors(args: KVCacheArgs, shape: ModelShape) -> dict[str, TensorSpec]
     """Return the tensors of one layer's KV cache by local name."""
     heads = shape.num_key_value_heads
     tensors = {name: TensorSpec(shape=(heads, 2), dtype="F32") for name in ("key_clip_ratio", "value_clip_ratio")}
+    if args.key_mean and shape.attn_logit_softcapping is not None:
+        raise FormatError(
+            f"kv_cache: key_mean is true, but attn_logit_softcapping {shape.attn_logit_softcapping} bounds the scores, "
+            "which must not be shifted before"
+        )
     if args.key_mean:
         tensors["key_mean"] = TensorSpec(shape=(heads, shape.head_dim), dtype="F32")
     if args.key_feedback:
@@ -307,6 +319,9 @@ def expected_tensors(config: QuantizationConfigData, shape: ModelShape) -> dict[
     matrices, scheme = ("model.embed_tokens", shape.lm_head_module), config.lm_head_scheme
     tensors = {f"{norm}.weight": TensorSpec(shape=(size,)) for norm, size in shape.norms().items()}
     tensors |= {f"{module}.weight": TensorSpec(shape=(vocab, hidden)) for module in matrices}
+    if (scheme is not None or config.online_r1) and not shape.quantizes_lm_head:
+        asked = "online_r1 is true" if config.online_r1 else f"lm_head_bits is {config.lm_head_bits}"
+        raise FormatError(f"{asked}, but vLLM quantizes no tied embedding of {shape.architecture}")
     if scheme is not None:
         del tensors[f"{shape.lm_head_module}.weight"]
         local = linear_tensors(scheme, vocab, hidden)

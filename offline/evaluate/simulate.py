@@ -48,7 +48,6 @@ def load_simulated(folder: str | Path, dtype: torch.dtype | None = None) -> Caus
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> CausalLM:
     plain = {name: value for name, value in checkpoint.hf_config.items() if name != "quantization_config"}
     config = read_config(checkpoint.shape, plain, checkpoint.folder / "config.json")
-    config._attn_implementation = "sdpa"
     model = empty_model(checkpoint.shape, config)
     _replace_linears(model, checkpoint)
     _replace_attention(model, checkpoint)

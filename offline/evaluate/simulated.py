@@ -155,13 +155,10 @@ class SimulatedCache(nn.Module):
         """Return the feedback of the errors of keys, if there is one."""
         return dict(self.named_buffers()).get("key_feedback")
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: ScoreParams) -> torch.Tensor:
         """Compute causal attention by the server's kernels; return [batch, tokens, heads, head_size] as query's dtype.
 
-        query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size];
-        window: tokens that a query sees, itself among them; None: all before it
+        query [batch, heads, tokens, head_size]; key, value [batch, kv_heads, all tokens, head_size]
         """
         batch, heads, queries, size = query.shape
         length = key.shape[2]
@@ -179,7 +176,7 @@ class SimulatedCache(nn.Module):
             block_table=torch.arange(batch, dtype=torch.int32)[:, None],
         )
         out = torch.empty(rows[0].shape, dtype=query.dtype)
-        kernels.kv_attention(rows[0], cache, sequences, ScoreParams(scale, window), scheme, out)
+        kernels.kv_attention(rows[0], cache, sequences, score, scheme, out)
         return out.view(batch, queries, heads, size)
 
 
@@ -233,4 +230,4 @@ def cached_attention(
     end = key.shape[2] if position_ids is None else int(position_ids[0, -1]) + 1
     if getattr(module, "use_rope", True):
         query, key = rotary.apply_rope(query, end - query.shape[2]), rotary.apply_rope(key, end - key.shape[2])
-    return cache.attend(query, key, value, scaling, sliding_window), None
+    return cache.attend(query, key, value, ScoreParams(scaling, sliding_window, kwargs.get("softcap"))), None

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedConfig
 
 from infoquant_vllm.format import ARCHITECTURES, FUSED, ModelShape
+from offline.algorithms.head_kl import Head
 from offline.errors import ToolError
 from offline.model.experts import separate_experts
+from offline.model.windowed_attention import attention_of
 
 CausalLM = LlamaForCausalLM
 """For type checkers: every class of `ARCHITECTURES` has the modules of Llama (see `empty_model`)."""
@@ -56,6 +58,7 @@ def read_config(shape: ModelShape, hf_config: Mapping[str, Any], file: Path) -> 
         config: PreTrainedConfig = config_class.from_dict(dict(hf_config))
     except Exception as error:  # huggingface_hub has its own validation errors, not derived from ValueError
         raise ToolError(f"{file}: transformers refuses it ({error})") from None
+    config._attn_implementation = attention_of(config)
     return config
 
 
@@ -84,6 +87,12 @@ def embedding_scale(model: nn.Module, dtype: torch.dtype) -> float:
     if hasattr(embeddings, "embed_scale"):
         return float(embeddings.embed_scale.to(dtype))
     return float(getattr(model.config, "embedding_multiplier", 1))
+
+
+def head_of(model: CausalLM) -> Head:
+    """Return the lm_head of a model with what its config does to logits."""
+    scaling = float(getattr(model.config, "logits_scaling", 1))
+    return Head(model.lm_head.weight, scaling, getattr(model.config, "final_logit_softcapping", None))
 
 
 def rope_arguments(shape: ModelShape, config: PreTrainedConfig, layer: int) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from infoquant_vllm.format import read_json
 from offline.errors import ToolError
 from offline.model.architectures import CausalLM
 from offline.model.source import config_dtype
+from offline.model.windowed_attention import attention_of
 
 
 def load_reference(folder: Path, dtype: torch.dtype | None = None) -> CausalLM:
@@ -28,6 +29,7 @@ def load_reference(folder: Path, dtype: torch.dtype | None = None) -> CausalLM:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError and its own
         raise ToolError(f"{folder}: transformers does not load it ({error})") from None
     model, loaded = found
+    model.set_attn_implementation(attention_of(model.config))
     absent = sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})
     if absent:
         raise ToolError(f"{folder}: transformers finds no {absent[0]} of the right shape ({len(absent)} such tensors)")

@@ -83,11 +83,11 @@ class Source:
             raise ToolError(f"{folder}: no tokenizer ({' or '.join(TOKENIZER_FILES)} was expected)")
         try:
             headers = _headers(folder)
+            if shape.tie_word_embeddings and not _is_tied(headers):
+                hf_config = hf_config | {"tie_word_embeddings": False}
+                shape = ModelShape.from_hf(hf_config, f"{folder}: its lm_head.weight is another than the embedding")
         except FormatError as error:
             raise ToolError(str(error)) from None
-        if shape.tie_word_embeddings and not _is_tied(headers):
-            hf_config = hf_config | {"tie_word_embeddings": False}
-            shape = shape.model_copy(update={"tie_word_embeddings": False})
         return cls(folder, hf_config, shape, _weight_map(folder, headers, shape))
 
     @property

@@ -141,7 +141,8 @@ def collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs, stat
         mean = statistics.sums[key_module + OUTPUT] / statistics.tokens[key_module + OUTPUT]
         mean = mean.unflatten(0, (shape.num_key_value_heads, -1))
         transformed = run.recipe.transform != "none"
-        inputs.key_mean, inputs.key_feedback = calibrate_keys(args, hidden, mean, queries, transformed)
+        key_mean, inputs.key_feedback = calibrate_keys(args, hidden, mean, queries, transformed)
+        inputs.key_mean = key_mean if shape.attn_logit_softcapping is None else None
     for site in run.recipe.centered_sites(shape, inputs.index):
         linear = shape.sites[site][0]
         inputs.means[linear] = statistics.subtract_mean(linear, inputs.hessians[linear])

@@ -14,7 +14,7 @@ from offline.errors import ToolError
 from offline.memory import ROWS_PER_DRAW, SAMPLED_TOGETHER, sampling_dtype
 from offline.model.architectures import CausalLM
 from offline.model.source import Source
-from offline.model.windowed_attention import register_attention
+from offline.model.windowed_attention import register_attention, soft_capped_attention
 from offline.text import check_tokens, leading_tokens
 
 SEPARATOR = "<|endoftext|>"
@@ -119,8 +119,11 @@ def _attend_with_one_token(
     """
     window = kwargs.get("sliding_window") or key.shape[2]
     key, value = key[:, :, -window:], value[:, :, -window:]
-    grouped = query.view(len(query), key.shape[1], -1, query.shape[3])
-    out = functional.scaled_dot_product_attention(grouped, key, value, scale=kwargs.get("scaling"))
+    grouped, soft_cap = query.view(len(query), key.shape[1], -1, query.shape[3]), kwargs.get("softcap")
+    if soft_cap is not None:
+        out = soft_capped_attention(grouped, key, value, None, kwargs["scaling"], soft_cap).transpose(1, 2)
+    else:
+        out = functional.scaled_dot_product_attention(grouped, key, value, scale=kwargs.get("scaling"))
     return out.reshape(len(query), 1, -1, query.shape[3]), None
 
 

@@ -13,7 +13,7 @@ from offline.algorithms.head_kl import kl_to, log_probabilities
 from offline.algorithms.rotations import Transforms, transform_hessian, transform_input, undo_in_weights
 from offline.algorithms.rtn import round_to_nearest
 from offline.choices import SiteChoices
-from offline.model.architectures import embedding_scale
+from offline.model.architectures import embedding_scale, head_of
 from offline.model.hidden_states import Rotary
 from offline.run import Run
 from offline.stages.lm_head import rounded_rows
@@ -36,14 +36,11 @@ class LaterLayers:
         self._back = None if residual is None else residual.T.float().to(device)
         self._tokens, model = tokens.to(device), run.source.model(torch.float32)
         nn.Module.to(model, device)
-        self._decoder, self._head = model.model, model.lm_head.weight
-        self._scaling = getattr(model.config, "logits_scaling", 1)
+        self._decoder, self._head = model.model, head_of(model)
         multiplies = hasattr(model.config, "embedding_multiplier")  # also embeddings that the decoder is given
         self._multiplier = embedding_scale(self._decoder, torch.float32) if multiplies else 1.0
         self._tied = run.source.shape.tie_word_embeddings
-        self._expected = log_probabilities(
-            self._last(self._decoder.embed_tokens(self._tokens)), self._head, self._scaling
-        )
+        self._expected = log_probabilities(self._last(self._decoder.embed_tokens(self._tokens)), self._head)
 
     def skip(self, layer: int) -> None:
         """Leave out a layer, the next one, and free its weights."""
@@ -52,17 +49,17 @@ class LaterLayers:
     def kl(self, hidden: torch.Tensor) -> float:
         """Return the KL when `hidden` [sequences, length, hidden], in R1's basis, leaves the skipped layers."""
         hidden = hidden if self._back is None else hidden @ self._back
-        return kl_to(self._expected, self._last(hidden / self._multiplier), self._head, self._scaling)
+        return kl_to(self._expected, self._last(hidden / self._multiplier), self._head)
 
     def lm_head_kl(self) -> float:
         """Return the KL with lm_head in 8 bits, in a tied model the embedding too; before any layer is skipped."""
-        head = rounded_rows(self._head)
+        head = self._head._replace(weight=rounded_rows(self._head.weight))
         embedded = self._decoder.embed_tokens(self._tokens)
         if self._tied:
-            embedded = embedded + nn.functional.embedding(self._tokens, head - self._head) * (
+            embedded = embedded + nn.functional.embedding(self._tokens, head.weight - self._head.weight) * (
                 embedding_scale(self._decoder, torch.float32) / self._multiplier
             )
-        return kl_to(self._expected, self._last(embedded), head, self._scaling)
+        return kl_to(self._expected, self._last(embedded), head)
 
     def _last(self, embedded: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self._decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state

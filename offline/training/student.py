@@ -9,6 +9,7 @@ from torch import nn
 
 from infoquant_vllm.format import QuantizationConfigData
 from offline.algorithms.rotations import Transforms
+from offline.model.architectures import head_of
 from offline.model.source import Source
 from offline.training.fake_quant import CLIP_BOUNDS, ClampedClip, FakeQuantLinear
 from offline.training.fake_quant_layer import DISTILLED, FakeQuantLayer, Layer
@@ -25,8 +26,7 @@ class Student(nn.Module):
     ):
         super().__init__()
         model = source.model(torch.float32)
-        scaling = getattr(model.config, "logits_scaling", 1)
-        self.head: torch.Tensor = model.lm_head.weight if scaling == 1 else model.lm_head.weight / scaling
+        self.head = head_of(model)
         rotation = None if transforms is None else transforms.residual
         self._rotation = None if rotation is None else rotation.float()
         offset = source.shape.norm_offset

@@ -43,8 +43,9 @@ def hf_config(**changes: Any) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
     }
     named = changes.get("architectures", config["architectures"])
-    types = [known.model_type for name, known in ARCHITECTURES.items() if named == [name]]
-    config["model_type"] = types[0] if types else "unknown"
+    found = next((known for name, known in ARCHITECTURES.items() if named == [name]), None)
+    config["model_type"] = "unknown" if found is None else found.model_type
+    config["tie_word_embeddings"] = found is not None and found.tied == "always"
     return config | changes
 
 

@@ -75,6 +75,17 @@ SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 24,
         "pad_token_id": 0,
     },
+    "gemma2": {
+        "architecture": "Gemma2ForCausalLM",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 200,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "pad_token_id": 0,
+    },
     "gemma3": {
         "architecture": "Gemma3ForCausalLM",
         "num_attention_heads": 2,
@@ -118,7 +129,7 @@ SIZES: dict[str, dict[str, Any]] = {
 MIXTURES = ("mixtral", "olmoe", "qwen2-moe", "qwen3-moe")
 FAMILIES = (
     *("llama3-rope", "mistral", "mistral-window"),
-    *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3", "gemma3", "olmo2"),
+    *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3", "gemma2", "gemma3", "olmo2"),
     *MIXTURES,
 )
 """Those that differ in more than sizes."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from offline import PRESETS, quantize
+from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import KVCache
 from tests.common.checkpoints import write_random
@@ -23,7 +24,7 @@ MAY_FLIP = 6
 """Workers add sums in another order, so a code that is all but a tie may flip and change the rest of its prompt: in up
 to four of the twelve prompts, measured, and most in mixtures. All others say the same all along; a fault of
 sharding would change all twelve."""
-DENSE = "one-kv-head", "ministral", "granite", "phi3", "smollm3", "gemma3", "olmo2"
+DENSE = "one-kv-head", "ministral", "granite", "phi3", "smollm3", "gemma2", "gemma3", "olmo2"
 CASES = [("fast", size) for size in (*DENSE, *MIXTURES)]
 CASES += [("kv4", "one-kv-head"), ("kv4", "tied"), ("layers", "phi3")]
 
@@ -35,7 +36,7 @@ def workers() -> Iterator[Workers]:
 
 
 def write_checkpoint(folder: Path, preset: str, size: str) -> Path:
-    """Make a checkpoint for two workers, of a tied model; that of `fast` has an 8-bit vocabulary.
+    """Make a checkpoint for two workers; that of `fast` has an 8-bit vocabulary where vLLM's class can have one.
 
     `layers` is `fast` with layers that differ.
     """
@@ -43,6 +44,8 @@ def write_checkpoint(folder: Path, preset: str, size: str) -> Path:
     if preset != "kv4":  # which has feedback of keys: with codes of inputs before it, it multiplies flips
         update |= {"kv_cache": KVCache(key_mean_positions=2048)}
     source = write_source(folder / "source", **SIZES[size])
+    if not Source.open(source).shape.quantizes_lm_head:
+        update |= {"lm_head_bits": None}
     tp_size = None if preset == "kv4" else 2  # unquantized linears need nothing
     recipe = PRESETS["fast" if preset == "layers" else preset].model_copy(update=update)
     quantize(source, folder / "checkpoint", recipe=recipe, max_tp_size=tp_size, progress=silent)

@@ -17,10 +17,11 @@ from infoquant_vllm.format.model_config import FIELDS
 from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
-LLAMA, MISTRAL, MINISTRAL, GRANITE, GEMMA3, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3, *_ = ARCHITECTURES
+LLAMA, MISTRAL, MINISTRAL, GRANITE, GEMMA2, GEMMA3, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3, *_ = ARCHITECTURES
 *_, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+SOFT_CAPS = "attn_logit_softcapping", "final_logit_softcapping"
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -65,6 +66,11 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     *((LLAMA, {"rms_norm_eps": value}) for value in (0.0, -1.0, None, "1e-5", float("inf"))),
     (LLAMA, {"logit_scale": 0.5}),
     *((GRANITE, {name: value}) for name in MULTIPLIERS for value in (0.0, None, "2")),
+    *((GEMMA2, {name: value}) for name in SOFT_CAPS for value in (0.0, -50.0, "50")),
+    (GEMMA2, {"tie_word_embeddings": False}),
+    (GEMMA2, {"head_dim": None}),
+    (GEMMA2, {"sliding_window": None}),
+    (GEMMA2, {"use_bidirectional_attention": True}),
     *((GEMMA3, {"query_pre_attn_scalar": value}) for value in (0, None, "256")),
     (GEMMA3, {"head_dim": None}),
     (GEMMA3, {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
@@ -237,7 +243,8 @@ WITH_ANOTHER = {"ada_rms_norm_t_cond_dim", "qk_nope_head_dim", "qk_rope_head_dim
 """Read only where a field that is refused is set."""
 
 
-MODULES = "llama", "mistral", "granite", "gemma3", "qwen2", "qwen3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
+DENSE = "llama", "mistral", "granite", "gemma2", "gemma3", "qwen2", "qwen3"
+MODULES = *DENSE, "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
 
 
 @pytest.mark.parametrize("module", [*MODULES, "transformers/base", "transformers/causal"])

@@ -201,6 +201,31 @@ def test_sizes_that_a_config_leaves_out_are_those_of_its_class() -> None:
     assert found == {"LlamaForCausalLM": (64, 4), MISTRAL: (8, 4), QWEN2: (32, 4), QWEN3: (32, 128)}
 
 
+KEY_MEAN = {"key_bits": 4, "value_bits": 4, "key_mean": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lm_head_bits": 8}, "lm_head_bits is 8, but vLLM quantizes no tied embedding of Gemma2ForCausalLM"),
+        ({"online_r1": True}, "online_r1 is true, but vLLM quantizes no tied embedding of Gemma2ForCausalLM"),
+        ({"kv_cache": KEY_MEAN}, r"key_mean is true, but attn_logit_softcapping 50\.0 bounds the scores"),
+    ],
+)
+def test_checkpoint_that_its_class_cannot_serve_is_refused(changes: dict[str, Any], message: str) -> None:
+    hf = hf_config(architectures=["Gemma2ForCausalLM"])
+    data = quantization_config(hf, **{"online_r1": False, "ignore": []} | changes)
+    with pytest.raises(FormatError, match=message):
+        expected_tensors(parse_config(data), ModelShape.from_hf(hf))
+
+
+def test_a_mean_key_goes_with_scores_without_a_soft_cap() -> None:
+    hf = hf_config(architectures=["Gemma2ForCausalLM"], attn_logit_softcapping=None, final_logit_softcapping=None)
+    data = quantization_config(hf, kv_cache=KEY_MEAN, online_r1=False)
+    tensors = expected_tensors(parse_config(data), ModelShape.from_hf(hf))
+    assert "model.layers.0.self_attn.attn.key_mean" in tensors
+
+
 def test_tensors_are_those_of_the_class() -> None:
     def small(architecture: str) -> set[str]:
         shape = ModelShape.from_hf(hf_config(architectures=[architecture], num_hidden_layers=1))

@@ -118,9 +118,14 @@ def test_a_simulated_linear_has_the_oracles_bits_after_every_transform(transform
     assert torch.equal(SimulatedLinear(scheme, tensors)(x), expected_output(scheme, tensors, x))
 
 
+SCORE = ScoreParams(0.125)
+
+
 @pytest.mark.parametrize("num_bits", [(4, 4), (8, 8), (8, 4), (4, 8)])
-@pytest.mark.parametrize("rotate", [True, False])
-def test_simulated_attention_has_the_oracles_bits(num_bits: tuple[int, int], rotate: bool) -> None:
+@pytest.mark.parametrize(("rotate", "soft_cap"), [(True, None), (False, None), (True, 2.0)])
+def test_simulated_attention_has_the_oracles_bits(
+    num_bits: tuple[int, int], rotate: bool, soft_cap: float | None
+) -> None:
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(2, 4, 5, 64, generator=generator)
     key, value = torch.randn(2, 2, 2, TOKENS, 64, generator=generator)
@@ -130,21 +135,22 @@ def test_simulated_attention_has_the_oracles_bits(num_bits: tuple[int, int], rot
         key_bits=num_bits[0], value_bits=num_bits[1], key_transform="hadamard" if rotate else "none", key_mean=True
     )
     tensors = {"key_clip_ratio": clips[0], "value_clip_ratio": clips[1], "key_mean": offset}
-    found = SimulatedCache(args, tensors).attend(query, key, value, 0.125)
+    score = SCORE._replace(soft_cap=soft_cap)
+    found = SimulatedCache(args, tensors).attend(query, key, value, score)
     for i in range(2):
         cells = torch.zeros(1, 2, 32, kv_bytes_per_token_head(64, num_bits), dtype=torch.uint8)
         rows = key[i].transpose(0, 1), value[i].transpose(0, 1)
         scheme = KVScheme(num_bits, rotate)
         oracles.kv_store(*rows, cells, torch.arange(TOKENS), KVCalibration(*clips, offset), scheme)
-        expected = _attention(query[i].transpose(0, 1), cells, scheme)
+        expected = _attention(query[i].transpose(0, 1), cells, scheme, score)
         assert torch.equal(found[i], expected)
 
 
-def _attention(query: torch.Tensor, cells: torch.Tensor, scheme: KVScheme) -> torch.Tensor:
+def _attention(query: torch.Tensor, cells: torch.Tensor, scheme: KVScheme, score: ScoreParams = SCORE) -> torch.Tensor:
     """Attend from the last tokens [tokens, heads, head_size] of a sequence in block 0, by the oracle."""
     starts, lens, table = (torch.tensor(x, dtype=torch.int32) for x in ([0, len(query)], [TOKENS], [[0]]))
     out = torch.empty_like(query)
-    oracles.kv_attention(query, cells, Sequences(starts, lens, table), ScoreParams(0.125), scheme, out)
+    oracles.kv_attention(query, cells, Sequences(starts, lens, table), score, scheme, out)
     return out
 
 

@@ -11,6 +11,7 @@ from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
 from offline.model.architectures import empty_model, model_class, read_config
 from offline.model.hidden_states import HiddenStates
+from offline.model.reference import load_reference
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import CalibrationSize, Psot
@@ -56,6 +57,18 @@ def test_layers_one_by_one_compute_what_the_model_does(tmp_path: Path, size: str
         for expert in range(source.shape.num_experts):
             hidden.forward_expert(expert, fold_expert(source, layer, expert, None), lambda *_: None)
     torch.testing.assert_close(model.norm(hidden.values), model(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_soft_caps_are_those_of_transformers_own_attention(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", **SIZES["gemma2"])
+    theirs = model_class("Gemma2ForCausalLM").from_pretrained(folder, attn_implementation="eager")
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(1))
+    expected = theirs(tokens).logits
+    for ours in (Source.open(folder).model(torch.float32), load_reference(folder, torch.float32)):
+        torch.testing.assert_close(ours(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    theirs.set_attn_implementation("sdpa")  # which ignores them
+    assert (theirs(tokens).logits - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("preset", LARGEST_KL)

@@ -185,6 +185,12 @@ def test_head_of_a_model_that_config_calls_tied_is_used_where_it_differs(folder:
     assert torch.equal(source.tensor("lm_head.weight"), head)
 
 
+def test_head_of_its_own_is_refused_where_vllms_class_has_none(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", **SIZES["gemma2"])
+    trained_head(folder)
+    refused(folder, "its lm_head.weight is another than the embedding: tie_word_embeddings is false.*Gemma2ForCausalLM")
+
+
 def test_last_row_of_a_head_decides_whether_it_is_tied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offline.model.source.ROWS_AT_A_TIME", 100)
     head = load_file(folder / FILE)["model.embed_tokens.weight"].clone()

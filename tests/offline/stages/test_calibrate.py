@@ -9,6 +9,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from infoquant_vllm.format import ARCHITECTURES
 from offline.errors import ToolError
 from offline.model.source import Source
 from offline.stages import sample
@@ -94,7 +95,8 @@ def test_both_dtypes_sample_from_every_class_of_model(
 ) -> None:
     monkeypatch.setattr(sample, "sampling_dtype", lambda: dtype)
     for size in SIZES:
-        tiny = Source.open(write_source(tmp_path / size, **SIZES[size] | {"tie_word_embeddings": False}))
+        tied = ARCHITECTURES[SIZES[size].get("architecture", "LlamaForCausalLM")].tied == "always"
+        tiny = Source.open(write_source(tmp_path / size, **SIZES[size] | {"tie_word_embeddings": tied}))
         tokens = calibration_tokens("self", tiny, 3, 12, 0)
         assert torch.equal(tokens, calibration_tokens("self", tiny, 3, 12, 0))
         assert tokens[:, 1:].unique().numel() > 10
@@ -139,7 +141,7 @@ def test_a_file_of_something_else_is_refused(source: Source, tmp_path: Path) -> 
         save_tokens(tmp_path / "tokens.pt", torch.zeros(1, 1))
 
 
-@pytest.mark.parametrize("size", ["tied", "mistral-window"])
+@pytest.mark.parametrize("size", ["tied", "mistral-window", "gemma2"])
 def test_sampled_tokens_follow_the_models_distribution(size: str, tmp_path: Path) -> None:
     """Of what the model gave 90% of its probability to, about 90% must come out."""
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
