@@ -14,7 +14,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from infoquant_vllm.format import ARCHITECTURES, ModelShape, TensorSpec
+from infoquant_vllm.format import ModelShape, TensorSpec
 from offline.algorithms.gptq import FACTOR_BLOCK
 from offline.algorithms.head_kl import CHUNK_POSITIONS
 from offline.errors import ToolError
@@ -264,7 +264,7 @@ def _parameters(shape: ModelShape) -> int:
 def _vocabulary_bytes(source: Source, recipe: Recipe) -> int:
     """Bytes to write embedding and lm_head: one of them as read, and rotated or in codes where the recipe does that."""
     shape = source.shape
-    folds_r1 = recipe.rotates_stream and not ARCHITECTURES[shape.architecture].norms_behind
+    folds_r1 = recipe.rotates_stream and shape.folds_r1
     changes = recipe.lm_head_bits is not None or (folds_r1 and not shape.tie_word_embeddings)
     value = FLOAT32 if changes else source.dtype("model.embed_tokens.weight").itemsize
     return value * shape.vocab_size * shape.hidden_size + 4 * FLOAT32 * shape.hidden_size**2

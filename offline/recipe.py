@@ -8,7 +8,6 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from infoquant_vllm.format import (
-    ARCHITECTURES,
     FORMAT_VERSION,
     ROW_PARALLEL_SITES,
     SITE_NORMS,
@@ -269,7 +268,7 @@ class Recipe(StrictModel):
             if shape.hidden_size % blocks:
                 raise FormatError(f"psot_layer.blocks {blocks} does not divide the hidden size {shape.hidden_size}")
             return InputTransform(type="blocks", block_size=shape.hidden_size // blocks)
-        if kind in SITE_NORMS and self.rotates_stream and ARCHITECTURES[shape.architecture].norms_behind:
+        if kind in SITE_NORMS and self.rotates_stream and not shape.folds_r1:
             return InputTransform(type="hadamard", block_size=shape.hidden_size)
         return InputTransform()
 
@@ -299,7 +298,7 @@ class Recipe(StrictModel):
         """
         self._check_experts(shape)
         rotated = self.transform != "none"
-        rotated_stream = self.rotates_stream and not ARCHITECTURES[shape.architecture].norms_behind
+        rotated_stream = self.rotates_stream and shape.folds_r1
         plain = [linear for linears in SITES.values() for linear in linears] if self.rounding == "none" else []
         groups = {} if plain else self._groups(shape)
         kv_cache = None

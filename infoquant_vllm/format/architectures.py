@@ -48,6 +48,9 @@ class Experts:
     size: field of config.json with the features between them
     shared_size: the same of a shared expert, that every token passes besides those the router chooses; its output is
         scaled by another unquantized linear
+    fused: the source holds the linears of all experts as tensors, by their names in the block: gate and up together
+        [experts, 2 * size, hidden], and down [experts, hidden, size]; a checkpoint never does
+    router: name of the router in the block, in the source; a checkpoint has it as `gate`
     """
 
     block: str = "mlp"
@@ -57,6 +60,8 @@ class Experts:
     count: int = 128
     size: str = "moe_intermediate_size"
     shared_size: str | None = None
+    fused: tuple[str, str] | None = None
+    router: str = "gate"
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -116,11 +121,7 @@ class Architecture:
 
     @property
     def norms_behind(self) -> bool:
-        """Return whether norms follow attention and MLP.
-
-        Their gains do not fold into the linears before them, so no rotation of the residual stream does: R1 becomes a
-        Hadamard transform of each input that reads the stream.
-        """
+        """Return whether norms follow attention and MLP: their gains do not fold into the linears before them."""
         return self.norms != "before"
 
     @property
@@ -248,6 +249,20 @@ ARCHITECTURES: dict[str, Architecture] = {
             "no_rope_layer_interval": 4,
             "use_sliding_window": False,
         },
+    ),
+    "GraniteMoeForCausalLM": Architecture(
+        "granitemoe",
+        free_head_dim=False,
+        experts=Experts(
+            "block_sparse_moe",
+            count=8,
+            size="intermediate_size",
+            fused=("input_linear.weight", "output_linear.weight"),
+            router="router.layer",
+        ),
+        plain_embedding=True,
+        defaults=dict.fromkeys(MULTIPLIERS, 1.0)
+        | {"attention_sinks": None, "num_experts_per_tok": 2, "max_position_embeddings": 2048},
     ),
     "MixtralForCausalLM": Architecture(
         "mixtral",

@@ -120,6 +120,15 @@ class ModelShape(BaseModel):
         return not (ARCHITECTURES[self.architecture].plain_embedding and self.tie_word_embeddings)
 
     @property
+    def folds_r1(self) -> bool:
+        """Return whether the residual stream can be rotated.
+
+        It cannot where norms follow linears, nor where a tied embedding cannot: R1 becomes a Hadamard transform of each
+        input that reads the stream.
+        """
+        return self.quantizes_lm_head and not ARCHITECTURES[self.architecture].norms_behind
+
+    @property
     def experts(self) -> Experts | None:
         """Return the names of the mixture of experts, None for a dense model."""
         return ARCHITECTURES[self.architecture].experts
@@ -217,7 +226,7 @@ class ModelShape(BaseModel):
 
         By names inside a layer.
         """
-        if ARCHITECTURES[self.architecture].norms_behind:
+        if not self.folds_r1:
             return {}
         kinds = {linear: site.rpartition(".")[2] for site, linears in self.sites.items() for linear in linears}
         readers = {linear: SITE_NORMS[kind] for linear, kind in kinds.items() if kind in SITE_NORMS}

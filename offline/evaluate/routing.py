@@ -37,7 +37,8 @@ class RecordedRouting:
             handle.remove()
 
     def _keep(self, layer: int, routing: Any) -> None:
-        self._chosen.setdefault(layer, []).append(routing[2])
+        chosen = next(part for part in routing if not part.is_floating_point())  # classes have it in other places
+        self._chosen.setdefault(layer, []).append(chosen)
 
     def agreement(self, other: "RecordedRouting") -> dict[int, float]:
         """Return by layer the share of the chosen experts that the other model chose too; forget both.

@@ -35,6 +35,20 @@ class Expert(nn.Module):
         return down(self.act_fn(gate(x)) * up(x))
 
 
+class SoftmaxTopKRouter(nn.Module):
+    """A router of the class of Granite, whose outputs transformers has in another order."""
+
+    def __init__(self, router: Any):
+        super().__init__()
+        self.weight, self.top_k = router.weight, router.top_k
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        """Choose experts for x [tokens, hidden]; their weights are the softmax of their scores."""
+        scores = functional.linear(x, self.weight)
+        highest, chosen = scores.float().topk(self.top_k, dim=-1)
+        return Routing(scores, highest.softmax(-1).to(x.dtype), chosen)
+
+
 class SeparateExperts(nn.Module):
     """A mixture with a module for each expert, and the router and the shared expert of transformers' own block.
 
@@ -45,7 +59,7 @@ class SeparateExperts(nn.Module):
         super().__init__()
         fused = block.experts
         weights = zip(fused.gate_up_proj.detach(), fused.down_proj.detach(), strict=True)
-        self.gate = block.gate
+        self.gate = block.gate if hasattr(block, "gate") else SoftmaxTopKRouter(block.router)
         self.experts = nn.ModuleList(Expert(names, fused.act_fn, *pair) for pair in weights)
         self.shared_expert = getattr(block, "shared_expert", None)
         self.shared_expert_gate = getattr(block, "shared_expert_gate", None)
@@ -100,11 +114,12 @@ def separate_experts(model: Any, shape: ModelShape) -> None:
     if shape.experts is None:
         return
     for layer in model.model.layers:
-        replace_block(layer, shape.experts, SeparateExperts(layer.mlp, shape.experts))
+        block = layer.mlp if hasattr(layer, "mlp") else layer.get_submodule(shape.experts.block)
+        replace_block(layer, shape.experts, SeparateExperts(block, shape.experts))
 
 
 def replace_block(layer: Any, names: Experts, block: nn.Module) -> None:
     """Put another module in the place of a decoder layer's mixture."""
     layer.add_module(names.block, block)
-    if names.block != "mlp":  # the name by which transformers calls it
+    if names.block != "mlp" and hasattr(layer, "mlp"):  # the name by which transformers calls it
         layer.mlp = _Alias(block)

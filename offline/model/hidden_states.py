@@ -59,6 +59,7 @@ class HiddenStates:
             batch.copy_(embedded if rotation is None else embedded @ rotation)
         self._folder, self._next, self._heads_first = source.folder, 0, source.shape.architecture in HEADS_FIRST
         self.max_positions = int(getattr(config, "max_position_embeddings", tokens.shape[1]))
+        self._residual_multiplier = float(getattr(config, "residual_multiplier", 1))
         self._devices = devices
         self._rotary_embedding = model.rotary_emb.to(devices[0])
         self._length = tokens.shape[1]
@@ -108,6 +109,7 @@ class HiddenStates:
         assert self.routed is not None
         observe, values = self._bounded(observe, self._next - 1), self.values.flatten(0, 1)
         tokens, weights = self.routed.tokens_of(expert)
+        weights = weights * self._residual_multiplier
         out = self.routed.forward(state, expert, tokens, observe)
         values.index_add_(0, tokens, out * weights[:, None])
         dealt = self.routed.dealt_to(expert, max(0, least - len(tokens)))

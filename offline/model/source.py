@@ -15,6 +15,7 @@ from infoquant_vllm.format import (
     ARCHITECTURES,
     FUSED,
     INDEX_FILE,
+    Experts,
     FormatError,
     ModelShape,
     check_values,
@@ -118,9 +119,9 @@ class Source:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor in its stored dtype; raises ToolError where it holds NaN or Inf."""
-        file, (stored, rows) = self.folder / self.weight_map[name], stored_rows(self.shape, name)
+        file, (stored, index) = self.folder / self.weight_map[name], stored_part(self.shape, name)
         with safe_open(file, framework="pt") as shard:
-            tensor = shard.get_tensor(stored) if rows is None else shard.get_slice(stored)[rows]
+            tensor = shard.get_slice(stored)[index] if index else shard.get_tensor(stored)
         try:
             check_values(tensor, name, str(file), norm_offset=self.shape.norm_offset)
         except FormatError as error:
@@ -132,7 +133,7 @@ class Source:
         if not self.weight_map:
             return config_dtype(self.hf_config)
         with safe_open(self.folder / self.weight_map[name], framework="pt") as shard:
-            return DTYPES[shard.get_slice(stored_rows(self.shape, name)[0]).get_dtype()]
+            return DTYPES[shard.get_slice(stored_part(self.shape, name)[0]).get_dtype()]
 
     @property
     def unquantized_dtype(self) -> torch.dtype:
@@ -198,26 +199,46 @@ def _refuse_quantized(hf_config: dict[str, Any], file: Path) -> None:
         )
 
 
-def stored_rows(shape: ModelShape, name: str) -> tuple[str, slice | None]:
-    """Return the tensor of the files that holds tensor `name`, and the rows there where files fuse linears."""
+def stored_part(shape: ModelShape, name: str) -> tuple[str, tuple[int | slice, ...]]:
+    """Return the tensor of the files that holds tensor `name`, and the index of its part where files fuse linears."""
+    if shape.experts is not None:
+        return _stored_in_mixture(shape, shape.experts, name)
     if not ARCHITECTURES[shape.architecture].fused:
-        return name, None
+        return name, ()
     module, _, kind = name.rpartition(".")
     for fused, linears in FUSED.items():
         linear = next((linear for linear in linears if module.endswith(f".{linear}")), None)
         if linear is not None:
             layer, sizes = module.removesuffix(linear), shape.linears()
             start = sum(sizes[layer + before][0] for before in linears[: linears.index(linear)])
-            return f"{layer}{fused}.{kind}", slice(start, start + sizes[module][0])
-    return name, None
+            return f"{layer}{fused}.{kind}", (slice(start, start + sizes[module][0]),)
+    return name, ()
+
+
+def _stored_in_mixture(shape: ModelShape, names: Experts, name: str) -> tuple[str, tuple[int | slice, ...]]:
+    """Do the same for a mixture of experts, whose files may fuse the experts of a layer."""
+    router = re.match(rf"(.*\.{names.block}\.)gate(\.weight)$", name)
+    if router is not None:
+        return f"{router[1]}{names.router}{router[2]}", ()
+    expert = re.match(rf"(.*\.{names.block}\.)experts\.(\d+)\.(\w+)\.weight$", name)
+    if names.fused is None or expert is None:
+        return name, ()
+    block, index, linear = expert[1], int(expert[2]), expert[3]
+    gate_up, down = names.fused
+    if linear == names.down:
+        return block + down, (index,)
+    start = 0 if linear == names.gate else shape.expert_size
+    return block + gate_up, (index, slice(start, start + shape.expert_size))
 
 
 def _stored(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor that the files of an unquantized model of that shape hold."""
     stored: dict[str, tuple[int, ...]] = {}
     for name, size in _expected(shape).items():
-        found, rows = stored_rows(shape, name)
-        stored[found] = size if rows is None else (rows.stop, *size[1:])  # the last rows come last
+        found, index = stored_part(shape, name)
+        ends = tuple(part.stop if isinstance(part, slice) else part + 1 for part in index)
+        kept = sum(isinstance(part, slice) for part in index)
+        stored[found] = (*ends, *size[kept:])  # the last part comes last
     return stored
 
 
@@ -271,7 +292,7 @@ def _weight_map(folder: Path, headers: Headers, shape: ModelShape) -> dict[str, 
     extra = sorted(name for name in headers if name not in expected.keys() | unused and not UNUSED.match(name))
     if extra:
         raise ToolError(f"{headers[extra[0]][0]}: unexpected tensor {extra[0]} ({len(extra)} such tensors)")
-    return {name: headers[stored_rows(shape, name)[0]][0].name for name in _expected(shape)}
+    return {name: headers[stored_part(shape, name)[0]][0].name for name in _expected(shape)}
 
 
 def _headers(folder: Path) -> Headers:

@@ -2,7 +2,6 @@
 
 import torch
 
-from infoquant_vllm.format import ARCHITECTURES
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
 from offline.run import Run
 from offline.stages.rotate_per_layer import learn_layer_rotations
@@ -21,8 +20,8 @@ def make_transforms(run: Run, tokens: torch.Tensor | None) -> Transforms | None:
         return Transforms(None, random_head_rotations(run.source.shape, generator))
     if run.recipe.transform == "psot-layer" and tokens is not None:
         return learn_layer_rotations(run, tokens, generator)
-    is_fixed = ARCHITECTURES[run.source.shape.architecture].norms_behind
-    residual = None if is_fixed else random_hadamard(run.source.shape.hidden_size, generator)
+    shape = run.source.shape
+    residual = random_hadamard(shape.hidden_size, generator) if shape.folds_r1 else None
     heads = random_head_rotations(run.source.shape, generator)
     if run.recipe.transform == "psot-shared" and tokens is not None and residual is not None:
         residual = learn_rotation(run, collect_inputs(run, tokens), residual, generator)

@@ -102,6 +102,16 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "olmo2": {"architecture": "Olmo2ForCausalLM", "tie_word_embeddings": False, "pad_token_id": 0},
     "mixtral": {"architecture": "MixtralForCausalLM", "tie_word_embeddings": False, "num_local_experts": 4},
+    "granite-moe": {
+        "architecture": "GraniteMoeForCausalLM",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.02,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+        "pad_token_id": 0,
+    },
     "olmoe": {
         "architecture": "OlmoeForCausalLM",
         "tie_word_embeddings": False,
@@ -126,7 +136,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "odd": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 1376},
 }
 """Configurations that tests run over: what differs from the default one."""
-MIXTURES = ("mixtral", "olmoe", "qwen2-moe", "qwen3-moe")
+MIXTURES = ("mixtral", "granite-moe", "olmoe", "qwen2-moe", "qwen3-moe")
 FAMILIES = (
     *("llama3-rope", "mistral", "mistral-window"),
     *("ministral", "granite", "phi3", "qwen2", "qwen3", "qwen3-windows", "smollm3", "gemma2", "gemma3", "olmo2"),

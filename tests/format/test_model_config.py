@@ -18,7 +18,7 @@ from offline.model.architectures import model_class
 from tests.common.checkpoints import hf_config
 
 LLAMA, MISTRAL, MINISTRAL, GRANITE, GEMMA2, GEMMA3, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3, *_ = ARCHITECTURES
-*_, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE = ARCHITECTURES
+*_, GRANITE_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE = ARCHITECTURES
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 SOFT_CAPS = "attn_logit_softcapping", "final_logit_softcapping"
@@ -149,6 +149,11 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (MIXTRAL, {"num_local_experts": 0}),
     (MIXTRAL, {"num_experts": 4, "num_local_experts": 8}),
     (MIXTRAL, {"num_local_experts": 8, "num_experts_per_tok": 9}),
+    *((GRANITE_MOE, {name: value}) for name in MULTIPLIERS for value in (0.0, None)),
+    (GRANITE_MOE, {"attention_sinks": True}),
+    (GRANITE_MOE, {"attention_bias": True}),
+    (GRANITE_MOE, {"head_dim": 32}),
+    (GRANITE_MOE, {"num_local_experts": 0}),
     (OLMOE, {"clip_qkv": 8.0}),
     (OLMOE, {"rms_norm_eps": 1e-6}),
     (OLMOE, {"norm_topk_prob": True}),
@@ -244,7 +249,7 @@ WITH_ANOTHER = {"ada_rms_norm_t_cond_dim", "qk_nope_head_dim", "qk_rope_head_dim
 
 
 DENSE = "llama", "mistral", "granite", "gemma2", "gemma3", "qwen2", "qwen3"
-MODULES = *DENSE, "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
+MODULES = *DENSE, "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
 
 
 @pytest.mark.parametrize("module", [*MODULES, "transformers/base", "transformers/causal"])

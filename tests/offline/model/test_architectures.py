@@ -9,6 +9,7 @@ from infoquant_vllm.format import ARCHITECTURES, NORMS, Checkpoint, ModelShape
 from offline import PRESETS, quantize
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
+from offline.evaluate.verify import verify
 from offline.model.architectures import empty_model, model_class, read_config
 from offline.model.hidden_states import HiddenStates
 from offline.model.reference import load_reference
@@ -57,6 +58,19 @@ def test_layers_one_by_one_compute_what_the_model_does(tmp_path: Path, size: str
         for expert in range(source.shape.num_experts):
             hidden.forward_expert(expert, fold_expert(source, layer, expert, None), lambda *_: None)
     torch.testing.assert_close(model.norm(hidden.values), model(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_an_untied_mixture_of_granite_rotates_the_residual_stream(tmp_path: Path) -> None:
+    """Tied ones, of which vLLM's class quantizes no embedding, do not."""
+    text, rotated = tmp_path / "text.txt", {}
+    text.write_text(TEXT)
+    for tied in (True, False):
+        source = write_source(tmp_path / f"{tied}", **SIZES["granite-moe"] | {"tie_word_embeddings": tied})
+        out, recipe = tmp_path / f"{tied} out", PRESETS["fast"].model_copy(update=SMALL)
+        quantize(source, out, recipe=recipe, calibration=str(text), progress=silent)
+        assert verify(out, against=str(source)).passed
+        rotated[tied] = Checkpoint(out).config.rotated_hidden_states
+    assert rotated == {True: False, False: True}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from infoquant_vllm.format import INDEX_FILE, Checkpoint, FormatError
 from offline.errors import ToolError
 from offline.model.reference import load_reference
 from offline.model.source import Source
-from tests.common.tiny import SIZES, write_source
+from tests.common.tiny import MIXTURES, SIZES, write_source
 
 FILE = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -210,6 +210,35 @@ def test_source_is_read_as_transformers_reads_it(tmp_path: Path, size: str) -> N
     assert type(ours) is type(theirs)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", MIXTURES)
+def test_separate_experts_compute_what_transformers_does(tmp_path: Path, size: str) -> None:
+    folder = write_source(tmp_path / "source", **SIZES[size])
+    tokens = torch.randint(3, 250, (2, 40), generator=torch.Generator().manual_seed(0))
+    ours, theirs = Source.open(folder).model(torch.float32), load_reference(folder, torch.float32)
+    torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("input_linear", lambda t: t[:-1], r"input_linear\.weight has shape \[3, 640, 256\].* \[4, 640, 256\]"),
+        ("input_linear", lambda t: t[:, 1:], r"input_linear\.weight has shape \[4, 639, 256\].* \[4, 640, 256\]"),
+        ("output_linear", lambda t: t[0], r"output_linear\.weight has shape \[256, 320\].* \[4, 256, 320\]"),
+        ("output_linear", lambda t: None, r"tensor .*output_linear\.weight \[4, 256, 320\] is missing"),
+        ("router.layer", lambda t: t[1:], r"router\.layer\.weight has shape \[3, 256\].* \[4, 256\]"),
+        ("input_linear", lambda t: t * float("nan"), r"experts\.0\.gate_proj\.weight\[0, 0\] is nan"),
+    ],
+)
+def test_fused_experts_that_do_not_suit_are_refused(tmp_path: Path, name: str, change: Any, message: str) -> None:
+    folder = write_source(tmp_path / "source", **SIZES["granite-moe"])
+    stored = f"model.layers.1.block_sparse_moe.{name}.weight"
+    changed = change(load_file(folder / FILE)[stored])
+    edit_tensors(folder, {stored: None if changed is None else changed.contiguous()})
+    with pytest.raises(ToolError, match=message):
+        Source.open(folder).model(torch.float32)
 
 
 def test_head_of_another_shape_is_refused(folder: Path) -> None:

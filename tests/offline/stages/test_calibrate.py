@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from infoquant_vllm.format import ARCHITECTURES
 from offline.errors import ToolError
 from offline.model.source import Source
+from offline.model.windowed_attention import windowed_attention
 from offline.stages import sample
 from offline.stages.calibrate import calibration_tokens, save_tokens
 from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
@@ -141,7 +142,21 @@ def test_a_file_of_something_else_is_refused(source: Source, tmp_path: Path) -> 
         save_tokens(tmp_path / "tokens.pt", torch.zeros(1, 1))
 
 
-@pytest.mark.parametrize("size", ["tied", "mistral-window", "gemma2"])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("soft_cap", [None, 1.0])
+def test_one_token_attends_as_the_last_of_a_sequence_does(window: int | None, soft_cap: float | None) -> None:
+    generator, module = torch.Generator().manual_seed(0), torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 3
+    query, key, value = (torch.randn(2, heads, 9, 16, generator=generator) for heads in (6, 2, 2))
+    options = {"scaling": 0.5, "sliding_window": window, "softcap": soft_cap}
+    whole, _ = windowed_attention(module, query, key, value, None, **options)
+    last, _ = sample._attend_with_one_token(module, query[:, :, -1:], key, value, None, **options)
+    torch.testing.assert_close(last, whole[:, -1:])
+    free, _ = windowed_attention(module, query, key, value, None, scaling=0.5)
+    assert torch.allclose(free, whole) == (window is None and soft_cap is None)
+
+
+@pytest.mark.parametrize("size", ["tied", "mistral-window"])
 def test_sampled_tokens_follow_the_models_distribution(size: str, tmp_path: Path) -> None:
     """Of what the model gave 90% of its probability to, about 90% must come out."""
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))

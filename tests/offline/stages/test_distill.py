@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import offline
-from infoquant_vllm.format import ARCHITECTURES, Checkpoint, WeightArgs
+from infoquant_vllm.format import Checkpoint, WeightArgs
 from offline.algorithms.rotations import Transforms, random_hadamard, random_head_rotations
 from offline.evaluate.metrics import compare
 from offline.evaluate.simulate import load_simulated
@@ -86,8 +86,7 @@ def test_a_student_in_eight_bits_predicts_as_its_source(tmp_path: Path, size: st
     source = Source.open(write_source(tmp_path / "source", **SIZES[size]))
     chosen = recipe(sites=sites, kv_cache=KVCache(key_bits=8, value_bits=8, value_clip_ratio=1.0))
     generator = torch.Generator().manual_seed(0)
-    folds_r1 = not ARCHITECTURES[source.shape.architecture].norms_behind
-    residual = random_hadamard(source.shape.hidden_size, generator) if folds_r1 else None
+    residual = random_hadamard(source.shape.hidden_size, generator) if source.shape.folds_r1 else None
     transforms = Transforms(residual, random_head_rotations(source.shape, generator))
     run_layers = []
     for layer in range(source.shape.num_hidden_layers):
