@@ -11,7 +11,6 @@ from infoquant_vllm.format import (
     ARCHITECTURES,
     FORMAT_VERSION,
     INDEX_FILE,
-    Experts,
     ModelShape,
     TensorSpec,
     expected_tensors,
@@ -51,7 +50,8 @@ def hf_config(**changes: Any) -> dict[str, Any]:
 
 def quantization_config(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """W4A4KV4 with per-head o_proj inputs and a Hadamard on the down_proj input."""
-    weights, experts = {"num_bits": 4}, _experts(config)
+    known = ARCHITECTURES.get(config["architectures"][0])
+    weights, experts = {"num_bits": 4}, None if known is None else known.experts
     gate, up, down = (
         ("gate_proj", "up_proj", "down_proj") if experts is None else (experts.gate, experts.up, experts.down)
     )
@@ -81,14 +81,9 @@ def quantization_config(config: dict[str, Any], **changes: Any) -> dict[str, Any
         },
         "ignore": ["lm_head", *(() if experts is None else experts.gates)],
         "kv_cache": {"key_bits": 4, "value_bits": 4, "key_transform": "hadamard"},
-        "online_r1": config["tie_word_embeddings"],
+        "online_r1": config["tie_word_embeddings"] and (known is None or not known.plain_embedding),
     }
     return data | changes
-
-
-def _experts(config: dict[str, Any]) -> Experts | None:
-    named = ARCHITECTURES.get(config["architectures"][0])
-    return None if named is None else named.experts
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
