@@ -38,10 +38,20 @@ def check_engine_options(data: QuantizationConfigData, config: "VllmConfig", no_
     model = config.model_config
     if model is None:
         return
+    _check_implementation(model)
     if model.runner_type == "pooling":
         _check_pooling(data, model)
     if data.rotated_hidden_states:
         _check_hidden_states(model, config)
+
+
+def _check_implementation(model: "ModelConfig") -> None:
+    scaling = getattr(model.hf_text_config, "logits_scaling", 1)
+    if model.using_transformers_backend() and scaling != 1:
+        raise FormatError(
+            f"{model.model}: --model-impl transformers is not served, vLLM does not divide logits by logits_scaling "
+            f"{scaling} there; leave the option out"
+        )
 
 
 def _check_hidden_states(model: "ModelConfig", config: "VllmConfig") -> None:

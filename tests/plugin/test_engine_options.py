@@ -138,6 +138,13 @@ def test_a_quantized_cache_alone_leaves_hidden_states_and_embeddings_as_they_are
     start(checkpoint(tmp_path, "tied", recipe), **options)
 
 
+def test_scaled_logits_are_refused_in_the_transformers_backend_which_ignores_them(tmp_path: Path) -> None:
+    granite = checkpoint(tmp_path, "granite", PRESETS["rtn"])
+    start(granite)
+    with pytest.raises(FormatError, match=r"--model-impl transformers is not served.* logits_scaling 2\.0"):
+        start(granite, model_impl="transformers")
+
+
 def test_adapters_are_refused_beside_rotated_values(tmp_path: Path) -> None:
     recipe = PRESETS["kv4"].model_copy(update={"calibration": CalibrationSize(sequences=2, sequence_length=32)})
     with pytest.raises(FormatError, match="LoRA adapters are not served"):
