@@ -84,7 +84,7 @@ def test_calls_leave_no_memory_behind(name: str) -> None:
 def test_what_attention_cannot_read_is_refused() -> None:
     query, cache = torch.randn(1, 2, 64), torch.zeros(2, 1, 16, 72, dtype=torch.uint8)
     starts, lens, table = torch.tensor([0, 1]).int(), torch.tensor([1]).int(), torch.zeros(1, 1).int()
-    settings, out = (False, 1.0, 0, 4, 4), torch.empty(1, 2, 64)
+    settings, out = (False, 1.0, 0, 0.0, 4, 4), torch.empty(1, 2, 64)
     attend = operations().kv_attention
     attend(query, cache, starts, lens, table, *settings, out)
     with pytest.raises(RuntimeError, match="must be int32"):
