@@ -186,9 +186,9 @@ class Recipe(StrictModel):
                 "gptq.sink_weight makes up for the rounding of inputs, which learned_clips change afterwards; "
                 "leave out gptq.sink_weight"
             )
-        name = first_used(readers)
-        if name is not None and self.rounding != "gptq":
-            raise ValueError(f"{name} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
+        used = first_used(readers)
+        if used is not None and self.rounding != "gptq":
+            raise ValueError(f"{used} reads the statistics of GPTQ; it does not go with rounding '{self.rounding}'")
         return self
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ class Model:
             "down": (inner, self.hidden),
         }
 
-    def shape(self, architecture: str, vocab_size: int, **experts: int) -> ModelShape:
+    def shape(self, architecture: str, vocab_size: int, **experts: Any) -> ModelShape:
         """Return the shape of one layer in a class of these sizes; experts: the sizes of a mixture."""
         return ModelShape(
             architecture=architecture,
