@@ -2,8 +2,8 @@
 
 PSOT learns one rotation per layer and input, by gradient descent over orthogonal matrices, that suppresses the
 peaks of the rotated activations (`peak_norm`). The shared form learns a single R1 for the residual stream
-from the inputs of all layers, with the squared quantization range as its loss: it folds into the weights and
-costs nothing at run time.
+from the inputs of all layers, with a smooth form of the squared quantization range as its loss: it folds into the
+weights and costs nothing at run time.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,6 +12,9 @@ import torch
 
 from offline.algorithms.schedule import cosine
 from offline.algorithms.stiefel import cayley_step, retract
+
+RANGE_NORM = 8
+"""Norm that stands for a maximum in `smooth_range`: 6 to 10 leave the same rounding error, 24 leaves 5% more."""
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -40,7 +43,7 @@ class SharedRotation:
         self._optimizer.param_groups[0]["lr"] = self._learning_rate * cosine(self.done, self._steps)
         batch = self._inputs[rows.to(self._inputs.device)].float()
         rotated = (batch @ self._base) @ cayley(self._parameter)
-        loss = squared_range(rotated.unflatten(1, (self._groups, -1)))
+        loss = smooth_range(rotated.unflatten(1, (self._groups, -1)))
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
@@ -73,12 +76,17 @@ def cayley(parameter: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(eye + skew, eye - skew)
 
 
-def squared_range(y: torch.Tensor) -> torch.Tensor:
-    """Return the mean of (max(y, 0) - min(y, 0))^2 over the last axis of y [..., values].
+def smooth_range(y: torch.Tensor) -> torch.Tensor:
+    """Return the mean of (|max(y, 0)| + |max(-y, 0)|)^2, of RANGE_NORM-norms over the last axis of y [..., values].
 
-    The squared error of a uniform quantizer is proportional to it.
+    The squared error of a uniform quantizer is proportional to the squared range, which maximum norms would give. Only
+    the two ends of a range have a gradient then; here every large value has, and the range itself becomes smaller too.
     """
-    return (y.amax(-1).clamp(min=0) - y.amin(-1).clamp(max=0)).square().mean()
+    above, below = (
+        side.clamp(min=0).pow(RANGE_NORM).sum(-1).clamp(min=torch.finfo(y.dtype).tiny).pow(1 / RANGE_NORM)
+        for side in (y, -y)
+    )
+    return (above + below).square().mean()
 
 
 def learn_rotations(

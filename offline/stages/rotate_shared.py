@@ -76,5 +76,5 @@ def learn_rotation(run: Run, inputs: torch.Tensor, start: torch.Tensor, generato
         if run.store.persistent and rotation.done % STEPS_PER_SAVE == 0:
             state = rotation.state() | {"generator": generator.get_state()}
             run.store.save(LEARNING, state, step=rotation.done)
-        run.progress("rotation", rotation.done, args.steps, f"squared range {loss:.2f}")
+        run.progress("rotation", rotation.done, args.steps, f"smooth range {loss:.2f}")
     return rotation.matrix()
