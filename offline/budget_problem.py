@@ -240,7 +240,7 @@ def words(args: WeightArgs | SiteActivations) -> str:
 
 def _sizes(source: Source, recipe: Recipe) -> dict[str, int]:
     config = recipe.quantization_config(source.shape)
-    return checkpoint_sizes(source, config, checkpoint_specs(source, config))
+    return checkpoint_sizes(source, recipe, checkpoint_specs(source, config))
 
 
 def _sum(costs: Amounts, chosen: Choice) -> float:

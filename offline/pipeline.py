@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from offline.goal import Budget
 from offline.memory import check_memory, make_plan
 from offline.model.copied_files import copied_files, copy_files
 from offline.model.source import Source
+from offline.output.adapter_basis import write_basis
 from offline.output.atomic import atomic_folder, check_writable
 from offline.output.model_card import model_card
 from offline.output.report import REPORT_FILE, Report, checkpoint_sizes, peak_memory_bytes
@@ -33,7 +34,7 @@ from offline.stages.calibrate import calibration_tokens
 from offline.stages.distill import distill
 from offline.stages.fold import fold_embeddings
 from offline.stages.lm_head import quantize_lm_head
-from offline.stages.quantize_layers import quantized_layers
+from offline.stages.quantize_layers import SCALES, quantized_layers
 from offline.stages.rotate import make_transforms
 from offline.training.fake_quant_layer import Layer
 from offline.training.student import Student
@@ -108,7 +109,7 @@ def quantize(
         calibration=Path(calibration).name,
         seed=seed,
         dry_run=dry_run,
-        **checkpoint_sizes(model, config, specs),
+        **checkpoint_sizes(model, chosen, specs),
     )
     if dry_run:
         plan = make_plan(model, chosen, specs, calibration, shard_bytes, figures.total_bytes, bits)
@@ -146,7 +147,7 @@ def _recipe(preset: str, recipe: Recipe | str | Path | None, max_tp_size: int | 
 def _chosen(run: Run, budget: Budget, tokens: torch.Tensor, transforms: Transforms | None, figures: Report) -> Report:
     """Give the run the recipe that keeps the budget; return the report with its sizes."""
     found = apply_budget(run, budget, tokens, transforms)
-    sizes = checkpoint_sizes(run.source, run.config, checkpoint_specs(run.source, run.config))
+    sizes = checkpoint_sizes(run.source, run.recipe, checkpoint_specs(run.source, run.config))
     return figures.model_copy(update=sizes | {"recipe": run.recipe.name, "budget": found})
 
 
@@ -165,8 +166,7 @@ def _write_checkpoint(
     layers = quantized_layers(run, tokens, transforms)
     if run.recipe.distillation is not None and tokens is not None:
         layers = _distilled(run, run.recipe.distillation, list(layers), tokens, transforms)
-    for index, tensors in enumerate(layers):
-        writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
+    scales = _write_layers(writer, layers)
     if not run.store.persistent:
         shutil.rmtree(run.store.folder)
     figures = figures.model_copy(
@@ -182,6 +182,7 @@ def _write_checkpoint(
     )
     copy_files(run.source.folder, writer.folder)
     write_modules(writer.folder, run.source, None if transforms is None else transforms.residual)
+    write_basis(writer.folder, run.source, run.recipe, transforms, scales)
     writer.write_text("README.md", model_card(name, run.recipe, figures))
     writer.write_text("infoquant_recipe.yaml", run.recipe.dump())
     writer.write_text(REPORT_FILE, figures.model_dump_json(indent=2, exclude={"plan"}) + "\n")
@@ -189,6 +190,16 @@ def _write_checkpoint(
     writer.finish(run.source.hf_config | {"quantization_config": quantization_config})
     Checkpoint(writer.folder)  # reads the headers back: every tensor exists with the right shape and dtype
     return figures
+
+
+def _write_layers(writer: Writer, layers: Iterable[Layer]) -> Layer:
+    """Write the tensors of all layers; return those for the basis of adapters, by their names in it."""
+    scales: Layer = {}
+    for index, tensors in enumerate(layers):
+        prefix, found = f"model.layers.{index}.", {name for name in tensors if name.startswith(SCALES)}
+        scales |= {prefix + name.removeprefix(SCALES): tensors[name] for name in found}
+        writer.add({prefix + name: tensor for name, tensor in tensors.items() if name not in found})
+    return scales
 
 
 def _calibration(run: Run, spec: str) -> torch.Tensor:

@@ -8,18 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from infoquant_vllm.format import (
-    KVCacheArgs,
-    ModelShape,
-    QuantizationConfigData,
-    TensorSpec,
-    kv_bytes_per_token_head,
-)
+from infoquant_vllm.format import KVCacheArgs, ModelShape, TensorSpec, kv_bytes_per_token_head
 from offline.formats import SiteName
 from offline.memory import Plan
 from offline.model.source import Source
+from offline.output.adapter_basis import basis_bytes
 from offline.output.sentence_modules import projection_bytes
 from offline.output.shards import spec_bytes
+from offline.recipe import Recipe
 
 REPORT_FILE = "infoquant_report.json"
 FormatWords = Annotated[str, Field(pattern=r"^[a-z0-9 ,]{1,40}$")]
@@ -104,9 +100,10 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def checkpoint_sizes(source: Source, config: QuantizationConfigData, specs: dict[str, TensorSpec]) -> dict[str, Any]:
+def checkpoint_sizes(source: Source, recipe: Recipe, specs: dict[str, TensorSpec]) -> dict[str, Any]:
     """Compute the size fields of a `Report` for a checkpoint that holds `specs`."""
     shape, width = source.shape, source.unquantized_dtype.itemsize
+    config = recipe.quantization_config(shape)
     tensors = {name: spec_bytes(spec) for name, spec in specs.items()}
     linears = shape.linears()
     linear_bytes = sum(size for name, size in tensors.items() if name.rsplit(".", 1)[0] in linears)
@@ -119,7 +116,7 @@ def checkpoint_sizes(source: Source, config: QuantizationConfigData, specs: dict
         "source_linear_bytes": (weights + biases) * width,
         "linear_bytes": linear_bytes,
         "source_bytes": (weights + biases + vocabulary + norms + routers) * width,
-        "total_bytes": sum(tensors.values()) + projection_bytes(source, config),
+        "total_bytes": sum(tensors.values()) + projection_bytes(source, config) + basis_bytes(recipe, shape),
         "bits_per_weight": 8 * linear_bytes / weights,
         "source_kv_bytes_per_token": kv_bytes_per_token(shape, None, width),
         "kv_bytes_per_token": kv_bytes_per_token(shape, config.kv_cache, width),

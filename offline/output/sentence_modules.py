@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from infoquant_vllm.format import (
     MODULES_FILE,
@@ -115,4 +115,5 @@ def _write_projection(folder: Path, source: Source, residual: torch.Tensor) -> N
     weight = (gain[:, None] * residual).to(source.unquantized_dtype)
     (folder / PROJECTION_FOLDER).mkdir()
     (folder / PROJECTION_CONFIG).write_text(json.dumps(projection_config(len(weight)), indent=2) + "\n")
-    save_file({PROJECTION_TENSOR: weight}, folder / PROJECTION_WEIGHTS, metadata={"format": "pt"})
+    # not save_file, whose files no other user can read
+    (folder / PROJECTION_WEIGHTS).write_bytes(save({PROJECTION_TENSOR: weight}, metadata={"format": "pt"}))

@@ -1,8 +1,10 @@
 """Equalize a decoder layer: queries against keys, up_proj against down_proj (see `algorithms/equalize.py`)."""
 
+from typing import NamedTuple
+
 import torch
 
-from infoquant_vllm.format import ARCHITECTURES, ModelShape
+from infoquant_vllm.format import ARCHITECTURES, DOWN_SCALE, KEY_SCALE, ModelShape
 from offline.algorithms.equalize import down_scales, key_scales, normed_moments, output_moments
 from offline.model.hidden_states import OUTPUT
 from offline.model.input_statistics import InputStatistics
@@ -11,13 +13,21 @@ QKV = "self_attn.q_proj"
 """The module that the statistics of the input of queries, keys and values have the name of."""
 
 
+class Scales(NamedTuple):
+    """What a layer was equalized by.
+
+    keys: [kv_heads * head_dim], of keys; queries have the inverse
+    folded: those in rows of linears, by their names in the basis of adapters (see `AdapterBasis`)
+    """
+
+    keys: torch.Tensor
+    folded: dict[str, torch.Tensor]
+
+
 def equalize_layer(
     state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: InputStatistics, shape: ModelShape
-) -> torch.Tensor:
-    """Scale a layer's weights (see `fold_layer`) in place, and the statistics of keys and of down_proj with them.
-
-    Returns the scales of keys [kv_heads * head_dim]; queries have the inverse.
-    """
+) -> Scales:
+    """Scale a layer's weights (see `fold_layer`) in place, and the statistics of keys and of down_proj with them."""
     queries, keys = (
         output_moments(
             state[f"{module}.weight"],
@@ -31,21 +41,26 @@ def equalize_layer(
     key_scale, (_, keys_module) = equalize_keys(state, queries, keys, shape), _rope_inputs(shape)
     if keys_module + OUTPUT in statistics.sums:
         statistics.sums[keys_module + OUTPUT] *= key_scale
+    folded = {KEY_SCALE: key_scale.view(shape.num_key_value_heads, -1)} if keys_module.endswith("proj") else {}
     for site, (down, *_) in shape.sites.items():
         if site.endswith("down") and f"{down}.weight" in state:
             up = shape.sites[f"{site.removesuffix('down')}gate_up"][1]
-            equalize_mlp(state, hessians, statistics, up, down)
-    return key_scale
+            folded[DOWN_SCALE] = equalize_mlp(state, hessians, statistics, up, down)
+    return Scales(key_scale, folded)
 
 
 def equalize_mlp(
     state: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor], statistics: InputStatistics, up: str, down: str
-) -> None:
-    """Scale the rows of the linear `up` and inversely the columns of `down`, and the statistics of `down`."""
+) -> torch.Tensor:
+    """Scale the rows of the linear `up` and inversely the columns of `down`, and the statistics of `down`.
+
+    Returns the scales of the rows.
+    """
     scale = equalize_down(state, statistics.second_moments[down], up, down)
     for row, factor in zip(hessians[down], scale, strict=True):
         row.mul_(scale * factor)
     statistics.scale(down, scale)
+    return scale
 
 
 def equalize_keys(

@@ -36,6 +36,7 @@ class LayerInputs:
         Hessians, samples and sinks are of inputs less the mean then
     transforms: tensors of the sites' input transforms, by site; each linear gets a copy
     clips: clip ratios of sites that were found elsewhere, by site
+    folded_scales: what equalization scaled rows of linears by (see `Scales`)
     key_mean, key_feedback: [kv_heads, head_dim] and [kv_heads, head_dim, head_dim], where the recipe has them
     """
 
@@ -47,6 +48,7 @@ class LayerInputs:
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     transforms: dict[str, InputTensors] = field(default_factory=dict)
     clips: dict[str, torch.Tensor] = field(default_factory=dict)
+    folded_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     key_mean: torch.Tensor | None = None
     key_feedback: torch.Tensor | None = None
 

@@ -21,10 +21,15 @@ from offline.stages.weigh_tokens import weigh_tokens
 from offline.training.fake_quant_layer import Layer
 
 RESUME_STATE, HIDDEN = "next-layer", "hidden"
+SCALES = "adapter_basis."
+"""Begins the names of scales for the basis of adapters, which come with a layer's tensors."""
 
 
 def quantized_layers(run: Run, tokens: torch.Tensor | None, transforms: Transforms | None) -> Iterator[Layer]:
-    """Yield every decoder layer's tensors by their names inside it; layers that an earlier run finished are read."""
+    """Yield every decoder layer's tensors by their names inside it; layers that an earlier run finished are read.
+
+    Those whose names begin with SCALES belong to the basis of adapters, not to the layer.
+    """
     hidden, layers, done = None, run.source.shape.num_hidden_layers, 0
     if run.store.exists(RESUME_STATE):
         done = run.store.metadata(RESUME_STATE)["layer"]
@@ -111,6 +116,7 @@ def _quantized_layer(
     if hidden is not None and learned is not None and before is not None:
         with run.watch("clips"):
             tensors |= learn_clips(layer, tensors, hidden, before, learned, run.config)
+    tensors |= {f"{SCALES}{name}": scale.cpu() for name, scale in inputs.folded_scales.items()}
     return tensors, errors, counts
 
 
@@ -136,7 +142,9 @@ def collect_statistics(run: Run, hidden: HiddenStates, inputs: LayerInputs, stat
     hidden.forward_layer(inputs.state, modules, observe, outputs)
     inputs.hessians = statistics.take_hessians()
     if run.recipe.equalize:
-        queries.scale(1 / equalize_layer(inputs.state, inputs.hessians, statistics, shape))
+        scales = equalize_layer(inputs.state, inputs.hessians, statistics, shape)
+        queries.scale(1 / scales.keys)
+        inputs.folded_scales = scales.folded
     if args is not None and run.recipe.reads_keys:
         mean = statistics.sums[key_module + OUTPUT] / statistics.tokens[key_module + OUTPUT]
         mean = mean.unflatten(0, (shape.num_key_value_heads, -1))

@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
-from infoquant_vllm.format import Checkpoint, WeightArgs, files_of, read_projection, unpack_codes
+from infoquant_vllm.format import (
+    BASIS_WEIGHTS,
+    Checkpoint,
+    WeightArgs,
+    files_of,
+    read_basis,
+    read_projection,
+    unpack_codes,
+)
 from offline import PRESETS, Recipe, ToolError, load_recipe, quantize
 from offline.evaluate.verify import verify
 from offline.formats import Site, SiteActivations, Sites
@@ -64,6 +73,10 @@ def test_every_preset_writes_a_whole_checkpoint(tmp_path: Path, text: str, prese
         checkpoint.tensor(name)  # raises for NaN, and for scales and clips that are not positive
     projection = read_projection(files_of(tmp_path / "out"), checkpoint.shape.hidden_size, "out")
     beside = 0 if projection is None else projection.nbytes
+    if size not in MIXTURES:
+        basis = read_basis(checkpoint)  # raises where its fingerprint is not that of its tensors
+        assert basis is not None
+        beside += sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / BASIS_WEIGHTS).values())
     assert report.total_bytes == beside + sum(checkpoint.tensor(name).nbytes for name in checkpoint.weight_map)
     assert report.source_bytes == sum(file.stat().st_size for file in source.glob("*.safetensors")) - header(source)
 

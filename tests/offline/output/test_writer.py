@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from infoquant_vllm.format import Checkpoint, FormatError
-from offline import ToolError, quantize
+from offline import Recipe, ToolError, quantize
 from offline.output.atomic import atomic_file
 from offline.output.writer import check_space
 from offline.progress import silent
@@ -129,11 +130,14 @@ def test_folder_has_tokenizer_card_recipe_and_report(tmp_path: Path, source: Pat
     assert "model.safetensors.index.json" in written
 
 
-def test_permissions_follow_the_umask(tmp_path: Path, source: Path) -> None:
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
+def test_permissions_follow_the_umask(tmp_path: Path, source: Path, transform: Literal["none", "hadamard"]) -> None:
+    recipe = Recipe(name="test", transform=transform, rounding="rtn")
     mask = os.umask(0o022)
     try:
-        quantize(source, tmp_path / "out", preset="rtn", progress=silent)
+        quantize(source, tmp_path / "out", recipe=recipe, progress=silent)
     finally:
         os.umask(mask)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
-    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
+    modes = {(file.is_dir(), file.stat().st_mode & 0o777) for file in (tmp_path / "out").rglob("*")}
+    assert modes == {(False, 0o644), (True, 0o755)}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import offline
 from infoquant_vllm.format import (
+    BASIS_WEIGHTS,
     INDEX_FILE,
     PROJECTION_TENSOR,
     PROJECTION_WEIGHTS,
@@ -88,7 +89,8 @@ def test_the_report_counts_the_bytes_that_are_written(tmp_path: Path) -> None:
     real = quantize(source, tmp_path / "out", "hadamard", 8)
     stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / SHARD).values())
     projection = load_file(tmp_path / "out" / PROJECTION_WEIGHTS)[PROJECTION_TENSOR].nbytes
-    assert dry.total_bytes == real.total_bytes == stored + projection
+    basis = sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / BASIS_WEIGHTS).values())
+    assert dry.total_bytes == real.total_bytes == stored + projection + basis
     assert read_json(tmp_path / "out" / INDEX_FILE)["metadata"]["total_size"] == stored
 
 
