@@ -32,6 +32,7 @@ app.command()(check.verify)
 app.command(name="inspect")(check.inspect)
 app.command(name="eval")(check.evaluate)
 app.command()(check.report)
+app.command()(make.lora)
 app.command()(make.push)
 app.command()(check.doctor)
 

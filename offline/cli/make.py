@@ -162,6 +162,33 @@ def sample(
         print(f"{file}: {sequences} sequences of {length} tokens")
 
 
+def lora(
+    checkpoint: CheckpointFolder,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter of the source.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write; must not exist yet.")],
+    as_json: Json = False,
+) -> None:
+    """Turn a LoRA adapter, trained on the source, into the basis of a checkpoint, for `vllm serve --lora-modules`.
+
+    [bold]Example[/bold]
+
+      infoquant lora ./model-w4a4kv4 ./adapter ./adapter-w4a4kv4
+
+      vllm serve ./model-w4a4kv4 --enable-lora --lora-modules mine=./adapter-w4a4kv4
+    """
+    with refusals():
+        from offline.lora import turn_adapter
+
+        found = turn_adapter(checkpoint, adapter, output)
+        show(
+            found,
+            lambda turned: print(
+                f"{turned.output}: {turned.linears} linears, rank {turned.rank}, {turned.bytes:,} bytes"
+            ),
+            as_json,
+        )
+
+
 def push(
     checkpoint: CheckpointFolder,
     repository: Annotated[str, typer.Argument(metavar="REPOSITORY", help="ORGANIZATION/NAME on the hub.")],

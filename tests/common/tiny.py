@@ -1,15 +1,22 @@
-"""Tiny random models in source folders, with a tokenizer, for tests that need no trained model."""
+"""Tiny random models in source folders, with a tokenizer, and LoRA adapters of them, for tests without training."""
 
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from infoquant_vllm.format import ARCHITECTURES
+from infoquant_vllm.format import ARCHITECTURES, FUSED, SITES
 from offline.model.architectures import CausalLM, model_class
+from offline.model.source import Source
 
+RANK, PREFIX = 4, "base_model.model."
+LINEARS = tuple(linear for linears in SITES.values() for linear in linears)
 SPECIAL = ("<unk>", "<s>", "</s>")
 VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few rows that no token uses
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -172,6 +179,49 @@ def write_source(
     _randomize(model, torch.Generator().manual_seed(seed), ARCHITECTURES[architecture].norm_offset)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
+    return folder
+
+
+def write_adapter(
+    folder: Path, source: Path, seed: int = 0, linears: Sequence[str] = LINEARS, strength: float = 0.5, **config: Any
+) -> Path:
+    """Write a LoRA adapter as PEFT does, of some linears of every layer; `config` overrides fields of its config."""
+    shape, generator = Source.open(source).shape, torch.Generator().manual_seed(seed)
+    sizes = dict(shape.layer_linears)
+    if ARCHITECTURES[shape.architecture].fused:
+        for fused, parts in FUSED.items():
+            sizes[fused] = sum(sizes[part][0] for part in parts), sizes[parts[0]][1]
+            linears = [fused if linear == parts[0] else linear for linear in linears if linear not in parts[1:]]
+    tensors = {}
+    for layer in range(shape.num_hidden_layers):
+        for linear in linears:
+            (n, k), place = sizes[linear], f"{PREFIX}model.layers.{layer}.{linear}"
+            tensors[f"{place}.lora_A.weight"] = torch.randn(RANK, k, generator=generator) / k**0.5
+            tensors[f"{place}.lora_B.weight"] = torch.randn(n, RANK, generator=generator) * strength
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": sorted({linear.rpartition(".")[2] for linear in linears}),
+        "bias": "none",
+    }
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(fields | config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def merge(source: Path, adapter: Path, folder: Path, scale: float = 2.0) -> Path:
+    """Write the source with `scale` B A of an adapter added to its weights."""
+    shutil.copytree(source, folder)
+    file, added = folder / "model.safetensors", load_file(adapter / "adapter_model.safetensors")
+    tensors = load_file(file)
+    for name, a in added.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            tensors[f"{module.removeprefix(PREFIX)}.weight"] += scale * added[f"{module}.lora_B.weight"] @ a
+    save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
 
