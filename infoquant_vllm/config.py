@@ -22,6 +22,7 @@ from infoquant_vllm.kernels.dispatch import MIN_CAPABILITY, forced_kernels
 from infoquant_vllm.summary import Summary
 
 if TYPE_CHECKING:
+    from vllm.config import LoRAConfig, ModelConfig
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
@@ -132,7 +133,18 @@ class InfoQuantConfig(QuantizationConfig):
             vllm_config = get_current_vllm_config()
             check_engine_options(self.data, vllm_config, self.folder_without_weights)
             use_cpu_ops(vllm_config.compilation_config)
+            if vllm_config.lora_config is not None:
+                self._serve_adapters(vllm_config.lora_config, vllm_config.model_config)
             self.started = True
+
+    def _serve_adapters(self, options: "LoRAConfig", model: "ModelConfig") -> None:
+        from infoquant_vllm.adapters import AdapterGuard, restrict_to_linears
+        from infoquant_vllm.engine_options import adapter_fingerprint
+
+        restrict_to_linears(options)
+        fingerprint = adapter_fingerprint(model)
+        assert fingerprint is not None  # check_engine_options refuses a checkpoint without
+        self.summary.adapters = AdapterGuard(self, fingerprint)
 
     def _sources(self, prefix: str) -> list[str]:
         """Return the checkpoint's linears behind a vLLM linear: its shards where vLLM fuses them.

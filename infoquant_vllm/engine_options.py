@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
-from infoquant_vllm.format import INDEX_FILE, FormatError, QuantizationConfigData, read_projection
+from infoquant_vllm.format import (
+    BASIS_CONFIG,
+    INDEX_FILE,
+    FormatError,
+    QuantizationConfigData,
+    read_fingerprint,
+    read_projection,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -25,11 +32,6 @@ def check_engine_options(data: QuantizationConfigData, config: "VllmConfig", no_
 
     no_weights: the checkpoint's folder if it has a config.json and no weights, which only dummy weights can serve.
     """
-    if config.lora_config is not None:
-        raise FormatError(
-            "LoRA adapters are not served on a quantized model, whose weights are in a rotated basis that "
-            "adapters were not trained in; merge the adapter into the source model and quantize that"
-        )
     if no_weights is not None and config.load_config.load_format != "dummy":
         raise FormatError(
             f"{no_weights}: holds no weights ({INDEX_FILE} is missing); copy the checkpoint "
@@ -43,6 +45,8 @@ def check_engine_options(data: QuantizationConfigData, config: "VllmConfig", no_
         _check_pooling(data, model)
     if data.rotated_hidden_states:
         _check_hidden_states(model, config)
+    if config.lora_config is not None:
+        _check_adapters(model)
 
 
 def _check_implementation(model: "ModelConfig") -> None:
@@ -89,6 +93,25 @@ def _check_pooling(data: QuantizationConfigData, model: "ModelConfig") -> None:
             f"{asked} with classifier_from_token is not served, vLLM takes rows out of a vocabulary matrix that is "
             f"{kind}; score by the tokens' log-probabilities (logprobs of max_tokens 1), or {INSTEAD}"
         )
+
+
+def adapter_fingerprint(model: "ModelConfig") -> str | None:
+    """Return the fingerprint of the basis that adapters of a checkpoint are in, None for a checkpoint without one."""
+    return read_fingerprint(lambda name: get_hf_file_bytes(name, model.model, model.revision), model.model)
+
+
+def _check_adapters(model: "ModelConfig") -> None:
+    asked = f"{model.model}: LoRA adapters are not served"
+    merge = "merge the adapter into the source model and quantize that"
+    if adapter_fingerprint(model) is None:
+        raise FormatError(
+            f"{asked}, the checkpoint has no {BASIS_CONFIG} to turn them by (mixtures of experts and checkpoints of "
+            f"earlier releases have none); {merge}, or quantize the source again"
+        )
+    if model.using_transformers_backend():
+        raise FormatError(f"{asked} by the Transformers backend; {merge}")
+    if model.runner_type == "pooling":
+        raise FormatError(f"{asked} with --runner pooling; {merge}")
 
 
 def _has_projection(model: "ModelConfig") -> bool:

@@ -21,10 +21,14 @@ def loads_dummy_weights() -> bool:
     return get_current_vllm_config().load_config.load_format == "dummy"
 
 
-def pools_hidden_states() -> bool:
-    """Return whether the model under construction serves pooled hidden states (`--runner pooling`)."""
-    model = get_current_vllm_config().model_config
-    return model is not None and model.runner_type == "pooling"
+def what_a_reload_leaves() -> str | None:
+    """Return what of the model under construction `reload_weights` would wrongly keep, None for nothing."""
+    config = get_current_vllm_config()
+    if config.model_config is not None and config.model_config.runner_type == "pooling":
+        return "the projection of the previous checkpoint, and embeddings would be wrong"
+    if config.lora_config is not None:
+        return "the LoRA adapters that were turned for the previous checkpoint, and their answers would be wrong"
+    return None
 
 
 class LoadTracker:
@@ -38,7 +42,7 @@ class LoadTracker:
         self.expected: list[tuple[str, Shard]] = []
         self.arrived: set[tuple[str, Shard]] = set()
         self.is_dummy = loads_dummy_weights()
-        self.is_pooling = pools_hidden_states()
+        self.kept_by_reload = what_a_reload_leaves()
 
     def track(
         self, name: str, loader: Callable[..., None], shared: bool = False, largest_code: int | None = None
@@ -53,10 +57,9 @@ class LoadTracker:
             shard: Shard = next(iter((*args, *kwargs.values())), None)
             if param.is_meta:
                 self._expect_again()
-                if self.is_pooling:
+                if self.kept_by_reload is not None:
                     raise FormatError(
-                        "reload_weights is not served by a pooling server: vLLM would keep the projection of the "
-                        "previous checkpoint, and embeddings would be wrong; restart the server"
+                        f"reload_weights is not served here: vLLM would keep {self.kept_by_reload}; restart the server"
                     )
                 if not shared or shard == next(iter(self.sources)):
                     loader(param, loaded_weight, *args, **kwargs)

@@ -2,12 +2,16 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from infoquant_vllm.kernels.cpu.library import library
 from infoquant_vllm.kernels.dispatch import FORCE, forced_kernels
+
+if TYPE_CHECKING:
+    from infoquant_vllm.adapters import AdapterGuard
 
 logger = init_logger("vllm.infoquant")
 
@@ -29,6 +33,7 @@ class Summary:
     lm_head_kind: str = ""
     lm_head_bytes: int = 0
     lm_head_bf16_bytes: int = 0
+    adapters: "AdapterGuard | None" = None
 
     def expect(self) -> None:
         """Expect one more layer to report."""
@@ -66,6 +71,8 @@ class Summary:
     def _finish(self) -> None:
         self.pending -= 1
         if self.pending == 0:
+            if self.adapters is not None:
+                self.adapters.check()
             logger.info("infoquant: %s", self.line())
 
     def line(self) -> str:

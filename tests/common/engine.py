@@ -74,6 +74,7 @@ class Engine:
         top: int = 0,
         of_prompts: bool = True,
         calls: Sequence[tuple[str, dict[str, Any]]] = (),
+        adapters: Sequence[Path | None] = (),
         **options: Any,
     ) -> Run:
         """Answer batches of prompts, one batch at a time.
@@ -82,12 +83,14 @@ class Engine:
         top: how many of the likeliest tokens to tell at each position
         of_prompts: whether to tell log-probabilities of prompts, for which vLLM reads all of each, cached or not
         calls: methods of vLLM's worker and their arguments, called between the first batch and the second
+        adapters: the folder of the LoRA adapter of each prompt in a batch, None for the model alone
         options: of `vllm.LLM`
 
         Raises EngineError with whatever vLLM raises.
         """
         options = DEFAULTS | {"max_logprobs": top} | options
-        return self._pool.submit(run, str(model), batches, max_tokens, top, of_prompts, calls, options).result()
+        sampling = {"max_tokens": max_tokens, "logprobs": top, "prompt_logprobs": top if of_prompts else None}
+        return self._pool.submit(run, str(model), batches, sampling, calls, adapters, options).result()
 
     def pool(self, model: Path, prompts: list[Tokens], task: str, **options: Any) -> list[list[Any]]:
         """Return what a pooling model makes of each prompt for one of vLLM's tasks; raises EngineError as `run`."""
@@ -110,10 +113,9 @@ def prepare(variables: Mapping[str, str]) -> None:
 def run(
     model: str,
     batches: tuple[list[Tokens], ...],
-    max_tokens: int,
-    top: int,
-    of_prompts: bool,
+    sampling: dict[str, Any],
     calls: Sequence[tuple[str, dict[str, Any]]],
+    adapters: Sequence[Path | None],
     options: dict[str, Any],
 ) -> Run:
     """Answer in this process; see Engine.run."""
@@ -122,15 +124,9 @@ def run(
     with _serving(model, options) as llm:
         answers = []
         for number, batch in enumerate(batches):
-            params = SamplingParams(
-                temperature=0,
-                max_tokens=max_tokens,
-                logprobs=top,
-                prompt_logprobs=top if of_prompts else None,
-                ignore_eos=True,
-                detokenize=False,
-            )
-            outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch], params, use_tqdm=False)
+            params = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **sampling)
+            prompts = [{"prompt_token_ids": prompt} for prompt in batch]
+            outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=_requests(adapters))
             answers.append([_answer(output) for output in outputs])
             for call in calls if number == 0 else ():
                 llm.collective_rpc(call[0], kwargs=call[1])
@@ -159,6 +155,15 @@ def _serving(model: str, options: dict[str, Any]) -> Iterator[Any]:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def _requests(adapters: Sequence[Path | None]) -> list[Any] | None:
+    """vLLM's requests for adapters, equal ones for equal folders."""
+    from vllm.lora.request import LoRARequest
+
+    numbers = {folder: number for number, folder in enumerate(dict.fromkeys(adapters), 1)}
+    requests = [None if path is None else LoRARequest(path.name, numbers[path], str(path)) for path in adapters]
+    return requests or None
 
 
 def _answer(output: Any) -> Answer:

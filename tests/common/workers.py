@@ -4,7 +4,7 @@ As when torchrun starts them, each process has an engine, which schedules the sa
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
@@ -24,11 +24,19 @@ class Workers:
     def __init__(self, pools: list[Pool]):
         self._pools = pools
 
-    def run(self, model: Path, prompts: list[Tokens], max_tokens: int = 1, **options: Any) -> Run:
+    def run(
+        self,
+        model: Path,
+        prompts: list[Tokens],
+        max_tokens: int = 1,
+        adapters: Sequence[Path | None] = (),
+        **options: Any,
+    ) -> Run:
         """Answer a batch of prompts as Engine.run does; raises EngineError with what any of them raises."""
         options = DEFAULTS | options | {"tensor_parallel_size": WORKERS}
         options |= {"distributed_executor_backend": "tests.common.rank.Rank"}
-        arguments = str(model), (prompts,), max_tokens, 0, True, (), options
+        sampling = {"max_tokens": max_tokens, "logprobs": 0, "prompt_logprobs": 0}
+        arguments = str(model), (prompts,), sampling, (), adapters, options
         port = free_port()
         waiting = [pool.apply_async(_run, (port, *arguments)) for pool in self._pools]
         for each in waiting:

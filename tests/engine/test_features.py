@@ -157,7 +157,6 @@ def test_the_transformers_backend_answers_as_the_class_of_vllm(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_lora": True}, "LoRA adapters are not served on a quantized model.*merge the adapter"),
         ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
         ({"kv_cache_dtype": "fp8"}, "kv cache dtype fp8: not served with a quantized KV cache"),
     ],

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from offline import PRESETS, quantize
+from offline.lora import turn_adapter
 from offline.model.source import Source
 from offline.progress import silent
 from offline.recipe import KVCache
 from tests.common.checkpoints import write_random
 from tests.common.engine import Engine, EngineError, Run
-from tests.common.tiny import MIXTURES, SIZES, VOCAB_SIZE, write_source
+from tests.common.tiny import MIXTURES, SIZES, VOCAB_SIZE, write_adapter, write_source
 from tests.common.workers import Workers, running_workers
 from tests.offline.model.test_architectures import SMALL
 from tests.offline.test_layers import MIXED
@@ -69,9 +70,17 @@ def test_two_workers_share_the_experts_of_a_mixture(engine: Engine, workers: Wor
     check(engine, workers, write_checkpoint(tmp_path, "fast", "mixtral"), enable_expert_parallel=True)
 
 
+def test_two_workers_share_adapters(engine: Engine, workers: Workers, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, "fast", "tied")
+    turn_adapter(checkpoint, write_adapter(tmp_path / "given", tmp_path / "source"), tmp_path / "turned")
+    adapters = [None, tmp_path / "turned"] * (len(PROMPTS) // 2)
+    check(engine, workers, checkpoint, adapters=adapters, enable_lora=True)
+
+
 def check(engine: Engine, workers: Workers, checkpoint: Path, **options: Any) -> None:
     """Compare two workers with one."""
-    alone = logprobs(engine.run(checkpoint, PROMPTS, max_tokens=MAX_TOKENS))
+    single = {name: value for name, value in options.items() if name != "enable_expert_parallel"}
+    alone = logprobs(engine.run(checkpoint, PROMPTS, max_tokens=MAX_TOKENS, **single))
     together = logprobs(workers.run(checkpoint, PROMPTS, max_tokens=MAX_TOKENS, **options))
     difference = (together - alone).abs()
     flipped = (difference > 1e-3).any(1).sum()

@@ -11,11 +11,14 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 from infoquant_vllm import register
-from infoquant_vllm.format import PROJECTION_TENSOR, PROJECTION_WEIGHTS, FormatError
+from infoquant_vllm.adapters import AdapterGuard
+from infoquant_vllm.config import InfoQuantConfig
+from infoquant_vllm.format import BASIS_CONFIG, PROJECTION_TENSOR, PROJECTION_WEIGHTS, FormatError, parse_config
 from infoquant_vllm.loading import LoadTracker
 from offline import PRESETS, Recipe, quantize
 from offline.progress import silent
 from offline.recipe import CalibrationSize
+from tests.common.checkpoints import hf_config, quantization_config
 from tests.common.tiny import SIZES, write_source
 
 ROTATED = Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn")
@@ -145,10 +148,37 @@ def test_scaled_logits_are_refused_in_the_transformers_backend_which_ignores_the
         start(granite, model_impl="transformers")
 
 
-def test_adapters_are_refused_beside_rotated_values(tmp_path: Path) -> None:
-    recipe = PRESETS["kv4"].model_copy(update={"calibration": CalibrationSize(sequences=2, sequence_length=32)})
-    with pytest.raises(FormatError, match="LoRA adapters are not served"):
-        start(checkpoint(tmp_path, "tied", recipe), enable_lora=True)
+@pytest.mark.parametrize("model", ["untied", "tied", "plain"])
+def test_adapters_are_accepted(model: str, request: pytest.FixtureRequest) -> None:
+    start(request.getfixturevalue(model), enable_lora=True)
+    start(request.getfixturevalue(model), enable_lora=True, lora_target_modules=["q_proj", "mlp.down_proj"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_impl": "transformers"}, "LoRA adapters are not served by the Transformers backend; merge"),
+        (EMBED, "LoRA adapters are not served with --runner pooling; merge"),
+        ({"lora_target_modules": ["o_proj", "lm_head"]}, "--lora-target-modules lm_head is not served, only down_proj"),
+    ],
+)
+def test_an_option_that_goes_with_no_adapter_is_refused_by_name(
+    untied: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        start(untied, enable_lora=True, **options)
+
+
+def test_adapters_without_a_basis_are_refused_by_file(tmp_path: Path) -> None:
+    mixture = checkpoint(tmp_path, "mixtral", ROTATED)
+    with pytest.raises(FormatError, match=f"{mixture}: LoRA .* no {BASIS_CONFIG} to turn them by.*quantize the source"):
+        start(mixture, enable_lora=True)
+
+
+def test_adapters_of_a_model_that_the_plugin_does_not_see_are_refused() -> None:
+    guard = AdapterGuard(InfoQuantConfig(parse_config(quantization_config(hf_config()))), "0123456789abcdef")
+    with pytest.raises(FormatError, match="class of the model is not one that takes adapters"):
+        guard.check()
 
 
 def test_embeddings_without_a_projection_are_refused_by_name(tmp_path: Path) -> None:
@@ -186,5 +216,5 @@ def test_weights_are_not_reloaded_under_a_projection_that_stays(tied: Path, runn
     if runner == "generate":
         load(counted, torch.ones(2, 1))
     else:
-        with pytest.raises(FormatError, match="reload_weights is not served by a pooling server"):
+        with pytest.raises(FormatError, match=r"reload_weights is not served here: .* the projection"):
             load(counted, torch.ones(2, 1))

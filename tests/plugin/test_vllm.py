@@ -9,6 +9,7 @@ against a wheel or folder of another release:
 import ast
 import importlib.util
 import os
+import re
 import sys
 import tomllib
 import zipfile
@@ -47,8 +48,11 @@ FIELDS = {
     ("vllm.config", "CompilationConfig"): ("custom_ops",),
     ("vllm.config", "ModelConfig"): ("hf_text_config", "head_dtype", "max_model_len"),
     ("vllm.config", "VllmConfig"): ("model_config", "lora_config", "compilation_config"),
+    ("vllm.config", "LoRAConfig"): ("target_modules",),
+    ("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA"): ("lora_a_stacked", "lora_b_stacked"),
 }
 """What the plugin reads of objects that it is handed, which the imports do not tell."""
+MAPPING = ("worker_manager", "lora_model", "utils")
 SET_IN_INIT = ("num_heads", "num_kv_heads", "head_size", "layer_name", "kv_cache_dtype", "attn_type", "sliding_window")
 REPLACED = ("attn_backend", "backend", "impl", "head_size_v", "has_sink", "use_mm_prefix", "use_alibi_sqrt")
 """Attributes of vLLM's Attention that `InfoQuantKVCacheMethod` reads, or sets in the layer's place."""
@@ -287,3 +291,17 @@ def test_what_the_cache_method_needs_of_an_attention_layer_is_there() -> None:
     where, node = find("vllm.model_executor.layers.attention", "Attention") or ("", ast.Pass())
     assert isinstance(node, ast.ClassDef)
     assert not {*SET_IN_INIT, *REPLACED} - attributes(where, node)
+
+
+def test_the_names_of_an_adapters_tensors_are_given_to_the_mapper_of_the_model() -> None:
+    """Nothing else keeps adapters in the basis of the source from being served (infoquant_vllm/adapters.py)."""
+    manager, adapter, naming = (str(Sources.read(f"vllm/lora/{file}.py")) for file in MAPPING)
+    assert 'getattr(model, "hf_to_vllm_mapper", None)' in manager
+    assert "hf_to_vllm_mapper.get_rename_mapper()" in manager
+    assert "weights_mapper=hf_to_vllm_mapper" in manager
+    assert re.search(r"parse_fine_tuned_lora_name\(\s*tensor_name, weights_mapper\s*\)", adapter)
+    assert naming.count("weights_mapper._map_name(name)") == 2
+    where, mapper = find("vllm.model_executor.models.utils", "WeightsMapper") or ("", ast.Pass())
+    alias = member(where, mapper, "_map_name") if isinstance(mapper, ast.ClassDef) else None
+    assert alias is not None
+    assert "self.map_name(key)" in ast.unparse(alias)
