@@ -12,11 +12,11 @@ from offline.algorithms.rotations import orthogonality_error
 from offline.errors import CheckError
 from offline.evaluate.compare_to_source import Comparison
 from offline.model.source import Source
+from offline.output.adapter_basis import LARGEST_ORTHOGONALITY_ERROR, check_basis
 from offline.output.report import REPORT_FILE, Report
 from offline.output.sentence_modules import check_projection
 from offline.progress import ProgressReport, silent
 
-LARGEST_ORTHOGONALITY_ERROR = 1e-4
 LARGEST_CONDITION = 1e4
 INPUT_TENSORS = ("input_clip_ratio", "input_mean", "input_blocks", "input_left", "input_right")
 SMALLEST_FULL_SHARE = 0.99
@@ -79,7 +79,7 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
 
     Raises ToolError only for faults outside the checkpoint, such as a missing source.
     """
-    checks = _Checks(6 if against is None else 8, progress)
+    checks = _Checks(7 if against is None else 9, progress)
     layer_errors: dict[str, float] = {}
     routing_agreement: dict[str, float] = {}
     opened: list[Checkpoint] = []
@@ -99,6 +99,8 @@ def verify(folder: str | Path, *, against: str | Path | None = None, progress: P
             if checks.run("same model", comparison.same_vocabulary):
                 checks.run("hidden states", lambda: check_projection(opened[0], source))
                 checks.run("behavior", lambda: comparison.behavior(layer_errors, routing_agreement))
+    if checks.passed:
+        checks.run("adapters", lambda: check_basis(opened[0]))
     report = _report(Path(folder))
     return Verification(
         checkpoint=str(folder),

@@ -1,4 +1,4 @@
-"""Write what was folded into the linears, for LoRA adapters (see infoquant_vllm.format.adapter_basis)."""
+"""Write and check what was folded into the linears, for LoRA adapters (see infoquant_vllm.format.adapter_basis)."""
 
 import json
 import math
@@ -18,14 +18,18 @@ from infoquant_vllm.format import (
     R1,
     R2,
     AdapterBasis,
+    Checkpoint,
     ModelShape,
     layer_specs,
+    read_basis,
 )
-from offline.algorithms.rotations import Transforms
+from offline.algorithms.rotations import Transforms, orthogonality_error
+from offline.errors import CheckError
 from offline.model.source import Source
 from offline.recipe import Recipe
 
 FLOAT32 = 4
+LARGEST_ORTHOGONALITY_ERROR = 1e-4
 SCALES = (KEY_SCALE, DOWN_SCALE)
 
 
@@ -68,6 +72,23 @@ def write_basis(
     in_checkpoint = recipe.quantization_config(shape).online_r1  # R1 is
     # not save_file, whose files no other user can read
     (folder / BASIS_WEIGHTS).write_bytes(save(tensors if in_checkpoint else whole, metadata={"format": "pt"}))
+
+
+def check_basis(checkpoint: Checkpoint) -> str:
+    """Check the fingerprint of a checkpoint's basis and its rotations; FormatError or CheckError for what is wrong."""
+    basis = read_basis(checkpoint)
+    if basis is None:
+        return f"no {BASIS_CONFIG}, so LoRA adapters cannot be served"
+    worst = 0.0
+    for name, tensor in basis.tensors.items():
+        if name.rpartition(".")[2] in (R1, R2.rpartition(".")[2]):
+            error = orthogonality_error(tensor.double())
+            worst = max(worst, error)
+            if error > LARGEST_ORTHOGONALITY_ERROR:
+                raise CheckError(
+                    f"{BASIS_WEIGHTS}: {name}: |Q^T Q - I| is {error:.2g}, at most {LARGEST_ORTHOGONALITY_ERROR:g}"
+                )
+    return f"basis {basis.fingerprint()}, |Q^T Q - I| of its rotations {worst:.1e}"
 
 
 def _folded(recipe: Recipe, shape: ModelShape) -> list[str]:

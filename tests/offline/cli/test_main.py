@@ -16,7 +16,7 @@ from benchmarks.common.programs import INFOQUANT
 from offline.cli.common import refusals
 from offline.cli.main import app
 from offline.signals import Terminated
-from tests.common.tiny import write_source
+from tests.common.tiny import write_adapter, write_source
 
 RECIPE = """\
 name: small
@@ -109,6 +109,15 @@ def test_inspect_shows_the_schemes(checkpoint: Path) -> None:
     found = json.loads(infoquant("inspect", checkpoint, "--json").stdout)
     assert found["schemes"]["mlp.down_proj"]["weights"]["num_bits"] == 4
     assert "bits per weight" in infoquant("inspect", checkpoint).stdout
+
+
+def test_lora_turns_an_adapter_and_refuses_one_that_is_turned(checkpoint: Path, source: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", source)
+    done = infoquant("lora", checkpoint, adapter, tmp_path / "turned")
+    assert (done.exit_code, done.stdout.split(",")[0]) == (0, f"{tmp_path / 'turned'}: 14 linears")
+    again = infoquant("lora", checkpoint, tmp_path / "turned", tmp_path / "again")
+    assert again.exit_code == 1
+    assert "is turned already; give the adapter as it was trained" in again.stderr
 
 
 def test_eval_prints_figures(checkpoint: Path, source: Path) -> None:

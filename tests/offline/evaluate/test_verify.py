@@ -1,6 +1,7 @@
 """`verify` passes what `quantize` writes and reports corruption by check, layer and value."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import offline
-from infoquant_vllm.format import Checkpoint
+from infoquant_vllm.format import BASIS_FOLDER, Checkpoint
 from offline.evaluate.compare_to_source import Comparison
 from offline.evaluate.inspect import inspect_checkpoint
 from offline.evaluate.verify import Verification, verify
@@ -59,6 +60,7 @@ def test_whole_checkpoint_passes_every_check(whole: Path, source: Path) -> None:
     assert found.passed
     assert [check.name for check in found.checks] == [
         "headers", "values", "codes", "rotations", "shared inputs", "same model", "hidden states", "behavior",
+        "adapters",
     ]  # fmt: skip
     assert list(found.layer_errors) == ["model.layers.0", "model.layers.1"]
     assert all(0 < error < 0.5 for error in found.layer_errors.values())
@@ -77,6 +79,18 @@ def test_untied_model_is_recognized_in_its_rotated_basis(tmp_path: Path, zero: l
     found = verify(tmp_path / "out", against=source)
     assert found.passed
     assert "in another basis" in found.checks[5].detail
+
+
+def test_a_basis_of_adapters_that_is_not_the_checkpoints_fails(folder: Path, source: Path, tmp_path: Path) -> None:
+    assert re.match(r"basis [0-9a-f]{16}, \|Q", verify(folder).checks[-1].detail)
+    recipe = offline.Recipe(name="hadamard-rtn", transform="hadamard", rounding="rtn")
+    offline.quantize(source, tmp_path / "other", recipe=recipe, seed=5, progress=lambda *_: None)
+    shutil.copytree(tmp_path / "other" / BASIS_FOLDER, folder / BASIS_FOLDER, dirs_exist_ok=True)
+    check, detail = failure(verify(folder))
+    assert check == "adapters"
+    assert "its fingerprint is" in detail
+    shutil.rmtree(folder / BASIS_FOLDER)
+    assert verify(folder).checks[-1].detail == "no adapter_basis/config.json, so LoRA adapters cannot be served"
 
 
 @pytest.fixture(scope="module")
