@@ -81,7 +81,8 @@ def _add_empty_slot(layer: Any) -> None:
     For tokens without an adapter vLLM has the slot -1. The PyTorch operations of 0.32 index the slots by that, so such
     tokens would get the last adapter (vllm-project/vllm#48421); those of 0.33 leave them out.
     """
-    if current_platform.is_cpu():
+    has_own_slots_alone = len(layer.lora_a_stacked[0]) == layer.lora_config.max_loras
+    if current_platform.is_cpu() and has_own_slots_alone:
         for name in ("lora_a_stacked", "lora_b_stacked"):
             stacked = [torch.cat((slots, torch.zeros_like(slots[:1]))) for slots in getattr(layer, name)]
             setattr(layer, name, tuple(stacked))

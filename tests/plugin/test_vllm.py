@@ -49,7 +49,7 @@ FIELDS = {
     ("vllm.config", "ModelConfig"): ("hf_text_config", "head_dtype", "max_model_len"),
     ("vllm.config", "VllmConfig"): ("model_config", "lora_config", "compilation_config"),
     ("vllm.config", "LoRAConfig"): ("target_modules",),
-    ("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA"): ("lora_a_stacked", "lora_b_stacked"),
+    ("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA"): ("lora_a_stacked", "lora_b_stacked", "lora_config"),
 }
 """What the plugin reads of objects that it is handed, which the imports do not tell."""
 MAPPING = ("worker_manager", "lora_model", "utils")
