@@ -15,6 +15,7 @@ from offline.errors import ToolError
 from offline.formats import LayerSites, Site, SiteActivations, SiteName
 from offline.goal import RESERVE, Budget
 from offline.model.source import Source
+from offline.output.adapter_basis import basis_bytes
 from offline.output.report import BudgetReport, ChosenSite, checkpoint_sizes, kv_bytes_per_token
 from offline.output.shards import checkpoint_specs
 from offline.recipe import KVCache, Recipe
@@ -239,8 +240,10 @@ def words(args: WeightArgs | SiteActivations) -> str:
 
 
 def _sizes(source: Source, recipe: Recipe) -> dict[str, int]:
+    """Return the sizes of a checkpoint without its basis of adapters, which no server holds."""
     config = recipe.quantization_config(source.shape)
-    return checkpoint_sizes(source, recipe, checkpoint_specs(source, config))
+    sizes = checkpoint_sizes(source, recipe, checkpoint_specs(source, config))
+    return sizes | {"total_bytes": sizes["total_bytes"] - basis_bytes(recipe, source.shape)}
 
 
 def _sum(costs: Amounts, chosen: Choice) -> float:
