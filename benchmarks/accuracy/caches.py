@@ -20,7 +20,7 @@ from torch.nn import functional
 from benchmarks.common.provenance import provenance, write_rows
 from infoquant_vllm.format import Checkpoint, ModelShape, hadamard
 from offline.evaluate.simulate import load_simulated
-from offline.model.architectures import CausalLM
+from offline.model.architectures import CausalLM, head_of
 from offline.model.source import Source, config_dtype
 from offline.model.windowed_attention import register_attention, windowed_attention
 from offline.output.report import kv_bytes_per_token
@@ -71,13 +71,12 @@ def divergence(reference: CausalLM, target: torch.Tensor, model: CausalLM, ids: 
 
     target: the reference's last hidden states [tokens, hidden]
     """
-    found = []
+    head, found = head_of(reference), []
     for theirs, ours in zip(
         target[:-1].split(ROWS_AT_A_TIME), _hidden(model, ids)[:-1].split(ROWS_AT_A_TIME), strict=True
     ):
-        p, q = (
-            head(rows).float().log_softmax(-1) for head, rows in ((reference.lm_head, theirs), (model.lm_head, ours))
-        )
+        outputs = reference.lm_head(theirs), model.lm_head(ours)
+        p, q = (head.scaled(logits.float()).log_softmax(-1) for logits in outputs)
         found.append(functional.kl_div(q, p, reduction="none", log_target=True).sum(-1))
     return torch.cat(found).double()
 

@@ -25,7 +25,10 @@ class Head(NamedTuple):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., vocab] of hidden [..., hidden] float32."""
-        logits = functional.linear(hidden, self.weight)
+        return self.scaled(functional.linear(hidden, self.weight))
+
+    def scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits for the outputs of lm_head."""
         logits = logits if self.scaling == 1 else logits / self.scaling
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 

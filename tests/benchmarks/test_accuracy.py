@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import run as accuracy
+from benchmarks.accuracy.caches import divergence
 from benchmarks.accuracy.figures import task_figures, text_figures
 from benchmarks.accuracy.scores import Scores
 from benchmarks.accuracy.simulation import WholeVocabulary
@@ -17,7 +18,7 @@ from benchmarks.accuracy.tasks import TaskScores
 from benchmarks.common.server import ServerError
 from offline.evaluate.metrics import compare
 from offline.model.source import Source
-from tests.common.tiny import VOCAB_SIZE, write_source
+from tests.common.tiny import SIZES, VOCAB_SIZE, write_source
 
 
 def task(right: list[float], standard_error: float = 0.25) -> TaskScores:
@@ -186,3 +187,17 @@ def test_terminal_has_no_table_of_tasks_where_none_were_asked() -> None:
     rows = [a_row(tasks={}, task_mean={}, items={})]
     del rows[0]["tasks"]
     assert [table.title for table in terminal_tables(rows)] == ["distance to the reference", "costs"]
+
+
+@pytest.mark.parametrize("size", ["granite", "gemma2"])
+def test_caches_are_compared_by_the_logits_that_the_model_gives(tmp_path: Path, size: str) -> None:
+    """Granite scales its logits, Gemma 2 caps them."""
+    models = [
+        Source.open(write_source(tmp_path / f"{seed}", seed, **SIZES[size])).model(torch.float32) for seed in (0, 1)
+    ]
+    ids = torch.randint(3, VOCAB_SIZE, (16,), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        hidden = models[0].model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        theirs, ours = (model(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1) for model in models)
+    expected = (theirs.exp() * (theirs - ours)).sum(-1)
+    torch.testing.assert_close(divergence(models[0], hidden, models[1], ids), expected, rtol=1e-4, atol=1e-6)
