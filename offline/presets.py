@@ -10,7 +10,8 @@ WEIGHTS = WeightArgs(num_bits=4, symmetric=False, strategy="group", group_size=6
 
 FOUR = Site(weights=WEIGHTS, input_activations=SiteActivations(strategy="group", group_size=32), clip_ratio="search")
 EIGHT = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=8), clip_ratio="search")
-PLAIN = Site(clip_ratio="search")
+BY_TOKEN = Site(clip_ratio="search")
+BY_HEAD = Site(input_activations=SiteActivations(strategy="head"), clip_ratio="search")
 CENTERED = Site(input_activations=SiteActivations(mean=True), clip_ratio="search")
 COMPENSATED_KEYS = KVCache(key_mean_positions=32_768, key_feedback=True)
 SIXTEEN = Site(weights=WEIGHTS, input_activations=SiteActivations(num_bits=16))
@@ -44,7 +45,7 @@ PRESETS: dict[str, Recipe] = {
             equalize=True,
             rounding="gptq",
             gptq=Gptq(sink_weight=16),
-            sites=Sites(qkv=CENTERED, o=PLAIN, gate_up=CENTERED, down=PLAIN),
+            sites=Sites(qkv=CENTERED, o=BY_HEAD, gate_up=CENTERED, down=BY_TOKEN),
             kv_cache=COMPENSATED_KEYS,
         ),
         _distilled("best", Sites(qkv=FOUR, o=FOUR, gate_up=FOUR, down=FOUR)),
