@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
-from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.models import supports_lora
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
@@ -66,7 +66,7 @@ class AdapterGuard:
             raise FormatError("LoRA adapters are not served, the class of the model is not one that takes adapters")
 
     def _registered(self, module: Any, name: str, submodule: torch.nn.Module | None) -> None:
-        if isinstance(submodule, BaseLayerWithLoRA):
+        if isinstance(submodule, BaseLinearLayerWithLoRA):
             _add_empty_slot(submodule)
         elif not self.is_set and getattr(module, "quant_config", None) is self._config and supports_lora(module):
             model: Any = module
