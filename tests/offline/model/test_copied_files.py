@@ -38,6 +38,7 @@ def test_checkpoint_keeps_what_is_neither_weights_nor_code(tmp_path: Path) -> No
     found = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
     written = {"README.md", "config.json", "infoquant_recipe.yaml", "infoquant_report.json"}
     weights = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    weights |= {"adapter_basis/config.json", "adapter_basis/model.safetensors"}
     assert found == own | set(KEPT) | written | weights
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text().endswith("tools.jinja")
 
