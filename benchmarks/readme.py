@@ -29,12 +29,13 @@ PRESETS = MappingProxyType(
     {
         "fast": (
             "4, 4, 4 bits",
-            "a learned rotation folded into the weights, equalization, inputs less their mean, GPTQ, "
-            "error feedback of keys",
+            "a learned rotation folded into the weights, equalization, inputs less their mean, clip search, "
+            "first tokens corrected, GPTQ, error feedback of keys",
         ),
         "best": (
             "4, 4, 4 bits, in groups",
-            "as `fast`; clip search, tokens weighted by gradients, refined rounding, distillation",
+            "a rotation learned for groups, equalization, clip search, GPTQ with tokens weighted by gradients, "
+            "refined rounding, error feedback of keys, distillation",
         ),
         "balanced": ("as `best`, input of down_proj at 8 bits", "as `best`"),
         "w4a8kv4": ("4, 8, 4 bits", "as `best`"),
