@@ -48,7 +48,6 @@ from infoquant_vllm.format.projection import (
     PROJECTION_FOLDER,
     PROJECTION_TENSOR,
     PROJECTION_WEIGHTS,
-    files_of,
     projection_config,
     read_projection,
 )
@@ -66,6 +65,7 @@ from infoquant_vllm.format.schema import (
     WeightArgs,
     parse_config,
 )
+from infoquant_vllm.format.side_files import files_of
 from infoquant_vllm.format.tensor_parallel import check_tp_divisible
 from infoquant_vllm.format.tensors import (
     ModelShape,

@@ -7,20 +7,16 @@ names of its tensors: no other model loads it, and no other adapter is loaded in
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from infoquant_vllm.format.architectures import SITE_NORMS
 from infoquant_vllm.format.checkpoint import Checkpoint
 from infoquant_vllm.format.errors import FormatError
-from infoquant_vllm.format.projection import ReadFile, files_of
+from infoquant_vllm.format.side_files import AGAIN, ReadFile, files_of, load_tensors, parse_json
 from infoquant_vllm.format.tensors import ModelShape, TensorSpec
 
 BASIS_FOLDER = "adapter_basis"
@@ -29,7 +25,6 @@ R1, R2, KEY_SCALE, DOWN_SCALE = "r1", "self_attn.r2", "self_attn.key_scale", "ml
 MAX_CONFIG_BYTES = 2**12
 FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 TURNED = re.compile(rf"(?P<module>.+)\.infoquant_(?P<fingerprint>{FINGERPRINT.pattern})\.(?P<part>lora_[AB]\.weight)")
-AGAIN = "quantize or copy the model again"
 
 
 @dataclass(frozen=True)
@@ -95,12 +90,7 @@ def read_fingerprint(read: ReadFile, source: str) -> str | None:
     content = read(BASIS_CONFIG)
     if content is None:
         return None
-    if len(content) > MAX_CONFIG_BYTES:
-        raise FormatError(f"{source}/{BASIS_CONFIG}: {len(content)} bytes, expected at most {MAX_CONFIG_BYTES}")
-    try:
-        config: Any = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{source}/{BASIS_CONFIG}: not readable as JSON ({error}); {AGAIN}") from None
+    config = parse_json(content, f"{source}/{BASIS_CONFIG}", MAX_CONFIG_BYTES)
     found = config.get("fingerprint") if isinstance(config, dict) else None
     if not isinstance(found, str) or not FINGERPRINT.fullmatch(found):
         raise FormatError(f"{source}/{BASIS_CONFIG}: fingerprint is {found!r}, expected 16 hexadecimal digits; {AGAIN}")
@@ -113,13 +103,7 @@ def read_basis(checkpoint: Checkpoint) -> AdapterBasis | None:
     fingerprint = read_fingerprint(read, source)
     if fingerprint is None:
         return None
-    file, content = f"{source}/{BASIS_WEIGHTS}", read(BASIS_WEIGHTS)
-    if content is None:
-        raise FormatError(f"{file}: no such file, but {BASIS_CONFIG} is there; {AGAIN}")
-    try:
-        tensors = load(content)
-    except (SafetensorError, ValueError) as error:
-        raise FormatError(f"{file}: not a whole safetensors file ({error}); {AGAIN}") from None
+    file, tensors = f"{source}/{BASIS_WEIGHTS}", load_tensors(read, BASIS_WEIGHTS, source, f"{BASIS_CONFIG} is there")
     _check_tensors(tensors, checkpoint, file)
     if checkpoint.config.online_r1:
         tensors[R1] = checkpoint.tensor("model.embed_tokens.r1")

@@ -6,16 +6,12 @@ Transformers, which vLLM applies to what it pools: `modules.json` lists the modu
 the folder `hidden_states` holds its config.json and its model.safetensors.
 """
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from infoquant_vllm.format.errors import FormatError
+from infoquant_vllm.format.side_files import ReadFile, load_tensors, parse_json
 
 MODULES_FILE = "modules.json"
 PROJECTION_FOLDER = "hidden_states"
@@ -25,9 +21,6 @@ MAX_HEADER_BYTES = 2**16
 MAX_ERROR = 0.05  # relative error of vectors rotated forth and back; bfloat16 alone causes 0.005
 PROBES = 8
 
-ReadFile = Callable[[str], bytes | None]
-"""Return the content of a file of the checkpoint by its name, or None if it does not exist."""
-
 
 def projection_config(hidden_size: int) -> dict[str, Any]:
     """Return config.json of the Dense module."""
@@ -35,57 +28,36 @@ def projection_config(hidden_size: int) -> dict[str, Any]:
     return {"in_features": hidden_size, "out_features": hidden_size, "bias": False, "activation_function": identity}
 
 
-def files_of(folder: Path) -> ReadFile:
-    """Return a reader of a local folder's files."""
-    return lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None
-
-
 def read_projection(read: ReadFile, hidden_size: int, source: str) -> torch.Tensor | None:
     """Return W [hidden_size, hidden_size] as stored, or None if `modules.json` lists no such module.
 
     Raises FormatError, naming the file of `source`, for a matrix that is not a rotation with a gain per row.
     """
-    modules = _read_json(read, MODULES_FILE, source)
-    if modules is None:
+    listed = read(MODULES_FILE)
+    if listed is None:
         return None
+    modules = parse_json(listed, f"{source}/{MODULES_FILE}", MAX_HEADER_BYTES)
     entries = [entry for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
     dense = [entry.get("path") for entry in entries if str(entry.get("type")).endswith(".Dense")]
     if PROJECTION_FOLDER not in dense:
         return None
     if dense[0] != PROJECTION_FOLDER:
         raise FormatError(f"{source}/{MODULES_FILE}: the first Dense module is {dense[0]!r}, not {PROJECTION_FOLDER!r}")
-    config, expected = _read_json(read, PROJECTION_CONFIG, source), projection_config(hidden_size)
+    content, expected = read(PROJECTION_CONFIG), projection_config(hidden_size)
+    config = None if content is None else parse_json(content, f"{source}/{PROJECTION_CONFIG}", MAX_HEADER_BYTES)
     if config != expected:
         raise FormatError(f"{source}/{PROJECTION_CONFIG}: found {config}, expected {expected}")
-    weight = _read_tensor(read, hidden_size, f"{source}/{PROJECTION_WEIGHTS}")
+    weight = _read_tensor(read, hidden_size, source)
     _check_rotation(weight, f"{source}/{PROJECTION_WEIGHTS}: {PROJECTION_TENSOR}")
     return weight
 
 
-def _read_json(read: ReadFile, name: str, source: str) -> Any:
-    content = read(name)
-    if content is None:
-        return None
-    if len(content) > MAX_HEADER_BYTES:
-        raise FormatError(f"{source}/{name}: {len(content)} bytes, expected at most {MAX_HEADER_BYTES}")
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{source}/{name}: not readable as JSON ({error})") from None
-
-
-def _read_tensor(read: ReadFile, hidden_size: int, file: str) -> torch.Tensor:
-    content = read(PROJECTION_WEIGHTS)
-    if content is None:
-        raise FormatError(f"{file}: no such file, but {MODULES_FILE} names it; quantize or copy the model again")
-    try:
-        tensors = load(content)
-    except (SafetensorError, ValueError) as error:
-        raise FormatError(f"{file}: not a whole safetensors file ({error}); quantize or copy the model again") from None
+def _read_tensor(read: ReadFile, hidden_size: int, source: str) -> torch.Tensor:
+    tensors = load_tensors(read, PROJECTION_WEIGHTS, source, f"{MODULES_FILE} names it")
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     expected = {PROJECTION_TENSOR: [hidden_size, hidden_size]}
     if shapes != expected:
-        raise FormatError(f"{file}: holds {shapes}, expected {expected}")
+        raise FormatError(f"{source}/{PROJECTION_WEIGHTS}: holds {shapes}, expected {expected}")
     return tensors[PROJECTION_TENSOR]
 
 

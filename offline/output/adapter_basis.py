@@ -69,9 +69,9 @@ def write_basis(
     (folder / BASIS_FOLDER).mkdir()
     config = {"fingerprint": AdapterBasis(whole).fingerprint()}
     (folder / BASIS_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    in_checkpoint = recipe.quantization_config(shape).online_r1  # R1 is
-    # not save_file, whose files no other user can read
-    (folder / BASIS_WEIGHTS).write_bytes(save(tensors if in_checkpoint else whole, metadata={"format": "pt"}))
+    has_r1_elsewhere = recipe.quantization_config(shape).online_r1
+    content = save(tensors if has_r1_elsewhere else whole, metadata={"format": "pt"})
+    (folder / BASIS_WEIGHTS).write_bytes(content)  # save_file would let no other user read it
 
 
 def check_basis(checkpoint: Checkpoint) -> str:
