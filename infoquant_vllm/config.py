@@ -141,9 +141,8 @@ class InfoQuantConfig(QuantizationConfig):
         from infoquant_vllm.adapters import AdapterGuard, restrict_to_linears
         from infoquant_vllm.engine_options import adapter_fingerprint
 
-        restrict_to_linears(options)
         fingerprint = adapter_fingerprint(model)
-        assert fingerprint is not None  # check_engine_options refuses a checkpoint without
+        restrict_to_linears(options)
         self.summary.adapters = AdapterGuard(self, fingerprint)
 
     def _sources(self, prefix: str) -> list[str]:

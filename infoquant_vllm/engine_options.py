@@ -45,8 +45,6 @@ def check_engine_options(data: QuantizationConfigData, config: "VllmConfig", no_
         _check_pooling(data, model)
     if data.rotated_hidden_states:
         _check_hidden_states(model, config)
-    if config.lora_config is not None:
-        _check_adapters(model)
 
 
 def _check_implementation(model: "ModelConfig") -> None:
@@ -95,15 +93,12 @@ def _check_pooling(data: QuantizationConfigData, model: "ModelConfig") -> None:
         )
 
 
-def adapter_fingerprint(model: "ModelConfig") -> str | None:
-    """Return the fingerprint of the basis that adapters of a checkpoint are in, None for a checkpoint without one."""
-    return read_fingerprint(lambda name: get_hf_file_bytes(name, model.model, model.revision), model.model)
-
-
-def _check_adapters(model: "ModelConfig") -> None:
+def adapter_fingerprint(model: "ModelConfig") -> str:
+    """Return the fingerprint of the basis that adapters of a checkpoint are in; FormatError where none are served."""
     asked = f"{model.model}: LoRA adapters are not served"
     merge = "merge the adapter into the source model and quantize that"
-    if adapter_fingerprint(model) is None:
+    found = read_fingerprint(lambda name: get_hf_file_bytes(name, model.model, model.revision), model.model)
+    if found is None:
         raise FormatError(
             f"{asked}, the checkpoint has no {BASIS_CONFIG} to turn them by (mixtures of experts and checkpoints of "
             f"earlier releases have none); {merge}, or quantize the source again"
@@ -112,6 +107,7 @@ def _check_adapters(model: "ModelConfig") -> None:
         raise FormatError(f"{asked} by the Transformers backend; {merge}")
     if model.runner_type == "pooling":
         raise FormatError(f"{asked} with --runner pooling; {merge}")
+    return found
 
 
 def _has_projection(model: "ModelConfig") -> bool:
