@@ -39,7 +39,7 @@ class TurnedNames(WeightsMapper):
 
 @dataclass
 class ModelNames(WeightsMapper):
-    """Rename a checkpoint's tensors as the model class does; only what names of adapters are given to is another."""
+    """Rename a checkpoint's tensors as the model class does, and leave those of adapters to `TurnedNames`."""
 
     fingerprint: str = ""
 
@@ -52,9 +52,10 @@ class AdapterGuard:
     """Refuses adapters of other bases at a model that is under construction."""
 
     def __init__(self, config: "QuantizationConfig", fingerprint: str):
-        """Wait for the model that `config` quantizes: vLLM shows it to no method of a layer, but PyTorch does.
+        """Wait for the model that `config` quantizes, which vLLM passes to no quantization method.
 
-        The hook runs where a module becomes part of another. It stays: vLLM wraps the linears after they are loaded.
+        PyTorch calls the hook whenever a module becomes part of another. The hook stays after loading, since vLLM wraps
+        the linears later.
         """
         self._config, self._fingerprint, self.is_set = config, fingerprint, False
         self._hook = register_module_module_registration_hook(self._registered)
@@ -76,7 +77,7 @@ class AdapterGuard:
 
 
 def _add_empty_slot(layer: Any) -> None:
-    """Give a layer on CPUs a slot that no adapter comes into, behind all others.
+    """Append a slot to a layer on CPUs that never holds an adapter.
 
     For tokens without an adapter vLLM has the slot -1. The PyTorch operations of 0.32 index the slots by that, so such
     tokens would get the last adapter (vllm-project/vllm#48421); those of 0.33 leave them out.

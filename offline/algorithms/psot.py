@@ -79,8 +79,8 @@ def cayley(parameter: torch.Tensor) -> torch.Tensor:
 def smooth_range(y: torch.Tensor) -> torch.Tensor:
     """Return the mean of (|max(y, 0)| + |max(-y, 0)|)^2, of RANGE_NORM-norms over the last axis of y [..., values].
 
-    The squared error of a uniform quantizer is proportional to the squared range, which maximum norms would give. Only
-    the two ends of a range have a gradient then; here every large value has, and the range itself becomes smaller too.
+    The squared error of a uniform quantizer is proportional to the squared range, of which this is a smooth form: a
+    maximum has a gradient at one value, a norm at every large value. Learned on the norms, the range ends smaller too.
     """
     above, below = (
         side.clamp(min=0).pow(RANGE_NORM).sum(-1).clamp(min=torch.finfo(y.dtype).tiny).pow(1 / RANGE_NORM)
